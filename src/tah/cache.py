@@ -1,0 +1,411 @@
+"""Keys and values by depth, and the masks that make attention duo-causal (spec A.4, A.5).
+
+Shapes: B rows of the cache, R rows in this pass, N packed tokens, S visible slots, C slots of the buffer,
+H key/value heads, K head width, M (token, depth) pairs written by this pass.
+
+One buffer per layer holds all depths:
+
+        deeper depths, newest first  |  depth 1, oldest first
+        [ ....... free | d d d d d d | 1 1 1 1 1 1 1 1 1 1 1 1 | free ....... ]
+                                     ^ middle
+
+Depth 1 sees the slice right of the middle: an ordinary cache, so the base runs its stock kernels on it. A deeper
+pass sees one slice across the middle: all keys it may attend to, in one view, with nothing concatenated. Deeper
+slots are filled per row, from the middle outwards, so a row that does not iterate neither stores nor reads anything.
+Both sides grow geometrically; an appended token is a copy of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .masks import NEVER, depth_masks
+
+
+def _room(length: int) -> int:
+    """Slots to allocate for `length` used ones: one in eight spare, so growth costs O(1) copies per token."""
+    return length + max(32, length // 8)
+
+
+class DuoLayer(CacheLayerMixin):
+    """Keys and values [B, H, C, K] of one layer, all depths. See the picture at the top of this file."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.middle = 0  # slots left of depth 1
+        self.length = 0  # depth-1 tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise AssertionError("DuoLayer is filled through DuoStep.update")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("DuoLayer is filled through DuoStep.update")
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.middle = self.length = 0
+        self.is_initialized = False
+
+    def append(self, k: Tensor, v: Tensor, in_place: bool) -> None:
+        """Add depth-1 keys and values [B, H, N, K] behind the ones there are."""
+        end = self.length + k.shape[2]
+        if self.keys is None or self.values is None:
+            self.is_initialized = True
+            if not in_place:  # nothing will be written into it, so the states themselves can be the buffer
+                self.keys, self.values, self.length = k, v, end
+                return
+            self.keys, self.values = k[:, :, :0], v[:, :, :0]
+        if in_place:
+            self._reserve(self.middle, end)
+            at = slice(self.middle + self.length, self.middle + end)
+            self.keys[:, :, at], self.values[:, :, at] = k, v
+        else:
+            used = slice(0, self.middle + self.length)
+            self.keys = torch.cat([self.keys[:, :, used], k], dim=2)
+            self.values = torch.cat([self.values[:, :, used], v], dim=2)
+        self.length = end
+
+    def insert(self, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor, width: int, in_place: bool) -> None:
+        """Write deeper keys and values [M, H, K] at `slots` [M] (counted from the middle outwards) of `rows` [M].
+
+        Args:
+            width: slots left of the middle that are in use afterwards, in the longest row.
+        """
+        fresh = self._reserve(width, self.length)
+        assert self.keys is not None and self.values is not None
+        if not in_place and not fresh:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        at = (rows.to(k.device), slice(None), self.middle - 1 - slots.to(k.device))
+        self.keys[at], self.values[at] = k, v
+
+    def _reserve(self, deep: int, length: int) -> bool:
+        """Make room for `deep` slots left of the middle and `length` right of it; True if that took a new buffer."""
+        assert self.keys is not None and self.values is not None
+        capacity = self.keys.shape[2] - self.middle
+        if deep <= self.middle and length <= capacity:
+            return False
+        left = self.middle if deep <= self.middle else _room(deep)
+        right = capacity if length <= capacity else _room(length)
+        used = slice(0, self.middle + self.length)
+        pads = (0, 0, left - self.middle, right - self.length)
+        self.keys = torch.nn.functional.pad(self.keys[:, :, used], pads)
+        self.values = torch.nn.functional.pad(self.values[:, :, used], pads)
+        self.middle = left
+        return True
+
+    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace the rows of the buffer: `select` maps [B, ...] to [B', ...]."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = select(self.keys), select(self.values)
+
+
+class _Log:
+    """A [B, n] tensor that grows along its second dimension without copying what is there each time."""
+
+    def __init__(self, fill: float) -> None:
+        self.fill = fill
+        self.data: Tensor | None = None
+        self.length = 0
+
+    def append(self, x: Tensor) -> None:
+        end = self.length + x.shape[1]
+        if self.data is None:
+            self.data = x.clone()
+        else:
+            if end > self.data.shape[1]:
+                grown = self.data.new_full((self.data.shape[0], _room(end), *self.data.shape[2:]), self.fill)
+                grown[:, : self.length] = self.data[:, : self.length]
+                self.data = grown
+            self.data[:, self.length : end] = x
+        self.length = end
+
+    @property
+    def view(self) -> Tensor:
+        assert self.data is not None
+        return self.data[:, : self.length]
+
+
+class DuoCache(Cache):
+    """Keys and values of every token at every depth it ran.
+
+    To transformers this is a cache of depth 1: `get_seq_length` counts tokens. `generate` may reorder its rows
+    (beams), repeat them, or crop the newest tokens (assisted decoding); deeper depths follow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DuoLayer)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.positions = _Log(NEVER)  # [B, n] of each depth-1 slot; NEVER where it is padding
+        self.depth_count = _Log(1)  # [B, n] passes each token took
+        self.continue_logits: _Log | None = None  # [B, n, max_depth - 1]
+        self.has_padding = False
+        self.deep_positions: Tensor | None = None  # [B, W], slot w counted from the middle outwards
+        self.deep_depths: Tensor | None = None  # [B, W]
+        self.deep_length: Tensor | None = None  # [B] slots in use per row
+        self.deep_width = 0  # the longest of them
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    # -- passes --------------------------------------------------------------------------------------------------
+
+    def step(self, positions: Tensor, valid: Tensor, padded: bool) -> DuoStep:
+        """Open a pass at depth 1 over all rows.
+
+        Args:
+            positions: [B, N] int64, position of each new token.
+            valid: [B, N] bool, False at padding.
+            padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+        """
+        if self.positions.data is not None and self.positions.data.shape[0] != positions.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.positions.data.shape[0]} rows but the input has {positions.shape[0]}; "
+                "use the cache of the same batch, or none"
+            )
+        start = self.positions.length
+        self.positions.append(positions.masked_fill(~valid, NEVER) if padded else positions)
+        self.has_padding |= padded
+        return DuoStep(self, 1, start)
+
+    def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, positions: Tensor) -> DuoStep:
+        """Open a pass at `depth` >= 2 for M chosen tokens.
+
+        Args:
+            row: [M] cache row of each token, sorted.
+            column: [M] index of each token among its row's packed ones: 0, 1, ...
+            packed: how the tokens lie in the [R, N] input of the pass.
+            positions: [M] position of each token.
+        """
+        batch = self.positions.view.shape[0]
+        if self.deep_length is None:
+            self.deep_length = torch.zeros(batch, dtype=torch.long, device=row.device)
+            self.deep_positions = positions.new_empty(batch, 0)
+            self.deep_depths = positions.new_empty(batch, 0)
+        assert self.deep_positions is not None and self.deep_depths is not None
+        slots = self.deep_length[row] + column
+        reach = int(slots.max()) + 1
+        width = max(self.deep_width, reach)
+        if width > self.deep_positions.shape[1]:
+            grow = (0, _room(width) - self.deep_positions.shape[1])
+            self.deep_positions = torch.nn.functional.pad(self.deep_positions, grow, value=NEVER)
+            self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
+        self.deep_positions[row, slots] = positions
+        self.deep_depths[row, slots] = depth
+        self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
+        self.deep_width = width
+        return DuoStep(self, depth, self.positions.length, DeepWrite(row, slots, reach, packed))
+
+    def drop_deep(self) -> None:
+        """Forget all deeper keys and values (with `attention="own"` no later token may see them)."""
+        self.deep_positions = self.deep_depths = self.deep_length = None
+        self.deep_width = 0
+
+    def record(self, depth_count: Tensor, continue_logits: Tensor) -> None:
+        """Remember what the newest tokens did: depth_count [B, N], continue_logits [B, N, max_depth - 1]."""
+        self.depth_count.append(depth_count)
+        if self.continue_logits is None:
+            self.continue_logits = _Log(float("nan"))
+        elif (seen := self.continue_logits.view.shape[2]) != continue_logits.shape[2]:
+            depths = max(seen, continue_logits.shape[2])
+            widen = torch.nn.functional.pad(self.continue_logits.view, (0, depths - seen), value=float("nan"))
+            self.continue_logits = _Log(float("nan"))
+            self.continue_logits.append(widen)
+            grow = (0, depths - continue_logits.shape[2])
+            continue_logits = torch.nn.functional.pad(continue_logits, grow, value=float("nan"))
+        self.continue_logits.append(continue_logits)
+
+    # -- what transformers asks of a cache -----------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.positions.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.positions.length + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.positions.data is None else self.positions.data.shape[0]
+
+    def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            layer.map_batch(select)
+        for log in (self.positions, self.depth_count, self.continue_logits):
+            if log is not None and log.data is not None:
+                log.data = select(log.data)
+        if self.deep_length is not None and self.deep_positions is not None and self.deep_depths is not None:
+            self.deep_length = select(self.deep_length)
+            self.deep_positions = select(self.deep_positions)
+            self.deep_depths = select(self.deep_depths)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_batch(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens of every row, at every depth.
+
+        Raises:
+            ValueError: a positive number (transformers' old meaning: the length to keep).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        keep = self.positions.length + tokens_to_remove
+        if tokens_to_remove == 0 or self.positions.data is None:
+            return
+        if self.deep_positions is not None and self.deep_length is not None:
+            first_removed = self.positions.view[:, keep:].amin(dim=1, keepdim=True)
+            gone = self.deep_positions >= first_removed
+            self.deep_positions = self.deep_positions.masked_fill(gone, NEVER)
+            index = torch.arange(1, gone.shape[1] + 1, device=gone.device)
+            self.deep_length = (index * ~gone).amax(dim=1) if gone.shape[1] else self.deep_length
+            self.deep_width = int(self.deep_length.max())
+        for layer in self.layers:
+            layer.length = keep
+        for log in (self.positions, self.depth_count, self.continue_logits):
+            if log is not None:
+                log.length = min(log.length, keep)
+
+
+@dataclass
+class Packed:
+    """Chosen tokens of some rows, packed left: [R, N] columns, of which `valid` ones hold a token.
+
+    The rest repeat their row's first token: they compute something finite that nobody reads.
+    """
+
+    rows: Tensor  # [R] batch rows that have a chosen token
+    columns: Tensor  # [R, N] column of each packed token in the unpacked [B, T] input
+    valid: Tensor  # [R, N] bool
+    full: bool  # every entry is valid
+
+
+@dataclass
+class DeepWrite:
+    """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
+
+    row: Tensor  # [M] cache row
+    slots: Tensor  # [M] slot, counted from the middle outwards
+    reach: int  # slots its rows have in use, the longest of them
+    packed: Packed
+
+
+class DuoStep(Cache):
+    """The `past_key_values` of one pass: reads keys of depths up to its own, writes its own.
+
+    With gradients, nothing is written in place and a layer may be replayed (activation checkpointing): a replay
+    starts from the state the step was opened on and leaves the cache as it is.
+    """
+
+    def __init__(self, cache: DuoCache, depth: int, start: int, write: DeepWrite | None = None) -> None:
+        super().__init__(layers=cache.layers)
+        self.cache, self.depth, self.start, self.write = cache, depth, start, write
+        self.only_row = int(write.packed.rows) if write is not None and len(write.packed.rows) == 1 else None
+        self.before = [(layer.keys, layer.values, layer.middle, layer.length) for layer in cache.layers]
+        self.written: set[int] = set()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store this pass's keys and values [R, H, N, K]; return all it may see, [R, H, S, K]."""
+        in_place = not torch.is_grad_enabled()
+        layers = self.cache.layers
+        while len(layers) <= layer_idx:
+            layers.append(DuoLayer())
+        layer = layers[layer_idx]
+        if layer_idx in self.written:  # a replay: work on a copy of the state before this step
+            layer = DuoLayer()
+            if layer_idx < len(self.before):
+                layer.keys, layer.values, layer.middle, layer.length = self.before[layer_idx]
+        self.written.add(layer_idx)
+        if self.write is None:
+            layer.append(key_states, value_states, in_place)
+        else:
+            k = _unpack(key_states, self.write.packed)
+            v = _unpack(value_states, self.write.packed)
+            layer.insert(k, v, self.write.row, self.write.slots, self.cache.deep_width, in_place)
+        return self._visible(layer)
+
+    def _visible(self, layer: DuoLayer) -> tuple[Tensor, Tensor]:
+        assert layer.keys is not None and layer.values is not None
+        end = layer.middle + layer.length
+        if self.write is None:
+            return layer.keys[:, :, layer.middle : end], layer.values[:, :, layer.middle : end]
+        span = slice(layer.middle - self.write.reach, end)
+        keys, values, rows = layer.keys[:, :, span], layer.values[:, :, span], self.write.packed.rows
+        if len(rows) == keys.shape[0]:
+            return keys, values
+        if self.only_row is not None:  # a view: the usual case while decoding
+            return keys[self.only_row : self.only_row + 1], values[self.only_row : self.only_row + 1]
+        rows = rows.to(keys.device)
+        return keys.index_select(0, rows), values.index_select(0, rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.start + query_length, 0
+
+    # -- masks ---------------------------------------------------------------------------------------------------
+
+    def padding_mask(self) -> Tensor | None:
+        """[B, n] bool for the base's own mask code at depth 1, or None when nothing is padded."""
+        return self.cache.positions.view != NEVER if self.cache.has_padding else None
+
+    def masks(self, config: PreTrainedConfig, positions: Tensor, attention: str, dtype: torch.dtype) -> Any:
+        """Ready masks of a pass at depth >= 2, in the form the base's attention implementation takes.
+
+        Args:
+            config: text configuration of the base.
+            positions: [R, N] query positions.
+            attention: `duo` or `own`.
+            dtype: of the activations.
+
+        Returns:
+            [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
+        """
+        assert self.write is not None and self.cache.deep_positions is not None and self.cache.deep_depths is not None
+        rows, newest_first = self.write.packed.rows, slice(0, self.write.reach)
+        deep = self.cache.deep_positions[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
+        depths = self.cache.deep_depths[rows, newest_first].flip(1)
+        base = self.cache.positions.view[rows]
+        return depth_masks(config, self.depth, positions, deep, depths, base, attention, dtype)
+
+
+def _unpack(x: Tensor, packed: Packed) -> Tensor:
+    """[R, H, N, K] -> [M, H, K], the packed tokens without the padding."""
+    x = x.transpose(1, 2)  # [R, N, H, K]
+    return x.flatten(0, 1) if packed.full else x[packed.valid]

@@ -1,0 +1,68 @@
+"""Checkpoints that are either whole or not there: strict loading, atomic saving."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+
+
+class SafeCheckpoint:
+    """Mixin of `PreTrainedModel` that refuses incomplete checkpoints and never leaves one behind."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a TaH checkpoint (transformers' `from_pretrained`, strict).
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or of another shape, or the file is damaged.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatch = kwargs.get("ignore_mismatched_sizes", False)
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise ValueError(f"{source}: the weights are damaged or cut short ({error}); copy them again") from error
+        problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+        if not ignore_mismatch:
+            problems["wrongly shaped"] = [key[0] for key in info["mismatched_keys"]]
+        for what, keys in problems.items():
+            if keys:
+                shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                raise ValueError(f"{source}: not a complete TaH checkpoint: {what} tensors {shown}")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save configuration and weights (safetensors only); an older checkpoint survives until the new one is whole.
+
+        Everything is written beside the target first and moved into place file by file afterwards.
+        """
+        target = Path(save_directory)
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+            replace_files(Path(temporary), target)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move the files of a finished checkpoint over an older one, and drop the older one's weight shards."""
+    target.mkdir(parents=True, exist_ok=True)
+    new = {path.name for path in source.iterdir()}
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.replace(path, target / path.name)
+    for pattern in WEIGHT_FILES:
+        for old in target.glob(pattern):
+            if old.name not in new:
+                old.unlink()

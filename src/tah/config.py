@@ -1,0 +1,159 @@
+"""`TaHConfig`: every fact about a Think-at-Hard model, written once and checked once.
+
+Widths (hidden size, vocabulary, number of layers) are never repeated here: they come from `base_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+REEMBED = ("topk", "hidden")
+ATTENTION = ("duo", "own")
+COMBINE = ("sum", "zero_init")
+POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
+CONFIDENCE_MEASURES = ("probability", "entropy")
+DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lean": {"layers": None, "width": 256},
+    "mlp": {
+        "layers": None,
+        "hidden_dims": [256, 256, 256, 256, 256, 256],
+        "expansion": 4,
+        "topk": 100,
+        "normalize_input": False,
+        "dropout": 0.1,
+    },
+}
+
+
+class TaHConfig(PreTrainedConfig):
+    """Configuration of [`TaHForCausalLM`]: a base decoder plus what makes it iterate on hard tokens.
+
+    Args:
+        base_config: configuration of the wrapped Hugging Face decoder (a `PreTrainedConfig` or its dict).
+        max_depth: most passes a token may take, >= 1; 1 is the plain base model.
+        mix_topk: how many of the largest accumulated logits are mixed into the next input embedding (spec A.3).
+        reembed: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
+            `hidden`: token embedding plus a learned linear map of the last hidden state.
+        attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper, spec A.4).
+            `own`: depth-1 keys and only its own deeper keys.
+        combine: output after depth >= 2. `sum`: logits of all depths added (the paper).
+            `zero_init`: logits of h1 + Z h2, with Z a learned linear map that starts at zero.
+        lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
+        lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
+        lora_dropout: dropout on the adapter's input during training, in [0, 1).
+        lora_targets: leaf names of the adapted linear layers (`["q_proj", "v_proj"]`); None adapts every linear
+            layer of the decoder. The output head is never adapted.
+        policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
+        threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
+        decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)
+            or None for no decider. Missing entries get their defaults.
+        confidence_measure: what the `confidence` policy calls confident: the top-1 `probability`, or exp(-`entropy`).
+        random_rate: share of tokens the `random` policy iterates, in [0, 1].
+        random_seed: seed of the `random` policy.
+
+    Raises:
+        ValueError: for a value outside its range, naming the field, the value and what is allowed.
+    """
+
+    model_type = "tah"
+    sub_configs = {"base_config": AutoConfig}
+
+    base_config: dict | PreTrainedConfig | None = None
+    max_depth: int = 2
+    mix_topk: int = 100
+    reembed: str = "topk"
+    attention: str = "duo"
+    combine: str = "sum"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: list[str] | None = None
+    policy: str = "decider"
+    threshold: float = 0.5
+    decider: dict | None = dataclasses.field(default_factory=lambda: {"kind": "lean"})
+    confidence_measure: str = "probability"
+    random_rate: float = 0.07
+    random_seed: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.base_config, dict):
+            if "model_type" not in self.base_config:
+                raise ValueError("base_config has no model_type, so the base family is unknown")
+            self.base_config = AutoConfig.for_model(**self.base_config)
+        if self.base_config is not None:
+            text = self.base_config.get_text_config(decoder=True)
+            kwargs.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                kwargs.setdefault(name, getattr(text, name, None))
+            # transformers resets the sub-configuration's choice of kernels unless it is repeated.
+            for name in ("attn_implementation", "experts_implementation"):
+                kwargs.setdefault(name, getattr(self.base_config, f"_{name}", None))
+            self.decider = _complete_decider(self.decider, text.num_hidden_layers)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The base's configuration: transformers asks it for layer counts, vocabulary and window sizes."""
+        return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
+
+    def _check(self) -> None:
+        check_max_depth(self.max_depth)
+        check_threshold(self.threshold)
+        for name, allowed in (
+            ("reembed", REEMBED),
+            ("attention", ATTENTION),
+            ("combine", COMBINE),
+            ("policy", POLICIES),
+            ("confidence_measure", CONFIDENCE_MEASURES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name, low in (("mix_topk", 1), ("lora_rank", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be an integer >= {low}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1)")
+        if not 0 <= self.random_rate <= 1:
+            raise ValueError(f"random_rate={self.random_rate!r} must be in [0, 1]")
+        if self.policy == "decider" and self.decider is None and self.max_depth > 1:
+            raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
+
+
+def check_max_depth(value: Any) -> None:
+    """Raise `ValueError` unless `value` is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the plain base model)")
+
+
+def check_threshold(value: Any) -> None:
+    """Raise `ValueError` unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"threshold={value!r} must be a number in [0, 1]")
+
+
+def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
+    """Fill in the defaults of a decider's kind and check its layers against the base's depth in layers."""
+    if decider is None:
+        return None
+    kind = decider.get("kind")
+    if kind not in DECIDER_DEFAULTS:
+        raise ValueError(f"decider kind {kind!r} is not one of {', '.join(DECIDER_DEFAULTS)}")
+    unknown = set(decider) - {"kind"} - set(DECIDER_DEFAULTS[kind])
+    if unknown:
+        allowed = ", ".join(DECIDER_DEFAULTS[kind])
+        raise ValueError(f"a {kind} decider has no option {', '.join(sorted(unknown))}; it takes {allowed}")
+    full = {"kind": kind, **DECIDER_DEFAULTS[kind], **decider}
+    if full["layers"] is None:
+        full["layers"] = sorted({max(1, num_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
+    full["layers"] = list(full["layers"])
+    wrong = [k for k in full["layers"] if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= num_layers]
+    if wrong or not full["layers"]:
+        raise ValueError(
+            f"decider layers {full['layers']} must be hidden-state indices in 0..{num_layers} "
+            f"(0 = input embedding, {num_layers} = after the final norm)"
+        )
+    return full

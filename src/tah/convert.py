@@ -1,0 +1,256 @@
+"""Write a checkpoint of the original implementation (spec C.1) as a native TaH checkpoint.
+
+No code of the checkpoint runs: see `original.py` for its pickle and its configuration; `auto_map` is refused, and
+weights must be safetensors. There is no way back: the original layout needs a pickle, and this package writes none.
+The adapter alone can be exchanged, see `adapters.py`.
+
+Where the original surprises, the converter does what its loader does, and says so in the report:
+
+* The threshold is `iter_decider_kwargs.threshold` (0.5 when absent), never the one among the weights. It is rounded to
+  `iter_decider_kwargs.dtype` and then to the base's dtype: 0.9 is 0.8984375 in bfloat16.
+* The decider runs in the base's dtype, whatever it was saved in. `logits_projection` and `combined_projection` are
+  built in `iter_decider_kwargs.dtype` (bfloat16 when absent), so they lose precision even for a float32 base.
+* A decider stops at its own `max_iter`, 3 when `iter_decider_kwargs` has none, however large the model's is.
+* The class and arguments saved in `iter_decider.bin` count only where the config has none. State entries named like
+  an argument (`threshold`) are dropped. The original ignores missing entries; here they are errors.
+* `eval_iter_decider` decides at inference. Given as a class name it is built afresh; an MLPIterDecider would then be
+  untrained, so the trained weights are used with its arguments.
+* PEFT keeps an adapter in float32 next to a base in half precision; here it takes the base's dtype.
+
+Defaults of MLPIterDecider that the spec gives: layers (16, 20, 24, 28), widths (256, 512, 256), dropout 0.3, threshold
+0.5, max_iter 3. Assumed, from the original's constructor: topk 100, expansion 4, normalize_input False, dtype bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .adapters import Adapter, read_adapter
+from .model import TaHForCausalLM
+from .original import DECIDER, READ, OriginalDecider, read_config, read_decider
+
+TOKENIZER = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
+    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
+).split()
+
+
+@dataclass
+class ConversionReport:
+    """What was converted, and everything about it that might surprise."""
+
+    base_family: str
+    parameters: int
+    max_depth: int
+    threshold: float
+    dtype: str
+    unknown_keys: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"base       {self.base_family}, {self.dtype}",
+            f"parameters {self.parameters:,} with adapter and decider",
+            f"max_depth  {self.max_depth}",
+            f"threshold  {self.threshold:.7g}",
+        ]
+        if self.unknown_keys:
+            lines.append(f"ignored    unknown keys of tah_config.json: {', '.join(self.unknown_keys)}")
+        return "\n".join(lines + [f"note       {note}" for note in self.notes])
+
+
+def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> ConversionReport:
+    """Convert the original checkpoint in `src` to a native one in `dst`, all of it or nothing.
+
+    Args:
+        src: directory with `config.json`, `model.safetensors` (or its shards), `tah_config.json`, and as a rule
+            `iter_decider.bin`, `lora/` and a tokenizer.
+        dst: directory to make; it may exist if it is empty.
+        threshold: instead of the checkpoint's. The authors evaluate with 0.9, which their checkpoints do not say.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, damaged, asks for code, or asks for what a TaH model cannot do;
+            or `dst` is not empty. One line with the file and the entry.
+    """
+    source, target = Path(src), Path(os.path.realpath(dst))
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty directory; choose another destination")
+    notes: list[str] = []
+    config = read_config(source)
+    decider = read_decider(source, config, notes)
+    adapter = _read_lora(source, config)
+    base = _load_base(source, config["embedding_key"])
+    fields = _config_fields(config, decider, adapter, base.dtype, threshold, notes)
+    model = TaHForCausalLM.from_base(base, **fields)
+    if adapter:
+        adapter.copy_to(model)
+    if decider.state is not None:
+        _copy_decider(decider, model)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    report = ConversionReport(
+        base_family=base.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        max_depth=fields["max_depth"],
+        threshold=fields["threshold"],
+        dtype=str(base.dtype).removeprefix("torch."),
+        unknown_keys=sorted(config.keys() - READ - {"mix_topk"}),
+        notes=notes,
+    )
+    _save(model, source, target)
+    return report
+
+
+def _config_fields(
+    config: dict[str, Any],
+    decider: OriginalDecider,
+    adapter: Adapter | None,
+    dtype: torch.dtype,
+    threshold: float | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """The `TaHConfig` of the checkpoint, but for its base."""
+    arguments = decider.arguments
+    given = arguments["threshold"] if threshold is None else threshold
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise ValueError(f"threshold={given!r} must be a number in [0, 1]")
+    rounded = torch.tensor(given, dtype=arguments["dtype"]).to(dtype).item()
+    if abs(rounded - given) > 1e-6:
+        notes.append(f"threshold {given} is {rounded:.7g} in the decider's precision, as in the original")
+    fields: dict[str, Any] = {
+        "max_depth": decider.max_depth,
+        "mix_topk": config["mix_topk"],
+        "policy": decider.policy,
+        "threshold": rounded,
+        "decider": None,
+        "lora_rank": 0,
+    }
+    if decider.state is not None:
+        fields["decider"] = {
+            "kind": "mlp",
+            "layers": arguments["hidden_states_layer_nums"],
+            "hidden_dims": arguments["hidden_dims"],
+            "expansion": arguments["expansion_factor"],
+            "topk": arguments["topk"],
+            "normalize_input": arguments["normalize_input"],
+            "dropout": arguments["dropout_rate"],
+        }
+        if any(tensor.dtype != dtype for tensor in decider.state.values()):
+            notes.append(f"the decider is rounded to the base's {dtype}, as in the original")
+        elif arguments["dtype"] != dtype:
+            notes.append(f"the decider's first projections are rounded to {arguments['dtype']}, as in the original")
+    if adapter:
+        fields |= adapter.fields
+        if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
+            notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
+    return fields
+
+
+def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:
+    """The adapter in `lora/`, which the config must agree with: PEFT would follow the config's rank and scale."""
+    directory, wanted = source / "lora", config["adapter"] == "lora"
+    if wanted != directory.is_dir():
+        state = "is there" if directory.is_dir() else "is missing"
+        raise ValueError(f"tah_config.json: adapter is {config['adapter']!r}, but {directory} {state}")
+    if not wanted:
+        return None
+    adapter = read_adapter(directory)
+    for key in ("r", "lora_alpha", "use_rslora"):
+        ours = (config.get("adapter_kwargs") or {}).get(key, adapter.settings.get(key))
+        if ours != adapter.settings.get(key):
+            raise ValueError(f"{key} is {adapter.settings.get(key)!r} in lora/, but {ours!r} in tah_config.json")
+    return adapter
+
+
+def _check_base_files(source: Path) -> None:
+    """Everything about the base that can be refused without building it."""
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json")
+    path = source / "config.json"
+    try:
+        described = json.loads(path.read_text("utf-8"))
+        for path in sorted(source.glob("*.safetensors")):
+            with safe_open(path, "pt"):
+                pass
+        for path in sorted(source.glob("*.safetensors.index.json")):
+            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+            for shard in shards:
+                if not (source / shard).is_file():
+                    raise FileNotFoundError(f"{shard}, which it lists, is missing")
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path.name} is damaged or incomplete: {error}") from error
+    for key in ("auto_map", "quantization_config"):
+        if described.get(key):
+            raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
+    if (source / "adapter_config.json").exists():  # transformers would follow it to another base
+        raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
+
+
+def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
+    """The base model in the dtype of the checkpoint, complete and with nothing left over."""
+    _check_base_files(source)
+    try:
+        base, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto",
+            attn_implementation="eager",  # a config may name a kernel to download
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the base in {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    for what in ("missing", "unexpected"):
+        if names := sorted(loading[f"{what}_keys"]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"the base weights have {what} tensors: {', '.join(names[:3])}{more}")
+    if dict(base.named_modules()).get(embedding_key) is not base.get_input_embeddings():
+        raise ValueError(f"tah_config.json: embedding_key is {embedding_key!r}, not the input embedding of the base")
+    return base
+
+
+@torch.no_grad()
+def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
+    """Copy the MLP's tensors into the model's decider, in the model's dtype."""
+    own, state = model.decider.state_dict(), decider.state or {}
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is not a parameter of this decider" for name in state.keys() - own.keys()]
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            wrong.append(f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{DECIDER} does not fit its arguments: {min(wrong)}{more}")
+    for name, tensor in state.items():
+        if name.split(".")[0] in ("logits_projection", "combined_projection"):
+            tensor = tensor.to(decider.arguments["dtype"])
+        own[name].copy_(tensor)
+
+
+def _save(model: TaHForCausalLM, source: Path, target: Path) -> None:
+    """Write the checkpoint beside `target` and then rename it, so that `target` is never half a checkpoint."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        for name in TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        if target.exists():
+            target.rmdir()  # empty, or this fails
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

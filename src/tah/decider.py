@@ -1,0 +1,155 @@
+"""Deciders: small networks that say which tokens are hard (spec A.2).
+
+Shapes: N tokens, D width of the base, k top logits.
+
+Both kinds are policies: called with a [`DepthState`] they return continue logits [N], float32. They read the hidden
+states of the pass just run and do not know the depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .policy import DepthState
+
+PRIOR_LOGIT = -2.5866893  # logit of 0.07, the paper's share of hard tokens
+
+
+class LeanDecider(nn.Module):
+    """Our default: a two-layer MLP on normalised hidden states, with no full-vocabulary work.
+
+    Its output layer starts at zero with a bias of logit(0.07), so an untrained model never iterates at the default
+    threshold: it is the base model until trained.
+
+    Args:
+        hidden_size: D.
+        layers: hidden-state indices it reads.
+        width: of the hidden layer.
+    """
+
+    def __init__(self, hidden_size: int, layers: list[int], width: int) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.input = nn.Linear(hidden_size * len(layers), width)
+        self.output = nn.Linear(width, 1)
+
+    def forward(self, state: DepthState) -> Tensor:
+        """[N] continue logits"""
+        device, dtype = self.input.weight.device, self.input.weight.dtype
+        parts = [state.hidden[k].to(device, dtype) for k in self.layers]
+        x = torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
+        return self.output(F.silu(self.input(x))).squeeze(-1).float()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.input.weight)
+        nn.init.zeros_(self.input.bias)
+        nn.init.zeros_(self.output.weight)
+        nn.init.constant_(self.output.bias, PRIOR_LOGIT)
+
+
+class _Block(nn.Module):
+    """Pre-norm residual MLP block: skip(x) + W2 GELU(W1 LN(x))."""
+
+    def __init__(self, width: int, out_width: int, expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, width * expansion),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(width * expansion, out_width),
+            nn.Dropout(dropout),
+        )
+        self.dim_change = nn.Linear(width, out_width) if width != out_width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dim_change(x) + self.mlp(self.layer_norm(x))
+
+
+class _Backbone(nn.Module):
+    def __init__(self, widths: list[int], expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.input_projection = nn.Linear(widths[0], widths[0])
+        outs = widths[1:] + widths[-1:]
+        self.blocks = nn.ModuleList(_Block(a, b, expansion, dropout) for a, b in zip(widths, outs, strict=True))
+        self.output_layer = nn.Sequential(nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_projection(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.output_layer(x)
+
+
+class MLPDecider(nn.Module):
+    """The authors' decider: raw hidden states of several layers and the largest accumulated logits (spec A.2).
+
+    Parameter names are those of the released `iter_decider.bin`, without `threshold`.
+
+    Args:
+        hidden_size: D.
+        layers: hidden-state indices it reads.
+        hidden_dims: width of each residual block.
+        expansion: inner width of a block, as a multiple.
+        topk: how many of the largest accumulated logits it reads.
+        normalize_input: LayerNorm on the hidden states and softmax over the top logits.
+        dropout: inside blocks, during training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        layers: list[int],
+        hidden_dims: list[int],
+        expansion: int,
+        topk: int,
+        normalize_input: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.topk, self.normalize_input = topk, normalize_input
+        features = hidden_size * len(layers)
+        if normalize_input:
+            self.layer_norm_hidden_states = nn.LayerNorm(features)
+        self.logits_projection = nn.Linear(topk, hidden_size)
+        self.combined_projection = nn.Linear(features + hidden_size, hidden_dims[0])
+        self.backbone = _Backbone(hidden_dims, expansion, dropout)
+
+    def forward(self, state: DepthState) -> Tensor:
+        """[N] continue logits"""
+        device, dtype = self.logits_projection.weight.device, self.logits_projection.weight.dtype
+        hidden = torch.cat([state.hidden[k].to(device, dtype) for k in self.layers], dim=-1)
+        top = state.map_logits(lambda logits: logits.topk(self.topk, dim=-1).values).to(device, dtype)
+        if self.normalize_input:
+            hidden, top = self.layer_norm_hidden_states(hidden), top.softmax(-1)
+        x = self.combined_projection(torch.cat([hidden, self.logits_projection(top)], dim=-1))
+        return self.backbone(x).squeeze(-1).float()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
+            if isinstance(module, nn.Linear) and name.startswith("backbone."):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def build_decider(spec: dict[str, Any], hidden_size: int, vocab_size: int) -> LeanDecider | MLPDecider:
+    """The decider that a config's `decider` entry describes, sized for the base.
+
+    Raises:
+        ValueError: it reads more logits than the vocabulary has.
+    """
+    options = {key: value for key, value in spec.items() if key != "kind"}
+    if spec["kind"] == "lean":
+        return LeanDecider(hidden_size, **options)
+    if options["topk"] > vocab_size:
+        raise ValueError(f"decider topk={options['topk']} is more than the vocabulary of {vocab_size}")
+    return MLPDecider(hidden_size, **options)

@@ -1,0 +1,179 @@
+"""Which base models can be wrapped: three contracts, checked by facts and by a probe (style.md section 3).
+
+A base must (1) take `inputs_embeds` and `position_ids`, (2) keep its past only in the `Cache` it is given, through
+`update`, and (3) use a ready attention mask as it is. What does not is refused with the reason, never run wrongly.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .cache import DuoCache, Packed
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+PROBE_TOKENS = 8
+
+
+class UnsupportedBase(ValueError):
+    """A base model that Think-at-Hard cannot wrap, with the reason."""
+
+
+@dataclass
+class Head:
+    """Final hidden states [..., D] -> logits [..., V], exactly as the base's own forward computes them.
+
+    That is its output embedding, then a scale, then a soft-cap: `softcap * tanh(scale * (W h + b) / softcap)`.
+    """
+
+    linear: nn.Module
+    scale: float = 1.0
+    divide: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.divide != 1.0:
+            logits = logits / self.divide
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the head of a sum is the sum of heads, so that summed logits can be carried as summed states."""
+        return self.softcap is None and getattr(self.linear, "bias", None) is None
+
+
+def head_of(base: PreTrainedModel) -> Head:
+    """The base's output head, read off its module and configuration."""
+    config = base.config.get_text_config(decoder=True)
+    linear = base.get_output_embeddings()
+    if linear is None:
+        raise UnsupportedBase(f"{type(base).__name__} has no output embeddings, so it is not a language model")
+    # Attribute names as the families spell them: Cohere multiplies, Granite divides, Gemma and nanochat cap.
+    return Head(
+        linear,
+        scale=getattr(base, "logit_scale", None) or getattr(config, "logit_scale", None) or 1.0,
+        divide=getattr(config, "logits_scaling", None) or 1.0,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The base without its output head: embeddings in, final hidden states out."""
+    decoder = base.get_decoder()
+    # Llama 4's text model answers with itself and head-first encoders with their head; the prefix module is right.
+    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not base else base.base_model
+
+
+def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The decoder's list of layers.
+
+    Raises:
+        UnsupportedBase: there is no module list of that length directly below the decoder.
+    """
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return child
+    raise UnsupportedBase(f"{type(decoder).__name__} has no list of its {num_layers} layers, so none can be observed")
+
+
+def check_facts(base: PreTrainedModel) -> None:
+    """What can be read off without running the base: signature, layer types, layers, head.
+
+    Raises:
+        UnsupportedBase: with the reason.
+    """
+    name, config = type(base).__name__, base.config.get_text_config(decoder=True)
+    decoder = decoder_of(base)
+    parameters = inspect.signature(decoder.forward).parameters
+    for needed in ("inputs_embeds", "position_ids", "past_key_values"):
+        if needed not in parameters:
+            raise UnsupportedBase(f"{name} cannot be wrapped: its forward takes no {needed}")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedBase(f"{name} cannot be wrapped: it is an encoder-decoder")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if strange:
+        raise UnsupportedBase(
+            f"{name} cannot be wrapped: duo-causal attention is defined for {', '.join(LAYER_TYPES)} layers, "
+            f"not for {', '.join(strange)}"
+        )
+    decoder_layers(decoder, config.num_hidden_layers)
+    head_of(base)
+
+
+@torch.no_grad()
+def check_base(base: PreTrainedModel) -> None:
+    """Check everything a base needs, the last of it by running 8 tokens.
+
+    The probe compares with the base's own forward: a pass at depth 1 through our cache and head, and a pass at depth 2
+    of the last token alone, which must give what depth 1 gives when adapters are off and the token did not run
+    depth 1.
+
+    Raises:
+        UnsupportedBase: with the reason.
+    """
+    check_facts(base)
+    name, training = type(base).__name__, base.training
+    base.eval()
+    try:
+        reason = _probe(base)
+    except UnsupportedBase:
+        raise
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        reason = f"its forward fails on our cache with {type(error).__name__}: {line[0][:120] if line else ''}"
+    finally:
+        base.train(training)
+    if reason:
+        raise UnsupportedBase(f"{name} cannot be wrapped: {reason}")
+
+
+def _probe(base: PreTrainedModel) -> str | None:
+    """The reason the base behaves differently under our cache and masks, or None."""
+    config: PreTrainedConfig = base.config.get_text_config(decoder=True)
+    decoder, head = decoder_of(base), head_of(base)
+    embed = base.get_input_embeddings()
+    device = embed.weight.device
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] % config.vocab_size
+    positions = torch.arange(PROBE_TOKENS, device=device)[None]
+    want = base(input_ids=ids, use_cache=False).logits[0].float()
+    tolerance = (1e-3 if decoder.dtype == torch.float32 else 3e-2) * want.abs().max().item()
+
+    def differs(got: Tensor, want: Tensor) -> bool:
+        return not torch.allclose(got.float(), want, atol=tolerance, rtol=0)
+
+    cache = DuoCache()
+    step = cache.step(positions, torch.ones_like(ids, dtype=torch.bool), padded=False)
+    out: Any = decoder(input_ids=ids, position_ids=positions, past_key_values=step, use_cache=False)
+    if len(cache.layers) != config.num_hidden_layers:
+        return f"{len(cache.layers)} of its {config.num_hidden_layers} layers keep their past in the cache"
+    if differs(head(out.last_hidden_state)[0], want):
+        return "its logits are not its output embedding of the final hidden state, scaled or soft-capped"
+
+    cache = DuoCache()
+    step = cache.step(positions[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool), padded=False)
+    decoder(input_ids=ids[:, :-1], position_ids=positions[:, :-1], past_key_values=step, use_cache=False)
+    zero = ids.new_zeros(1)
+    last, packed = positions[:, -1:], Packed(zero, zero[None], torch.ones_like(zero[None], dtype=torch.bool), True)
+    deep = cache.deep_step(2, zero, zero, packed, last[0])
+    out = decoder(
+        inputs_embeds=embed(ids[:, -1:]),
+        position_ids=last,
+        past_key_values=deep,
+        attention_mask=deep.masks(config, last, "duo", decoder.dtype),
+        use_cache=False,
+    )
+    if differs(head(out.last_hidden_state)[0], want[-1:]):
+        return "it does not attend by the positions and the mask it is given"
+    return None

@@ -1,0 +1,95 @@
+"""Duo-causal masks: who sees which key at depth >= 2 (spec A.4).
+
+Shapes: R rows of a pass, N queries, W deeper slots, n depth-1 slots, S = W + n keys.
+
+Depth 1 needs nothing from here: it is the base's own causal attention over depth-1 keys. A deeper query sees a key
+iff
+
+    key position <= query position  and  key depth <= query depth          (`duo`, the paper)
+    ... where keys of depth >= 2 must also have the query's own position   (`own`)
+
+and a sliding window or chunk of the base applies to positions, as it does at depth 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+NEVER = 2**62  # position of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
+
+
+def depth_masks(
+    config: PreTrainedConfig,
+    depth: int,
+    query: Tensor,
+    deep: Tensor,
+    deep_depths: Tensor,
+    base: Tensor,
+    attention: str,
+    dtype: torch.dtype,
+) -> Any:
+    """Ready masks over the keys [deeper slots | depth-1 slots].
+
+    Args:
+        config: text configuration of the base.
+        depth: of the queries, >= 2.
+        query: [R, N] positions.
+        deep: [R, W] positions of the deeper slots, `NEVER` where empty.
+        deep_depths: [R, W] depths of the deeper slots.
+        base: [R, n] positions of the depth-1 slots, `NEVER` at padding.
+        attention: `duo` or `own`.
+        dtype: of the activations, for float masks.
+
+    Returns:
+        [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
+    """
+    q = query[:, :, None]  # [R, N, 1]
+    visible_deep = deep[:, None] == q if attention == "own" else deep[:, None] <= q
+    visible_deep = visible_deep & (deep_depths <= depth)[:, None]
+    visible = torch.cat([visible_deep, base[:, None] <= q], dim=2)  # [R, N, S]
+    key = torch.cat([deep, base], dim=1)[:, None]  # [R, 1, S]
+
+    def build(layer_type: str) -> Any:
+        return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype)
+
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return build(uniform_layer_type(config))
+    return {layer_type: build(layer_type) for layer_type in dict.fromkeys(types)}
+
+
+def uniform_layer_type(config: PreTrainedConfig) -> str:
+    """The attention pattern of a base whose layers are all alike (it has no `layer_types`)."""
+    if getattr(config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "chunked_attention"
+    return "full_attention"
+
+
+def within_reach(config: PreTrainedConfig, layer_type: str, query: Tensor, key: Tensor) -> Tensor | bool:
+    """Which key positions a layer of this type reaches from which query positions, apart from causality."""
+    if layer_type == "sliding_attention":
+        return query - key < config.sliding_window
+    if layer_type == "chunked_attention":
+        return query // config.attention_chunk_size == key // config.attention_chunk_size
+    return True
+
+
+def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """visible [R, N, S] bool in the form of the configured attention implementation."""
+    implementation = config._attn_implementation
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, queries, keys = visible.shape
+        return create_block_mask(
+            lambda b, h, q, k: visible[b, q, k], rows, None, queries, keys, device=visible.device.type
+        )
+    if implementation == "eager":
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    return visible[:, None]

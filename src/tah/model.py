@@ -1,0 +1,383 @@
+"""Think-at-Hard on any Hugging Face decoder. Start reading at `TaHForCausalLM.forward`.
+
+Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one,
+R rows that have one (their tokens packed left into [R, P] columns), D width, V vocabulary, L layers.
+
+Depth counts passes over the base from 1: depth 1 is the plain base model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cache import DuoCache, DuoStep
+from .checkpoint import SafeCheckpoint
+from .config import TaHConfig, check_max_depth, check_threshold
+from .decider import LeanDecider, MLPDecider, build_decider
+from .depths import RunningOutput, Tokens, lay_out, pack, record
+from .families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .generation import TaHGeneration
+from .lora import add_lora, at_depth, replay_contexts
+from .policy import DepthState, Never, Policy, build_policy
+
+LOSS_ARGUMENTS = {"num_items_in_batch"}
+NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
+
+
+@dataclass
+class TaHOutput(CausalLMOutputWithPast):
+    """Output of [`TaHForCausalLM`].
+
+    Args:
+        loss: mean next-token cross-entropy of the accumulated logits, where labels are given.
+        logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
+        past_key_values: the `DuoCache`, where a cache is used.
+        depth_count: [B, T] int64, passes each token took (1 at padding).
+        continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
+            was not asked.
+    """
+
+    depth_count: Tensor | None = None
+    continue_logits: Tensor | None = None
+
+    @property
+    def continue_prob(self) -> Tensor:
+        """[B, T, max_depth - 1]: sigmoid of `continue_logits`, the policy's probability of going on."""
+        assert self.continue_logits is not None
+        return self.continue_logits.sigmoid()
+
+
+@dataclass
+class Rule:
+    """Who may go on in this call: a policy, its threshold, and the most passes; the latter two may differ by row."""
+
+    policy: Policy | nn.Module
+    threshold: float | Tensor  # or [B]
+    max_depth: int  # of the deepest row
+    row_depth: Tensor | None  # [B] where rows differ
+
+    def goes_on(self, logits: Tensor, depth: int, row: Tensor) -> Tensor:
+        """[N] bool: continue iff sigmoid(logit) > threshold, strictly; +inf always does (spec A.2)."""
+        threshold = self.threshold[row] if isinstance(self.threshold, Tensor) else self.threshold
+        go = (logits.sigmoid() > threshold) | (logits == math.inf)
+        return go if self.row_depth is None else go & (self.row_depth[row] > depth)
+
+
+class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
+    """A base decoder that runs again, with an adapter, on the tokens a policy calls hard (the paper; spec A).
+
+    Make one with [`~TaHForCausalLM.from_base`], load one with `from_pretrained`. The wrapped model is `self.base`.
+    """
+
+    config_class = TaHConfig
+    config: TaHConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: TaHConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if config.base_config is None:
+            raise ValueError("TaHConfig has no base_config; make a model with TaHForCausalLM.from_base(...)")
+        self.base = AutoModelForCausalLM.from_config(config.base_config) if base is None else base
+        check_facts(self.base)
+        text = config.get_text_config(decoder=True)
+        if config.lora_rank:
+            add_lora(self.decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        width, made = text.hidden_size, partial(_like, self.get_input_embeddings().weight)
+        self.decider = made(build_decider(config.decider, width, text.vocab_size)) if config.decider else None
+        # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
+        self.reembed_map = made(nn.Linear(width, width, bias=False)) if config.reembed == "hidden" else None
+        self.combine_map = made(nn.Linear(width, width, bias=False)) if config.combine == "zero_init" else None
+        for layer in decoder_layers(self.decoder, text.num_hidden_layers):
+            layer._can_checkpoint_with_cache = True  # type: ignore[assignment]  # DuoStep.update may be replayed
+        self.post_init()
+
+    # -- the method ----------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DuoCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        depth_labels: Tensor | None = None,
+        policy: str | Policy | None = None,
+        threshold: float | Tensor | None = None,
+        max_depth: int | Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> TaHOutput:
+        """Run every token once and the hard ones again.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, >= T], 0 at padding (left or right); only the last T columns are read.
+            position_ids: [B, T]; counted from the attention mask when not given. The same at every depth.
+            past_key_values: the `DuoCache` of earlier tokens of the same batch.
+            inputs_embeds: [B, T, D] instead of `input_ids`.
+            labels: [B, T] like `input_ids`, -100 where not supervised; shifted inside.
+            depth_labels: [B, T] passes each token should take, for the `oracle` policy; not shifted.
+            policy: a name or a [`Policy`]; the config's by default.
+            threshold: in [0, 1], or one per row [B]; the config's by default.
+            max_depth: >= 1, or one per row [B]; the config's by default.
+            use_cache: return a cache; by default not while training.
+            logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all.
+            kwargs: `num_items_in_batch` for the loss.
+
+        Raises:
+            ValueError: for inputs that do not fit each other, naming them.
+        """
+        tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        B, T = tokens.valid.shape
+        self._check_labels((B, T), kwargs, labels=labels, depth_labels=depth_labels)
+        rule = self._rule(policy, threshold, max_depth, B)
+        use_cache = not self.training if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and (use_cache or rule.max_depth > 1):
+            cache = DuoCache()
+
+        # Depth 1: every token through the untouched base.
+        step = None if cache is None else cache.step(tokens.positions, tokens.valid, tokens.padded)
+        hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step))
+        total = RunningOutput(self.head, hidden, self.combine_map)
+        depth_count = torch.ones_like(tokens.positions)
+        columns = max(rule.max_depth, self.config.max_depth) - 1
+        continue_logits = hidden.new_full((B * T, columns), math.nan, dtype=torch.float32)
+        active = tokens.valid.flatten().nonzero().squeeze(1)  # [N] flat indices of the tokens that just ran
+        hidden, features = _select(hidden, features, tokens.valid, every=not tokens.padded)
+
+        for depth in range(1, rule.max_depth):
+            # Who is hard? The policy judges the tokens that just ran ...
+            state = DepthState(
+                depth=depth,
+                input_ids=tokens.select(tokens.ids, active),
+                positions=tokens.positions.flatten()[active],
+                hidden=features,
+                depth_labels=tokens.select(depth_labels, active),
+                map_logits=partial(total.map_logits, active),
+            )
+            go_logits = rule.policy(state).to(continue_logits)
+            if go_logits.isnan().any():
+                raise ValueError(f"the policy gave NaN after depth {depth}: hidden states or logits are not finite")
+            continue_logits = continue_logits.index_put((active, active.new_tensor(depth - 1)), go_logits)
+            chosen = rule.goes_on(go_logits, depth, active // T)
+            active, hidden = active[chosen], hidden[chosen]
+            if len(active) == 0:
+                break
+
+            # ... and the hard ones run again: a new input at the old position, rows packed left, adapter on.
+            embeds = self._reembed(tokens, total, active, hidden)  # [M, D]
+            packed, row, column = pack(active, T)
+            positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
+            assert cache is not None
+            step = cache.deep_step(depth + 1, row, column, packed, tokens.positions.flatten()[active])
+            hidden, features = self._run(
+                depth + 1,
+                step,
+                rule.policy,
+                inputs_embeds=lay_out(embeds, packed),
+                position_ids=positions,
+                attention_mask=step.masks(self.decoder.config, positions, self.config.attention, embeds.dtype),
+            )
+            hidden, features = _select(hidden, features, packed.valid, packed.full)  # [M, D]
+            total.add(active, hidden)
+            depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
+
+        if cache is not None and self.config.attention == "own":
+            cache.drop_deep()
+        continue_logits = continue_logits.view(B, T, columns)
+        if cache is not None and use_cache:
+            cache.record(depth_count, continue_logits.detach())
+        logits = self._logits(total, B, T, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return TaHOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            depth_count=depth_count,
+            continue_logits=continue_logits,
+        )
+
+    def _run(
+        self, depth: int, step: DuoStep | None, policy: Policy | nn.Module, **inputs: Any
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """One pass over the base: final hidden states [.., .., D] and those the policy reads, by index."""
+        decoder = self.decoder
+        num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
+        wanted: tuple[int, ...] = getattr(policy, "layers", ())
+        if wanted and not 0 <= min(wanted) <= max(wanted) <= num_layers:
+            raise ValueError(f"the policy reads hidden states {list(wanted)}; the base has 0..{num_layers}")
+        with at_depth(depth), record(decoder_layers(decoder, num_layers), wanted) as seen:
+            # use_cache only says whether to create a cache; the step is used either way.
+            hidden = decoder(past_key_values=step, use_cache=False, **inputs).last_hidden_state
+        if num_layers in wanted:
+            seen[num_layers] = hidden
+        return hidden, seen
+
+    def _reembed(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
+        """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D] (spec A.3)."""
+        embed = self.get_input_embeddings()
+        if self.reembed_map is not None:
+            own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
+            return own.flatten(0, 1)[active] + self.reembed_map(hidden)
+
+        def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
+            top, ids = logits.topk(min(self.config.mix_topk, logits.shape[-1]), dim=-1)
+            weights, rows = top.float().softmax(-1), embed(ids)
+            return torch.einsum("nk,nkd->nd", weights.to(rows.device), rows.float()).to(rows.dtype)
+
+        return total.map_logits(active, mix)
+
+    def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
+        """[B, K, V]"""
+        index = torch.arange(B * T, device=total.total.device).view(B, T)
+        index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return total.logits(index.flatten()).view(B, index.shape[1], -1)
+
+    def _rule(self, policy: Any, threshold: Any, max_depth: Any, rows: int) -> Rule:
+        """What this call asks for, the config filling the gaps."""
+        policy = self.config.policy if policy is None else policy
+        if policy == "decider":
+            if self.decider is None:
+                raise ValueError("this model has no decider; give another policy, such as policy='confidence'")
+            policy = self.decider
+        elif isinstance(policy, str):
+            policy = build_policy(policy, self.config)
+        elif not callable(policy):
+            raise ValueError(f"policy={policy!r} is neither a name nor a Policy")
+        threshold = self.config.threshold if threshold is None else _per_row("threshold", threshold, rows, check_threshold)
+        max_depth = self.config.max_depth if max_depth is None else _per_row("max_depth", max_depth, rows, check_max_depth)
+        deepest = int(max_depth.max()) if isinstance(max_depth, Tensor) else max_depth
+        by_row = max_depth if isinstance(max_depth, Tensor) else None
+        return Rule(policy, threshold, 1 if isinstance(policy, Never) else deepest, by_row)
+
+    def _check_labels(self, shape: tuple[int, int], kwargs: dict[str, Any], **labels: Tensor | None) -> None:
+        """Labels fit the input, and nothing was asked for that would silently not happen."""
+        for name, tensor in labels.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} of shape {list(tensor.shape)} do not fit an input of shape {list(shape)}")
+        for name in NO_SUCH_OUTPUT & set(kwargs):
+            if kwargs.pop(name):
+                raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
+        if strange := set(kwargs) - LOSS_ARGUMENTS:
+            raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The base without its head."""
+        return decoder_of(self.base)
+
+    @property
+    def head(self) -> Head:
+        """Final hidden states [..., D] to logits [..., V], as the base computes them."""
+        return head_of(self.base)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.base.set_output_embeddings(value)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what the base does not have; the base initialises itself."""
+        if isinstance(module, (LeanDecider, MLPDecider)):
+            module.reset_parameters()
+        elif module is self.reembed_map:
+            nn.init.normal_(module.weight, std=0.02)
+        elif module is self.combine_map:
+            nn.init.zeros_(module.weight)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        if enable:
+            kwargs["gradient_checkpointing_func"] = partial(gradient_checkpointing_func, context_fn=replay_contexts)
+        super()._set_gradient_checkpointing(enable, **kwargs)
+
+    # -- making one ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(cls, base: str | PreTrainedModel, **kwargs: Any) -> TaHForCausalLM:
+        """Wrap a base model. Untrained, with the default policy, the result answers exactly as the base does.
+
+        Args:
+            base: a model, or the hub id or directory of one.
+            kwargs: fields of [`TaHConfig`]; the rest goes to the base's `from_pretrained` (`dtype`, `device_map`,
+                `attn_implementation`, `revision`, ...).
+
+        Raises:
+            UnsupportedBase: the base's family cannot be wrapped; says why.
+            ValueError: a config field out of range, or arguments nobody takes.
+        """
+        fields = {field.name for field in dataclasses.fields(TaHConfig)} - {"base_config"}
+        own = fields - {field.name for field in dataclasses.fields(TaHConfig.__mro__[1])}
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        if isinstance(base, str) or hasattr(base, "__fspath__"):
+            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        elif kwargs:
+            raise ValueError(f"unknown options: {', '.join(sorted(kwargs))}; TaHConfig takes {', '.join(sorted(own))}")
+        if isinstance(base, cls):
+            raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
+        check_base(base)
+        config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
+        model = cls(config, base=base)
+        if base.generation_config is not None:
+            model.generation_config = base.generation_config
+        return model.eval()
+
+
+def _select(
+    hidden: Tensor, features: dict[int, Tensor], valid: Tensor, every: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y]; a view where that is all of them."""
+
+    def pick(x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if every else x[valid]
+
+    return pick(hidden), {k: pick(x) for k, x in features.items()}
+
+
+def _like(weight: Tensor, module: nn.Module) -> Any:
+    """`module` on the device and in the dtype of `weight`."""
+    return module.to(device=weight.device, dtype=weight.dtype)
+
+
+def _per_row(name: str, value: Any, rows: int, check: Any) -> Any:
+    """A checked scalar, or a checked tensor [B]."""
+    if isinstance(value, (list, tuple)):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor):
+        check(value)
+        return value
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {list(value.shape)}; give one value, or one per row: [{rows}]")
+    for entry in value.tolist():
+        check(entry)
+    return value

@@ -1,0 +1,236 @@
+"""Files of the original implementation, read as plain data (spec C.1).
+
+Everything here comes from a download and is trusted with nothing: `iter_decider.bin`, a pickle, is opened by torch's
+restricted unpickler with nothing added to what it admits, and `tah_config.json` may name dtypes but no other object.
+Whatever a TaH model cannot do is refused with the file and the entry; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIG, DECIDER = "tah_config.json", "iter_decider.bin"
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+MLP, LABEL = "MLPIterDecider", "IterLabelDecider"
+ARGUMENTS: dict[str, dict[str, Any]] = {  # of each decider class, with its defaults; convert.py says where from
+    MLP: {
+        "topk": 100,
+        "hidden_states_size": 1024,
+        "hidden_states_layer_nums": [16, 20, 24, 28],
+        "hidden_dims": [256, 512, 256],
+        "expansion_factor": 4,
+        "dropout_rate": 0.3,
+        "normalize_input": False,
+        "threshold": 0.5,
+        "max_iter": 3,
+        "dtype": torch.bfloat16,
+    },
+    LABEL: {"max_iter": 3},
+}
+ONLY: dict[str, tuple[Any, ...]] = {  # entries whose other values a TaH model cannot represent
+    "adapter": ("lora", "none", None),
+    "input_updater": ("TrivialUpdater", None),
+    "output_updater": ("AdditiveLogitsUpdater",),  # null means NoneUpdater: no residual
+    "iter_attention_mode": ("duo", None),
+    "use_iter_embedding": (False, None),
+}
+READ = {"embedding_key", "max_iter", "iter_decider", "eval_iter_decider", "iter_label_generator", "train_loss"}
+READ |= {"eval_loss", *ONLY}
+READ |= {f"{key}_kwargs" for key in READ}
+TAH2 = {"weighted_hidden_method", "iter_attention_impl", "memory_lean_fp32_reductions"}
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """`tah_config.json`, with dtypes decoded and everything checked but the deciders' arguments.
+
+    Raises:
+        ValueError: it is missing or malformed, asks for an object, or asks for what a TaH model cannot do.
+    """
+    path = source / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{source} has no {CONFIG}, so it is not a checkpoint of the original implementation")
+    try:
+        config = _plain(json.loads(path.read_text("utf-8")), "")
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG} is not a JSON object")
+    named = [str(config.get(key)) for key in ("input_updater", "iter_decider")]
+    if TAH2 & config.keys() or (source / "input_updater.bin").exists() or any(n.startswith("Qwen3MLP") for n in named):
+        raise ValueError(f"{source} is a TaH2 checkpoint, which this converter does not support")
+    for key, value in config.items():
+        if key in ONLY and value not in ONLY[key]:
+            allowed = " or ".join(repr(option) for option in ONLY[key])
+            raise ValueError(f"{CONFIG}: {key} is {value!r}, which a TaH model cannot represent; only {allowed}")
+        if key in READ and key.endswith("_kwargs") and not isinstance(value, dict | None):
+            raise ValueError(f"{CONFIG}: {key} is {value!r}, not a JSON object")
+    config = {"embedding_key": "model.embed_tokens", "adapter": "lora", **config}
+    mixing = {"topk": 100, **(config.get("input_updater_kwargs") or {})}
+    if mixing.get("use_hidden_states"):
+        raise ValueError(f"{CONFIG}: input_updater_kwargs.use_hidden_states, which a TaH model cannot represent")
+    config["mix_topk"] = mixing["topk"]
+    for key, name in (("max_iter", "max_iter"), ("mix_topk", "input_updater_kwargs.topk")):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise ValueError(f"{CONFIG}: {name} is {config.get(key)!r}, not an integer >= 1")
+    return config
+
+
+def _plain(value: Any, path: str) -> Any:
+    """The JSON value with dtypes decoded; any other request for an object is a `ValueError`."""
+    if isinstance(value, list):
+        return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if not any(key.startswith("__") for key in value):
+        return {key: _plain(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+    dtype = DTYPES.get(str(value.get("__str__")))
+    if value.keys() == {"__dtype__", "__str__"} and value["__dtype__"] is True and dtype:
+        return dtype
+    asked = f"{value.get('__module__')}.{value.get('__name__')}" if "__type__" in value else json.dumps(value)
+    raise ValueError(f"{CONFIG} asks for {asked} at {path or 'its top'}, which is not data; refused")
+
+
+@dataclass
+class OriginalDecider:
+    """What decides at inference, and the trained MLP if there is one.
+
+    Attributes:
+        policy: `decider` or `oracle`.
+        max_depth: after which the model or its decider stops, whichever is first.
+        arguments: of the MLP, complete; only `threshold` and `dtype` without one.
+        state: the MLP's tensors by name, or None.
+    """
+
+    policy: str
+    max_depth: int
+    arguments: dict[str, Any]
+    state: dict[str, Tensor] | None
+
+
+def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> OriginalDecider:
+    """The decider that the original would run at inference; `notes` gets what may surprise.
+
+    Raises:
+        ValueError: it is missing, damaged, not data, or of a class that a TaH model does not have.
+    """
+    given = dict(config.get("iter_decider_kwargs") or {})
+    path = _decider_file(source, given.pop("load_path", None))
+    saved = read_pickle(path) if path.is_file() else None
+    trained = config.get("iter_decider") or (saved["class"] if saved else None)
+    if not given and saved:
+        given = saved["init_args"]
+        notes.append(f"{CONFIG} has no iter_decider_kwargs; the arguments saved in {DECIDER} are used")
+    arguments = _arguments(trained, given, "iter_decider")
+    if saved is None and "max_iter" not in given:
+        arguments["max_iter"] = config["max_iter"]
+    deciding, stop = config.get("eval_iter_decider") or "iter_decider", arguments["max_iter"]
+    if deciding == "iter_decider":
+        deciding = trained
+    else:
+        fresh = config.get("eval_iter_decider_kwargs") or {}
+        if deciding == MLP == trained:
+            arguments = _arguments(MLP, given | fresh, "eval_iter_decider")
+            notes.append("eval_iter_decider names a class, which the original would build untrained; ours is trained")
+        else:
+            _arguments(deciding, fresh, "eval_iter_decider")
+        stop = fresh.get("max_iter", config["max_iter"])
+    if MLP in (trained, deciding) and (saved is None or trained != MLP):
+        missing = f"{path.name} is missing" if saved is None else f"{path.name} holds a trained {trained}"
+        raise ValueError(f"{CONFIG} asks for a trained {MLP}, but {missing}")
+    if stop < config["max_iter"]:
+        notes.append(f"max_iter is {config['max_iter']}, but the decider stops at its own {stop}: max_depth is {stop}")
+    state = dict(saved["state_dict"]) if saved and trained == MLP else None
+    if state is None:
+        arguments |= {"threshold": 0.5, "dtype": torch.float32}
+    elif "threshold" in state and abs(state["threshold"].item() - arguments["threshold"]) > 4e-3:
+        weight = state["threshold"].item()
+        notes.append(
+            f"the threshold among the weights, {weight:.6g}, is not used: the config's {arguments['threshold']} is"
+        )
+    state = state and {name: tensor for name, tensor in state.items() if name not in given and name != "threshold"}
+    policy = "oracle" if deciding == LABEL else "decider"
+    return OriginalDecider(policy, min(stop, config["max_iter"]), arguments, state)
+
+
+def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
+    """The decider's arguments with the class's defaults, checked."""
+    if name not in ARGUMENTS:
+        raise ValueError(f"{CONFIG}: {entry} is {name!r}, which a TaH model does not have; only {MLP} or {LABEL}")
+    for key, value in given.items():
+        default = ARGUMENTS[name].get(key)
+        if default is None:
+            raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is not an argument of {name}")
+        kinds = (int, float) if type(default) is float else (type(default),)
+        whole = not isinstance(default, list) or all(type(item) is int for item in value)
+        if type(value) not in kinds or not whole or value == []:
+            raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is {value!r}, which {name} does not take")
+    return ARGUMENTS[name] | given
+
+
+def _decider_file(source: Path, load_path: Any) -> Path:
+    """Where the decider is, which `iter_decider_kwargs.load_path` may move, but not out of the checkpoint."""
+    if load_path is None:
+        return source / DECIDER
+    inside = os.path.normpath(load_path) if isinstance(load_path, str) else ".."
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
+        raise ValueError(f"{CONFIG}: iter_decider_kwargs.load_path is {load_path!r}, not a path inside the checkpoint")
+    path = source / inside
+    path = path / DECIDER if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{CONFIG}: iter_decider_kwargs.load_path is {load_path!r}, but there is no decider")
+    return path
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The `{"class": str, "state_dict": {name: tensor}, "init_args": {...}}` of a decider's file.
+
+    Raises:
+        ValueError: the file is damaged, is something else, or asks for anything but tensors, dtypes and containers.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch.save writes; torch also reads bare pickles, we do not
+            raise ValueError(f"{path.name} is not an archive written by torch.save; refused")
+    admitted = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        asked = re.search(r"GLOBAL (\S+)", text)
+        what = f"asks for {asked[1]}" if asked else f"holds {_reason(text)}"
+        raise ValueError(f"{path.name} {what}, which is not data; refused") from None
+    except Exception as error:  # whatever a reader of damaged bytes comes up with
+        raise ValueError(f"{path.name} is damaged or truncated: torch.load cannot read it") from error
+    finally:
+        torch.serialization.add_safe_globals(admitted)
+    return _checked(data, path.name)
+
+
+def _reason(text: str) -> str:
+    """The line of torch's message that says what it met: the last but one paragraph."""
+    paragraphs = [part.strip().splitlines()[0] for part in text.split("\n\n") if part.strip()]
+    return paragraphs[-2].rstrip(".") if len(paragraphs) > 1 else "a pickle that torch refuses"
+
+
+def _checked(data: Any, name: str) -> dict[str, Any]:
+    """The decider's dictionary, once every part of it has the type it should."""
+    parts = {"class": str, "state_dict": dict, "init_args": dict}
+    if not isinstance(data, dict) or any(not isinstance(data.get(key), kind) for key, kind in parts.items()):
+        raise ValueError(f"{name} does not hold a decider: it needs class, state_dict and init_args")
+    for key, tensor in data["state_dict"].items():
+        plain = isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if not isinstance(key, str) or not plain or not tensor.is_floating_point():
+            raise ValueError(f"{name}: state_dict entry {key!r} is not a dense tensor of floating point numbers")
+    return data

@@ -1,0 +1,159 @@
+"""Who iterates: policies map the state after a pass to continue logits (spec A.2).
+
+Shapes: N tokens that ran the pass, D width, V vocabulary, k entries of a top-k.
+
+A policy is any callable from a [`DepthState`] to [N] continue logits; a token runs another pass iff
+sigmoid(logit) > threshold, strictly. +inf and -inf decide whatever the threshold is. Writing one takes a small class:
+
+    class EveryThird(Policy):
+        def __call__(self, state):
+            return torch.where(state.positions % 3 == 0, math.inf, -math.inf)
+
+    model.generate(**inputs, policy=EveryThird())
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import CONFIDENCE_MEASURES, TaHConfig
+
+
+@dataclass
+class DepthState:
+    """What is known about N tokens after they ran pass `depth`."""
+
+    depth: int  # the pass just run, >= 1
+    input_ids: Tensor | None  # [N]; None when the model was given embeddings
+    positions: Tensor  # [N] position ids
+    hidden: dict[int, Tensor]  # hidden state k -> [N, D], for the k in the policy's `layers`
+    depth_labels: Tensor | None  # [N] passes each token should take, where known
+    map_logits: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that
+    no [N, V] needs to exist."""
+
+
+class Policy:
+    """Base class of policies.
+
+    Attributes:
+        layers: hidden states it reads (0 = input embedding, L = after the final norm); only these are kept.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    def __call__(self, state: DepthState) -> Tensor:
+        """Continue logits [N]."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def _constant(state: DepthState, value: float) -> Tensor:
+    return torch.full(state.positions.shape, value, device=state.positions.device)
+
+
+class Always(Policy):
+    """Every token runs every depth."""
+
+    def __call__(self, state: DepthState) -> Tensor:
+        return _constant(state, math.inf)
+
+
+class Never(Policy):
+    """Every token stops after depth 1: the plain base model."""
+
+    def __call__(self, state: DepthState) -> Tensor:
+        return _constant(state, -math.inf)
+
+
+class Oracle(Policy):
+    """A token runs as many passes as its depth label says; one where there is none (spec A.2, IterLabelDecider)."""
+
+    def __call__(self, state: DepthState) -> Tensor:
+        if state.depth_labels is None:
+            return _constant(state, -math.inf)
+        return torch.where(state.depth_labels > state.depth, math.inf, -math.inf)
+
+
+class Confidence(Policy):
+    """Training-free: iterate where the logits so far are not confident.
+
+    Its probability of continuing is 1 - confidence, so with threshold t a token iterates iff confidence < 1 - t.
+
+    Args:
+        measure: `probability` of the top-1 token, or exp(-`entropy`) with the entropy in nats.
+    """
+
+    def __init__(self, measure: str = "probability") -> None:
+        if measure not in CONFIDENCE_MEASURES:
+            raise ValueError(f"confidence measure {measure!r} is not one of {', '.join(CONFIDENCE_MEASURES)}")
+        self.measure = measure
+
+    def __call__(self, state: DepthState) -> Tensor:
+        confidence = state.map_logits(self._confidence)
+        return torch.logit(1 - confidence)
+
+    def _confidence(self, logits: Tensor) -> Tensor:
+        logp = logits.float().log_softmax(-1)
+        if self.measure == "probability":
+            return logp.amax(-1).exp()
+        return (logp.exp() * logp).sum(-1).exp()
+
+
+class Random(Policy):
+    """Iterate a given share of tokens, chosen by a hash: a control for policies that claim to choose well.
+
+    The choice depends on seed, position, depth and token id only, so it is the same in any batch, with or without a
+    cache.
+
+    Args:
+        rate: share of tokens, in [0, 1].
+        seed: another seed chooses other tokens.
+    """
+
+    def __init__(self, rate: float = 0.07, seed: int = 0) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"random rate {rate!r} must be in [0, 1]")
+        self.rate, self.seed = rate, seed
+
+    def __call__(self, state: DepthState) -> Tensor:
+        draw = torch.full_like(state.positions, self.seed)
+        for part in (state.positions, torch.full_like(state.positions, state.depth), state.input_ids):
+            if part is not None:
+                draw = _scramble(draw + part)
+        return torch.where(draw.double() / 2**31 < self.rate, math.inf, -math.inf)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A bijective mix of 31-bit integers (multiply and shift, twice)."""
+    for multiplier in (0x45D9F3B, 0x119DE1F3):
+        x = (x ^ (x >> 16)) * multiplier & 0x7FFFFFFF
+    return x ^ (x >> 16)
+
+
+def build_policy(name: str, config: TaHConfig) -> Policy:
+    """The policy of this name with the config's settings; not for `decider`, which the model holds.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    match name:
+        case "oracle":
+            return Oracle()
+        case "always":
+            return Always()
+        case "never":
+            return Never()
+        case "confidence":
+            return Confidence(config.confidence_measure)
+        case "random":
+            return Random(config.random_rate, config.random_seed)
+    raise ValueError(f"policy {name!r} is not one of decider, oracle, always, never, confidence, random")
