@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCAB = 97
 WINDOW = 4  # tokens a sliding layer sees, or a chunk holds: less than the tests' sequences
@@ -17,7 +18,7 @@ TINY = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -27,7 +28,7 @@ TINY = {
 }
 HEAD = {"head_dim": 8}
 SLIDING = {"sliding_window": WINDOW}
-ALTERNATING = {**SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ALTERNATING = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
@@ -91,7 +92,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **LOCAL_EXPERTS,
         "intermediate_size_mlp": 48,
         "attention_chunk_size": WINDOW,
-        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "layer_types": ["chunked_attention", "full_attention"],
     },
     "mellum": {**HEAD, **EXPERTS, **ALTERNATING},
     "mimo_v2_flash": {**HEAD, **ROUTED, **ALTERNATING},
@@ -122,28 +123,121 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**HEAD, **ALTERNATING, "use_sliding_window": True},
     "qwen3_moe": {**HEAD, **EXPERTS, **SLIDING, "use_sliding_window": True},
     "seed_oss": {**HEAD},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "solar_open": {**HEAD, **ROUTED},
     "stablelm": {},
     "starcoder2": {**SLIDING},
     "vaultgemma": {**HEAD, **ALTERNATING, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
-    "youtu": {**MLA},
-    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4},
+    "youtu": {**MLA, "initializer_range": 0.02, "embedding_initializer_range": 0.04},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
     "biogpt": {},
     "gptj": {**GPT2, "rotary_dim": 4},
     "codegen": {**GPT2, "rotary_dim": 4},
-    "gpt_neo": {**GPT2, "attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW},
-    "longcat_flash": {**MLA, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 16, "zero_expert_num": 2},
-    "doge": {},
-    "moshi": {**HEAD, **SLIDING},
-    "openai-gpt": {**GPT2},
+    "granitemoehybrid": {**LOCAL_EXPERTS, "layer_types": ["attention"] * 2, "mamba_n_heads": 8, "logits_scaling": 4.0},
     "ctrl": {**GPT2, "dff": 48},
     "axk1": {**MLA, **ROUTED},
 }
 
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a family is refused: a pattern of the error's message, and a sentence for the documentation."""
+
+    pattern: str
+    text: str
+
+
+LINEAR = Reason(
+    "not for linear_attention", "linear-attention or state-space layers keep one state, not a key per token"
+)
+HYBRID = Reason("not for hybrid", "its layers have a state-space part, which keeps one state, not a key per token")
+CONVOLUTION = Reason("not for conv", "convolution layers mix neighbouring slots, whatever their positions")
+INDEXED = Reason("not for (indexed|deepseek_sparse)_attention", "an indexer with a cache of its own chooses the keys")
+COMPRESSED = Reason("not for heavily_compressed_attention", "keys of several tokens are compressed into one")
+NO_POSITIONS = Reason(
+    "takes no position_ids", "its forward takes no `position_ids`, so a token cannot run again in place"
+)
+NO_EMBEDS = Reason("takes no inputs_embeds", "its forward takes no `inputs_embeds`, so no mixed input can be given")
+NO_CACHE = Reason("takes no past_key_values", "its forward takes no cache")
+ENCODER = Reason("has no list of its", "it is an encoder: it adds position offsets or looks ahead")
+LOOPED = Reason("has no list of its", "it runs its layers several times per pass, under a cache layout of its own")
+SHARED = Reason("of its 4 layers keep their past in the cache", "later layers share the keys of earlier ones")
+LOOKUP = Reason("inputs_embeds", "it looks the token up again from its embedding, which a mixture is not")
+HEAD_NET = Reason("are not its output embedding", "its output head has hidden layers of its own")
+SLOTS = Reason("does not attend by the positions", "its attention hides keys by their slot, whatever the mask says")
+UNUSED = Reason(
+    "does not attend by the positions", "its configuration has a sliding window that its layers do not apply"
+)
+
+# Family -> (what its configuration needs besides TINY, why it is refused).
+REFUSED: dict[str, tuple[dict[str, Any], Reason]] = {
+    "axk2": ({**LATENT, **ROUTED, **ALL_HEADS}, INDEXED),
+    "bailing_hybrid": ({**HEAD, **EXPERTS}, LINEAR),
+    "bamba": ({"mamba_n_heads": 8, "attn_layer_indices": [1]}, LINEAR),
+    "bart": ({"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}, NO_POSITIONS),
+    "bert": ({}, ENCODER),
+    "bloom": ({}, NO_POSITIONS),
+    "cpmant": ({}, NO_EMBEDS),
+    "deepseek_v32": ({**MLA, **ROUTED}, INDEXED),
+    "deepseek_v4": ({**HEAD, **ROUTED, **SLIDING}, COMPRESSED),
+    "falcon_h1": ({"mamba_n_heads": 8}, HYBRID),
+    "falcon_mamba": ({}, NO_POSITIONS),
+    "gemma3n_text": (
+        {
+            **HEAD,
+            "num_hidden_layers": 4,
+            "intermediate_size": [48] * 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": WINDOW,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+        SHARED,
+    ),
+    "gemma4_text": (
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": WINDOW,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 0,
+        },
+        LOOKUP,
+    ),
+    "glm_moe_dsa": ({**MLA, **ROUTED}, INDEXED),
+    "gpt_neo": ({**GPT2, "attention_types": [[["global", "local"], 1]]}, SLOTS),
+    "hrm_text": ({**HEAD}, LOOPED),
+    "jamba": ({}, LINEAR),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, CONVOLUTION),
+    "mamba": ({}, NO_POSITIONS),
+    "mamba2": ({"num_heads": 8, "head_dim": 8}, NO_POSITIONS),
+    "minimax": ({**HEAD, **LOCAL_EXPERTS}, LINEAR),
+    "modernbert-decoder": ({}, HEAD_NET),
+    "moshi": ({**HEAD}, UNUSED),
+    "mpt": ({}, NO_POSITIONS),
+    "nemotron_h": ({}, LINEAR),
+    "olmo_hybrid": ({}, LINEAR),
+    "openai-gpt": ({**GPT2}, NO_CACHE),
+    "qwen3_5_text": ({**HEAD}, LINEAR),
+    "qwen3_next": ({**HEAD, **EXPERTS}, LINEAR),
+    "roberta": ({}, ENCODER),
+    "roformer": ({}, NO_POSITIONS),
+    "rwkv": ({}, NO_POSITIONS),
+    "xlm": ({}, NO_CACHE),
+}
+
+
 def tiny(family: str, attn_implementation: str = "eager", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    common = GPT2 if FAMILIES.get(family, {}).get("_") else TINY
-    config = AutoConfig.for_model(family, **{**common, **FAMILIES.get(family, {}), **overrides})
+    """A random model of a family, in eval mode, with weights large enough that a wrong mask shows in the logits.
+
+    Raises:
+        ValueError: the family is unknown to the installed transformers.
+    """
+    config = config_of(family, **overrides)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
@@ -151,3 +245,9 @@ def tiny(family: str, attn_implementation: str = "eager", seed: int = 0, **overr
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model
+
+
+def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of `tiny`."""
+    own = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
+    return AutoConfig.for_model(family, **{**TINY, **own, **overrides})

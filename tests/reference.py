@@ -125,7 +125,7 @@ def _layer_type(text: PreTrainedConfig, layer: int) -> str:
 
 
 def _sees(text: PreTrainedConfig, kind: str, attention: str, position: int, depth: int, key: Key) -> bool:
-    """Whether a query at (position, depth) sees `key`, which is of an earlier token or of an earlier pass of its own."""
+    """Whether a query at (position, depth) sees `key`, of an earlier token or of an earlier pass of its own."""
     if key.depth > depth:
         return False
     if attention == "own" and key.depth > 1 and key.position != position:

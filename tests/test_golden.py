@@ -4,7 +4,6 @@ Their depth counts from 0, ours from 1. S is a Qwen3, L a Llama; both are random
 """
 
 import json
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +62,10 @@ def close(got, want, golden, mask=None):
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
 def test_eval_forward(golden, side):
-    want, ids, mask = golden.tensors[f"eval_{side}"], *(golden.inputs[f"{side}_{k}"] for k in ("input_ids", "attention_mask"))
+    want, ids, mask = (
+        golden.tensors[f"eval_{side}"],
+        *(golden.inputs[f"{side}_{k}"] for k in ("input_ids", "attention_mask")),
+    )
     model, valid = golden.model, mask.bool()
     layers = model.config.get_text_config().num_hidden_layers
     spy = Spy(model.decider, tuple(range(layers + 1)))
@@ -226,7 +228,9 @@ def test_greedy_generation(golden):
     stopped = golden.model.generate(ids, **given, eos_token_id=eos, pad_token_id=pad).sequences[:, prompt:].tolist()
     for row, expected in zip(stopped, facts["tokens_with_eos"], strict=True):
         assert row[: len(expected)] == expected
-        assert row[len(expected) :] == [] or row[len(expected)] == eos  # ours keeps the EOS itself, as transformers does
+        assert (
+            row[len(expected) :] == [] or row[len(expected)] == eos
+        )  # ours keeps the EOS itself, as transformers does
     alone = golden.model.generate(ids[:1], **{**given, "attention_mask": mask[:1]}, eos_token_id=eos, pad_token_id=pad)
     assert [t for t in alone.sequences[0, prompt:].tolist() if t != eos] == facts["row0_alone_tokens_with_eos"][0]
 

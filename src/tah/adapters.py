@@ -4,7 +4,7 @@ A PEFT directory is `adapter_config.json` and `adapter_model.safetensors`. Its t
 `base_model.model.<layer>.lora_A.weight` there is `base.<layer>.lora_A.weight` here. PEFT knows no depth: loaded by
 PEFT, the adapter makes of every pass what it makes here of the passes from depth 2 on.
 
-Shapes: I input width, O output width, r rank; lora_A is [r, I] and lora_B [O, r].
+Shapes: lora_A is [r, I] and lora_B [O, r], of rank r on a layer from width I to O.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,18 +22,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .lora import DepthLoRA
-
-if TYPE_CHECKING:
-    from .model import TaHForCausalLM
+from .model import TaHForCausalLM
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Entries that are read below or change nothing about a finished adapter. PEFT leaves the others empty unless they are
 # used, so a value in any other entry means more than a plain low-rank update.
-PLAIN = set(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha bias "
-    "lora_dropout target_modules exclude_modules fan_in_fan_out use_rslora init_lora_weights megatron_core "
-    "qalora_group_size".split()
-)
+PLAIN = """r lora_alpha lora_dropout target_modules exclude_modules use_rslora bias init_lora_weights fan_in_fan_out
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core
+    qalora_group_size""".split()
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the others also rewrite the base
 
 
@@ -52,7 +48,7 @@ class Adapter:
         return {
             "lora_rank": rank,
             "lora_alpha": float(alpha * math.sqrt(rank) if self.settings.get("use_rslora") else alpha),
-            "lora_dropout": float(self.settings.get("lora_dropout") or 0),
+            "lora_dropout": float(self.settings["lora_dropout"]),
             "lora_targets": sorted({name.split(".")[-3] for name in self.tensors}),
         }
 
@@ -60,13 +56,13 @@ class Adapter:
     def copy_to(self, model: TaHForCausalLM) -> None:
         """Copy into the model's adapter, in its dtype. `ValueError` where the layers or shapes differ."""
         own, path = tensors_of(model), self.source / WEIGHTS
-        for what, names in (("lacks", own.keys() - self.tensors.keys()), ("adapts", self.tensors.keys() - own.keys())):
-            for name in sorted(names)[:1]:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"{path} {what} {name}{more}, unlike the adapter of the model")
+        if differ := sorted(own.keys() ^ self.tensors.keys()):
+            verb = "lacks" if differ[0] in own else "adapts"
+            raise ValueError(f"{path} {verb} {differ[0]}, unlike the adapter of the model")
         for name, tensor in self.tensors.items():
             if own[name].shape != tensor.shape:
                 raise ValueError(f"{path}: {name} is {list(tensor.shape)}, the model needs {list(own[name].shape)}")
+        for name, tensor in self.tensors.items():
             own[name].copy_(tensor)
 
 
@@ -74,8 +70,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     """Read a PEFT LoRA directory.
 
     Raises:
-        ValueError: a file is missing or damaged, a layer has only one of lora_A and lora_B, a target module has no
-            tensors, or the adapter does more than add `alpha / r * B A x` to linear layers.
+        ValueError: a file is missing or damaged, a layer lacks lora_A or lora_B, a target module has neither, or the
+            adapter does more than add `alpha / r * B A x` to linear layers.
     """
     source = Path(directory)
     for file in (CONFIG, WEIGHTS):
@@ -83,45 +79,41 @@ def read_adapter(directory: str | Path) -> Adapter:
             raise ValueError(f"{source} has no {file}" + ("; a pickled adapter is not read" if file == WEIGHTS else ""))
     try:
         settings, saved = json.loads((source / CONFIG).read_text("utf-8")), load_file(source / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"the adapter in {source} is damaged or truncated: {error}") from error
     _check_plain(settings, source / CONFIG)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()}
-    for name, full in zip(tensors, saved, strict=True):
+    for name in saved:
         layer, _, kind = name.rpartition(".lora_")
         pair = f"{layer}.lora_{'B' if kind == 'A.weight' else 'A'}.weight"
-        if not full.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{source / WEIGHTS}: {full} does not belong to a LoRA adapter of linear layers")
-        if pair not in tensors:
+        if not layer.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
+            raise ValueError(f"{source / WEIGHTS}: {name} does not belong to a LoRA adapter of linear layers")
+        if pair not in saved:
             raise ValueError(f"{source / WEIGHTS} has {name} but not {pair}")
     targets = settings.get("target_modules")
     for target in targets if isinstance(targets, list) else []:
-        if not any(f".{name}".endswith(f".{target}.lora_A.weight") for name in tensors):
+        if not any(name.endswith(f".{target}.lora_A.weight") for name in saved):
             raise ValueError(f"{source / CONFIG} targets {target}, but {WEIGHTS} has no such layer")
-    return Adapter(source, settings, tensors)
+    if not saved:
+        raise ValueError(f"{source / WEIGHTS} holds no tensors")
+    return Adapter(source, settings, {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()})
 
 
 def _check_plain(settings: Any, path: Path) -> None:
     """Raise `ValueError` for settings that are not of a plain LoRA adapter."""
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise ValueError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be an integer >= 1 and a number")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
+        value: Any = settings.setdefault(key, 0.0 if key == "lora_dropout" else None)
+        if type(value) not in kinds or (key == "r" and value < 1):
+            raise ValueError(f"{path}: {key}={value!r} is not {'an integer >= 1' if key == 'r' else 'a number'}")
+    checked = {"bias": ("none",), "init_lora_weights": PLAIN_INIT}
     for key, value in settings.items():
-        plain = key in PLAIN or value in (None, False, {}, [])
-        if key in ("bias", "init_lora_weights"):
-            plain = value == "none" if key == "bias" else value in PLAIN_INIT
-        if not plain:
+        if value not in checked.get(key, (None, False, {}, [])) and (key in checked or key not in PLAIN):
             raise ValueError(f"{path}: {key}={value!r} is more than a depth adapter can represent")
 
 
 def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
-    """Copy a plain PEFT LoRA directory into the model's adapter, which must have the same rank, scale and layers.
-
-    Raises:
-        ValueError: as [`read_adapter`]; or the model's adapter differs, with the `from_base` arguments that fit.
-    """
+    """Copy a PEFT LoRA directory into the model's adapter; if it does not fit, the `ValueError` says what would."""
     adapter, config = read_adapter(directory), model.config
     scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
     if scale != (config.lora_rank, config.lora_alpha) or tensors_of(model).keys() != adapter.tensors.keys():
@@ -140,20 +132,11 @@ def save_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
     leaves = {name.rpartition(".")[2] for name in layers}
     # PEFT adapts every layer whose name ends in a target, so leaf names will do only where they select just ours.
     exact = layers == {name for name in modules if name.rpartition(".")[2] in leaves}
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": sorted(leaves if exact else layers),
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(modules[name], Conv1D) for name in layers),
-    }
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+    settings |= {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    settings["target_modules"] = sorted(leaves if exact else layers)
+    settings["fan_in_fan_out"] = any(isinstance(modules[name], Conv1D) for name in layers)
+    (target := Path(directory)).mkdir(parents=True, exist_ok=True)
     plain = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, target / WEIGHTS, metadata={"format": "pt"})
     (target / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
@@ -161,7 +144,6 @@ def save_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
 
 def tensors_of(model: TaHForCausalLM) -> dict[str, Tensor]:
     """The model's adapter parameters, named relative to the base."""
-    layers = [(name, module) for name, module in model.base.named_modules() if isinstance(module, DepthLoRA)]
-    return {
-        f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers for part in ("lora_A", "lora_B")
-    }
+    layers = {name: layer for name, layer in model.base.named_modules() if isinstance(layer, DepthLoRA)}
+    down = {f"{name}.lora_A.weight": layer.lora_A.weight for name, layer in layers.items()}
+    return down | {f"{name}.lora_B.weight": layer.lora_B.weight for name, layer in layers.items()}

@@ -1,18 +1,10 @@
-"""Keys and values by depth, and the masks that make attention duo-causal (spec A.4, A.5).
+"""The key/value cache of all depths, and one pass's view of it (spec A.4, A.5).
 
-Shapes: B rows of the cache, R rows in this pass, N packed tokens, S visible slots, C slots of the buffer,
-H key/value heads, K head width, M (token, depth) pairs written by this pass.
+Shapes: B rows of the cache, R rows in this pass, P packed columns, S visible slots, H key/value heads, K head width,
+M (token, depth) pairs written by this pass, W slots of the deeper depths, n depth-1 slots.
 
-One buffer per layer holds all depths:
-
-        deeper depths, newest first  |  depth 1, oldest first
-        [ ....... free | d d d d d d | 1 1 1 1 1 1 1 1 1 1 1 1 | free ....... ]
-                                     ^ middle
-
-Depth 1 sees the slice right of the middle: an ordinary cache, so the base runs its stock kernels on it. A deeper
-pass sees one slice across the middle: all keys it may attend to, in one view, with nothing concatenated. Deeper
-slots are filled per row, from the middle outwards, so a row that does not iterate neither stores nor reads anything.
-Both sides grow geometrically; an appended token is a copy of one token.
+`DuoCache` knows which slot holds which (position, depth); `DuoStep` is what the base gets as `past_key_values` for one
+pass. The tensors themselves lie in `storage.DuoLayer`, which has the picture.
 """
 
 from __future__ import annotations
@@ -24,128 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from .masks import NEVER, depth_masks
-
-
-def _room(length: int) -> int:
-    """Slots to allocate for `length` used ones: one in eight spare, so growth costs O(1) copies per token."""
-    return length + max(32, length // 8)
-
-
-class DuoLayer(CacheLayerMixin):
-    """Keys and values [B, H, C, K] of one layer, all depths. See the picture at the top of this file."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.middle = 0  # slots left of depth 1
-        self.length = 0  # depth-1 tokens
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("DuoLayer is filled through DuoStep.update")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("DuoLayer is filled through DuoStep.update")
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before transformers 5.20
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.middle = self.length = 0
-        self.is_initialized = False
-
-    def append(self, k: Tensor, v: Tensor, in_place: bool) -> None:
-        """Add depth-1 keys and values [B, H, N, K] behind the ones there are."""
-        end = self.length + k.shape[2]
-        if self.keys is None or self.values is None:
-            self.is_initialized = True
-            if not in_place:  # nothing will be written into it, so the states themselves can be the buffer
-                self.keys, self.values, self.length = k, v, end
-                return
-            self.keys, self.values = k[:, :, :0], v[:, :, :0]
-        if in_place:
-            self._reserve(self.middle, end)
-            at = slice(self.middle + self.length, self.middle + end)
-            self.keys[:, :, at], self.values[:, :, at] = k, v
-        else:
-            used = slice(0, self.middle + self.length)
-            self.keys = torch.cat([self.keys[:, :, used], k], dim=2)
-            self.values = torch.cat([self.values[:, :, used], v], dim=2)
-        self.length = end
-
-    def insert(self, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor, width: int, in_place: bool) -> None:
-        """Write deeper keys and values [M, H, K] at `slots` [M] (counted from the middle outwards) of `rows` [M].
-
-        Args:
-            width: slots left of the middle that are in use afterwards, in the longest row.
-        """
-        fresh = self._reserve(width, self.length)
-        assert self.keys is not None and self.values is not None
-        if not in_place and not fresh:
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-        at = (rows.to(k.device), slice(None), self.middle - 1 - slots.to(k.device))
-        self.keys[at], self.values[at] = k, v
-
-    def _reserve(self, deep: int, length: int) -> bool:
-        """Make room for `deep` slots left of the middle and `length` right of it; True if that took a new buffer."""
-        assert self.keys is not None and self.values is not None
-        capacity = self.keys.shape[2] - self.middle
-        if deep <= self.middle and length <= capacity:
-            return False
-        left = self.middle if deep <= self.middle else _room(deep)
-        right = capacity if length <= capacity else _room(length)
-        used = slice(0, self.middle + self.length)
-        pads = (0, 0, left - self.middle, right - self.length)
-        self.keys = torch.nn.functional.pad(self.keys[:, :, used], pads)
-        self.values = torch.nn.functional.pad(self.values[:, :, used], pads)
-        self.middle = left
-        return True
-
-    def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows of the buffer: `select` maps [B, ...] to [B', ...]."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = select(self.keys), select(self.values)
-
-
-class _Log:
-    """A [B, n] tensor that grows along its second dimension without copying what is there each time."""
-
-    def __init__(self, fill: float) -> None:
-        self.fill = fill
-        self.data: Tensor | None = None
-        self.length = 0
-
-    def append(self, x: Tensor) -> None:
-        end = self.length + x.shape[1]
-        if self.data is None:
-            self.data = x.clone()
-        else:
-            if end > self.data.shape[1]:
-                grown = self.data.new_full((self.data.shape[0], _room(end), *self.data.shape[2:]), self.fill)
-                grown[:, : self.length] = self.data[:, : self.length]
-                self.data = grown
-            self.data[:, self.length : end] = x
-        self.length = end
-
-    @property
-    def view(self) -> Tensor:
-        assert self.data is not None
-        return self.data[:, : self.length]
+from .packing import Packed, unpack
+from .storage import DuoLayer, Log, room
 
 
 class DuoCache(Cache):
@@ -160,9 +35,9 @@ class DuoCache(Cache):
         self._clear()
 
     def _clear(self) -> None:
-        self.positions = _Log(NEVER)  # [B, n] of each depth-1 slot; NEVER where it is padding
-        self.depth_count = _Log(1)  # [B, n] passes each token took
-        self.continue_logits: _Log | None = None  # [B, n, max_depth - 1]
+        self.positions = Log(NEVER)  # [B, n] of each depth-1 slot; NEVER where it is padding
+        self.depth_count = Log(1)  # [B, n] passes each token took
+        self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
         self.has_padding = False
         self.deep_positions: Tensor | None = None  # [B, W], slot w counted from the middle outwards
         self.deep_depths: Tensor | None = None  # [B, W]
@@ -202,7 +77,7 @@ class DuoCache(Cache):
         Args:
             row: [M] cache row of each token, sorted.
             column: [M] index of each token among its row's packed ones: 0, 1, ...
-            packed: how the tokens lie in the [R, N] input of the pass.
+            packed: how the tokens lie in the [R, P] input of the pass.
             positions: [M] position of each token.
         """
         batch = self.positions.view.shape[0]
@@ -215,7 +90,7 @@ class DuoCache(Cache):
         reach = int(slots.max()) + 1
         width = max(self.deep_width, reach)
         if width > self.deep_positions.shape[1]:
-            grow = (0, _room(width) - self.deep_positions.shape[1])
+            grow = (0, room(width) - self.deep_positions.shape[1])
             self.deep_positions = torch.nn.functional.pad(self.deep_positions, grow, value=NEVER)
             self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
         self.deep_positions[row, slots] = positions
@@ -233,11 +108,11 @@ class DuoCache(Cache):
         """Remember what the newest tokens did: depth_count [B, N], continue_logits [B, N, max_depth - 1]."""
         self.depth_count.append(depth_count)
         if self.continue_logits is None:
-            self.continue_logits = _Log(float("nan"))
+            self.continue_logits = Log(float("nan"))
         elif (seen := self.continue_logits.view.shape[2]) != continue_logits.shape[2]:
             depths = max(seen, continue_logits.shape[2])
             widen = torch.nn.functional.pad(self.continue_logits.view, (0, depths - seen), value=float("nan"))
-            self.continue_logits = _Log(float("nan"))
+            self.continue_logits = Log(float("nan"))
             self.continue_logits.append(widen)
             grow = (0, depths - continue_logits.shape[2])
             continue_logits = torch.nn.functional.pad(continue_logits, grow, value=float("nan"))
@@ -301,19 +176,6 @@ class DuoCache(Cache):
 
 
 @dataclass
-class Packed:
-    """Chosen tokens of some rows, packed left: [R, N] columns, of which `valid` ones hold a token.
-
-    The rest repeat their row's first token: they compute something finite that nobody reads.
-    """
-
-    rows: Tensor  # [R] batch rows that have a chosen token
-    columns: Tensor  # [R, N] column of each packed token in the unpacked [B, T] input
-    valid: Tensor  # [R, N] bool
-    full: bool  # every entry is valid
-
-
-@dataclass
 class DeepWrite:
     """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
 
@@ -340,7 +202,7 @@ class DuoStep(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store this pass's keys and values [R, H, N, K]; return all it may see, [R, H, S, K]."""
+        """Store this pass's keys and values [R, H, P, K]; return all it may see, [R, H, S, K]."""
         in_place = not torch.is_grad_enabled()
         layers = self.cache.layers
         while len(layers) <= layer_idx:
@@ -354,8 +216,8 @@ class DuoStep(Cache):
         if self.write is None:
             layer.append(key_states, value_states, in_place)
         else:
-            k = _unpack(key_states, self.write.packed)
-            v = _unpack(value_states, self.write.packed)
+            k = unpack(key_states, self.write.packed)
+            v = unpack(value_states, self.write.packed)
             layer.insert(k, v, self.write.row, self.write.slots, self.cache.deep_width, in_place)
         return self._visible(layer)
 
@@ -403,9 +265,3 @@ class DuoStep(Cache):
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
         base = self.cache.positions.view[rows]
         return depth_masks(config, self.depth, positions, deep, depths, base, attention, dtype)
-
-
-def _unpack(x: Tensor, packed: Packed) -> Tensor:
-    """[R, H, N, K] -> [M, H, K], the packed tokens without the padding."""
-    x = x.transpose(1, 2)  # [R, N, H, K]
-    return x.flatten(0, 1) if packed.full else x[packed.valid]

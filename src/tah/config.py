@@ -83,7 +83,7 @@ class TaHConfig(PreTrainedConfig):
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
             self.base_config = AutoConfig.for_model(**self.base_config)
-        if self.base_config is not None:
+        if isinstance(self.base_config, PreTrainedConfig):
             text = self.base_config.get_text_config(decoder=True)
             kwargs.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -97,7 +97,8 @@ class TaHConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The base's configuration: transformers asks it for layer counts, vocabulary and window sizes."""
-        return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
+        base = self.base_config
+        return base.get_text_config(*args, **kwargs) if isinstance(base, PreTrainedConfig) else self
 
     def _check(self) -> None:
         check_max_depth(self.max_depth)

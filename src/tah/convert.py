@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter, read_adapter
 from .model import TaHForCausalLM
@@ -97,8 +97,6 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
         adapter.copy_to(model)
     if decider.state is not None:
         _copy_decider(decider, model)
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
     report = ConversionReport(
         base_family=base.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -180,6 +178,8 @@ def _check_base_files(source: Path) -> None:
     path = source / "config.json"
     try:
         described = json.loads(path.read_text("utf-8"))
+        if not isinstance(described, dict):
+            raise ValueError("it is not a JSON object")
         for path in sorted(source.glob("*.safetensors")):
             with safe_open(path, "pt"):
                 pass
@@ -190,8 +190,9 @@ def _check_base_files(source: Path) -> None:
                     raise FileNotFoundError(f"{shard}, which it lists, is missing")
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path.name} is damaged or incomplete: {error}") from error
-    for key in ("auto_map", "quantization_config"):
-        if described.get(key):
+    for key, value in described.items():
+        hub_kernel = "implementation" in key and "/" in str(value)  # which transformers would download and run
+        if hub_kernel or (key in ("auto_map", "quantization_config") and value):
             raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
     if (source / "adapter_config.json").exists():  # transformers would follow it to another base
         raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
@@ -204,13 +205,13 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
         base, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto",
-            attn_implementation="eager",  # a config may name a kernel to download
+            attn_implementation="eager",
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the base in {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     for what in ("missing", "unexpected"):
         if names := sorted(loading[f"{what}_keys"]):
@@ -218,13 +219,15 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
             raise ValueError(f"the base weights have {what} tensors: {', '.join(names[:3])}{more}")
     if dict(base.named_modules()).get(embedding_key) is not base.get_input_embeddings():
         raise ValueError(f"tah_config.json: embedding_key is {embedding_key!r}, not the input embedding of the base")
+    base.config.name_or_path = ""  # the new checkpoint does not say where the old one lay
     return base
 
 
 @torch.no_grad()
 def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
     """Copy the MLP's tensors into the model's decider, in the model's dtype."""
-    own, state = model.decider.state_dict(), decider.state or {}
+    assert model.decider is not None and decider.state is not None
+    own, state = model.decider.state_dict(), decider.state
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not a parameter of this decider" for name in state.keys() - own.keys()]
     for name in own.keys() & state.keys():

@@ -24,7 +24,9 @@ class RefuseNaN(LogitsProcessor):
         bad = scores.isnan().any(dim=-1)
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(f"the model gave NaN logits for token {input_ids.shape[1]} of row {row}; its weights are bad")
+            raise ValueError(
+                f"the model gave NaN logits for token {input_ids.shape[1]} of row {row}; its weights are bad"
+            )
         return scores
 
 

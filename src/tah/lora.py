@@ -59,8 +59,9 @@ class DepthLoRA(nn.Module):
         y = super().forward(x)
         if _depth.get() == 1:
             return y
-        update = F.linear(F.linear(self.lora_dropout(x), self.lora_A.weight), self.lora_B.weight)
-        return y + update * self.lora_scale
+        low = F.linear(self.lora_dropout(x), self.lora_A.weight).flatten(0, -2)
+        # y + scale * low B^T in one kernel
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.weight.t(), alpha=self.lora_scale).view_as(y)
 
 
 class LoRALinear(DepthLoRA, nn.Linear):
@@ -117,7 +118,7 @@ def add_lora(
         module.__class__ = _KINDS[type(module)]
         for child, layer in lora.items():
             module.add_module(child, layer)
-        module.lora_scale = alpha / rank  # type: ignore[assignment]
+        module.lora_scale = alpha / rank
         reset_lora(module)
         adapted.append(name)
     found = {name.rpartition(".")[2] for name in adapted}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,13 +23,15 @@ from transformers.utils import can_return_tuple
 
 from .cache import DuoCache, DuoStep
 from .checkpoint import SafeCheckpoint
-from .config import TaHConfig, check_max_depth, check_threshold
+from .config import TaHConfig
 from .decider import LeanDecider, MLPDecider, build_decider
-from .depths import RunningOutput, Tokens, lay_out, pack, record
 from .families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
-from .policy import DepthState, Never, Policy, build_policy
+from .outputs import RunningOutput, record
+from .packing import lay_out, pack
+from .policy import DepthState, Policy, Rule
+from .tokens import Tokens
 
 LOSS_ARGUMENTS = {"num_items_in_batch"}
 NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
@@ -55,22 +58,6 @@ class TaHOutput(CausalLMOutputWithPast):
         """[B, T, max_depth - 1]: sigmoid of `continue_logits`, the policy's probability of going on."""
         assert self.continue_logits is not None
         return self.continue_logits.sigmoid()
-
-
-@dataclass
-class Rule:
-    """Who may go on in this call: a policy, its threshold, and the most passes; the latter two may differ by row."""
-
-    policy: Policy | nn.Module
-    threshold: float | Tensor  # or [B]
-    max_depth: int  # of the deepest row
-    row_depth: Tensor | None  # [B] where rows differ
-
-    def goes_on(self, logits: Tensor, depth: int, row: Tensor) -> Tensor:
-        """[N] bool: continue iff sigmoid(logit) > threshold, strictly; +inf always does (spec A.2)."""
-        threshold = self.threshold[row] if isinstance(self.threshold, Tensor) else self.threshold
-        go = (logits.sigmoid() > threshold) | (logits == math.inf)
-        return go if self.row_depth is None else go & (self.row_depth[row] > depth)
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
@@ -147,7 +134,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         B, T = tokens.valid.shape
         self._check_labels((B, T), kwargs, labels=labels, depth_labels=depth_labels)
-        rule = self._rule(policy, threshold, max_depth, B)
+        rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth)
         use_cache = not self.training if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and (use_cache or rule.max_depth > 1):
@@ -218,7 +205,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         )
 
     def _run(
-        self, depth: int, step: DuoStep | None, policy: Policy | nn.Module, **inputs: Any
+        self, depth: int, step: DuoStep | None, policy: Callable[[DepthState], Tensor], **inputs: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """One pass over the base: final hidden states [.., .., D] and those the policy reads, by index."""
         decoder = self.decoder
@@ -252,23 +239,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         index = torch.arange(B * T, device=total.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return total.logits(index.flatten()).view(B, index.shape[1], -1)
-
-    def _rule(self, policy: Any, threshold: Any, max_depth: Any, rows: int) -> Rule:
-        """What this call asks for, the config filling the gaps."""
-        policy = self.config.policy if policy is None else policy
-        if policy == "decider":
-            if self.decider is None:
-                raise ValueError("this model has no decider; give another policy, such as policy='confidence'")
-            policy = self.decider
-        elif isinstance(policy, str):
-            policy = build_policy(policy, self.config)
-        elif not callable(policy):
-            raise ValueError(f"policy={policy!r} is neither a name nor a Policy")
-        threshold = self.config.threshold if threshold is None else _per_row("threshold", threshold, rows, check_threshold)
-        max_depth = self.config.max_depth if max_depth is None else _per_row("max_depth", max_depth, rows, check_max_depth)
-        deepest = int(max_depth.max()) if isinstance(max_depth, Tensor) else max_depth
-        by_row = max_depth if isinstance(max_depth, Tensor) else None
-        return Rule(policy, threshold, 1 if isinstance(policy, Never) else deepest, by_row)
 
     def _check_labels(self, shape: tuple[int, int], kwargs: dict[str, Any], **labels: Tensor | None) -> None:
         """Labels fit the input, and nothing was asked for that would silently not happen."""
@@ -364,20 +334,6 @@ def _select(
     return pick(hidden), {k: pick(x) for k, x in features.items()}
 
 
-def _like(weight: Tensor, module: nn.Module) -> Any:
+def _like(weight: Any, module: nn.Module) -> Any:
     """`module` on the device and in the dtype of `weight`."""
     return module.to(device=weight.device, dtype=weight.dtype)
-
-
-def _per_row(name: str, value: Any, rows: int, check: Any) -> Any:
-    """A checked scalar, or a checked tensor [B]."""
-    if isinstance(value, (list, tuple)):
-        value = torch.tensor(value)
-    if not isinstance(value, Tensor):
-        check(value)
-        return value
-    if value.shape != (rows,):
-        raise ValueError(f"{name} has shape {list(value.shape)}; give one value, or one per row: [{rows}]")
-    for entry in value.tolist():
-        check(entry)
-    return value

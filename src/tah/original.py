@@ -127,39 +127,35 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
     path = _decider_file(source, given.pop("load_path", None))
     saved = read_pickle(path) if path.is_file() else None
     trained = config.get("iter_decider") or (saved["class"] if saved else None)
-    if not given and saved:
+    if saved is None:
+        given = {"max_iter": config["max_iter"]} | given
+    elif not given and saved["class"] == trained:
         given = saved["init_args"]
         notes.append(f"{CONFIG} has no iter_decider_kwargs; the arguments saved in {DECIDER} are used")
     arguments = _arguments(trained, given, "iter_decider")
-    if saved is None and "max_iter" not in given:
-        arguments["max_iter"] = config["max_iter"]
     deciding, stop = config.get("eval_iter_decider") or "iter_decider", arguments["max_iter"]
     if deciding == "iter_decider":
         deciding = trained
     else:
         fresh = config.get("eval_iter_decider_kwargs") or {}
-        if deciding == MLP == trained:
+        stop = _arguments(deciding, {"max_iter": config["max_iter"]} | fresh, "eval_iter_decider")["max_iter"]
+        if deciding == trained == MLP:
             arguments = _arguments(MLP, given | fresh, "eval_iter_decider")
             notes.append("eval_iter_decider names a class, which the original would build untrained; ours is trained")
-        else:
-            _arguments(deciding, fresh, "eval_iter_decider")
-        stop = fresh.get("max_iter", config["max_iter"])
     if MLP in (trained, deciding) and (saved is None or trained != MLP):
-        missing = f"{path.name} is missing" if saved is None else f"{path.name} holds a trained {trained}"
+        missing = f"{path.name} is missing" if saved is None else f"iter_decider is {trained}"
         raise ValueError(f"{CONFIG} asks for a trained {MLP}, but {missing}")
     if stop < config["max_iter"]:
         notes.append(f"max_iter is {config['max_iter']}, but the decider stops at its own {stop}: max_depth is {stop}")
-    state = dict(saved["state_dict"]) if saved and trained == MLP else None
-    if state is None:
-        arguments |= {"threshold": 0.5, "dtype": torch.float32}
-    elif "threshold" in state and abs(state["threshold"].item() - arguments["threshold"]) > 4e-3:
-        weight = state["threshold"].item()
-        notes.append(
-            f"the threshold among the weights, {weight:.6g}, is not used: the config's {arguments['threshold']} is"
-        )
-    state = state and {name: tensor for name, tensor in state.items() if name not in given and name != "threshold"}
-    policy = "oracle" if deciding == LABEL else "decider"
-    return OriginalDecider(policy, min(stop, config["max_iter"]), arguments, state)
+    policy, depth = "oracle" if deciding == LABEL else "decider", min(stop, config["max_iter"])
+    if saved is None or trained != MLP:
+        return OriginalDecider(policy, depth, {"threshold": 0.5, "dtype": torch.float32}, None)
+    weight = saved["state_dict"].get("threshold")
+    if weight is not None and weight.numel() == 1 and abs(weight.item() - arguments["threshold"]) > 4e-3:
+        used = f"the config's {arguments['threshold']}"
+        notes.append(f"the threshold among the weights, {weight.item():.6g}, is not used: {used} is")
+    state = {name: tensor for name, tensor in saved["state_dict"].items() if name not in {"threshold", *given}}
+    return OriginalDecider(policy, depth, arguments, state)
 
 
 def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
@@ -171,8 +167,10 @@ def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
         if default is None:
             raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is not an argument of {name}")
         kinds = (int, float) if type(default) is float else (type(default),)
-        whole = not isinstance(default, list) or all(type(item) is int for item in value)
-        if type(value) not in kinds or not whole or value == []:
+        fits = type(value) in kinds
+        if fits and isinstance(default, list):
+            fits = value != [] and all(type(item) is int for item in value)
+        if not fits:
             raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is {value!r}, which {name} does not take")
     return ARGUMENTS[name] | given
 
@@ -209,7 +207,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         text = str(error)
         asked = re.search(r"GLOBAL (\S+)", text)
-        what = f"asks for {asked[1]}" if asked else f"holds {_reason(text)}"
+        what = f"asks for {asked[1]}" if asked else f"holds more than tensors and containers ({_reason(text)})"
         raise ValueError(f"{path.name} {what}, which is not data; refused") from None
     except Exception as error:  # whatever a reader of damaged bytes comes up with
         raise ValueError(f"{path.name} is damaged or truncated: torch.load cannot read it") from error

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import CONFIDENCE_MEASURES, TaHConfig
+from .config import CONFIDENCE_MEASURES, POLICIES, TaHConfig, check_max_depth, check_threshold
 
 
 @dataclass
@@ -156,4 +157,71 @@ def build_policy(name: str, config: TaHConfig) -> Policy:
             return Confidence(config.confidence_measure)
         case "random":
             return Random(config.random_rate, config.random_seed)
-    raise ValueError(f"policy {name!r} is not one of decider, oracle, always, never, confidence, random")
+    raise ValueError(f"policy {name!r} is not one of {', '.join(POLICIES)}")
+
+
+@dataclass
+class Rule:
+    """Who may go on in one forward call: a policy, its threshold, and the most passes. The latter two may differ by
+    row of the batch."""
+
+    policy: Callable[[DepthState], Tensor]
+    threshold: float | Tensor  # or [B]
+    max_depth: int  # of the deepest row
+    row_depth: Tensor | None  # [B] where rows differ
+
+    @classmethod
+    def of_call(
+        cls,
+        config: TaHConfig,
+        decider: Callable[[DepthState], Tensor] | None,
+        rows: int,
+        policy: str | Callable[[DepthState], Tensor] | None,
+        threshold: Any,
+        max_depth: Any,
+    ) -> Rule:
+        """What a call asks for, the config filling the gaps.
+
+        Raises:
+            ValueError: an unknown policy, or a threshold or max_depth out of range or not one per row.
+        """
+        policy = config.policy if policy is None else policy
+        if policy == "decider":
+            if decider is None:
+                raise ValueError("this model has no decider; give another policy, such as policy='confidence'")
+            policy = decider
+        elif isinstance(policy, str):
+            policy = build_policy(policy, config)
+        elif not callable(policy):
+            raise ValueError(f"policy={policy!r} is neither a name nor a Policy")
+        threshold = _per_row("threshold", config.threshold if threshold is None else threshold, rows, check_threshold)
+        max_depth = _per_row("max_depth", config.max_depth if max_depth is None else max_depth, rows, check_max_depth)
+        by_row = max_depth if isinstance(max_depth, Tensor) else None
+        deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
+        return cls(policy, threshold, deepest, by_row)
+
+    def goes_on(self, logits: Tensor, depth: int, row: Tensor) -> Tensor:
+        """[N] bool: continue iff sigmoid(logit) > threshold, strictly; +inf always does (spec A.2).
+
+        Args:
+            logits: [N] float32 continue logits.
+            depth: the pass they follow.
+            row: [N] batch row of each token.
+        """
+        threshold = self.threshold[row] if isinstance(self.threshold, Tensor) else self.threshold
+        go = (logits.sigmoid() > threshold) | (logits == math.inf)
+        return go if self.row_depth is None else go & (self.row_depth[row] > depth)
+
+
+def _per_row(name: str, value: Any, rows: int, check: Callable[[Any], None]) -> Any:
+    """A checked scalar, or a checked tensor [B]."""
+    if isinstance(value, (list, tuple)):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor):
+        check(value)
+        return value
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {list(value.shape)}; give one value, or one per row: [{rows}]")
+    for entry in value.tolist():
+        check(entry)
+    return value

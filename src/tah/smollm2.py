@@ -122,7 +122,7 @@ def _load(gguf: Path, dtype: str) -> tuple[Any, Any]:
 def _tokenizer(gguf: Path, max_length: int) -> Any:
     """The tokenizer as published, which is not quite what Transformers makes of a GGUF file.
 
-    All versions drop the splitting of digits, so that whitespace before a number is cut unlike in training ("\\n\\n1"
+    5.16 to 5.23 drop the splitting of digits, so that whitespace before a number is cut unlike in training ("\\n\\n1"
     becomes three tokens, not two). Some also take <|im_start|> for the end of text, or decode as sentencepiece does.
     """
     from tokenizers import decoders, pre_tokenizers

@@ -1,0 +1,5 @@
+"""`python -m tah`"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,319 @@
+"""The `tah` command. Verbs import torch and the models only when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from .session import Answer, Session
+
+POLICIES = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
+USER_ERRORS = (ValueError, OSError, ImportError)
+UsageError: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bring their own click
+
+app = typer.Typer(
+    name="tah",
+    help="Think-at-Hard: a language model that runs again on the tokens that are hard.",
+    epilog="MODEL is a TaH checkpoint, any Hugging Face decoder (wrapped on the fly), or the word smollm2.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _policy(name: Optional[str]) -> Optional[str]:  # noqa: UP045 - typer evaluates it on Python 3.10
+    if name is None or name in POLICIES:
+        return name
+    near = difflib.get_close_matches(name, POLICIES, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(POLICIES)}")
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.", show_default=False)
+]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(callback=_policy, metavar="NAME", help=f"Who iterates: {', '.join(POLICIES)}. [default: the model's]"),
+]
+ThresholdOption = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Iterate above this probability. [default: the model's]")
+]
+DepthOption = Annotated[int | None, typer.Option(min=1, help="Most passes a token may take. [default: the model's]")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 always takes the most probable token.")]
+TopPOption = Annotated[float, typer.Option(min=0, max=1, help="Sample among the most probable tokens up to this mass.")]
+TopKOption = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0 means all.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+NoColorOption = Annotated[
+    bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere (also TAH_DEBUG=1).")
+    ] = False,
+) -> None:
+    """Think-at-Hard: a language model that runs again on the tokens that are hard."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"tah {installed('tah')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads standard input.")],
+    policy: PolicyOption = None,
+    threshold: ThresholdOption = None,
+    max_depth: DepthOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    system: SystemOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    no_color: NoColorOption = False,
+) -> None:
+    """Answer a prompt, coloured by passes per token."""
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt.strip():
+        raise typer.BadParameter("PROMPT is empty; give at least one word")
+    session = _open(model, dtype, device)
+    if not raw and not session.tokenizer.chat_template:
+        _note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
+    rule = {"policy": policy, "threshold": threshold, "max_depth": max_depth}
+    options = _rule(session, rule) | _sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    if as_json:
+        answer = session.answer(ids, lambda token: None, **options)
+        typer.echo(json.dumps(_as_json(session, prompt, answer, options), ensure_ascii=False))
+        return
+    from .terminal import Painter, make_console, summary
+
+    painter = Painter(make_console(color=not no_color), options["threshold"])
+    answer = session.answer(ids, painter.show, **options)
+    painter.console.print()
+    notes = make_console(stderr=True, color=not no_color)
+    if any(depth > 1 for depth in answer.depths):
+        painter_notes = Painter(notes, options["threshold"])
+        painter_notes.coloured = painter.coloured and painter_notes.coloured
+        notes.print(painter_notes.legend())
+    notes.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    policy: PolicyOption = None,
+    threshold: ThresholdOption = None,
+    max_depth: DepthOption = None,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = 0,
+    system: SystemOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    no_color: NoColorOption = False,
+) -> None:
+    """Talk to a model; /help lists the commands."""
+    session = _open(model, dtype, device)
+    from .chat import Chat
+
+    rule = {"policy": policy, "threshold": threshold, "max_depth": max_depth}
+    sampling = _sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    Chat(session, _rule(session, rule), sampling, system, color=not no_color).run()
+
+
+@app.command()
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Say what a model is, or if it can be wrapped."""
+    from .load import inspect as look
+    from .load import quiet
+
+    quiet()
+    found = look(model)
+    typer.echo(json.dumps(found) if as_json else _as_lines(found))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Instead of the checkpoint's.")] = None,
+) -> None:
+    """Convert a checkpoint of the original code.
+
+    None of its code runs. Prints what was converted and anything about it that might surprise.
+    """
+    from .convert import convert as run_convert
+    from .load import quiet
+
+    quiet()
+    report = run_convert(source, target, threshold=threshold)
+    typer.echo(f"{report}\nwritten to {target}")
+
+
+@app.command()
+def demo(
+    max_new_tokens: TokensOption = 60,
+    no_color: NoColorOption = False,
+) -> None:
+    """Answer three questions with SmolLM2-135M."""
+    from .demo import demo as run_demo
+
+    run_demo(max_new_tokens=max_new_tokens, color=not no_color)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, or smollm2.")] = "smollm2",
+    dtype: Annotated[list[str], typer.Option(help="float32 or bfloat16; may be repeated.")] = ["float32", "bfloat16"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, a prompt of 512 tokens.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write bench.json and bench.md.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the cost of iterating (minutes)."""
+    for name in dtype:
+        if name not in ("float32", "bfloat16"):
+            raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
+    from .bench import bench as run_bench
+    from .bench import markdown, save
+    from .load import quiet
+
+    quiet()
+    sizes: dict[str, Any] = (
+        {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
+    )
+    result = run_bench(model, dtypes=tuple(dtype), report=lambda row: _note(str(row)), **sizes)
+    if output is not None:
+        save(result, output)
+    typer.echo(json.dumps(result) if as_json else markdown(result))
+
+
+def _open(model: str, dtype: str, device: str) -> Session:
+    from .load import quiet
+    from .session import Session
+
+    quiet()
+    session = Session.open(model, dtype=dtype, device=device)
+    if session.wrapped:
+        _note(f"{model} is a base model without a trained second pass; policy: confidence unless you choose one")
+    return session
+
+
+def _rule(session: Session, given: dict[str, Any]) -> dict[str, Any]:
+    """Policy, threshold and depth: what was given, and the model's own for the rest."""
+    return {name: getattr(session.model.config, name) if value is None else value for name, value in given.items()}
+
+
+def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:
+    import torch
+
+    torch.manual_seed(seed)
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def _as_json(session: Session, prompt: str, answer: Answer, options: dict[str, Any]) -> dict[str, Any]:
+    depths, count = answer.depths, len(answer.tokens)
+    return {
+        "model": session.source,
+        "prompt": prompt,
+        "text": answer.text,
+        "policy": options["policy"],
+        "threshold": options["threshold"],
+        "max_depth": options["max_depth"],
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": count,
+        "seconds": answer.seconds,
+        "tokens_per_second": count / answer.seconds,
+        "iterated_share": sum(depth > 1 for depth in depths) / max(1, count),
+        "mean_depth": sum(depths) / max(1, count),
+        "tokens": [vars(token) for token in answer.tokens],
+    }
+
+
+def _as_lines(found: dict[str, Any]) -> str:
+    """`tah inspect` for people: one fact per line, names of nested facts joined by a space."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {inner}": entry for inner, entry in value.items()}
+        elif value is not None:
+            flat[name] = value
+    width = max(map(len, flat))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_as_word(value, name)}" for name, value in flat.items())
+
+
+def _as_word(value: Any, name: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and name.startswith("extra_percent"):
+        return f"{value:.3g} % of the base"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _note(text: str) -> None:
+    typer.echo(f"tah: {text}", err=True)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command and return its exit code: 2 for what the user can put right, said in one line."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
+    arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
+    try:
+        status = app(arguments, prog_name="tah", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: let the exit flush go nowhere
+        return 141
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, UsageError):
+            _note(error.format_message())
+            return 2
+        expected = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
+        line = " ".join(str(error).split()) or type(error).__name__
+        _note(line if expected else f"unexpected {type(error).__name__}: {line} (--debug shows where)")
+        return 2 if expected else 1
+
+
+def main() -> None:
+    """Entry point of `tah` and `python -m tah`."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""What comes out of the passes: hidden states the policy reads, and the running sum that becomes logits.
+
+Shapes: B batch, T tokens, N tokens in question, M tokens of a deeper pass, D width, V vocabulary.
+A token is named by its flat index b * T + t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import Head
+
+CHUNK = 128  # tokens whose logits exist at the same time; 128 * V floats
+
+
+class RunningOutput:
+    """What the passes of each token add up to (spec A.1 step 5), carried as hidden states, never as [B, T, V].
+
+    The head of a sum is the sum of heads where the head is linear, so one [B, T, D] holds the sum of logits. Under a
+    soft-cap or a head bias that fails, and the passes' hidden states are kept apart until logits are asked for. With
+    `zero_init` the output is the head of h1 + Z h2, which is a sum of hidden states for any head.
+
+    Args:
+        head: hidden states to logits.
+        hidden: [B, T, D] final hidden states of depth 1.
+        zero_init: the map Z for `combine="zero_init"`, None for `combine="sum"`.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, zero_init: nn.Module | None) -> None:
+        self.head, self.zero_init = head, zero_init
+        self.total = hidden.flatten(0, 1)  # [B*T, D]
+        self.deeper: list[tuple[Tensor, Tensor]] = []  # (tokens [M], hidden [M, D]) where sums are not allowed
+        self.memo: Tensor | None = None  # [B*T, V] while decoding, so that no token's head runs twice
+        self.stale: list[Tensor] = []
+
+    def add(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Add a deeper pass of `tokens` [M] with final hidden states [M, D]."""
+        if self.zero_init is not None:
+            self.total = self.total.index_add(0, tokens, self.zero_init(hidden))
+        elif self.head.is_linear:
+            self.total = self.total.index_add(0, tokens, hidden)
+        else:
+            self.deeper.append((tokens, hidden))
+        self.stale.append(tokens)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Accumulated logits [N, V] of `tokens` [N]."""
+        if torch.is_grad_enabled() or len(self.total) > CHUNK:
+            return self._logits(tokens)
+        if self.memo is None:
+            if len(tokens) < len(self.total):
+                return self._logits(tokens)
+            self.memo = self._logits(torch.arange(len(self.total), device=tokens.device))
+        else:
+            for stale in self.stale:
+                self.memo[stale] = self._logits(stale)
+        self.stale = []
+        return self.memo[tokens]
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.total[tokens])
+        for ran, hidden in self.deeper:
+            place = tokens.new_full((len(self.total),), -1)
+            place[ran] = torch.arange(len(ran), device=ran.device)
+            place = place[tokens]  # [N], -1 where the token did not run this pass
+            hit = (place >= 0).nonzero().squeeze(1)
+            logits = logits.index_add(0, hit, self.head(hidden[place[hit]]))
+        return logits
+
+    def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """f applied to the accumulated logits of `tokens`, `CHUNK` of them at a time: [n, V] -> [n, ...]."""
+        return torch.cat([f(self.logits(chunk)) for chunk in tokens.split(CHUNK)])
+
+
+@contextmanager
+def record(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Keep the hidden states `wanted` of the pass that runs inside: 0 is the input of the first layer, k the output of
+    layer k. (transformers' own `output_hidden_states` keeps all of them alive.)"""
+    seen: dict[int, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(k: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[k] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[k - 1].register_forward_hook(keep_output(k)) for k in wanted if 0 < k < len(layers)]
+    if 0 in wanted:
+        handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,59 @@
+"""Chosen tokens of a batch as rows packed left, and back.
+
+Shapes: B batch, T tokens, M chosen tokens, R rows that have one, P packed columns, H heads, K head width, D width.
+A token is named by its flat index b * T + t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Packed:
+    """Chosen tokens of some rows, packed left: [R, P] columns, of which `valid` ones hold a token.
+
+    The rest repeat their row's first token: they compute something finite that nobody reads.
+    """
+
+    rows: Tensor  # [R] batch rows that have a chosen token
+    columns: Tensor  # [R, P] column of each packed token in the unpacked [B, T] input
+    valid: Tensor  # [R, P] bool
+    full: bool  # every entry is valid
+
+
+def pack(tokens: Tensor, length: int) -> tuple[Packed, Tensor, Tensor]:
+    """Lay sorted flat indices [M] of a [B, T] input (T = `length`) out as rows packed left.
+
+    Returns:
+        packed: the [R, P] layout.
+        row: [M] batch row of each token.
+        column: [M] its column among its row's packed tokens.
+    """
+    row, source = tokens // length, tokens % length
+    rows, index, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts  # [R] where each row's tokens begin
+    column = torch.arange(len(tokens), device=tokens.device) - first[index]
+    width = int(counts.max())
+    columns = source[first][:, None].repeat(1, width)  # padding repeats the row's first token
+    columns[index, column] = source
+    valid = torch.arange(width, device=tokens.device) < counts[:, None]
+    return Packed(rows, columns, valid, full=len(tokens) == valid.numel()), row, column
+
+
+def lay_out(x: Tensor, packed: Packed) -> Tensor:
+    """[M, D] -> [R, P, D], zero at padding."""
+    if packed.full:
+        return x.view(*packed.valid.shape, -1)
+    rows = x.new_zeros(*packed.valid.shape, x.shape[-1])
+    rows[packed.valid] = x
+    return rows
+
+
+def unpack(x: Tensor, packed: Packed) -> Tensor:
+    """[R, H, P, K] -> [M, H, K], the packed tokens without the padding."""
+    x = x.transpose(1, 2)  # [R, P, H, K]
+    return x.flatten(0, 1) if packed.full else x[packed.valid]

@@ -1,0 +1,89 @@
+"""The input of a forward call, checked once.
+
+Shapes: B batch, T tokens of this call, D width, N tokens in question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import DuoCache, DuoStep
+from .masks import NEVER
+
+
+@dataclass
+class Tokens:
+    """The checked input of one forward call."""
+
+    ids: Tensor | None  # [B, T]
+    embeds: Tensor | None  # [B, T, D], instead of ids
+    valid: Tensor  # [B, T] bool, False at padding
+    positions: Tensor  # [B, T] int64
+    padded: bool  # any padding in this call
+    explicit: bool  # positions were given by the caller
+
+    @classmethod
+    def check(
+        cls,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Any,
+    ) -> Tokens:
+        """Raises `ValueError` for inputs that do not fit each other."""
+        if (ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        B, T = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
+        if B == 0 or T == 0:
+            raise ValueError(f"the input is empty (shape [{B}, {T}]); give at least one token")
+        if cache is not None and not isinstance(cache, DuoCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; a TaH model needs a tah.DuoCache, or none")
+        device = (ids if ids is not None else embeds).device  # type: ignore[union-attr]
+        valid, padded = torch.ones(B, T, dtype=torch.bool, device=device), False
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+                raise ValueError(
+                    f"attention_mask of shape {list(attention_mask.shape)} does not cover an input of shape [{B}, {T}]; "
+                    "give 0/1 per token, [B, T] or [B, cached + T]"
+                )
+            valid = attention_mask[:, -T:].bool().to(device)
+            padded = not bool(valid.all())
+        if position_ids is None:
+            positions = _count(valid, padded, cache)
+        else:
+            if position_ids.shape[-1] != T or position_ids.dim() != 2:
+                raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not fit [{B}, {T}]")
+            positions = position_ids.to(device).expand(B, T)
+        return cls(ids, embeds, valid, positions, padded, position_ids is not None)
+
+    def stock_inputs(self, step: DuoStep | None) -> dict[str, Any]:
+        """Arguments of the depth-1 pass: what a user of the plain base would give it."""
+        mask = step.padding_mask() if step is not None else self.valid if self.padded else None
+        # Without a cache, positions that merely count are left to the base: it treats given ones as a sign of packing.
+        count = step is None and not self.padded and not self.explicit
+        inputs = {"attention_mask": None if mask is None else mask.long()}
+        inputs["position_ids"] = None if count else self.positions
+        inputs["input_ids" if self.ids is not None else "inputs_embeds"] = (
+            self.ids if self.ids is not None else self.embeds
+        )
+        return inputs
+
+    def select(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """[B, T] -> [N], or None for None."""
+        return None if x is None else x.flatten()[tokens]
+
+
+def _count(valid: Tensor, padded: bool, cache: DuoCache | None) -> Tensor:
+    """Positions [B, T] of tokens that nobody gave positions for: the number of real tokens before each, >= 0."""
+    B, T = valid.shape
+    seen: int | Tensor = cache.get_seq_length() if cache is not None else 0
+    if cache is not None and cache.has_padding:
+        seen = (cache.positions.view != NEVER).sum(1, keepdim=True)
+    if padded:
+        return (valid.cumsum(1) - 1 + seen).clamp(min=0)
+    return (torch.arange(T, device=valid.device) + seen).expand(B, T)
