@@ -20,3 +20,65 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
         if not is_complete(converted_dir("float32")):
             patch.setenv("TAH_CACHE", str(kept))
         return smollm2_base()
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random Llama of 64 positions, with a byte-level tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: at for at, token in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    directory = tmp_path_factory.mktemp("tiny") / "base"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(special + alphabet),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # answers that are not all alike
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_base: Path) -> Path:
+    """Directory of a TaH checkpoint of `tiny_base` that iterates on some tokens."""
+    import shutil
+
+    from tah import TaHForCausalLM
+
+    model = TaHForCausalLM.from_base(str(tiny_base), policy="confidence", threshold=0.5, lora_rank=4)
+    directory = tiny_base.with_name("tah")
+    model.save_pretrained(directory)
+    for path in tiny_base.glob("*token*"):
+        shutil.copy(path, directory)
+    shutil.copy(tiny_base / "chat_template.jinja", directory)
+    return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,30 @@ def test_saved_adapter_is_what_peft_computes(name: str, targets: str | None, tmp
     model = randomised(TaHForCausalLM.from_base(base_of(name), lora_rank=4, lora_alpha=6, lora_targets=leaves))
     save_adapter(model, tmp_path / "adapter")
     assert_same_as_peft(model, base_of(name), tmp_path / "adapter")
+
+
+class Special(torch.nn.Linear):
+    """A linear layer of a kind of its own, which gets no adapter."""
+
+
+def with_special_layer() -> Any:
+    base = base_of("S")
+    base.model.layers[0].self_attn.q_proj.__class__ = Special
+    return base
+
+
+@pytest.mark.parametrize(("name", "transposed"), [("S", False), ("gpt2", True), ("special", False)])
+def test_saved_settings_name_the_adapted_layers_and_no_others(name: str, transposed: bool, tmp_path: Path) -> None:
+    make = with_special_layer if name == "special" else lambda: base_of(name)
+    targets = ["c_attn"] if transposed else ["q_proj"]
+    model = randomised(TaHForCausalLM.from_base(make(), lora_rank=4, lora_alpha=6, lora_targets=targets))
+    save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    if name == "special":
+        targets = [f"model.layers.{k}.self_attn.q_proj" for k in (1, 2, 3)]
+    assert settings["target_modules"] == targets and settings["fan_in_fan_out"] is transposed
+    assert_same_as_peft(model, make(), tmp_path)
+    load_adapter(model, tmp_path)
 
 
 def test_adapter_round_trip(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def bench(
     repeats: int = 5,
     report: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Measure all variants and return `{"machine", "settings", "rows"}`; `report` is called with each row as it comes."""
+    """Measure all variants: `{"machine", "settings", "rows"}`. `report` is called with each row as it comes."""
     rows: list[Row] = []
 
     def add(

@@ -97,7 +97,7 @@ class DuoCache(Cache):
         self.deep_depths[row, slots] = depth
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
         self.deep_width = width
-        return DuoStep(self, depth, self.positions.length, DeepWrite(row, slots, reach, packed))
+        return DuoStep(self, depth, self.positions.length, DeepWrite(row, slots, reach, width, packed))
 
     def drop_deep(self) -> None:
         """Forget all deeper keys and values (with `attention="own"` no later token may see them)."""
@@ -182,6 +182,7 @@ class DeepWrite:
     row: Tensor  # [M] cache row
     slots: Tensor  # [M] slot, counted from the middle outwards
     reach: int  # slots its rows have in use, the longest of them
+    width: int  # slots any row has in use
     packed: Packed
 
 
@@ -215,10 +216,12 @@ class DuoStep(Cache):
         self.written.add(layer_idx)
         if self.write is None:
             layer.append(key_states, value_states, in_place)
+            if self.start == 0:  # the base attends to its own tensors, bit for bit what it does without a cache
+                return key_states, value_states
         else:
             k = unpack(key_states, self.write.packed)
             v = unpack(value_states, self.write.packed)
-            layer.insert(k, v, self.write.row, self.write.slots, self.cache.deep_width, in_place)
+            layer.insert(k, v, self.write.row, self.write.slots, self.write.width, in_place)
         return self._visible(layer)
 
     def _visible(self, layer: DuoLayer) -> tuple[Tensor, Tensor]:

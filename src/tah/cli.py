@@ -6,13 +6,14 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from .session import Answer, Session
+    from .session import Session
 
 POLICIES = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -29,12 +30,29 @@ app = typer.Typer(
 )
 
 
-def _policy(name: Optional[str]) -> Optional[str]:  # noqa: UP045 - typer evaluates it on Python 3.10
+def _policy(name: str | None) -> str | None:
     if name is None or name in POLICIES:
         return name
     near = difflib.get_close_matches(name, POLICIES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(POLICIES)}")
+
+
+def _number(kind: type[int] | type[float], low: int, high: int | None = None) -> Callable[[Any], Any]:
+    """Parses a number in a range; typer's own messages do not repeat what was typed."""
+    name = "an integer" if kind is int else "a number"
+    allowed = f"{name} >= {low}" if high is None else f"{name} from {low} to {high}"
+
+    def parse(text: Any) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(low - 1)
+        if not (low <= value and (high is None or value <= high)):
+            raise typer.BadParameter(f"{text} must be {allowed}")
+        return value
+
+    return parse
 
 
 ModelArgument = Annotated[
@@ -45,17 +63,32 @@ PolicyOption = Annotated[
     typer.Option(callback=_policy, metavar="NAME", help=f"Who iterates: {', '.join(POLICIES)}. [default: the model's]"),
 ]
 ThresholdOption = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Iterate above this probability. [default: the model's]")
+    float | None,
+    typer.Option(
+        parser=_number(float, 0, 1), metavar="X", help="Iterate above this probability, 0 to 1. [default: the model's]"
+    ),
 ]
-DepthOption = Annotated[int | None, typer.Option(min=1, help="Most passes a token may take. [default: the model's]")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, help="0 always takes the most probable token.")]
-TopPOption = Annotated[float, typer.Option(min=0, max=1, help="Sample among the most probable tokens up to this mass.")]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0 means all.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
+DepthOption = Annotated[
+    int | None,
+    typer.Option(parser=_number(int, 1), metavar="N", help="Most passes a token may take. [default: the model's]"),
+]
+TokensOption = Annotated[int, typer.Option(parser=_number(int, 1), metavar="N", help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option(parser=_number(float, 0), metavar="X", help="0 always takes the most probable token.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        parser=_number(float, 0, 1), metavar="X", help="Sample among the most probable tokens up to this mass."
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option(parser=_number(int, 0), metavar="N", help="Sample among this many tokens; 0 means all.")
+]
+SeedOption = Annotated[int, typer.Option(parser=_number(int, 0), metavar="N", help="Of the sampling.")]
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")]
-DtypeOption = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 NoColorOption = Annotated[
     bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")
@@ -105,26 +138,25 @@ def generate(
     if not prompt.strip():
         raise typer.BadParameter("PROMPT is empty; give at least one word")
     session = _open(model, dtype, device)
+    from .session import sampling
+    from .terminal import Painter, make_console, summary
+
     if not raw and not session.tokenizer.chat_template:
         _note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
     messages = [{"role": "system", "content": system}] if system else []
     ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
-    rule = {"policy": policy, "threshold": threshold, "max_depth": max_depth}
-    options = _rule(session, rule) | _sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
+    options = rule | sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
     if as_json:
         answer = session.answer(ids, lambda token: None, **options)
-        typer.echo(json.dumps(_as_json(session, prompt, answer, options), ensure_ascii=False))
+        typer.echo(json.dumps({"model": model, "prompt": prompt, **rule, **answer.as_dict()}, ensure_ascii=False))
         return
-    from .terminal import Painter, make_console, summary
-
     painter = Painter(make_console(color=not no_color), options["threshold"])
     answer = session.answer(ids, painter.show, **options)
     painter.console.print()
     notes = make_console(stderr=True, color=not no_color)
     if any(depth > 1 for depth in answer.depths):
-        painter_notes = Painter(notes, options["threshold"])
-        painter_notes.coloured = painter.coloured and painter_notes.coloured
-        notes.print(painter_notes.legend())
+        notes.print(painter.legend())
     notes.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
 
 
@@ -147,28 +179,31 @@ def chat(
     """Talk to a model; /help lists the commands."""
     session = _open(model, dtype, device)
     from .chat import Chat
+    from .session import sampling
 
-    rule = {"policy": policy, "threshold": threshold, "max_depth": max_depth}
-    sampling = _sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
-    Chat(session, _rule(session, rule), sampling, system, color=not no_color).run()
+    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
+    options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    Chat(session, rule, options, system, color=not no_color).run()
 
 
 @app.command()
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Say what a model is, or if it can be wrapped."""
+    from .load import as_lines, quiet
     from .load import inspect as look
-    from .load import quiet
 
     quiet()
     found = look(model)
-    typer.echo(json.dumps(found) if as_json else _as_lines(found))
+    typer.echo(json.dumps(found) if as_json else as_lines(found))
 
 
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
-    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Instead of the checkpoint's.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(parser=_number(float, 0, 1), metavar="X", help="Instead of the checkpoint's.")
+    ] = None,
 ) -> None:
     """Convert a checkpoint of the original code.
 
@@ -184,7 +219,7 @@ def convert(
 
 @app.command()
 def demo(
-    max_new_tokens: TokensOption = 60,
+    max_new_tokens: TokensOption = 48,
     no_color: NoColorOption = False,
 ) -> None:
     """Answer three questions with SmolLM2-135M."""
@@ -195,15 +230,18 @@ def demo(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Directory, hub id, or smollm2.")] = "smollm2",
-    dtype: Annotated[list[str], typer.Option(help="float32 or bfloat16; may be repeated.")] = ["float32", "bfloat16"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="float32 or bfloat16; may be repeated. [default: both]"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(parser=_number(int, 1), metavar="N", help="Rounds; the median counts.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, a prompt of 512 tokens.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write bench.json and bench.md.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the cost of iterating (minutes)."""
-    for name in dtype:
+    for name in dtype or ():
         if name not in ("float32", "bfloat16"):
             raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
     from .bench import bench as run_bench
@@ -214,7 +252,9 @@ def bench(
     sizes: dict[str, Any] = (
         {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
     )
-    result = run_bench(model, dtypes=tuple(dtype), report=lambda row: _note(str(row)), **sizes)
+    result = run_bench(
+        model, dtypes=tuple(dtype or ("float32", "bfloat16")), report=lambda row: _note(str(row)), **sizes
+    )
     if output is not None:
         save(result, output)
     typer.echo(json.dumps(result) if as_json else markdown(result))
@@ -229,59 +269,6 @@ def _open(model: str, dtype: str, device: str) -> Session:
     if session.wrapped:
         _note(f"{model} is a base model without a trained second pass; policy: confidence unless you choose one")
     return session
-
-
-def _rule(session: Session, given: dict[str, Any]) -> dict[str, Any]:
-    """Policy, threshold and depth: what was given, and the model's own for the rest."""
-    return {name: getattr(session.model.config, name) if value is None else value for name, value in given.items()}
-
-
-def _sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:
-    import torch
-
-    torch.manual_seed(seed)
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-def _as_json(session: Session, prompt: str, answer: Answer, options: dict[str, Any]) -> dict[str, Any]:
-    depths, count = answer.depths, len(answer.tokens)
-    return {
-        "model": session.source,
-        "prompt": prompt,
-        "text": answer.text,
-        "policy": options["policy"],
-        "threshold": options["threshold"],
-        "max_depth": options["max_depth"],
-        "prompt_tokens": answer.prompt_tokens,
-        "new_tokens": count,
-        "seconds": answer.seconds,
-        "tokens_per_second": count / answer.seconds,
-        "iterated_share": sum(depth > 1 for depth in depths) / max(1, count),
-        "mean_depth": sum(depths) / max(1, count),
-        "tokens": [vars(token) for token in answer.tokens],
-    }
-
-
-def _as_lines(found: dict[str, Any]) -> str:
-    """`tah inspect` for people: one fact per line, names of nested facts joined by a space."""
-    flat: dict[str, Any] = {}
-    for name, value in found.items():
-        if isinstance(value, dict):
-            flat |= {f"{name} {inner}": entry for inner, entry in value.items()}
-        elif value is not None:
-            flat[name] = value
-    width = max(map(len, flat))
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_as_word(value, name)}" for name, value in flat.items())
-
-
-def _as_word(value: Any, name: str) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and name.startswith("extra_percent"):
-        return f"{value:.3g} % of the base"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _note(text: str) -> None:

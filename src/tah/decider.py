@@ -2,7 +2,7 @@
 
 Shapes: N tokens, D width of the base, k top logits.
 
-Both kinds are policies: called with a [`DepthState`] they return continue logits [N], float32. They read the hidden
+Both kinds are policies: called with a [`DepthState`] they return continue logits [N]. They read the hidden
 states of the pass just run and do not know the depth.
 """
 
@@ -36,6 +36,7 @@ class LeanDecider(nn.Module):
         self.layers = tuple(layers)
         self.input = nn.Linear(hidden_size * len(layers), width)
         self.output = nn.Linear(width, 1)
+        self.reset_parameters()
 
     def forward(self, state: DepthState) -> Tensor:
         """[N] continue logits"""
@@ -120,6 +121,7 @@ class MLPDecider(nn.Module):
         self.logits_projection = nn.Linear(topk, hidden_size)
         self.combined_projection = nn.Linear(features + hidden_size, hidden_dims[0])
         self.backbone = _Backbone(hidden_dims, expansion, dropout)
+        self.reset_parameters()
 
     def forward(self, state: DepthState) -> Tensor:
         """[N] continue logits"""
@@ -129,7 +131,7 @@ class MLPDecider(nn.Module):
         if self.normalize_input:
             hidden, top = self.layer_norm_hidden_states(hidden), top.softmax(-1)
         x = self.combined_projection(torch.cat([hidden, self.logits_projection(top)], dim=-1))
-        return self.backbone(x).squeeze(-1).float()
+        return self.backbone(x).squeeze(-1)  # in its own dtype: the reference compares a bf16 sigmoid
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -14,20 +14,22 @@ from .terminal import Painter, make_console, printable, summary
 
 QUESTIONS = (
     "Tom has 3 boxes with 4 apples each. He eats 2 apples. How many apples are left?",
-    "A train leaves at 9:15 and arrives at 11:00. How many minutes does the trip take?",
-    "Anna is 12 years old. Her brother is twice as old. How old will he be in 5 years?",
+    "A pencil costs 2 dollars and a book costs 5 dollars. How much do 3 pencils and 1 book cost?",
+    "Lily reads 12 pages a day. How many pages does she read in one week?",
 )
-THRESHOLD = 0.75  # iterates where the top token has less than 1/4 of the probability: 5 to 10 % of the answer
-INTRODUCTION = """\
-SmolLM2-135M-Instruct, wrapped by TaHForCausalLM.from_base. Every token passes the model once. Where the model is not
-sure of the next one (policy confidence, threshold {threshold}), the token at hand passes it again."""
-NOT_TRAINED = """\
-Nothing is trained yet: the adapter of the second pass starts at zero and the decider has seen no data, so the second
-pass is not expected to help, and here it often harms. What you see is where it would act and what it costs."""
+THRESHOLD = 0.7  # iterates where the top token has less than 0.3 of the probability: a tenth of these answers
+INTRODUCTION = (
+    "SmolLM2-135M-Instruct, wrapped by TaHForCausalLM.from_base. Every token passes the model once. Where the model is "
+    f"not sure of the next one (policy confidence, threshold {THRESHOLD}), the token at hand passes it again."
+)
+NOT_TRAINED = (
+    "Nothing is trained yet: the adapter of the second pass starts at zero and the decider has seen no data, so the "
+    "second pass is not expected to help, and here it often harms. This shows where it would act and what it costs."
+)
 
 
 def demo(
-    *, max_new_tokens: int = 60, color: bool = True, questions: tuple[str, ...] = QUESTIONS
+    *, max_new_tokens: int = 48, color: bool = True, questions: tuple[str, ...] = QUESTIONS
 ) -> list[dict[str, Any]]:
     """Print the demo; return what was measured, one entry per question and policy."""
     start = time.perf_counter()
@@ -35,7 +37,7 @@ def demo(
     console = make_console(color=color)
     painter = Painter(console, THRESHOLD)
     session = Session.open("smollm2")
-    console.print(INTRODUCTION.format(threshold=THRESHOLD))
+    console.print(INTRODUCTION)
     console.print(NOT_TRAINED, style="bold")
     console.print(painter.legend())
     measured = []

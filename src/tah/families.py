@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import DuoCache, Packed
+from .cache import DuoCache
+from .packing import pack
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PROBE_TOKENS = 8
+PROBE_LATE = 3  # of them, run at depth 2
 
 
 class UnsupportedBase(ValueError):
@@ -60,20 +62,22 @@ def head_of(base: PreTrainedModel) -> Head:
     linear = base.get_output_embeddings()
     if linear is None:
         raise UnsupportedBase(f"{type(base).__name__} has no output embeddings, so it is not a language model")
-    # Attribute names as the families spell them: Cohere multiplies, Granite divides, Gemma and nanochat cap.
-    return Head(
-        linear,
-        scale=getattr(base, "logit_scale", None) or getattr(config, "logit_scale", None) or 1.0,
-        divide=getattr(config, "logits_scaling", None) or 1.0,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    # Attribute names as the families spell them: Cohere multiplies, Granite divides, HyperCLOVA X multiplies by what
+    # Granite divides by, Gemma and nanochat cap. The probe refuses whatever computes something else.
+    scale, divide = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type == "hyperclovax":
+        scale, divide = divide, 1.0
+    return Head(linear, scale, divide, softcap=getattr(config, "final_logit_softcapping", None))
 
 
 def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
     """The base without its output head: embeddings in, final hidden states out."""
     decoder = base.get_decoder()
-    # Llama 4's text model answers with itself and head-first encoders with their head; the prefix module is right.
-    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not base else base.base_model
+    if decoder is base or not isinstance(decoder, PreTrainedModel):
+        # Llama 4's text model answers with itself, head-first encoders with their head: take the model inside.
+        inside = [child for child in base.children() if isinstance(child, PreTrainedModel)]
+        decoder = inside[0] if inside else base
+    return decoder
 
 
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -116,64 +120,71 @@ def check_facts(base: PreTrainedModel) -> None:
 def check_base(base: PreTrainedModel) -> None:
     """Check everything a base needs, the last of it by running 8 tokens.
 
-    The probe compares with the base's own forward: a pass at depth 1 through our cache and head, and a pass at depth 2
-    of the last token alone, which must give what depth 1 gives when adapters are off and the token did not run
-    depth 1.
+    The probe compares with the base's own forward on the same input embeddings, some of them soft: a pass at depth 1
+    through our cache and head; and a pass at depth 2 of the last three tokens, which did not run depth 1 and so must
+    give, adapters off, what depth 1 gives. Windows and chunks are made shorter than the probe while it runs.
 
     Raises:
         UnsupportedBase: with the reason.
     """
     check_facts(base)
     name, training = type(base).__name__, base.training
+    config = base.config.get_text_config(decoder=True)
+    reach = {k: v for k in ("sliding_window", "attention_chunk_size") if (v := getattr(config, k, None)) is not None}
     base.eval()
     try:
-        reason = _probe(base)
-    except UnsupportedBase:
-        raise
+        for key in reach:
+            setattr(config, key, 3)
+        reason = _probe(base, config)
     except Exception as error:
         line = str(error).strip().splitlines()
         reason = f"its forward fails on our cache with {type(error).__name__}: {line[0][:120] if line else ''}"
     finally:
+        for key, value in reach.items():
+            setattr(config, key, value)
         base.train(training)
     if reason:
         raise UnsupportedBase(f"{name} cannot be wrapped: {reason}")
 
 
-def _probe(base: PreTrainedModel) -> str | None:
+def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """The reason the base behaves differently under our cache and masks, or None."""
-    config: PreTrainedConfig = base.config.get_text_config(decoder=True)
     decoder, head = decoder_of(base), head_of(base)
     embed = base.get_input_embeddings()
-    device = embed.weight.device
+    device, late = embed.weight.device, PROBE_LATE
     ids = torch.arange(PROBE_TOKENS, device=device)[None] % config.vocab_size
+    embeds = embed(ids)
+    embeds = torch.cat([embeds[:, :-late], (embeds[:, -late:] + embeds[:, :late]) / 2], dim=1)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
-    want = base(input_ids=ids, use_cache=False).logits[0].float()
+    want = base(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0].float()
     tolerance = (1e-3 if decoder.dtype == torch.float32 else 3e-2) * want.abs().max().item()
 
     def differs(got: Tensor, want: Tensor) -> bool:
         return not torch.allclose(got.float(), want, atol=tolerance, rtol=0)
 
-    cache = DuoCache()
-    step = cache.step(positions, torch.ones_like(ids, dtype=torch.bool), padded=False)
-    out: Any = decoder(input_ids=ids, position_ids=positions, past_key_values=step, use_cache=False)
+    def depth_one(length: int) -> tuple[DuoCache, Any]:
+        cache, where = DuoCache(), positions[:, :length]
+        step = cache.step(where, torch.ones_like(where, dtype=torch.bool), padded=False)
+        given = {"past_key_values": step, "position_ids": where, "use_cache": False}
+        return cache, decoder(inputs_embeds=embeds[:, :length], **given).last_hidden_state
+
+    cache, hidden = depth_one(PROBE_TOKENS)
     if len(cache.layers) != config.num_hidden_layers:
         return f"{len(cache.layers)} of its {config.num_hidden_layers} layers keep their past in the cache"
-    if differs(head(out.last_hidden_state)[0], want):
+    if differs(head(hidden)[0], want):
         return "its logits are not its output embedding of the final hidden state, scaled or soft-capped"
 
-    cache = DuoCache()
-    step = cache.step(positions[:, :-1], torch.ones_like(ids[:, :-1], dtype=torch.bool), padded=False)
-    decoder(input_ids=ids[:, :-1], position_ids=positions[:, :-1], past_key_values=step, use_cache=False)
-    zero = ids.new_zeros(1)
-    last, packed = positions[:, -1:], Packed(zero, zero[None], torch.ones_like(zero[None], dtype=torch.bool), True)
-    deep = cache.deep_step(2, zero, zero, packed, last[0])
-    out = decoder(
-        inputs_embeds=embed(ids[:, -1:]),
-        position_ids=last,
+    cache, _ = depth_one(PROBE_TOKENS - late)
+    last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
+    packed, row, column = pack(last, PROBE_TOKENS)
+    deep = cache.deep_step(2, row, column, packed, last)
+    hidden = decoder(
+        inputs_embeds=embeds[:, -late:],
+        position_ids=last[None],
         past_key_values=deep,
-        attention_mask=deep.masks(config, last, "duo", decoder.dtype),
+        attention_mask=deep.masks(config, last[None], "duo", decoder.dtype),
         use_cache=False,
-    )
-    if differs(head(out.last_hidden_state)[0], want[-1:]):
+    ).last_hidden_state
+    if differs(head(hidden)[0], want[-late:]):
         return "it does not attend by the positions and the mask it is given"
     return None

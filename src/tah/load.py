@@ -117,7 +117,7 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
     return {
         "model": source,
         "kind": "tah",
-        "base": _facts(model.base),
+        "base": _facts(model.base) | {"parameters": sizes["base"]},
         "parameters": sizes,
         "extra_percent": {name: 100 * size / sizes["base"] for name, size in sizes.items() if name != "base"},
         "max_depth": config.max_depth,
@@ -157,6 +157,26 @@ def _facts(base: PreTrainedModel) -> dict[str, Any]:
         "positions": getattr(text, "max_position_embeddings", None),
         "dtype": str(base.dtype).removeprefix("torch."),
     }
+
+
+def as_lines(found: dict[str, Any]) -> str:
+    """`tah inspect` for people: one fact per line, names of nested facts joined by a space."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {inner}": entry for inner, entry in value.items()}
+        elif value is not None:
+            flat[name] = value
+    width = max(map(len, flat))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_as_word(value, name)}" for name, value in flat.items())
+
+
+def _as_word(value: Any, name: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and name.startswith("extra_percent"):
+        return f"{value:.3g} % of the base"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def quiet() -> None:

@@ -117,6 +117,7 @@ def add_lora(
         }
         module.__class__ = _KINDS[type(module)]
         for child, layer in lora.items():
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # else the base would initialise B like any linear
             module.add_module(child, layer)
         module.lora_scale = alpha / rank
         reset_lora(module)

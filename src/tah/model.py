@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from .cache import DuoCache, DuoStep
 from .checkpoint import SafeCheckpoint
 from .config import TaHConfig
-from .decider import LeanDecider, MLPDecider, build_decider
+from .decider import build_decider
 from .families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
@@ -88,6 +88,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
         self.reembed_map = made(nn.Linear(width, width, bias=False)) if config.reembed == "hidden" else None
         self.combine_map = made(nn.Linear(width, width, bias=False)) if config.combine == "zero_init" else None
+        if self.reembed_map is not None:
+            nn.init.normal_(self.reembed_map.weight, std=0.02)
+        if self.combine_map is not None:
+            nn.init.zeros_(self.combine_map.weight)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
             layer._can_checkpoint_with_cache = True  # type: ignore[assignment]  # DuoStep.update may be replayed
         self.post_init()
@@ -160,10 +164,11 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 depth_labels=tokens.select(depth_labels, active),
                 map_logits=partial(total.map_logits, active),
             )
-            go_logits = rule.policy(state).to(continue_logits)
+            go_logits = rule.policy(state).to(active.device)
             if go_logits.isnan().any():
                 raise ValueError(f"the policy gave NaN after depth {depth}: hidden states or logits are not finite")
-            continue_logits = continue_logits.index_put((active, active.new_tensor(depth - 1)), go_logits)
+            where = (active, active.new_tensor(depth - 1))
+            continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
             chosen = rule.goes_on(go_logits, depth, active // T)
             active, hidden = active[chosen], hidden[chosen]
             if len(active) == 0:
@@ -275,14 +280,12 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the base's business
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what the base does not have; the base initialises itself."""
-        if isinstance(module, (LeanDecider, MLPDecider)):
-            module.reset_parameters()
-        elif module is self.reembed_map:
-            nn.init.normal_(module.weight, std=0.02)
-        elif module is self.combine_map:
-            nn.init.zeros_(module.weight)
+        """Nothing: base, adapters, decider and maps have initialised themselves by the time they are put together."""
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

@@ -32,6 +32,20 @@ class Answer:
     def depths(self) -> list[int]:
         return [token.depth for token in self.tokens]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        count = len(self.tokens)
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": count,
+            "seconds": self.seconds,
+            "tokens_per_second": count / self.seconds,
+            "iterated_share": sum(depth > 1 for depth in self.depths) / max(1, count),
+            "mean_depth": sum(self.depths) / max(1, count),
+            "tokens": [vars(token) for token in self.tokens],
+        }
+
 
 @dataclass
 class Session:
@@ -66,10 +80,16 @@ class Session:
             raise ValueError(
                 f"{source} has no usable tokenizer ({first_line(error)}); copy the base's into it"
             ) from error
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
+            raise ValueError(f"{source} has no usable tokenizer (it is empty); copy the base's into it")
         try:
             return cls(source, model.to(device).eval(), tokenizer, kind == "base")
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
+
+    def rule(self, **given: Any) -> dict[str, Any]:
+        """Policy, threshold and max_depth: what was given, and the model's own where that is None."""
+        return {name: getattr(self.model.config, name) if value is None else value for name, value in given.items()}
 
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> list[int]:
         """Token ids of a conversation, up to where the answer begins; `raw` leaves the chat template out."""
@@ -124,3 +144,11 @@ class Session:
             return DuoCache()
         self.cache.crop(common - seen)
         return self.cache
+
+
+def sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:
+    """Options of `generate`, greedy at temperature 0 whatever the model's own defaults are; seeds torch."""
+    torch.manual_seed(seed)
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -1,7 +1,4 @@
-"""Tokens on a terminal: coloured by the passes they took and by how probable another pass was.
-
-Nothing here needs torch, so it can be tested and imported at once.
-"""
+"""Tokens on a terminal: coloured by the passes they took and by how probable another pass was."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-NEARLY = 0.5  # a token whose probability exceeds this share of the threshold is shown as nearly iterated
+NEARLY = 0.8  # a token whose probability exceeds this share of the threshold is shown as nearly iterated
 NEARLY_STYLE = "color(179)"
 # By depth: (text, background just above the threshold, background at probability 1).
 SHADES = {
@@ -135,11 +132,7 @@ class Painter:
 
     def text(self, tokens: Sequence[Token]) -> Text:
         """All of an answer as one rich text, to be laid out."""
-        text = Text()
-        for token in tokens:
-            piece, style = self.paint(token)
-            text.append(piece, style)
-        return text
+        return Text.assemble(*((text, style or "") for text, style in map(self.paint, tokens)))
 
     def paint(self, token: Token) -> tuple[str, Style | None]:
         """A token's text, safe to print, and its style."""
@@ -162,7 +155,7 @@ class Painter:
             (" two passes, surely ", style_of(2, 1.0, self.threshold)),
             (" three ", style_of(3, 1.0, self.threshold)),
         ]
-        line = Text("legend: ", style="dim")
+        line = Text.assemble(("legend: ", "dim"))
         for index, (words, style) in enumerate(parts):
             line.append(" " if index else "").append(words, style)
         return line

@@ -48,7 +48,7 @@ class Tokens:
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
                 raise ValueError(
-                    f"attention_mask of shape {list(attention_mask.shape)} does not cover an input of shape [{B}, {T}]; "
+                    f"attention_mask of shape {list(attention_mask.shape)} does not cover an input of [{B}, {T}]; "
                     "give 0/1 per token, [B, T] or [B, cached + T]"
                 )
             valid = attention_mask[:, -T:].bool().to(device)

@@ -1,0 +1,60 @@
+"""Write docs/generate.svg: a real answer of SmolLM2-135M, coloured as `tah generate` colours it."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+
+from tah.demo import QUESTIONS, THRESHOLD
+from tah.load import quiet
+from tah.session import Session
+from tah.terminal import Painter, summary
+
+TARGET = Path(__file__).parents[1] / "docs" / "generate.svg"
+THEME = TerminalTheme((22, 24, 29), (215, 218, 224), [(0, 0, 0)] + [(190, 190, 190)] * 7, [(110, 115, 125)] * 8)
+
+
+def main() -> None:
+    """Run the model and write the picture."""
+    quiet()
+    console = Console(
+        record=True,
+        width=92,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+        markup=False,
+    )
+    painter = Painter(console, THRESHOLD)
+    session = Session.open("smollm2")
+    question = QUESTIONS[1]
+    ids = session.encode([{"role": "user", "content": question}])
+    answer = session.answer(
+        ids,
+        lambda token: None,
+        max_new_tokens=72,
+        policy="confidence",
+        threshold=THRESHOLD,
+        max_depth=2,
+        do_sample=False,
+    )
+    console.print(
+        f'$ tah generate smollm2 "{question}" \\\n    --policy confidence --threshold {THRESHOLD}', style="bold"
+    )
+    console.print(painter.text(answer.tokens))
+    console.print()
+    console.print(painter.legend())
+    console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
+    svg = console.export_svg(title="tah generate", theme=THEME)
+    svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they load a font from a CDN
+    svg = svg.replace("Fira Code, monospace", "Fira Code, DejaVu Sans Mono, Menlo, Consolas, monospace")
+    TARGET.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
