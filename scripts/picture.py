@@ -23,7 +23,7 @@ def main() -> None:
     quiet()
     console = Console(
         record=True,
-        width=92,
+        width=96,
         file=io.StringIO(),
         force_terminal=True,
         color_system="truecolor",
@@ -32,21 +32,22 @@ def main() -> None:
     )
     painter = Painter(console, THRESHOLD)
     session = Session.open("smollm2")
-    question = QUESTIONS[1]
+    question = QUESTIONS[0]
     ids = session.encode([{"role": "user", "content": question}])
     answer = session.answer(
         ids,
         lambda token: None,
-        max_new_tokens=72,
+        max_new_tokens=60,
         policy="confidence",
         threshold=THRESHOLD,
         max_depth=2,
         do_sample=False,
     )
-    console.print(
-        f'$ tah generate smollm2 "{question}" \\\n    --policy confidence --threshold {THRESHOLD}', style="bold"
-    )
-    console.print(painter.text(answer.tokens))
+    console.print(f"$ tah generate smollm2 --policy confidence --threshold {THRESHOLD} \\", style="bold")
+    console.print(f'    "{question}"', style="bold")
+    text = painter.text(answer.tokens)
+    text.rstrip()
+    console.print(text)
     console.print()
     console.print(painter.legend())
     console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")

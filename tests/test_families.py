@@ -57,8 +57,9 @@ def make_case(family: str, attn_implementation: str = "eager") -> Case:
     mask[1, :PAD] = 0
     with torch.no_grad():
         stock = base(ids, use_cache=False).logits
+    # All tokens are mixed: a near tie for the last place of a top-k says nothing about a family.
     model = TaHForCausalLM.from_base(
-        base, max_depth=MAX_DEPTH, policy="oracle", decider=None, lora_rank=2, mix_topk=20
+        base, max_depth=MAX_DEPTH, policy="oracle", decider=None, lora_rank=2, mix_topk=VOCAB
     ).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

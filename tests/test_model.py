@@ -52,7 +52,9 @@ def test_never_equals_base_bit_for_bit(family, implementation):
         want = model.base(input_ids=ids, logits_to_keep=keep).logits
         assert torch.equal(model(ids, policy="never", logits_to_keep=keep).logits, want)
         assert torch.equal(model(ids, max_depth=1, logits_to_keep=keep).logits, want)
-    assert torch.equal(model(ids, policy="never", use_cache=False).logits, model.base(input_ids=ids, use_cache=False).logits)
+    assert torch.equal(
+        model(ids, policy="never", use_cache=False).logits, model.base(input_ids=ids, use_cache=False).logits
+    )
     mask, positions = pad(torch.ones_like(ids), left=3), pad(torch.arange(LENGTH).expand(2, -1), left=3)
     want = model.base(input_ids=pad(ids, left=3), attention_mask=mask, position_ids=positions).logits[:, 3:]
     assert torch.equal(model(pad(ids, left=3), attention_mask=mask, policy="never").logits[:, 3:], want)
@@ -176,7 +178,9 @@ def test_batch_row_equals_single_row(policy):
         assert distance(alone.logits[0], together.logits[row]) < EXACT
 
 
-@pytest.mark.parametrize("decider", [{"kind": "lean"}, {"kind": "mlp", "layers": [0, 1, 2], "hidden_dims": [16, 24], "topk": 20}])
+@pytest.mark.parametrize(
+    "decider", [{"kind": "lean"}, {"kind": "mlp", "layers": [0, 1, 2], "hidden_dims": [16, 24], "topk": 20}]
+)
 @pytest.mark.parametrize("max_depth", [2, 3])
 def test_decisions_of_a_decider_equal_reference(decider, max_depth):
     model = tah(policy="decider", decider=decider, max_depth=max_depth)
@@ -322,7 +326,9 @@ def test_logits_to_keep(family):
 def test_full_logits_are_never_made_unless_asked_for(policy):
     model, ids = tah(policy=policy, decider={"kind": "mlp", "hidden_dims": [8], "topk": 20}), token_ids(length=300)
     made = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: made.append(out.numel() // out.shape[-1]))
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: made.append(out.numel() // out.shape[-1])
+    )
     model(ids, logits_to_keep=1)
     handle.remove()
     assert max(made) <= 128 and made[-1] == 2
@@ -429,7 +435,9 @@ def test_adapter_is_off_at_depth_one_in_every_thread():
     model, ids = tah(), token_ids()
     want = {policy: model(ids, policy=policy).logits for policy in ("never", "always")}
     with ThreadPoolExecutor(4) as pool:
-        runs = [(p, pool.submit(lambda p=p: torch.no_grad()(model)(ids, policy=p).logits)) for p in ["never", "always"] * 20]
+        runs = [
+            (p, pool.submit(lambda p=p: torch.no_grad()(model)(ids, policy=p).logits)) for p in ["never", "always"] * 20
+        ]
         for policy, future in runs:
             assert torch.equal(future.result(), want[policy])
 
@@ -456,7 +464,9 @@ def test_no_adapter_and_no_decider():
 
 
 def test_config_round_trip():
-    config = TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": 4}, decider={"kind": "lean"}, max_depth=3)
+    config = TaHConfig(
+        base_config={"model_type": "llama", "num_hidden_layers": 4}, decider={"kind": "lean"}, max_depth=3
+    )
     again = TaHConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert again.decider == {"kind": "lean", "layers": [1, 2, 3, 4], "width": 256}

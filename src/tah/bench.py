@@ -8,6 +8,7 @@ process per variant.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .load import find, load_base, load_tah
 from .model import TaHForCausalLM
-from .policy import DepthState, Policy, Random
+from .policy import DepthState, Policy
 
 VARIANTS = ("base", "never", "forced", "always")
 RATE = 0.07  # the paper's share of iterated tokens
@@ -35,16 +37,35 @@ SEED = 0
 
 
 class Forced(Policy):
-    """Pays for the model's decider on every token, then lets a seeded hash choose 7 % of them."""
+    """Pays for the model's decider on every token, then iterates 7 % of them, drawn beforehand.
 
-    def __init__(self, model: TaHForCausalLM) -> None:
-        self.decider, self.random = model.decider, Random(RATE, SEED)
+    In each row, 7 % of the first `prompt` positions and 7 % of the later ones, at seeded random places.
+
+    Args:
+        model: whose decider to run.
+        batch: rows of the input; it may have no padding.
+        prompt: positions of the prompt.
+        new: positions after it.
+    """
+
+    def __init__(self, model: TaHForCausalLM, batch: int, prompt: int, new: int) -> None:
+        self.decider = model.decider
         self.layers = model.decider.layers if model.decider is not None else ()
+        generator = torch.Generator().manual_seed(SEED)
+        table = torch.zeros(batch, prompt + new, dtype=torch.bool)
+        for row in range(batch):
+            for start, length in ((0, prompt), (prompt, new)):
+                share = RATE * length
+                count = math.ceil(share) if row % 2 == 0 else math.floor(share)  # 5 and 4 of 64: 7.0 % of two rows
+                table[row, start + torch.randperm(length, generator=generator)[:count]] = True
+        self.table = table.to(model.device)
 
     def __call__(self, state: DepthState) -> Tensor:
         if self.decider is not None:
             self.decider(state)
-        return self.random(state)
+        row = torch.arange(len(state.positions), device=self.table.device) // (len(state.positions) // len(self.table))
+        chosen = self.table[row, state.positions.clamp(max=self.table.shape[1] - 1)]
+        return torch.where(chosen, math.inf, -math.inf)
 
 
 @dataclass
@@ -62,18 +83,12 @@ class Row:
 
 def load(model: str, dtype: str) -> TaHForCausalLM:
     """`model` is a TaH checkpoint, a base model, or `smollm2`."""
-    if model == "smollm2":
-        from .smollm2 import smollm2_base
-
-        model = str(smollm2_base())
-    config = transformers.AutoConfig.from_pretrained(model)
-    if config.model_type == "tah":
-        return TaHForCausalLM.from_pretrained(model, dtype=dtype).eval()
-    return TaHForCausalLM.from_base(model, dtype=dtype)
+    path, kind = find(model)
+    return load_tah(path, dtype).eval() if kind == "tah" else TaHForCausalLM.from_base(load_base(path, dtype))
 
 
-def policy_of(variant: str, model: TaHForCausalLM) -> str | Policy:
-    return Forced(model) if variant == "forced" else variant
+def policy_of(variant: str, model: TaHForCausalLM, batch: int, prompt: int, new: int = 0) -> str | Policy:
+    return Forced(model, batch, prompt, new) if variant == "forced" else variant
 
 
 def prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
@@ -96,7 +111,7 @@ def decode(model: TaHForCausalLM, variant: str, batch: int) -> Callable[[], None
     given["attention_mask"] = torch.ones_like(ids)
     runner: Any = model.base if variant == "base" else model
     if variant != "base":
-        given["policy"] = policy_of(variant, model)
+        given["policy"] = policy_of(variant, model, batch, PROMPT, NEW)
     return lambda: runner.generate(ids, **given)
 
 
@@ -105,7 +120,7 @@ def prefill(model: TaHForCausalLM, variant: str, length: int) -> Callable[[], No
     """One forward over a prompt, keeping the cache and the last token's logits, as `generate` begins."""
     ids = prompts(model, 1, length)
     runner: Any = model.base if variant == "base" else model
-    given: dict[str, Any] = {} if variant == "base" else {"policy": policy_of(variant, model)}
+    given: dict[str, Any] = {} if variant == "base" else {"policy": policy_of(variant, model, 1, length)}
 
     def run() -> None:
         with torch.no_grad():
@@ -119,11 +134,13 @@ def iterated(model: TaHForCausalLM, variant: str, batch: int, length: int) -> fl
     """Share of tokens that take a second pass."""
     if variant in ("base", "never"):
         return 0.0
-    ids, policy = prompts(model, batch, length), policy_of(variant, model)
+    ids = prompts(model, batch, length)
     if length == PROMPT:
+        policy = policy_of(variant, model, batch, PROMPT, NEW)
         given = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, policy=policy)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **given)
-        return (out.depth_count[:, PROMPT:-1] > 1).float().mean().item()
+        return (out.depth_count[:, :-1] > 1).float().mean().item()
+    policy = policy_of(variant, model, batch, length)
     return (model(ids, logits_to_keep=1, policy=policy).depth_count > 1).float().mean().item()
 
 
@@ -156,15 +173,15 @@ def peak_memory(model: str, dtype: str, variant: str, length: int) -> float:
 
 def _peak(model: str, dtype: str, variant: str, length: int) -> None:
     """Runs in the fresh process of `peak_memory`; prints MiB."""
-    before = _resident()
+    before, (path, kind) = _resident(), find(model)
+    given: dict[str, Any] = {}
+    base: Any
     if variant == "base":
-        config = transformers.AutoConfig.from_pretrained(model)
-        tah = config.model_type == "tah"
-        base = load(model, dtype).base if tah else AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-        ids, given = prompts(base, 1, length), {}
+        base = load_tah(path, dtype).base if kind == "tah" else load_base(path, dtype)
     else:
         base = load(model, dtype)
-        ids, given = prompts(base, 1, length), {"policy": policy_of(variant, base)}
+        given["policy"] = policy_of(variant, base, 1, length)
+    ids = prompts(base, 1, length)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -240,10 +257,9 @@ def bench(
             for name in VARIANTS:
                 share = iterated(loaded, name, batch, length)
                 add(dtype, task, name, seconds[name], seconds["base"], share, batch * NEW if make is decode else length)
-        path = loaded.config._name_or_path or loaded.config.base_config._name_or_path
         del loaded, runs
         for length in lengths[-1:]:
-            peaks = {name: [peak_memory(path, dtype, name, length)] for name in VARIANTS}
+            peaks = {name: [peak_memory(model, dtype, name, length)] for name in VARIANTS}
             for name in VARIANTS:
                 add(dtype, f"memory, {length} tokens", name, peaks[name], peaks["base"], 0.0, 0)
     settings = {"model": model, "prompt": PROMPT, "new": NEW, "rate": RATE, "repeats": repeats, "seed": SEED}

@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,8 +37,8 @@ def _policy(name: str | None) -> str | None:
     raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(POLICIES)}")
 
 
-def _number(kind: type[int] | type[float], low: int, high: int | None = None) -> Callable[[Any], Any]:
-    """Parses a number in a range; typer's own messages do not repeat what was typed."""
+def _number(help: str, kind: type[int] | type[float], low: int, high: int | None = None) -> Any:
+    """An option for a number in a range; typer's own messages do not repeat what was typed."""
     name = "an integer" if kind is int else "a number"
     allowed = f"{name} >= {low}" if high is None else f"{name} from {low} to {high}"
 
@@ -52,7 +51,7 @@ def _number(kind: type[int] | type[float], low: int, high: int | None = None) ->
             raise typer.BadParameter(f"{text} must be {allowed}")
         return value
 
-    return parse
+    return typer.Option(parser=parse, metavar="N" if kind is int else "X", help=help)
 
 
 ModelArgument = Annotated[
@@ -64,28 +63,20 @@ PolicyOption = Annotated[
 ]
 ThresholdOption = Annotated[
     float | None,
-    typer.Option(
-        parser=_number(float, 0, 1), metavar="X", help="Iterate above this probability, 0 to 1. [default: the model's]"
-    ),
+    _number("Iterate above this probability, 0 to 1. [default: the model's]", float, 0, 1),
 ]
 DepthOption = Annotated[
     int | None,
-    typer.Option(parser=_number(int, 1), metavar="N", help="Most passes a token may take. [default: the model's]"),
+    _number("Most passes a token may take. [default: the model's]", int, 1),
 ]
-TokensOption = Annotated[int, typer.Option(parser=_number(int, 1), metavar="N", help="Longest answer, in tokens.")]
-TemperatureOption = Annotated[
-    float, typer.Option(parser=_number(float, 0), metavar="X", help="0 always takes the most probable token.")
-]
+TokensOption = Annotated[int, _number("Longest answer, in tokens.", int, 1)]
+TemperatureOption = Annotated[float, _number("0 always takes the most probable token.", float, 0)]
 TopPOption = Annotated[
     float,
-    typer.Option(
-        parser=_number(float, 0, 1), metavar="X", help="Sample among the most probable tokens up to this mass."
-    ),
+    _number("Sample among the most probable tokens up to this mass.", float, 0, 1),
 ]
-TopKOption = Annotated[
-    int, typer.Option(parser=_number(int, 0), metavar="N", help="Sample among this many tokens; 0 means all.")
-]
-SeedOption = Annotated[int, typer.Option(parser=_number(int, 0), metavar="N", help="Of the sampling.")]
+TopKOption = Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)]
+SeedOption = Annotated[int, _number("Of the sampling.", int, 0)]
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")]
 DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")]
@@ -201,9 +192,7 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
-    threshold: Annotated[
-        float | None, typer.Option(parser=_number(float, 0, 1), metavar="X", help="Instead of the checkpoint's.")
-    ] = None,
+    threshold: Annotated[float | None, _number("Instead of the checkpoint's.", float, 0, 1)] = None,
 ) -> None:
     """Convert a checkpoint of the original code.
 
@@ -235,7 +224,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME", help="float32 or bfloat16; may be repeated. [default: both]"),
     ] = None,
-    repeats: Annotated[int, typer.Option(parser=_number(int, 1), metavar="N", help="Rounds; the median counts.")] = 5,
+    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, a prompt of 512 tokens.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write bench.json and bench.md.")] = None,
     as_json: JsonOption = False,

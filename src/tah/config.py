@@ -79,6 +79,8 @@ class TaHConfig(PreTrainedConfig):
     random_seed: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for config in (kwargs, self.base_config if isinstance(self.base_config, dict) else {}):
+            _refuse_kernels(config)
         if isinstance(self.base_config, dict):
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
@@ -122,6 +124,15 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(f"random_rate={self.random_rate!r} must be in [0, 1]")
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
+
+
+def _refuse_kernels(config: dict[str, Any]) -> None:
+    """A checkpoint may not name kernels to download: that would be code from a stranger."""
+    for name, value in config.items():
+        if name.lstrip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise ValueError(
+                f"the configuration asks for the kernel {value!r}; pass {name.lstrip('_')} yourself if meant"
+            )
 
 
 def check_max_depth(value: Any) -> None:

@@ -9,6 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from .load import quiet
+from .session import CONFIDENCE_THRESHOLD as THRESHOLD
 from .session import Answer, Session
 from .terminal import Painter, make_console, printable, summary
 
@@ -17,7 +18,6 @@ QUESTIONS = (
     "A pencil costs 2 dollars and a book costs 5 dollars. How much do 3 pencils and 1 book cost?",
     "Lily reads 12 pages a day. How many pages does she read in one week?",
 )
-THRESHOLD = 0.7  # iterates where the top token has less than 0.3 of the probability: a tenth of these answers
 INTRODUCTION = (
     "SmolLM2-135M-Instruct, wrapped by TaHForCausalLM.from_base. Every token passes the model once. Where the model is "
     f"not sure of the next one (policy confidence, threshold {THRESHOLD}), the token at hand passes it again."

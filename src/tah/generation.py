@@ -5,6 +5,7 @@ Shapes: B rows, S tokens of a finished sequence, T tokens of one step.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ class TaHGeneration:
             step = inputs["input_ids"].shape[1]
             labels = F.pad(labels, (0, max(0, input_ids.shape[1] - labels.shape[1])), value=1)
             inputs["depth_labels"] = labels[:, input_ids.shape[1] - step : input_ids.shape[1]]
-        return inputs
+        # transformers has checked its arguments by now and hands some of its own through (a tokenizer, for one).
+        known = inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        return {name: value for name, value in inputs.items() if name in known}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -319,6 +320,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if isinstance(base, cls):
             raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
         check_base(base)
+        if os.path.isdir(base.config._name_or_path):  # a checkpoint must not tell where its base lay on this machine
+            base.config._name_or_path = base.name_or_path = ""
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
         if base.generation_config is not None:

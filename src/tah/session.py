@@ -15,6 +15,9 @@ from .load import find, first_line, load_base, load_tah
 from .model import TaHForCausalLM
 from .terminal import Token, TokenStreamer
 
+# Of a base wrapped on the fly: iterate where the top token has less than 0.3 of the probability, about one in ten.
+CONFIDENCE_THRESHOLD = 0.7
+
 
 @dataclass
 class Answer:
@@ -73,7 +76,9 @@ class Session:
         if kind == "tah":
             model = load_tah(path, dtype)
         else:
-            model = TaHForCausalLM.from_base(load_base(path, dtype), policy="confidence")
+            model = TaHForCausalLM.from_base(
+                load_base(path, dtype), policy="confidence", threshold=CONFIDENCE_THRESHOLD
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
