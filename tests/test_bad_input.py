@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tah.checkpoint
 from families import tiny
 from models import distance, tah, token_ids
 from tah import Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM, UnsupportedBase
+from tah.checkpoint import replace_files
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_moving_files_into_place_is_all_there_is_to_a_save(tmp_path):
     (old / "config.json").write_text("old")
     (new / "config.json").write_text("new")
     (new / "model.safetensors").write_text("weights")
-    tah.checkpoint.replace_files(new, old)
+    replace_files(new, old)
     assert {p.name: p.read_text() for p in old.iterdir()} == {
         "tokenizer.json": "kept",
         "config.json": "new",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from families import tiny
 from models import LENGTH, distance, labels, middle, pad, tah, token_ids
 from reference import by_labels, by_policy, reference
 from tah import Always, Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM
@@ -362,8 +363,6 @@ def test_half_precision_runs_and_stays_close(dtype):
 
 
 def test_untrained_model_is_its_base():
-    from families import tiny
-
     model = TaHForCausalLM.from_base(tiny("llama", attn_implementation="sdpa"))
     ids = token_ids()
     out = model(ids)
@@ -470,3 +469,39 @@ def test_config_round_trip():
     again = TaHConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert again.decider == {"kind": "lean", "layers": [1, 2, 3, 4], "width": 256}
+
+
+def test_flash_kernels_keep_depth_one_and_leave_ready_masks_to_sdpa():
+    """With an implementation that only knows causal attention, as FlashAttention does."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    calls = []
+
+    def causal_only(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert attention_mask is None, "a flash kernel takes no ready mask"
+        calls.append(query.shape[2])
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling)
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("causal_only", causal_only)
+    AttentionMaskInterface.register("causal_only", flash_attention_mask)
+    ids, depth_labels = token_ids(), labels(depth=3)
+    want = tah(max_depth=3)(ids, depth_labels=depth_labels).logits
+    model = tah("llama", "causal_only", max_depth=3)
+    calls.clear()
+    assert distance(model(ids, depth_labels=depth_labels).logits, want) < EXACT
+    assert calls == [LENGTH] * model.config.get_text_config().num_hidden_layers  # depth 1 alone
+
+
+def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base = tiny("llama", attn_implementation="sdpa", rope_parameters=rope, max_position_embeddings=10)
+    model = TaHForCausalLM.from_base(base, policy="always")
+    ids = token_ids(length=11)
+    assert model(ids[:, :10]).depth_count.min() == 2
+    with pytest.raises(ValueError, match="11 tokens: beyond 10 this base's rotary embedding depends on the length"):
+        model(ids)
+    assert torch.equal(model(ids, policy="never").logits, model.base(input_ids=ids).logits)

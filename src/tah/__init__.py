@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .cache import DuoCache
 from .config import TaHConfig
+from .convert import convert
 from .families import UnsupportedBase, check_base
 from .model import TaHForCausalLM, TaHOutput
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
@@ -28,6 +29,7 @@ __all__ = [
     "TaHOutput",
     "UnsupportedBase",
     "check_base",
+    "convert",
 ]
 
 AutoConfig.register("tah", TaHConfig)

@@ -80,6 +80,22 @@ def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def stable_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a base can be run at two depths over; None where there is no such limit.
+
+    `dynamic` and `longrope` rotary embeddings take their frequencies from the longest position in a pass, so past the
+    original length a deeper pass over few tokens would be rotated unlike depth 1.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
+            original = entry.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limits.append(original or config.max_position_embeddings)
+    return min(limits, default=None)
+
+
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     """The decoder's list of layers.
 

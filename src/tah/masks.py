@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NEVER = 2**62  # position of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
@@ -92,4 +93,26 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
         )
     if implementation == "eager":
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    if implementation != "sdpa":
+        _send_ready_masks_to_sdpa(implementation)
     return visible[:, None]
+
+
+_sent: set[str] = set()
+
+
+def _send_ready_masks_to_sdpa(implementation: str) -> None:
+    """Flash kernels know causal attention only: depth 1 stays on them, calls with a ready 4-D mask go to SDPA.
+
+    They would refuse or misread such a mask, so nobody else's calls change.
+    """
+    if implementation in _sent:
+        return
+    kernel, sdpa = ALL_ATTENTION_FUNCTIONS[implementation], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        ready = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        return (sdpa if ready else kernel)(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(implementation, dispatch)
+    _sent.add(implementation)

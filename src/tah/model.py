@@ -26,7 +26,16 @@ from .cache import DuoCache, DuoStep
 from .checkpoint import SafeCheckpoint
 from .config import TaHConfig
 from .decider import build_decider
-from .families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .families import (
+    Head,
+    UnsupportedBase,
+    check_base,
+    check_facts,
+    decoder_layers,
+    decoder_of,
+    head_of,
+    stable_positions,
+)
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
 from .outputs import RunningOutput, record
@@ -145,6 +154,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
 
+        if cache is not None and rule.max_depth > 1:
+            self._check_length(cache.get_seq_length() + T)
+
         # Depth 1: every token through the untouched base.
         step = None if cache is None else cache.step(tokens.positions, tokens.valid, tokens.padded)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step))
@@ -256,6 +268,14 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
         if strange := set(kwargs) - LOSS_ARGUMENTS:
             raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
+
+    def _check_length(self, length: int) -> None:
+        limit = stable_positions(self.config.get_text_config(decoder=True))
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens: beyond {limit} this base's rotary embedding depends on the length of a pass, so "
+                "deeper passes would not match depth 1; use shorter inputs or policy='never'"
+            )
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
