@@ -1,6 +1,6 @@
 """A policy of your own: iterate after a digit, and nowhere else.
 
-    python examples/custom_policy.py
+python examples/custom_policy.py
 """
 
 import math

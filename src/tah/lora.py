@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from . import few_rows
+
 _depth: ContextVar[int] = ContextVar("tah_depth", default=1)
 
 
@@ -59,13 +61,19 @@ class DepthLoRA(nn.Module):
         y = super().forward(x)
         if _depth.get() == 1:
             return y
-        low = F.linear(self.lora_dropout(x), self.lora_A.weight).flatten(0, -2)
-        # y + scale * low B^T in one kernel
+        low = F.linear(self.lora_dropout(x) if self.training else x, self.lora_A.weight).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), low, self.lora_B.weight.t(), alpha=self.lora_scale).view_as(y)
 
 
 class LoRALinear(DepthLoRA, nn.Linear):
     """`nn.Linear` with a depth-gated adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        if _depth.get() == 1 or not few_rows.applies_to(x):
+            return super().forward(x)
+        y = few_rows.product(x, self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
+        return y if self.bias is None else y + self.bias
 
 
 class LoRAConv1D(DepthLoRA, Conv1D):

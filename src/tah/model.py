@@ -153,17 +153,16 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         cache = past_key_values
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
-
         if cache is not None and rule.max_depth > 1:
             self._check_length(cache.get_seq_length() + T)
 
         # Depth 1: every token through the untouched base.
         step = None if cache is None else cache.step(tokens.positions, tokens.valid, tokens.padded)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step))
-        total = RunningOutput(self.head, hidden, self.combine_map)
+        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
-        continue_logits = hidden.new_full((B * T, columns), math.nan, dtype=torch.float32)
+        continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.valid.flatten().nonzero().squeeze(1)  # [N] flat indices of the tokens that just ran
         hidden, features = _select(hidden, features, tokens.valid, every=not tokens.padded)
 
@@ -208,7 +207,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if cache is not None and self.config.attention == "own":
             cache.drop_deep()
         continue_logits = continue_logits.view(B, T, columns)
-        if cache is not None and use_cache:
+        if cache is not None and (use_cache or past_key_values is not None):
             cache.record(depth_count, continue_logits.detach())
         logits = self._logits(total, B, T, logits_to_keep)
         loss = None
@@ -352,9 +351,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
 def _select(
     hidden: Tensor, features: dict[int, Tensor], valid: Tensor, every: bool
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y]; a view where that is all of them."""
+    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y], on its device; a view where that is all of them."""
 
     def pick(x: Tensor) -> Tensor:
+        x = x.to(valid.device)  # a base spread over devices ends on another one than it begins
         return x.flatten(0, 1) if every else x[valid]
 
     return pick(hidden), {k: pick(x) for k, x in features.items()}

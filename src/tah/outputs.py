@@ -48,33 +48,32 @@ class RunningOutput:
             self.deeper.append((tokens, hidden))
         self.stale.append(tokens)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Accumulated logits [N, V] of `tokens` [N]."""
-        if torch.is_grad_enabled() or len(self.total) > CHUNK:
-            return self._logits(tokens)
+    def logits(self, tokens: Tensor, exact: bool = True) -> Tensor:
+        """Accumulated logits [N, V] of `tokens` [N]; with `exact`, what the base's own head gives."""
+        everyone = len(self.total)
+        if torch.is_grad_enabled() or everyone > CHUNK or (self.memo is None and len(tokens) < everyone):
+            return self._logits(tokens, exact)
         if self.memo is None:
-            if len(tokens) < len(self.total):
-                return self._logits(tokens)
-            self.memo = self._logits(torch.arange(len(self.total), device=tokens.device))
+            self.memo = self._logits(torch.arange(everyone, device=tokens.device))
         else:
             for stale in self.stale:
                 self.memo[stale] = self._logits(stale)
         self.stale = []
         return self.memo[tokens]
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        logits = self.head(self.total[tokens])
+    def _logits(self, tokens: Tensor, exact: bool = True) -> Tensor:
+        logits = self.head(self.total[tokens], exact)
         for ran, hidden in self.deeper:
             place = tokens.new_full((len(self.total),), -1)
             place[ran] = torch.arange(len(ran), device=ran.device)
             place = place[tokens]  # [N], -1 where the token did not run this pass
             hit = (place >= 0).nonzero().squeeze(1)
-            logits = logits.index_add(0, hit, self.head(hidden[place[hit]]))
+            logits = logits.index_add(0, hit, self.head(hidden[place[hit]], exact))
         return logits
 
     def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """f applied to the accumulated logits of `tokens`, `CHUNK` of them at a time: [n, V] -> [n, ...]."""
-        return torch.cat([f(self.logits(chunk)) for chunk in tokens.split(CHUNK)])
+        return torch.cat([f(self.logits(chunk, exact=False)) for chunk in tokens.split(CHUNK)])
 
 
 @contextmanager

@@ -56,4 +56,4 @@ def lay_out(x: Tensor, packed: Packed) -> Tensor:
 def unpack(x: Tensor, packed: Packed) -> Tensor:
     """[R, H, P, K] -> [M, H, K], the packed tokens without the padding."""
     x = x.transpose(1, 2)  # [R, P, H, K]
-    return x.flatten(0, 1) if packed.full else x[packed.valid]
+    return x.flatten(0, 1) if packed.full else x[packed.valid.to(x.device)]
