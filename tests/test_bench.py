@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from models import tah
-from tah import bench
+from families import tiny
+from models import shake
+from tah import TaHForCausalLM, bench
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = tah("llama", policy="decider", vocab_size=97, max_position_embeddings=256)
+    model = shake(TaHForCausalLM.from_base(tiny("llama", "sdpa", max_position_embeddings=256)))
     model.save_pretrained(path := tmp_path_factory.mktemp("bench") / "m")
     return str(path)
 

@@ -55,7 +55,7 @@ class Forced(Policy):
         table = torch.zeros(batch, prompt + new, dtype=torch.bool)
         for row in range(batch):
             for start, length in ((0, prompt), (prompt, new)):
-                share = RATE * length
+                share = round(RATE * length, 6)
                 count = math.ceil(share) if row % 2 == 0 else math.floor(share)  # 5 and 4 of 64: 7.0 % of two rows
                 table[row, start + torch.randperm(length, generator=generator)[:count]] = True
         self.table = table.to(model.device)

@@ -38,7 +38,7 @@ from .families import (
 )
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
-from .outputs import RunningOutput, record
+from .outputs import RunningOutput, record, select
 from .packing import lay_out, pack
 from .policy import DepthState, Policy, Rule
 from .tokens import Tokens
@@ -93,15 +93,18 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         text = config.get_text_config(decoder=True)
         if config.lora_rank:
             add_lora(self.decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
-        width, made = text.hidden_size, partial(_like, self.get_input_embeddings().weight)
-        self.decider = made(build_decider(config.decider, width, text.vocab_size)) if config.decider else None
+        width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
+        self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
         # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
-        self.reembed_map = made(nn.Linear(width, width, bias=False)) if config.reembed == "hidden" else None
-        self.combine_map = made(nn.Linear(width, width, bias=False)) if config.combine == "zero_init" else None
+        self.reembed_map = nn.Linear(width, width, bias=False) if config.reembed == "hidden" else None
+        self.combine_map = nn.Linear(width, width, bias=False) if config.combine == "zero_init" else None
         if self.reembed_map is not None:
             nn.init.normal_(self.reembed_map.weight, std=0.02)
         if self.combine_map is not None:
             nn.init.zeros_(self.combine_map.weight)
+        for part in (self.decider, self.reembed_map, self.combine_map):
+            if part is not None:
+                part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
             layer._can_checkpoint_with_cache = True  # type: ignore[assignment]  # DuoStep.update may be replayed
         self.post_init()
@@ -164,7 +167,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.valid.flatten().nonzero().squeeze(1)  # [N] flat indices of the tokens that just ran
-        hidden, features = _select(hidden, features, tokens.valid, every=not tokens.padded)
+        hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
 
         for depth in range(1, rule.max_depth):
             # Who is hard? The policy judges the tokens that just ran ...
@@ -176,31 +179,17 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 depth_labels=tokens.select(depth_labels, active),
                 map_logits=partial(total.map_logits, active),
             )
-            go_logits = rule.policy(state).to(active.device)
-            if go_logits.isnan().any():
-                raise ValueError(f"the policy gave NaN after depth {depth}: hidden states or logits are not finite")
+            go_logits, go = rule.judge(state, row=active // T)
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
-            chosen = rule.goes_on(go_logits, depth, active // T)
-            active, hidden = active[chosen], hidden[chosen]
+            active, hidden = active[go], hidden[go]
             if len(active) == 0:
                 break
 
-            # ... and the hard ones run again: a new input at the old position, rows packed left, adapter on.
-            embeds = self._reembed(tokens, total, active, hidden)  # [M, D]
-            packed, row, column = pack(active, T)
-            positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
+            # ... and the hard ones run again, on a new input at their old position.
             assert cache is not None
-            step = cache.deep_step(depth + 1, row, column, packed, tokens.positions.flatten()[active])
-            hidden, features = self._run(
-                depth + 1,
-                step,
-                rule.policy,
-                inputs_embeds=lay_out(embeds, packed),
-                position_ids=positions,
-                attention_mask=step.masks(self.decoder.config, positions, self.config.attention, embeds.dtype),
-            )
-            hidden, features = _select(hidden, features, packed.valid, packed.full)  # [M, D]
+            embeds = self._reembed(tokens, total, active, hidden)  # [M, D]
+            hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
             total.add(active, hidden)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
@@ -236,6 +225,25 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if num_layers in wanted:
             seen[num_layers] = hidden
         return hidden, seen
+
+    def _run_again(
+        self,
+        depth: int,
+        cache: DuoCache,
+        policy: Callable[[DepthState], Tensor],
+        tokens: Tokens,
+        active: Tensor,
+        embeds: Tensor,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """A pass at `depth` >= 2 of the tokens `active` [M] with inputs [M, D]: final hidden states [M, D] and those
+        the policy reads. Only rows with an active token take part, their tokens packed left."""
+        packed, row, column = pack(active, tokens.positions.shape[1])
+        positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
+        step = cache.deep_step(depth, row, column, packed, tokens.positions.flatten()[active])
+        masks = step.masks(self.decoder.config, positions, self.config.attention, embeds.dtype)
+        inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
+        hidden, features = self._run(depth, step, policy, **inputs)
+        return select(hidden, features, packed.valid, packed.full)
 
     def _reembed(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D] (spec A.3)."""
@@ -346,20 +354,3 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if base.generation_config is not None:
             model.generation_config = base.generation_config
         return model.eval()
-
-
-def _select(
-    hidden: Tensor, features: dict[int, Tensor], valid: Tensor, every: bool
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y], on its device; a view where that is all of them."""
-
-    def pick(x: Tensor) -> Tensor:
-        x = x.to(valid.device)  # a base spread over devices ends on another one than it begins
-        return x.flatten(0, 1) if every else x[valid]
-
-    return pick(hidden), {k: pick(x) for k, x in features.items()}
-
-
-def _like(weight: Any, module: nn.Module) -> Any:
-    """`module` on the device and in the dtype of `weight`."""
-    return module.to(device=weight.device, dtype=weight.dtype)

@@ -99,3 +99,13 @@ def record(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[dict[int,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def select(hidden: Tensor, features: dict[int, Tensor], valid: Tensor, every: bool) -> tuple[Tensor, dict[int, Tensor]]:
+    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y], on its device; a view where that is all of them."""
+
+    def pick(x: Tensor) -> Tensor:
+        x = x.to(valid.device)  # a base spread over devices ends on another one than it begins
+        return x.flatten(0, 1) if every else x[valid]
+
+    return pick(hidden), {k: pick(x) for k, x in features.items()}

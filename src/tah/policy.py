@@ -200,17 +200,24 @@ class Rule:
         deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
         return cls(policy, threshold, deepest, by_row)
 
-    def goes_on(self, logits: Tensor, depth: int, row: Tensor) -> Tensor:
-        """[N] bool: continue iff sigmoid(logit) > threshold, strictly; +inf always does (spec A.2).
+    def judge(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask the policy: continue logits [N] and who goes on [N] bool (spec A.2).
+
+        Continue iff sigmoid(logit) > threshold, strictly, in the policy's own precision; +inf always does.
 
         Args:
-            logits: [N] float32 continue logits.
-            depth: the pass they follow.
-            row: [N] batch row of each token.
+            state: of the N tokens that just ran.
+            row: [N] batch row of each.
+
+        Raises:
+            ValueError: the policy gave NaN.
         """
-        threshold = self.threshold[row] if isinstance(self.threshold, Tensor) else self.threshold
+        logits = self.policy(state).to(row.device)
+        if logits.isnan().any():
+            raise ValueError(f"the policy gave NaN after depth {state.depth}: hidden states or logits are not finite")
+        threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         go = (logits.sigmoid() > threshold) | (logits == math.inf)
-        return go if self.row_depth is None else go & (self.row_depth[row] > depth)
+        return logits, go if self.row_depth is None else go & (self.row_depth.to(row.device)[row] > state.depth)
 
 
 def _per_row(name: str, value: Any, rows: int, check: Callable[[Any], None]) -> Any:
