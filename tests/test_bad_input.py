@@ -57,6 +57,8 @@ def test_config(config, message):
 def test_config_cannot_name_code_to_download():
     with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel'"):
         TaHConfig(base_config={"model_type": "llama", "_attn_implementation": "someone/kernel"})
+    with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel'"):
+        TaHConfig.from_dict({"attn_implementation": "someone/kernel"})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,7 @@ def test_config_cannot_name_code_to_download():
         ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids of shape"),
         ({"depth_labels": torch.ones(2, 11)}, "depth_labels of shape"),
         ({"labels": torch.ones(2, 11)}, "labels of shape"),
+        ({"labels": token_ids(), "logits_to_keep": 1}, "labels need the logits of all tokens"),
         ({"inputs_embeds": torch.zeros(2, 12, 32)}, "exactly one of input_ids and inputs_embeds"),
         ({"output_hidden_states": True}, "output_hidden_states is not supported"),
     ],
@@ -135,8 +138,8 @@ def test_empty_and_overlong_prompts(model):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(ValueError, match=r"empty \(shape \[1, 0\]\)"):
         model(torch.zeros(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match="prompt has 64 tokens but the model only 64 positions"):
-        model.generate(token_ids(length=64), max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt has 65 tokens but the model only 64 positions"):
+        model.generate(token_ids(length=65), max_new_tokens=2)
 
 
 def test_nan(model):
@@ -225,6 +228,9 @@ def test_disk_full_leaves_the_old_checkpoint(saved, monkeypatch):
         other.save_pretrained(saved)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == old
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(type(other).__mro__[3], "save_pretrained", full)
+        other.save_pretrained(saved.parent / "new")
     assert [path.name for path in saved.parent.iterdir()] == ["m"]
     again = TaHForCausalLM.from_pretrained(saved)
     with torch.no_grad():
@@ -238,12 +244,14 @@ def test_moving_files_into_place_is_all_there_is_to_a_save(tmp_path):
         folder.mkdir()
     (old / "tokenizer.json").write_text("kept")
     (old / "model-00001-of-00002.safetensors").write_text("stale")
+    (old / "model-best.safetensors").write_text("somebody else's")
     (old / "config.json").write_text("old")
     (new / "config.json").write_text("new")
     (new / "model.safetensors").write_text("weights")
     replace_files(new, old)
     assert {p.name: p.read_text() for p in old.iterdir()} == {
         "tokenizer.json": "kept",
+        "model-best.safetensors": "somebody else's",
         "config.json": "new",
         "model.safetensors": "weights",
     }

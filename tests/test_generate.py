@@ -84,9 +84,30 @@ def test_prompt_lookup_equals_greedy(model):
 
 
 def test_assisted_equals_greedy(model):
-    ids, assistant = token_ids(rows=1), tah(lora_rank=0, policy="never")
-    got = model.generate(ids, **GREEDY, assistant_model=assistant)
-    assert torch.equal(got, model.generate(ids, **GREEDY))
+    ids = token_ids(rows=1)
+    for assistant in (tah(lora_rank=0, policy="never"), tah().base):
+        got = model.generate(ids, **GREEDY, assistant_model=assistant, policy="always")
+        assert torch.equal(got, model.generate(ids, **GREEDY, policy="always"))
+
+
+def test_padding_inferred_by_transformers_counts_for_depths(model):
+    """Beams on a left-padded batch without a mask: transformers infers it, and the depths must know."""
+    ids = token_ids()
+    ids[0, :4] = 0
+    options = {**GREEDY, "num_beams": 2, "return_dict_in_generate": True}
+    inferred = model.generate(ids, **options)
+    given = model.generate(ids, **options, attention_mask=(ids != 0).long())
+    assert torch.equal(inferred.sequences, given.sequences) and torch.equal(inferred.depth_count, given.depth_count)
+
+
+def test_embeddings_as_prompt(model):
+    ids = token_ids()
+    embeds = model.get_input_embeddings()(ids)
+    want = model.generate(ids, **GREEDY, policy="always", return_dict_in_generate=True)
+    got = model.generate(inputs_embeds=embeds, **GREEDY, policy="always", return_dict_in_generate=True)
+    assert torch.equal(got.sequences, want.sequences[:, LENGTH:])
+    assert torch.equal(got.depth_count, want.depth_count)
+    assert torch.equal(got.continue_prob.nan_to_num(2), want.continue_prob.nan_to_num(2))
 
 
 def test_sampling_is_seeded_and_returns_several(model):
@@ -113,7 +134,7 @@ def test_rule_per_call_and_per_row():
         assert torch.equal(rows.sequences[row], alone.sequences[0])
         assert torch.equal(rows.depth_count[row], alone.depth_count[0])
     assert rows.depth_count[0].max() == 3 and rows.depth_count[1].max() <= 2
-    beams = {"num_beams": 2, "threshold": torch.tensor([low, high])}
+    beams = {"num_beams": 2, "threshold": [low, high]}
     both = model.generate(ids, **GREEDY, **beams)
     assert torch.equal(both[1:], model.generate(ids[1:], **GREEDY, num_beams=2, threshold=high))
     assert torch.equal(
@@ -127,8 +148,10 @@ def test_oracle_labels_cover_the_prompt_only():
     labels = torch.full_like(ids, 2)
     out = model.generate(ids, **GREEDY, depth_labels=labels, return_dict_in_generate=True)
     assert (out.depth_count[:, :LENGTH] == 2).all() and (out.depth_count[:, LENGTH:-1] == 1).all()
-    uncached = model.generate(ids, **GREEDY, depth_labels=labels, use_cache=False)
-    assert torch.equal(out.sequences, uncached)
+    for how in ({"use_cache": False}, {"num_beams": 2}):
+        other = model.generate(ids, **GREEDY, **how, depth_labels=labels, return_dict_in_generate=True)
+        assert torch.equal(other.depth_count, out.depth_count)
+        assert "num_beams" in how or torch.equal(other.sequences, out.sequences)
 
 
 def test_several_end_tokens_and_finished_rows():

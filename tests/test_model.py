@@ -428,17 +428,23 @@ def test_with_gradients_equals_without():
     assert distance(torch.cat(parts, 1), without.logits) < EXACT
 
 
-def test_adapter_is_off_at_depth_one_in_every_thread():
+def test_threads_do_not_disturb_each_other():
+    """Neither the adapter's depth nor the hidden states a decider reads leak from one thread into another."""
     from concurrent.futures import ThreadPoolExecutor
 
-    model, ids = tah(), token_ids()
-    want = {policy: model(ids, policy=policy).logits for policy in ("never", "always")}
+    model = tah(max_depth=3)
+    ids = [token_ids(seed=seed, length=6 + seed) for seed in range(4)]
+
+    @torch.no_grad()
+    def run(policy, seed):
+        out = model(ids[seed], policy=policy)
+        return out.logits, out.continue_logits.nan_to_num(9)
+
+    jobs = [(policy, seed) for policy in ("never", "always", "decider") for seed in range(4)] * 6
+    want = {job: run(*job) for job in jobs}
     with ThreadPoolExecutor(4) as pool:
-        runs = [
-            (p, pool.submit(lambda p=p: torch.no_grad()(model)(ids, policy=p).logits)) for p in ["never", "always"] * 20
-        ]
-        for policy, future in runs:
-            assert torch.equal(future.result(), want[policy])
+        for job, got in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, want[job], strict=True)), job
 
 
 def test_compiled_depth_one():
@@ -505,3 +511,86 @@ def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
     with pytest.raises(ValueError, match="11 tokens: beyond 10 this base's rotary embedding depends on the length"):
         model(ids)
     assert torch.equal(model(ids, policy="never").logits, model.base(input_ids=ids).logits)
+
+
+def test_restarting_positions_are_refused():
+    """Keys are told apart by position: two documents in one row would see each other."""
+    model, ids = tah(policy="always"), token_ids(length=8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(2, -1)
+    with pytest.raises(ValueError, match="position_ids must rise along each row"):
+        model(ids, position_ids=packed)
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]]).expand(2, -1)  # left padding does not count
+    mask = pad(torch.ones(2, 6, dtype=torch.long), left=2)
+    assert model(ids, position_ids=positions, attention_mask=mask).depth_count.max() == 2
+
+
+def test_offloaded_weights(tmp_path):
+    """accelerate's hooks bring weights in module by module; every part must be called, not read."""
+    from accelerate import cpu_offload
+
+    model, ids, depth_labels = tah(), token_ids(length=3), labels(length=3)
+    want = model(ids, depth_labels=depth_labels).logits
+    offloaded = cpu_offload(tah(), execution_device=torch.device("cpu"))
+    assert distance(offloaded(ids, depth_labels=depth_labels).logits, want) < EXACT
+
+
+@pytest.mark.parametrize("combine", ["sum", "zero_init"])
+def test_autocast_and_float32_adapters(combine):
+    model, ids, depth_labels = tah(combine=combine), token_ids(), labels()
+    want = model(ids, depth_labels=depth_labels).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert distance(model(ids, depth_labels=depth_labels).logits.float(), want) < 0.1
+    model.to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith(("lora_A", "lora_B")):
+            module.float()
+    assert distance(model(ids, depth_labels=depth_labels).logits.float(), want) < 0.1
+
+
+def test_wrapping_a_base_twice_is_refused():
+    base = tiny("llama")
+    TaHForCausalLM.from_base(base)
+    with pytest.raises(ValueError, match="part of a TaH model already; load the base again"):
+        TaHForCausalLM.from_base(base)
+
+
+def test_policies_may_answer_yes_and_no():
+    class EveryThird(Policy):
+        def __call__(self, state):
+            return state.positions % 3 == 0
+
+    class Column(Policy):
+        def __call__(self, state):
+            return torch.zeros(len(state.positions), 1)
+
+    model, ids = tah(), token_ids()
+    for threshold in (0.1, 0.9):
+        count = model(ids, policy=EveryThird(), threshold=threshold).depth_count
+        assert torch.equal(count, torch.where(torch.arange(LENGTH) % 3 == 0, 2, 1).expand(2, -1))
+    with pytest.raises(ValueError, match=r"tensor of shape \[24, 1\] for 24 tokens"):
+        model(ids, policy=Column())
+
+
+def test_cache_of_a_failed_call_is_not_used_again():
+    class Broken(Policy):
+        def __call__(self, state):
+            raise RuntimeError("stop")
+
+    model, ids, cache = tah(), token_ids(), DuoCache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="stop"):
+        model(ids[:, :1], past_key_values=cache, policy=Broken())
+    with pytest.raises(ValueError, match="failed halfway"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_cache_from_inference_mode_goes_on_outside():
+    model, ids, depth_labels = tah(), token_ids(), labels()
+    want = model(ids, depth_labels=depth_labels).logits[:, 8:]
+    with torch.inference_mode():
+        cache = model(ids[:, :8], depth_labels=depth_labels[:, :8]).past_key_values
+    got = [
+        model(ids[:, t : t + 1], depth_labels=depth_labels[:, t : t + 1], past_key_values=cache).logits
+        for t in range(8, 12)
+    ]
+    assert distance(torch.cat(got, 1), want) < EXACT

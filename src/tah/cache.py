@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from .masks import NEVER, depth_masks
 from .packing import Packed, unpack
-from .storage import DuoLayer, Log, room
+from .storage import DuoLayer, Log, room, writable
 
 
 class DuoCache(Cache):
@@ -39,6 +39,7 @@ class DuoCache(Cache):
         self.depth_count = Log(1)  # [B, n] passes each token took
         self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
         self.has_padding = False
+        self.whole = True  # False while a call runs, and for ever if it fails
         self.deep_positions: Tensor | None = None  # [B, W], slot w counted from the middle outwards
         self.deep_depths: Tensor | None = None  # [B, W]
         self.deep_length: Tensor | None = None  # [B] slots in use per row
@@ -66,6 +67,9 @@ class DuoCache(Cache):
                 f"the cache holds {self.positions.data.shape[0]} rows but the input has {positions.shape[0]}; "
                 "use the cache of the same batch, or none"
             )
+        if not self.whole:
+            raise ValueError("an earlier call on this cache failed halfway; start again with a new cache")
+        self.whole = False
         start = self.positions.length
         self.positions.append(positions.masked_fill(~valid, NEVER) if padded else positions)
         self.has_padding |= padded
@@ -93,6 +97,8 @@ class DuoCache(Cache):
             grow = (0, room(width) - self.deep_positions.shape[1])
             self.deep_positions = torch.nn.functional.pad(self.deep_positions, grow, value=NEVER)
             self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
+        if not writable(self.deep_positions):
+            self.deep_positions, self.deep_depths = self.deep_positions.clone(), self.deep_depths.clone()
         self.deep_positions[row, slots] = positions
         self.deep_depths[row, slots] = depth
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
@@ -105,7 +111,8 @@ class DuoCache(Cache):
         self.deep_width = 0
 
     def record(self, depth_count: Tensor, continue_logits: Tensor) -> None:
-        """Remember what the newest tokens did: depth_count [B, N], continue_logits [B, N, max_depth - 1]."""
+        """End of a call: remember what its tokens did, depth_count [B, N] and continue_logits [B, N, max_depth - 1]."""
+        self.whole = True
         self.depth_count.append(depth_count)
         if self.continue_logits is None:
             self.continue_logits = Log(float("nan"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class SafeCheckpoint:
@@ -41,28 +42,35 @@ class SafeCheckpoint:
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save configuration and weights (safetensors only); an older checkpoint survives until the new one is whole.
 
-        Everything is written beside the target first and moved into place file by file afterwards.
+        Everything is written to a directory inside the target first and moved into place file by file afterwards.
         """
         target = Path(save_directory)
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-            super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
-            replace_files(Path(temporary), target)
+        fresh = not target.exists()
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            # Inside the target, since that may be a file system of its own; moving is then a rename.
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+                super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+                replace_files(Path(temporary), target)
+        except BaseException:
+            if fresh and not any(target.iterdir()):
+                target.rmdir()
+            raise
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move the files of a finished checkpoint over an older one, and drop the older one's weight shards."""
+    """Move the files of a finished checkpoint over an older one, and drop the older one's weights."""
     target.mkdir(parents=True, exist_ok=True)
     new = {path.name for path in source.iterdir()}
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
-    for pattern in WEIGHT_FILES:
-        for old in target.glob(pattern):
-            if old.name not in new:
+    if any(WEIGHTS.fullmatch(name) for name in new):
+        for old in target.iterdir():
+            if WEIGHTS.fullmatch(old.name) and old.name not in new:
                 old.unlink()

@@ -6,6 +6,8 @@ Widths (hidden size, vocabulary, number of layers) are never repeated here: they
 from __future__ import annotations
 
 import dataclasses
+import os
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -45,7 +47,7 @@ class TaHConfig(PreTrainedConfig):
         lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
         lora_dropout: dropout on the adapter's input during training, in [0, 1).
         lora_targets: leaf names of the adapted linear layers (`["q_proj", "v_proj"]`); None adapts every linear
-            layer of the decoder. The output head is never adapted.
+            layer of the decoder (fused expert weights are not linear layers). The output head is never adapted.
         policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
         decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)
@@ -79,9 +81,8 @@ class TaHConfig(PreTrainedConfig):
     random_seed: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for config in (kwargs, self.base_config if isinstance(self.base_config, dict) else {}):
-            _refuse_kernels(config)
         if isinstance(self.base_config, dict):
+            _refuse_kernels(self.base_config)
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
             self.base_config = AutoConfig.for_model(**self.base_config)
@@ -96,6 +97,18 @@ class TaHConfig(PreTrainedConfig):
             self.decider = _complete_decider(self.decider, text.num_hidden_layers)
         super().__post_init__(**kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        _refuse_kernels(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the directory the base was loaded from: a checkpoint must not tell about its maker's machine."""
+        full = super().to_dict()
+        if isinstance(base := full.get("base_config"), dict) and os.path.isdir(base.get("_name_or_path") or ""):
+            base["_name_or_path"] = ""
+        return full
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The base's configuration: transformers asks it for layer counts, vocabulary and window sizes."""
@@ -137,13 +150,13 @@ def _refuse_kernels(config: dict[str, Any]) -> None:
 
 def check_max_depth(value: Any) -> None:
     """Raise `ValueError` unless `value` is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the plain base model)")
 
 
 def check_threshold(value: Any) -> None:
     """Raise `ValueError` unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"threshold={value!r} must be a number in [0, 1]")
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import few_rows
 from .cache import DuoCache
+from .lora import DepthLoRA
 from .packing import pack
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -43,7 +44,7 @@ class Head:
 
     def __call__(self, hidden: Tensor, exact: bool = True) -> Tensor:
         """With `exact` False, equal to the base only up to rounding, and faster for a few rows."""
-        if exact or type(self.linear) is not nn.Linear or not few_rows.applies_to(hidden):
+        if exact or type(self.linear) is not nn.Linear or not few_rows.applies_to(hidden, self.linear):
             logits = self.linear(hidden)
         else:
             logits = few_rows.product(hidden, self.linear.weight)
@@ -94,6 +95,8 @@ def stable_positions(config: PreTrainedConfig) -> int | None:
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = []
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales by slot, beyond a length that it calls floor
+        limits.append(int(config.floor_scale) // 2)
     for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
             original = entry.get("original_max_position_embeddings")
@@ -151,6 +154,8 @@ def check_base(base: PreTrainedModel) -> None:
     """
     check_facts(base)
     name, training = type(base).__name__, base.training
+    if any(isinstance(module, DepthLoRA) for module in base.modules()):
+        raise UnsupportedBase(f"this {name} is part of a TaH model already; load the base again")
     config = base.config.get_text_config(decoder=True)
     reach = {k: v for k in ("sliding_window", "attention_chunk_size") if (v := getattr(config, k, None)) is not None}
     base.eval()

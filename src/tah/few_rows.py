@@ -9,13 +9,15 @@ Shapes: n rows, I input width, O output width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FEW_ROWS = 16
 
 
-def applies_to(x: Tensor) -> bool:
-    """Whether `x` [..., I] is a case for `product`."""
+def applies_to(x: Tensor, linear: nn.Module) -> bool:
+    """Whether `linear` of `x` [..., I] is a case for `product`; not where hooks must see the call (offloading)."""
+    if linear.training or hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks:
+        return False
     few = 1 < x.numel() // x.shape[-1] <= FEW_ROWS
     return few and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
 
@@ -26,4 +28,4 @@ def product(x: Tensor, weight: Tensor, A: Tensor | None = None, B: Tensor | None
     y = torch.mm(weight, rows)
     if A is not None and B is not None:
         y = torch.addmm(y, B, torch.mm(A, rows), alpha=scale)
-    return y.t().reshape(*x.shape[:-1], -1)
+    return y.t().contiguous().view(*x.shape[:-1], -1)

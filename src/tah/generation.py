@@ -5,7 +5,9 @@ Shapes: B rows, S tokens of a finished sequence, T tokens of one step.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .cache import DuoCache
 
 RULE_ARGUMENTS = ("policy", "threshold", "max_depth")
+KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again
+
+# Arguments of the running `generate` as transformers completed them: a mask it inferred, for one.
+_model_kwargs: ContextVar[dict[str, Any]] = ContextVar("tah_model_kwargs")
 
 
 class RefuseNaN(LogitsProcessor):
@@ -34,67 +40,98 @@ class RefuseNaN(LogitsProcessor):
 class TaHGeneration:
     """Mixin over `GenerationMixin`. `policy`, `threshold` and `max_depth` (per row: tensors [B]) go to `forward`."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' `generate`. With `return_dict_in_generate=True` the result also has
 
         * `depth_count` [B, S] int64: passes the token at each position took as input, so entry t is what it cost to
           predict token t + 1; 0 at the last token, which was produced but never run;
-        * `continue_logits` [B, S, max_depth - 1]: the policy's logit for going on (nan where it was not asked).
+        * `continue_logits` and `continue_prob` [B, S, max_depth - 1]: the policy's word on going on (nan where it was
+          not asked).
+
+        After `inputs_embeds`, S counts the prompt too although `sequences` does not hold it.
 
         Raises:
             ValueError: an empty prompt, one longer than the model's positions, or NaN logits.
         """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[attr-defined]
-        if isinstance(prompt, Tensor) and prompt.dim() == 2:
-            if prompt.shape[1] == 0:
-                raise ValueError("the prompt is empty; give at least one token")
-            if limit is not None and prompt.shape[1] >= limit:
-                raise ValueError(f"the prompt has {prompt.shape[1]} tokens but the model only {limit} positions")
-        given = kwargs.pop("logits_processor", None) or []
-        kwargs["logits_processor"] = LogitsProcessorList([*given, RefuseNaN()])
-        out = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        if not isinstance(out, Tensor) and hasattr(out, "sequences"):
-            out["depth_count"], out["continue_logits"] = self._depths(out, kwargs)
+        self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        for name in RULE_ARGUMENTS:
+            if isinstance(kwargs.get(name), (list, tuple)):  # transformers repeats tensors for beams, not lists
+                kwargs[name] = torch.tensor(kwargs[name])
+        processors = LogitsProcessorList([*(logits_processor or []), RefuseNaN()])
+        token = _model_kwargs.set({})
+        try:
+            out = super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[misc]
+            if not isinstance(out, Tensor) and hasattr(out, "sequences"):
+                out["depth_count"], out["continue_logits"] = self._depths(out)
+                out["continue_prob"] = out["continue_logits"].sigmoid()
+        finally:
+            _model_kwargs.reset(token)
         return out
 
+    def _check_prompt(self, prompt: Any, mask: Any) -> None:
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[attr-defined]
+        if not isinstance(prompt, Tensor) or prompt.dim() != 2:
+            return
+        if prompt.shape[1] == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        length = prompt.shape[1]
+        if limit is not None and length > limit and isinstance(mask, Tensor) and mask.dim() == 2:
+            length = int(mask.sum(1).max())
+        if limit is not None and length > limit:
+            raise ValueError(f"the prompt has {length} tokens but the model only {limit} positions")
+
     @torch.no_grad()
-    def _depths(self, out: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _depths(self, out: Any) -> tuple[Tensor, Tensor]:
         """Depths and continue logits of finished sequences [B, S], from the cache or from one more forward.
 
         The rows of the cache are the sequences, except after beam search; running the finished sequences at once
         gives the same depths as generating them did.
         """
         cache, sequences = getattr(out, "past_key_values", None), out.sequences
-        steps = sequences.shape[1] - 1
+        given, (rows, length) = _model_kwargs.get(), sequences.shape
         beams = getattr(out, "beam_indices", None) is not None or hasattr(out, "sequences_scores")
         if isinstance(cache, DuoCache) and not beams and cache.continue_logits is not None:
             count, logits = cache.depth_count.view, cache.continue_logits.view
-            if kwargs.get("inputs_embeds") is None:
-                count, logits = count[:, :steps], logits[:, :steps]
+            if given.get("inputs_embeds") is None:
+                count, logits = count[:, : length - 1], logits[:, : length - 1]
         else:
-            mask, rows = kwargs.get("attention_mask"), sequences.shape[0]
-            rule = {name: kwargs[name] for name in RULE_ARGUMENTS if kwargs.get(name) is not None}
-            if mask is not None:
-                mask = F.pad(mask, (0, steps - mask.shape[1]), value=1)
-                mask = mask.repeat_interleave(rows // mask.shape[0], dim=0)
-            for name, value in rule.items():
-                if isinstance(value, Tensor):
-                    rule[name] = value.repeat_interleave(rows // value.shape[0], dim=0)
-            again = self(sequences[:, :steps], attention_mask=mask, logits_to_keep=1, use_cache=False, **rule)  # type: ignore[operator]
+            kept = {name: _as_rows(given[name], rows) for name in KEPT if given.get(name) is not None}
+            for name, fill in (("attention_mask", 1), ("depth_labels", 1)):
+                if name in kept:
+                    kept[name] = F.pad(kept[name], (0, length), value=fill)[:, : length - 1]
+            again = self(sequences[:, :-1], logits_to_keep=1, use_cache=False, **kept)  # type: ignore[operator]
             count, logits = again.depth_count, again.continue_logits
         return F.pad(count, (0, 1)), F.pad(logits, (0, 0, 0, 1), value=float("nan"))
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         labels = inputs.get("depth_labels")
         if labels is not None:  # labels cover the prompt; a produced token has none, which the oracle takes as 1
             step = inputs["input_ids"].shape[1]
             labels = F.pad(labels, (0, max(0, input_ids.shape[1] - labels.shape[1])), value=1)
             inputs["depth_labels"] = labels[:, input_ids.shape[1] - step : input_ids.shape[1]]
         # transformers has checked its arguments by now and hands some of its own through (a tokenizer, for one).
-        known = inspect.signature(self.forward).parameters  # type: ignore[attr-defined]
+        known = _parameters(type(self).forward)  # type: ignore[attr-defined]
         return {name: value for name, value in inputs.items() if name in known}
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant that is no TaH model knows nothing of policies."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, TaHGeneration):
+            given = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {k: v for k, v in given.items() if k not in (*RULE_ARGUMENTS, "depth_labels")}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -104,3 +141,16 @@ class TaHGeneration:
             raise ValueError(f"cache_implementation={wanted!r} is not supported; a TaH model uses its own DuoCache")
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DuoCache()
+        _model_kwargs.get().update(model_kwargs)
+
+
+def _as_rows(value: Any, rows: int) -> Any:
+    """A per-row tensor for another number of rows: repeated for several sequences of a prompt, thinned for beams."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] == rows:
+        return value
+    return value.repeat_interleave(rows // len(value), dim=0) if len(value) < rows else value[:: len(value) // rows]
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from . import few_rows
@@ -61,8 +60,9 @@ class DepthLoRA(nn.Module):
         y = super().forward(x)
         if _depth.get() == 1:
             return y
-        low = F.linear(self.lora_dropout(x) if self.training else x, self.lora_A.weight).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, self.lora_B.weight.t(), alpha=self.lora_scale).view_as(y)
+        x = x.to(self.lora_A.weight.dtype)  # adapters may be float32 beside a half-precision base, as in PEFT
+        low = self.lora_A(self.lora_dropout(x) if self.training else x)
+        return torch.add(y, self.lora_B(low).to(y.dtype), alpha=self.lora_scale)
 
 
 class LoRALinear(DepthLoRA, nn.Linear):
@@ -70,7 +70,7 @@ class LoRALinear(DepthLoRA, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
-        if _depth.get() == 1 or not few_rows.applies_to(x):
+        if _depth.get() == 1 or not few_rows.applies_to(x, self) or self.lora_A.weight.dtype != x.dtype:
             return super().forward(x)
         y = few_rows.product(x, self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
         return y if self.bias is None else y + self.bias

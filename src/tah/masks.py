@@ -89,7 +89,7 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
 
         rows, queries, keys = visible.shape
         return create_block_mask(
-            lambda b, h, q, k: visible[b, q, k], rows, None, queries, keys, device=visible.device.type
+            lambda b, h, q, k: visible[b, q, k], rows, None, queries, keys, device=str(visible.device)
         )
     if implementation == "eager":
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
@@ -112,6 +112,8 @@ def _send_ready_masks_to_sdpa(implementation: str) -> None:
 
     def dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         ready = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
+        if ready and kwargs.get("s_aux") is not None:
+            raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {implementation}")
         return (sdpa if ready else kernel)(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(implementation, dispatch)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -148,6 +147,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all tokens; leave logits_to_keep out")
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         B, T = tokens.valid.shape
         self._check_labels((B, T), kwargs, labels=labels, depth_labels=depth_labels)
@@ -156,6 +157,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         cache = past_key_values
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
+        if cache is not None:
+            tokens.check_order()
         if cache is not None and rule.max_depth > 1:
             self._check_length(cache.get_seq_length() + T)
 
@@ -166,7 +169,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
-        active = tokens.valid.flatten().nonzero().squeeze(1)  # [N] flat indices of the tokens that just ran
+        active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
 
         for depth in range(1, rule.max_depth):
@@ -328,6 +331,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     def from_base(cls, base: str | PreTrainedModel, **kwargs: Any) -> TaHForCausalLM:
         """Wrap a base model. Untrained, with the default policy, the result answers exactly as the base does.
 
+        A model given as an object becomes part of the result: its linear layers get the adapters, in place.
+
         Args:
             base: a model, or the hub id or directory of one.
             kwargs: fields of [`TaHConfig`]; the rest goes to the base's `from_pretrained` (`dtype`, `device_map`,
@@ -347,8 +352,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if isinstance(base, cls):
             raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
         check_base(base)
-        if os.path.isdir(base.config._name_or_path):  # a checkpoint must not tell where its base lay on this machine
-            base.config._name_or_path = base.name_or_path = ""
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
         if base.generation_config is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .families import Head
 
+_recording: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_recording", default=None)
 CHUNK = 128  # tokens whose logits exist at the same time; 128 * V floats
 
 
@@ -41,9 +43,9 @@ class RunningOutput:
     def add(self, tokens: Tensor, hidden: Tensor) -> None:
         """Add a deeper pass of `tokens` [M] with final hidden states [M, D]."""
         if self.zero_init is not None:
-            self.total = self.total.index_add(0, tokens, self.zero_init(hidden))
+            self.total = self.total.index_add(0, tokens, self.zero_init(hidden).to(self.total.dtype))
         elif self.head.is_linear:
-            self.total = self.total.index_add(0, tokens, hidden)
+            self.total = self.total.index_add(0, tokens, hidden.to(self.total.dtype))
         else:
             self.deeper.append((tokens, hidden))
         self.stale.append(tokens)
@@ -83,20 +85,24 @@ def record(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[dict[int,
     seen: dict[int, Tensor] = {}
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen[0] = args[0] if args else kwargs["hidden_states"]
+        if _recording.get() is seen:
+            seen[0] = args[0] if args else kwargs["hidden_states"]
 
     def keep_output(k: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[k] = output[0] if isinstance(output, tuple) else output
+            if _recording.get() is seen:
+                seen[k] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     handles = [layers[k - 1].register_forward_hook(keep_output(k)) for k in wanted if 0 < k < len(layers)]
     if 0 in wanted:
         handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+    token = _recording.set(seen)  # hooks sit on the modules; another thread's pass must not fill this dict
     try:
         yield seen
     finally:
+        _recording.reset(token)
         for handle in handles:
             handle.remove()
 

@@ -3,11 +3,12 @@
 Shapes: N tokens that ran the pass, D width, V vocabulary, k entries of a top-k.
 
 A policy is any callable from a [`DepthState`] to [N] continue logits; a token runs another pass iff
-sigmoid(logit) > threshold, strictly. +inf and -inf decide whatever the threshold is. Writing one takes a small class:
+sigmoid(logit) > threshold, strictly. +inf and -inf (or a bool tensor) decide whatever the threshold is. Writing one
+takes a small class:
 
     class EveryThird(Policy):
         def __call__(self, state):
-            return torch.where(state.positions % 3 == 0, math.inf, -math.inf)
+            return state.positions % 3 == 0
 
     model.generate(**inputs, policy=EveryThird())
 """
@@ -36,7 +37,7 @@ class DepthState:
     depth_labels: Tensor | None  # [N] passes each token should take, where known
     map_logits: Callable[[Callable[[Tensor], Tensor]], Tensor]
     """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that
-    no [N, V] needs to exist."""
+    no [N, V] needs to exist. Only while the policy runs: later passes add to the same sums."""
 
 
 class Policy:
@@ -106,7 +107,7 @@ class Confidence(Policy):
         logp = logits.float().log_softmax(-1)
         if self.measure == "probability":
             return logp.amax(-1).exp()
-        return (logp.exp() * logp).sum(-1).exp()
+        return (-torch.special.entr(logp.exp()).sum(-1)).exp()
 
 
 class Random(Policy):
@@ -203,7 +204,7 @@ class Rule:
     def judge(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
         """Ask the policy: continue logits [N] and who goes on [N] bool (spec A.2).
 
-        Continue iff sigmoid(logit) > threshold, strictly, in the policy's own precision; +inf always does.
+        Continue iff sigmoid(logit), in the policy's own precision, > threshold, strictly; +inf always does.
 
         Args:
             state: of the N tokens that just ran.
@@ -213,10 +214,14 @@ class Rule:
             ValueError: the policy gave NaN.
         """
         logits = self.policy(state).to(row.device)
+        if logits.shape != row.shape:
+            raise ValueError(f"the policy gave a tensor of shape {list(logits.shape)} for {len(row)} tokens; give [N]")
+        if logits.dtype == torch.bool:  # plain yes and no
+            logits = torch.where(logits, math.inf, -math.inf)
         if logits.isnan().any():
             raise ValueError(f"the policy gave NaN after depth {state.depth}: hidden states or logits are not finite")
         threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
-        go = (logits.sigmoid() > threshold) | (logits == math.inf)
+        go = (logits.sigmoid().float() > threshold) | (logits == math.inf)
         return logits, go if self.row_depth is None else go & (self.row_depth.to(row.device)[row] > state.depth)
 
 
@@ -227,6 +232,9 @@ def _per_row(name: str, value: Any, rows: int, check: Callable[[Any], None]) -> 
     if not isinstance(value, Tensor):
         check(value)
         return value
+    if value.dim() == 0:
+        check(value.item())
+        return value.item()
     if value.shape != (rows,):
         raise ValueError(f"{name} has shape {list(value.shape)}; give one value, or one per row: [{rows}]")
     for entry in value.tolist():

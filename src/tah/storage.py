@@ -28,6 +28,11 @@ def room(length: int) -> int:
     return length + max(32, length // 8)
 
 
+def writable(buffer: Tensor | None) -> bool:
+    """Whether torch lets us write: a buffer made under `torch.inference_mode` is read-only outside of it."""
+    return buffer is None or torch.is_inference_mode_enabled() or not buffer.is_inference()
+
+
 class DuoLayer(CacheLayerMixin):
     """Keys and values [B, H, C, K] of one layer, all depths."""
 
@@ -66,6 +71,7 @@ class DuoLayer(CacheLayerMixin):
     def append(self, k: Tensor, v: Tensor, in_place: bool) -> None:
         """Add depth-1 keys and values [B, H, N, K] behind the ones there are."""
         end = self.length + k.shape[2]
+        in_place = in_place and writable(self.keys)
         if self.keys is None or self.values is None:
             self.is_initialized = True
             if not in_place:  # nothing will be written into it, so the states themselves can be the buffer
@@ -89,6 +95,7 @@ class DuoLayer(CacheLayerMixin):
             width: slots left of the middle that are in use afterwards, in the longest row.
         """
         fresh = self._reserve(width, self.length)
+        in_place = in_place and writable(self.keys)
         assert self.keys is not None and self.values is not None
         if not in_place and not fresh:
             self.keys, self.values = self.keys.clone(), self.values.clone()
@@ -129,7 +136,7 @@ class Log:
         if self.data is None:
             self.data = x.clone()
         else:
-            if end > self.data.shape[1]:
+            if end > self.data.shape[1] or not writable(self.data):
                 grown = self.data.new_full((self.data.shape[0], room(end), *self.data.shape[2:]), self.fill)
                 grown[:, : self.length] = self.data[:, : self.length]
                 self.data = grown

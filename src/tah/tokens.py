@@ -61,6 +61,18 @@ class Tokens:
             positions = position_ids.to(device).expand(B, T)
         return cls(ids, embeds, valid, positions, padded, position_ids is not None)
 
+    def check_order(self) -> None:
+        """Keys are ordered by position alone, so explicit positions must rise along every row's real tokens.
+
+        Raises:
+            ValueError: they do not (several documents packed into one row restart at 0).
+        """
+        if not self.explicit or self.positions.shape[1] == 1:
+            return
+        highest = torch.where(self.valid, self.positions, -1).cummax(1).values[:, :-1]
+        if bool((self.valid[:, 1:] & (self.positions[:, 1:] <= highest)).any()):
+            raise ValueError("position_ids must rise along each row; several documents in one row are not supported")
+
     def stock_inputs(self, step: DuoStep | None) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
         mask = step.padding_mask() if step is not None else self.valid if self.padded else None
@@ -72,6 +84,12 @@ class Tokens:
             self.ids if self.ids is not None else self.embeds
         )
         return inputs
+
+    def indices(self) -> Tensor:
+        """[N] flat indices of the real tokens."""
+        if self.padded:
+            return self.valid.flatten().nonzero().squeeze(1)
+        return torch.arange(self.valid.numel(), device=self.valid.device)
 
     def select(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
         """[B, T] -> [N], or None for None."""
