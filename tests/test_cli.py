@@ -372,7 +372,7 @@ def test_disk_full(capsys, monkeypatch):
     def full(source, target, threshold):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
-    monkeypatch.setattr("tah.convert.convert", full)
+    monkeypatch.setattr(sys.modules["tah.convert"], "convert", full)  # the package exports the function by its name
     line = fails(capsys, "convert", "a", "b")
     assert "No space left on device" in line and "'b'" in line
 

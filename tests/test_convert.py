@@ -499,7 +499,7 @@ def test_full_disk_leaves_nothing(src: Path, tmp_path: Path, monkeypatch: pytest
     if stage == "weights":
         monkeypatch.setattr(TaHForCausalLM, "save_pretrained", half_saved)
     else:
-        monkeypatch.setattr("tah.convert.shutil.copyfile", fail)
+        monkeypatch.setattr(shutil, "copyfile", fail)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError) as error:
         convert(src, tmp_path / "out")

@@ -156,7 +156,7 @@ def check_max_depth(value: Any) -> None:
 
 def check_threshold(value: Any) -> None:
     """Raise `ValueError` unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"threshold={value!r} must be a number in [0, 1]")
 
 
