@@ -333,6 +333,10 @@ def test_bad_options(capsys, tiny_checkpoint, options, words):
 
 def test_bad_prompts(capsys, tiny_checkpoint, tiny_base):
     assert "empty" in fails(capsys, "generate", tiny_checkpoint, " \n")
+    assert "not UTF-8" in fails(capsys, "generate", tiny_checkpoint, "caf\udce9")  # what a stray byte arrives as
+    assert "MODEL is empty" in fails(capsys, "inspect", " ")
+    for option, value in (("--max-depth", 10**9), ("--temperature", "inf"), ("--seed", 10**30)):
+        assert str(value) in fails(capsys, "generate", tiny_checkpoint, "hi", option, value)
     line = fails(capsys, "generate", tiny_checkpoint, "x" * 200)
     assert "200" in line or "tokens" in line and "64 positions" in line
     assert "PROMPT" in fails(capsys, "generate", tiny_checkpoint)

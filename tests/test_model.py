@@ -287,6 +287,8 @@ def test_thresholds_and_depths_per_row():
         alone = model(ids[one], threshold=float(thresholds[row]), max_depth=int(depths[row]))
         assert torch.equal(alone.depth_count, together.depth_count[one])
         assert distance(alone.logits, together.logits[one]) < EXACT
+        asked = together.continue_logits[one, :, : alone.continue_logits.shape[2]].isnan()
+        assert torch.equal(alone.continue_logits.isnan(), asked)
     assert not torch.equal(model(ids, threshold=0.3).depth_count, model(ids, threshold=0.7).depth_count)
 
 

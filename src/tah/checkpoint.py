@@ -25,9 +25,10 @@ class SafeCheckpoint:
             ValueError: a tensor is missing, unexpected or of another shape, or the file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        ignore_mismatch = kwargs.get("ignore_mismatched_sizes", False)
+        ignore_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
         try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}); copy them again") from error
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}

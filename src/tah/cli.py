@@ -67,16 +67,16 @@ ThresholdOption = Annotated[
 ]
 DepthOption = Annotated[
     int | None,
-    _number("Most passes a token may take. [default: the model's]", int, 1),
+    _number("Most passes a token may take. [default: the model's]", int, 1, 1000),
 ]
 TokensOption = Annotated[int, _number("Longest answer, in tokens.", int, 1)]
-TemperatureOption = Annotated[float, _number("0 always takes the most probable token.", float, 0)]
+TemperatureOption = Annotated[float, _number("0 always takes the most probable token.", float, 0, 100)]
 TopPOption = Annotated[
     float,
     _number("Sample among the most probable tokens up to this mass.", float, 0, 1),
 ]
 TopKOption = Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)]
-SeedOption = Annotated[int, _number("Of the sampling.", int, 0)]
+SeedOption = Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)]
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")]
 DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")]
@@ -125,7 +125,7 @@ def generate(
     no_color: NoColorOption = False,
 ) -> None:
     """Answer a prompt, coloured by passes per token."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _text(prompt)
     if not prompt.strip():
         raise typer.BadParameter("PROMPT is empty; give at least one word")
     session = _open(model, dtype, device)
@@ -249,6 +249,16 @@ def bench(
     typer.echo(json.dumps(result) if as_json else markdown(result))
 
 
+def _text(prompt: str) -> str:
+    """PROMPT, or standard input for -."""
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()
+    except UnicodeError as error:
+        raise typer.BadParameter("PROMPT is not UTF-8 text") from error
+    return prompt
+
+
 def _open(model: str, dtype: str, device: str) -> Session:
     from .load import quiet
     from .session import Session
@@ -292,4 +302,5 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of `tah` and `python -m tah`."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm; the commands show progress themselves
     sys.exit(run(sys.argv[1:]))

@@ -149,9 +149,11 @@ def _refuse_kernels(config: dict[str, Any]) -> None:
 
 
 def check_max_depth(value: Any) -> None:
-    """Raise `ValueError` unless `value` is an integer >= 1."""
+    """Raise `ValueError` unless `value` is an integer from 1 to 1000 (far more passes than anybody has found useful)."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the plain base model)")
+    if value > 1000:
+        raise ValueError(f"max_depth={value!r} is more than 1000 passes per token")
 
 
 def check_threshold(value: Any) -> None:

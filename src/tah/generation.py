@@ -64,6 +64,9 @@ class TaHGeneration:
         for name in RULE_ARGUMENTS:
             if isinstance(kwargs.get(name), (list, tuple)):  # transformers repeats tensors for beams, not lists
                 kwargs[name] = torch.tensor(kwargs[name])
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
         processors = LogitsProcessorList([*(logits_processor or []), RefuseNaN()])
         token = _model_kwargs.set({})
         try:

@@ -28,6 +28,8 @@ def find(source: str) -> tuple[str, Kind]:
     Raises:
         ValueError: there is no such thing, or it is not a model.
     """
+    if not source.strip():
+        raise ValueError("MODEL is empty; give a directory, a hub id, or smollm2")
     if source == "smollm2" and not Path(source).is_dir():
         from .smollm2 import smollm2_base
 

@@ -222,7 +222,10 @@ class Rule:
             raise ValueError(f"the policy gave NaN after depth {state.depth}: hidden states or logits are not finite")
         threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         go = (logits.sigmoid().float() > threshold) | (logits == math.inf)
-        return logits, go if self.row_depth is None else go & (self.row_depth.to(row.device)[row] > state.depth)
+        if self.row_depth is not None:  # a row at its own limit was not really asked
+            asked = self.row_depth.to(row.device)[row] > state.depth
+            logits, go = torch.where(asked, logits, math.nan), go & asked
+        return logits, go
 
 
 def _per_row(name: str, value: Any, rows: int, check: Callable[[Any], None]) -> Any:

@@ -154,6 +154,6 @@ class Session:
 def sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:
     """Options of `generate`, greedy at temperature 0 whatever the model's own defaults are; seeds torch."""
     torch.manual_seed(seed)
-    if temperature == 0:
+    if temperature < 1e-3:  # too little to divide by
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
