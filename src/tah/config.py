@@ -149,10 +149,10 @@ def _refuse_kernels(config: dict[str, Any]) -> None:
 
 
 def check_max_depth(value: Any) -> None:
-    """Raise `ValueError` unless `value` is an integer from 1 to 1000 (far more passes than anybody has found useful)."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    """Raise `ValueError` unless `value` is an integer from 1 to 1000 (more passes than anybody found useful)."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the plain base model)")
-    if value > 1000:
+    if int(value) > 1000:
         raise ValueError(f"max_depth={value!r} is more than 1000 passes per token")
 
 
