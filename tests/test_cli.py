@@ -313,7 +313,7 @@ def test_no_tokenizer(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--max-depth", "0"), ["--max-depth", "0 must be an integer >= 1"]),
+        (("--max-depth", "0"), ["--max-depth", "0 must be an integer from 1 to 1000"]),
         (("--threshold", "1.5"), ["--threshold", "1.5 must be a number from 0 to 1"]),
         (("--threshold", "-0.1"), ["--threshold", "-0.1 must"]),
         (("--policy", "confidnce"), ["confidnce", "did you mean confidence?"]),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .policy import DepthState
 
+CHUNK = 512  # tokens judged at a time, so that a long prompt's features are never all copied at once
 PRIOR_LOGIT = -2.5866893  # logit of 0.07, the paper's share of hard tokens
 
 
@@ -41,7 +42,11 @@ class LeanDecider(nn.Module):
     def forward(self, state: DepthState) -> Tensor:
         """[N] continue logits"""
         device, dtype = self.input.weight.device, self.input.weight.dtype
-        parts = [state.hidden[k].to(device, dtype) for k in self.layers]
+        chunks = zip(*(state.hidden[k].split(CHUNK) for k in self.layers), strict=True)
+        return torch.cat([self._logits([part.to(device, dtype) for part in parts]) for parts in chunks])
+
+    def _logits(self, parts: list[Tensor]) -> Tensor:
+        """Hidden states [n, D] of every layer it reads -> [n]"""
         x = torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
         return self.output(F.silu(self.input(x))).squeeze(-1).float()
 

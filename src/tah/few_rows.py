@@ -1,6 +1,6 @@
 """Linear layers on a few rows, faster: what a deeper pass has while decoding a batch.
 
-A CPU's float32 kernels take up to twice as long for x W^T than for (W x^T)^T when x has 2 to 16 rows
+A CPU's float32 kernels take up to twice as long for x W^T than for (W x^T)^T when x has few rows
 (docs/benchmarks.md). Only deeper passes use this: depth 1 keeps the base's own products, bit for bit.
 
 Shapes: n rows, I input width, O output width.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FEW_ROWS = 16
+FEW_ROWS = 48
 
 
 def applies_to(x: Tensor, linear: nn.Module) -> bool:

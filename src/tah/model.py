@@ -183,6 +183,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 map_logits=partial(total.map_logits, active),
             )
             go_logits, go = rule.judge(state, row=active // T)
+            del state, features  # a long prompt's hidden states need not outlive the decision
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
             active, hidden = active[go], hidden[go]

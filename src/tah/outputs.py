@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .families import Head
 
 _recording: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_recording", default=None)
-CHUNK = 128  # tokens whose logits exist at the same time; 128 * V floats
+CHUNK = 64  # tokens whose logits [CHUNK, V] exist at the same time
 
 
 class RunningOutput:

@@ -24,8 +24,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 def room(length: int) -> int:
-    """Slots to allocate for `length` used ones: one in eight spare, so growth costs O(1) copies per token."""
-    return length + max(32, length // 8)
+    """Slots to allocate for `length` used ones: one in sixteen spare, so growth costs O(1) copies per token."""
+    return length + max(32, length // 16)
 
 
 def writable(buffer: Tensor | None) -> bool:
