@@ -262,8 +262,10 @@ def test_decider_state_must_fit(src: Path, tmp_path: Path, change: Any, expected
 
 
 def test_state_named_like_an_argument_is_dropped(src: Path, tmp_path: Path) -> None:
+    want = converted(src, tmp_path / "plain")[1].state_dict()
     edit_pickle(src, lambda data: data["state_dict"].update(topk=torch.ones(1)))
-    converted(src, tmp_path)
+    got = converted(src, tmp_path / "edited")[1].state_dict()
+    assert set(got) == set(want) and all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize(
