@@ -68,7 +68,7 @@ def reference(
         input_ids: [T].
         decide: `decide(position, depth, features)` says whether a token that has just run pass `depth` goes on.
         max_depth: most passes; the model's by default.
-        attention: `duo` or `own`; the model's by default.
+        attention: `duo`, `own` or `blind`; the model's by default.
     """
     config, text = model.config, model.config.get_text_config(decoder=True)
     max_depth, attention = max_depth or config.max_depth, attention or config.attention
@@ -128,7 +128,9 @@ def _sees(text: PreTrainedConfig, kind: str, attention: str, position: int, dept
     """Whether a query at (position, depth) sees `key`, of an earlier token or of an earlier pass of its own."""
     if key.depth > depth:
         return False
-    if attention == "own" and key.depth > 1 and key.position != position:
+    if attention != "duo" and key.depth > 1 and key.position != position:
+        return False
+    if attention == "blind" and depth > 1 and key.depth == 1:
         return False
     if kind == "sliding_attention":
         return position - key.position < text.sliding_window

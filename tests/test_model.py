@@ -515,15 +515,83 @@ def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
     assert torch.equal(model(ids, policy="never").logits, model.base(input_ids=ids).logits)
 
 
-def test_restarting_positions_are_refused():
-    """Keys are told apart by position: two documents in one row would see each other."""
+@pytest.mark.parametrize("max_depth", [2, 3])
+@pytest.mark.parametrize("reembed", ["topk", "hidden"])
+def test_blind_reads_no_text(reembed, max_depth):
+    model = tah(reembed=reembed, attention="blind", max_depth=max_depth)
+    ids, depth_labels = token_ids(), labels(depth=max_depth)
+    out = model(ids, depth_labels=depth_labels)
+    want, counts = reference_batch(model, ids, depth_labels)
+    assert torch.equal(out.depth_count, counts)
+    assert distance(out.logits, want) < EXACT
+    other, _ = reference_batch(model, ids, depth_labels, attention="own")
+    assert distance(other, want) > 100 * EXACT
+
+
+LENGTHS = (5, 1, 4, 7)  # of documents in one row
+
+
+def packed_row(documents):
+    """Documents in one row [1, T] and their restarting positions [1, T]."""
+    return torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])[None]
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "attention"),
+    [
+        ("llama", "sdpa", "duo"),
+        ("llama", "eager", "duo"),
+        ("llama", "sdpa", "own"),
+        ("llama", "sdpa", "blind"),
+        ("mistral", "sdpa", "duo"),
+        ("gemma2", "eager", "duo"),
+        ("llama4_text", "eager", "duo"),
+        ("gpt2", "sdpa", "duo"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["oracle", "always", "never"])
+def test_packed_equals_unpacked(family, implementation, attention, policy):
+    """Documents in one row do not see each other, at any depth."""
+    model = tah(family, implementation, attention=attention, max_depth=3)
+    documents = [token_ids(1, length, seed=length)[0] for length in LENGTHS]
+    wanted = [labels(1, length, depth=3, seed=length)[0] for length in LENGTHS]
+    ids, positions = packed_row(documents)
+    out = model(ids, position_ids=positions, depth_labels=torch.cat(wanted)[None], policy=policy)
+    alone = [model(d[None], depth_labels=w[None], policy=policy) for d, w in zip(documents, wanted, strict=True)]
+    assert torch.equal(out.depth_count, torch.cat([a.depth_count for a in alone], dim=1))
+    assert distance(out.logits, torch.cat([a.logits for a in alone], dim=1)) < EXACT
+    assert distance(model(ids, policy=policy, depth_labels=torch.cat(wanted)[None]).logits, out.logits) > 100 * EXACT
+
+
+def test_packed_rows_of_a_padded_batch():
+    model = tah(max_depth=2)
+    ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
+    depth_labels, short = labels(1, ids.shape[1]), ids[:, :6]
+    want = model(ids, position_ids=positions, depth_labels=depth_labels)
+    right = ids.shape[1] - short.shape[1]
+    batch, mask = torch.cat([ids, pad(short, right=right)]), torch.ones(2, ids.shape[1], dtype=torch.long)
+    mask[1, 6:] = 0
+    both = torch.cat([positions, pad(positions[:, :6], right=right)])
+    out = model(batch, attention_mask=mask, position_ids=both, depth_labels=depth_labels.expand(2, -1))
+    assert distance(out.logits[:1], want.logits) < EXACT
+    assert distance(out.logits[1:, :6], want.logits[:, :6]) < EXACT
+    assert torch.equal(out.depth_count[:1], want.depth_count)
+
+
+def test_packed_rows_cannot_be_continued():
     model, ids = tah(policy="always"), token_ids(length=8)
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]).expand(2, -1)
+    cache = model(ids, position_ids=packed).past_key_values
+    with pytest.raises(ValueError, match="several documents"):
+        model(ids[:, :1], past_key_values=cache)
+    cache = model(ids).past_key_values
     with pytest.raises(ValueError, match="position_ids must rise along each row"):
-        model(ids, position_ids=packed)
-    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]]).expand(2, -1)  # left padding does not count
+        model(ids, position_ids=packed, past_key_values=cache)
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]]).expand(2, -1)  # left padding begins no document
     mask = pad(torch.ones(2, 6, dtype=torch.long), left=2)
-    assert model(ids, position_ids=positions, attention_mask=mask).depth_count.max() == 2
+    want = model(ids[:, 2:]).logits
+    got = model(ids, position_ids=positions, attention_mask=mask, past_key_values=DuoCache()).logits[:, 2:]
+    assert distance(got, want) < EXACT
 
 
 def test_offloaded_weights(tmp_path):

@@ -35,12 +35,13 @@ class DuoCache(Cache):
         self._clear()
 
     def _clear(self) -> None:
-        self.positions = Log(NEVER)  # [B, n] of each depth-1 slot; NEVER where it is padding
+        self.places = Log(NEVER)  # [B, n] of each depth-1 slot (masks.py); NEVER where it is padding
         self.depth_count = Log(1)  # [B, n] passes each token took
         self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
         self.has_padding = False
+        self.has_documents = False  # its rows hold several documents each: nothing can be appended
         self.whole = True  # False while a call runs, and for ever if it fails
-        self.deep_positions: Tensor | None = None  # [B, W], slot w counted from the middle outwards
+        self.deep_places: Tensor | None = None  # [B, W], slot w counted from the middle outwards
         self.deep_depths: Tensor | None = None  # [B, W]
         self.deep_length: Tensor | None = None  # [B] slots in use per row
         self.deep_width = 0  # the longest of them
@@ -51,63 +52,67 @@ class DuoCache(Cache):
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def step(self, positions: Tensor, valid: Tensor, padded: bool) -> DuoStep:
+    def step(self, places: Tensor, valid: Tensor, padded: bool, documents: bool = False) -> DuoStep:
         """Open a pass at depth 1 over all rows.
 
         Args:
-            positions: [B, N] int64, position of each new token.
+            places: [B, N] int64, place of each new token.
             valid: [B, N] bool, False at padding.
             padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
+            documents: whether a row holds several documents.
 
         Raises:
             ValueError: the cache holds another number of rows.
         """
-        if self.positions.data is not None and self.positions.data.shape[0] != positions.shape[0]:
+        if self.places.data is not None and self.places.data.shape[0] != places.shape[0]:
             raise ValueError(
-                f"the cache holds {self.positions.data.shape[0]} rows but the input has {positions.shape[0]}; "
+                f"the cache holds {self.places.data.shape[0]} rows but the input has {places.shape[0]}; "
                 "use the cache of the same batch, or none"
             )
+        if self.has_documents:
+            raise ValueError("this cache holds rows of several documents each; it cannot be continued")
         if not self.whole:
             raise ValueError("an earlier call on this cache failed halfway; start again with a new cache")
         self.whole = False
-        start = self.positions.length
-        self.positions.append(positions.masked_fill(~valid, NEVER) if padded else positions)
+        start = self.places.length
+        self.places.append(places.masked_fill(~valid, NEVER) if padded else places)
         self.has_padding |= padded
+        self.has_documents = documents
         return DuoStep(self, 1, start)
 
-    def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, positions: Tensor) -> DuoStep:
+    def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, places: Tensor) -> DuoStep:
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
             row: [M] cache row of each token, sorted.
             column: [M] index of each token among its row's packed ones: 0, 1, ...
             packed: how the tokens lie in the [R, P] input of the pass.
-            positions: [M] position of each token.
+            places: [M] place of each token.
         """
-        batch = self.positions.view.shape[0]
+        batch = self.places.view.shape[0]
         if self.deep_length is None:
             self.deep_length = torch.zeros(batch, dtype=torch.long, device=row.device)
-            self.deep_positions = positions.new_empty(batch, 0)
-            self.deep_depths = positions.new_empty(batch, 0)
-        assert self.deep_positions is not None and self.deep_depths is not None
+            self.deep_places = places.new_empty(batch, 0)
+            self.deep_depths = places.new_empty(batch, 0)
+        assert self.deep_places is not None and self.deep_depths is not None
         slots = self.deep_length[row] + column
         reach = int(slots.max()) + 1
         width = max(self.deep_width, reach)
-        if width > self.deep_positions.shape[1]:
-            grow = (0, room(width) - self.deep_positions.shape[1])
-            self.deep_positions = torch.nn.functional.pad(self.deep_positions, grow, value=NEVER)
+        if width > self.deep_places.shape[1]:
+            grow = (0, room(width) - self.deep_places.shape[1])
+            self.deep_places = torch.nn.functional.pad(self.deep_places, grow, value=NEVER)
             self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
-        if not writable(self.deep_positions):
-            self.deep_positions, self.deep_depths = self.deep_positions.clone(), self.deep_depths.clone()
-        self.deep_positions[row, slots] = positions
+        if not writable(self.deep_places):
+            self.deep_places, self.deep_depths = self.deep_places.clone(), self.deep_depths.clone()
+        self.deep_places[row, slots] = places
         self.deep_depths[row, slots] = depth
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
         self.deep_width = width
-        return DuoStep(self, depth, self.positions.length, DeepWrite(row, slots, reach, width, packed))
+        return DuoStep(self, depth, self.places.length, DeepWrite(row, slots, reach, width, packed))
 
     def drop_deep(self) -> None:
-        """Forget all deeper keys and values (with `attention="own"` no later token may see them)."""
-        self.deep_positions = self.deep_depths = self.deep_length = None
+        """Forget all deeper keys and values (with `attention="own"` or "blind" no later token may see them)."""
+        self.deep_places = self.deep_depths = self.deep_length = None
         self.deep_width = 0
 
     def record(self, depth_count: Tensor, continue_logits: Tensor) -> None:
@@ -128,24 +133,24 @@ class DuoCache(Cache):
     # -- what transformers asks of a cache -----------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.positions.length
+        return self.places.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.positions.length + query_length, 0
+        return self.places.length + query_length, 0
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.positions.data is None else self.positions.data.shape[0]
+        return -1 if self.places.data is None else self.places.data.shape[0]
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(select)
-        for log in (self.positions, self.depth_count, self.continue_logits):
+        for log in (self.places, self.depth_count, self.continue_logits):
             if log is not None and log.data is not None:
                 log.data = select(log.data)
-        if self.deep_length is not None and self.deep_positions is not None and self.deep_depths is not None:
+        if self.deep_length is not None and self.deep_places is not None and self.deep_depths is not None:
             self.deep_length = select(self.deep_length)
-            self.deep_positions = select(self.deep_positions)
+            self.deep_places = select(self.deep_places)
             self.deep_depths = select(self.deep_depths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -165,19 +170,19 @@ class DuoCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
-        keep = self.positions.length + tokens_to_remove
-        if tokens_to_remove == 0 or self.positions.data is None:
+        keep = self.places.length + tokens_to_remove
+        if tokens_to_remove == 0 or self.places.data is None:
             return
-        if self.deep_positions is not None and self.deep_length is not None:
-            first_removed = self.positions.view[:, keep:].amin(dim=1, keepdim=True)
-            gone = self.deep_positions >= first_removed
-            self.deep_positions = self.deep_positions.masked_fill(gone, NEVER)
+        if self.deep_places is not None and self.deep_length is not None:
+            first_removed = self.places.view[:, keep:].amin(dim=1, keepdim=True)
+            gone = self.deep_places >= first_removed
+            self.deep_places = self.deep_places.masked_fill(gone, NEVER)
             index = torch.arange(1, gone.shape[1] + 1, device=gone.device)
             self.deep_length = (index * ~gone).amax(dim=1) if gone.shape[1] else self.deep_length
             self.deep_width = int(self.deep_length.max())
         for layer in self.layers:
             layer.length = keep
-        for log in (self.positions, self.depth_count, self.continue_logits):
+        for log in (self.places, self.depth_count, self.continue_logits):
             if log is not None:
                 log.length = min(log.length, keep)
 
@@ -255,23 +260,24 @@ class DuoStep(Cache):
 
     def padding_mask(self) -> Tensor | None:
         """[B, n] bool for the base's own mask code at depth 1, or None when nothing is padded."""
-        return self.cache.positions.view != NEVER if self.cache.has_padding else None
+        return self.cache.places.view != NEVER if self.cache.has_padding else None
 
-    def masks(self, config: PreTrainedConfig, positions: Tensor, attention: str, dtype: torch.dtype) -> Any:
+    def masks(self, config: PreTrainedConfig, places: Tensor, attention: str, dtype: torch.dtype) -> Any:
         """Ready masks of a pass at depth >= 2, in the form the base's attention implementation takes.
 
         Args:
             config: text configuration of the base.
-            positions: [R, N] query positions.
-            attention: `duo` or `own`.
+            places: [R, N] of the queries.
+            attention: `duo`, `own` or `blind`.
             dtype: of the activations.
 
         Returns:
             [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
         """
-        assert self.write is not None and self.cache.deep_positions is not None and self.cache.deep_depths is not None
+        assert self.write is not None and self.cache.deep_places is not None and self.cache.deep_depths is not None
         rows, newest_first = self.write.packed.rows, slice(0, self.write.reach)
-        deep = self.cache.deep_positions[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
+        deep = self.cache.deep_places[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
-        base = self.cache.positions.view[rows]
-        return depth_masks(config, self.depth, positions, deep, depths, base, attention, dtype)
+        base = self.cache.places.view[rows]
+        documents = self.cache.has_documents
+        return depth_masks(config, self.depth, places, deep, depths, base, attention, dtype, documents)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 REEMBED = ("topk", "hidden")
-ATTENTION = ("duo", "own")
+ATTENTION = ("duo", "own", "blind")
 COMBINE = ("sum", "zero_init")
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 CONFIDENCE_MEASURES = ("probability", "entropy")
@@ -40,7 +40,8 @@ class TaHConfig(PreTrainedConfig):
         reembed: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
             `hidden`: token embedding plus a learned linear map of the last hidden state.
         attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper, spec A.4).
-            `own`: depth-1 keys and only its own deeper keys.
+            `own`: depth-1 keys and only its own deeper keys. `blind`: only its own deeper keys, so it reads no text (a
+            control: what such a pass gains is not reasoning).
         combine: output after depth >= 2. `sum`: logits of all depths added (the paper).
             `zero_init`: logits of h1 + Z h2, with Z a learned linear map that starts at zero.
         lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.

@@ -3,7 +3,7 @@
 Shapes: N tokens, D width of the base, k top logits.
 
 Both kinds are policies: called with a [`DepthState`] they return continue logits [N]. They read the hidden
-states of the pass just run and do not know the depth.
+states of the pass just run and do not know the depth. They watch the model: no gradient flows from them into it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LeanDecider(nn.Module):
         """[N] continue logits"""
         device, dtype = self.input.weight.device, self.input.weight.dtype
         chunks = zip(*(state.hidden[k].split(CHUNK) for k in self.layers), strict=True)
-        return torch.cat([self._logits([part.to(device, dtype) for part in parts]) for parts in chunks])
+        return torch.cat([self._logits([part.detach().to(device, dtype) for part in parts]) for parts in chunks])
 
     def _logits(self, parts: list[Tensor]) -> Tensor:
         """Hidden states [n, D] of every layer it reads -> [n]"""
@@ -131,8 +131,9 @@ class MLPDecider(nn.Module):
     def forward(self, state: DepthState) -> Tensor:
         """[N] continue logits"""
         device, dtype = self.logits_projection.weight.device, self.logits_projection.weight.dtype
-        hidden = torch.cat([state.hidden[k].to(device, dtype) for k in self.layers], dim=-1)
-        top = state.map_logits(lambda logits: logits.topk(self.topk, dim=-1).values).to(device, dtype)
+        hidden = torch.cat([state.hidden[k].detach().to(device, dtype) for k in self.layers], dim=-1)
+        with torch.no_grad():
+            top = state.map_logits(lambda logits: logits.topk(self.topk, dim=-1).values).to(device, dtype)
         if self.normalize_input:
             hidden, top = self.layer_norm_hidden_states(hidden), top.softmax(-1)
         x = self.combined_projection(torch.cat([hidden, self.logits_projection(top)], dim=-1))

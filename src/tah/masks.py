@@ -7,8 +7,12 @@ iff
 
     key position <= query position  and  key depth <= query depth          (`duo`, the paper)
     ... where keys of depth >= 2 must also have the query's own position   (`own`)
+    ... and there are no others                                            (`blind`: a control that reads no text)
 
 and a sliding window or chunk of the base applies to positions, as it does at depth 1.
+
+Several documents packed into one row are told apart by their places: a token's place is its position plus
+`DOCUMENT` times the number of its document in the row. Of one document, places are positions.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NEVER = 2**62  # position of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
+DOCUMENT = 2**32
+NEVER = 2**62  # place of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
 
 def depth_masks(
@@ -32,27 +37,46 @@ def depth_masks(
     base: Tensor,
     attention: str,
     dtype: torch.dtype,
+    documents: bool = False,
 ) -> Any:
     """Ready masks over the keys [deeper slots | depth-1 slots].
 
     Args:
         config: text configuration of the base.
         depth: of the queries, >= 2.
-        query: [R, N] positions.
-        deep: [R, W] positions of the deeper slots, `NEVER` where empty.
+        query: [R, N] places.
+        deep: [R, W] places of the deeper slots, `NEVER` where empty.
         deep_depths: [R, W] depths of the deeper slots.
-        base: [R, n] positions of the depth-1 slots, `NEVER` at padding.
-        attention: `duo` or `own`.
+        base: [R, n] places of the depth-1 slots, `NEVER` at padding.
+        attention: `duo`, `own` or `blind`.
         dtype: of the activations, for float masks.
+        documents: rows may hold several documents.
 
     Returns:
         [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
     """
     q = query[:, :, None]  # [R, N, 1]
-    visible_deep = deep[:, None] == q if attention == "own" else deep[:, None] <= q
+    visible_deep = deep[:, None] <= q if attention == "duo" else deep[:, None] == q
     visible_deep = visible_deep & (deep_depths <= depth)[:, None]
-    visible = torch.cat([visible_deep, base[:, None] <= q], dim=2)  # [R, N, S]
-    key = torch.cat([deep, base], dim=1)[:, None]  # [R, 1, S]
+    visible_base = base[:, None] <= (q if attention != "blind" else -1)
+    visible = torch.cat([visible_deep, visible_base.expand(*query.shape, -1)], dim=2)  # [R, N, S]
+    return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents)
+
+
+def document_masks(config: PreTrainedConfig, places: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
+    """Ready masks of depth 1 for rows that hold several documents: places [B, T], valid [B, T] bool."""
+    q, key = places[:, :, None], torch.where(valid, places, NEVER)[:, None]
+    return ready_masks(config, q, key, key <= q, dtype, documents=True)
+
+
+def ready_masks(
+    config: PreTrainedConfig, q: Tensor, key: Tensor, visible: Tensor, dtype: torch.dtype, documents: bool
+) -> Any:
+    """Restrict `visible` [R, N, S] to the document and to what each layer type reaches, from the places of queries
+    [R, N, 1] and keys [R, 1, S], and put it into the form the base takes."""
+    if documents:
+        visible = visible & (q // DOCUMENT == key // DOCUMENT)
+        q, key = q % DOCUMENT, key % DOCUMENT
 
     def build(layer_type: str) -> Any:
         return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from .families import (
 )
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
+from .loss import DepthLoss
 from .outputs import RunningOutput, record, select
 from .packing import lay_out, pack
 from .policy import DepthState, Policy, Rule
@@ -51,16 +52,19 @@ class TaHOutput(CausalLMOutputWithPast):
     """Output of [`TaHForCausalLM`].
 
     Args:
-        loss: mean next-token cross-entropy of the accumulated logits, where labels are given.
+        loss: next-token cross-entropy of the accumulated logits, where labels are given.
         logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
         past_key_values: the `DuoCache`, where a cache is used.
         depth_count: [B, T] int64, passes each token took (1 at padding).
         continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
             was not asked.
+        token_loss: [B, T, max_depth] float32 where labels are given: the cross-entropy of each token's output after
+            each depth, that of its last pass where it stopped earlier; nan where it was not supervised or not weighed.
     """
 
     depth_count: Tensor | None = None
     continue_logits: Tensor | None = None
+    token_loss: Tensor | None = None
 
     @property
     def continue_prob(self) -> Tensor:
@@ -124,7 +128,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         threshold: float | Tensor | None = None,
         max_depth: int | Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
+        follow_labels: bool = False,
+        loss_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> TaHOutput:
         """Run every token once and the hard ones again.
@@ -141,36 +147,36 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             threshold: in [0, 1], or one per row [B]; the config's by default.
             max_depth: >= 1, or one per row [B]; the config's by default.
             use_cache: return a cache; by default not while training.
-            logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all.
-            kwargs: `num_items_in_batch` for the loss.
+            logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all. By default
+                all, but none while training with labels, whose loss needs no [B, T, V].
+            follow_labels: tokens run as many passes as `depth_labels` say; the policy is asked, but not followed.
+            loss_weights: what the output after each depth 1..max_depth counts in the loss; by default only the final.
+            kwargs: `num_items_in_batch`, the number to divide the loss by (default: supervised tokens of this call).
 
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of all tokens; leave logits_to_keep out")
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         B, T = tokens.valid.shape
         self._check_labels((B, T), kwargs, labels=labels, depth_labels=depth_labels)
-        rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth)
+        rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth, follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
-        if cache is not None:
-            tokens.check_order()
         if cache is not None and rule.max_depth > 1:
             self._check_length(cache.get_seq_length() + T)
 
         # Depth 1: every token through the untouched base.
-        step = None if cache is None else cache.step(tokens.positions, tokens.valid, tokens.padded)
-        hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step))
+        step = None if cache is None else cache.step(tokens.places, tokens.valid, tokens.padded, tokens.documents)
+        hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
         total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
+        loss = None if labels is None else DepthLoss(labels, rule.max_depth, loss_weights)
 
         for depth in range(1, rule.max_depth):
             # Who is hard? The policy judges the tokens that just ran ...
@@ -186,6 +192,11 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             del state, features  # a long prompt's hidden states need not outlive the decision
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
+            if loss is not None:
+                loss.add(total, depth, active, go)
+            if loss is not None and self.training and not go.any():
+                idle = range(depth, rule.max_depth)
+                loss.total = loss.total + self._idle(idle, rule, cache, tokens, total, active, hidden)
             active, hidden = active[go], hidden[go]
             if len(active) == 0:
                 break
@@ -197,21 +208,24 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             total.add(active, hidden)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
-        if cache is not None and self.config.attention == "own":
+        if loss is not None:
+            loss.add(total, rule.max_depth, active)
+        if cache is not None and self.config.attention != "duo":
             cache.drop_deep()
         continue_logits = continue_logits.view(B, T, columns)
         if cache is not None and (use_cache or past_key_values is not None):
             cache.record(depth_count, continue_logits.detach())
-        logits = self._logits(total, B, T, logits_to_keep)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        if logits_to_keep is None and self.training and loss is not None:
+            logits = None
+        else:
+            logits = self._logits(total, B, T, 0 if logits_to_keep is None else logits_to_keep)
         return TaHOutput(
-            loss=loss,
+            loss=None if loss is None else loss.value(kwargs.get("num_items_in_batch")),
             logits=logits,
             past_key_values=cache if use_cache else None,
             depth_count=depth_count,
             continue_logits=continue_logits,
+            token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
         )
 
     def _run(
@@ -243,11 +257,35 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         the policy reads. Only rows with an active token take part, their tokens packed left."""
         packed, row, column = pack(active, tokens.positions.shape[1])
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
-        step = cache.deep_step(depth, row, column, packed, tokens.positions.flatten()[active])
-        masks = step.masks(self.decoder.config, positions, self.config.attention, embeds.dtype)
+        step = cache.deep_step(depth, row, column, packed, tokens.places.flatten()[active])
+        places = tokens.places[packed.rows].gather(1, packed.columns) if tokens.documents else positions
+        masks = step.masks(self.decoder.config, places, self.config.attention, embeds.dtype)
         inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
         hidden, features = self._run(depth, step, policy, **inputs)
         return select(hidden, features, packed.valid, packed.full)
+
+    def _idle(
+        self,
+        depths: range,
+        rule: Rule,
+        cache: DuoCache | None,
+        tokens: Tokens,
+        total: RunningOutput,
+        active: Tensor,
+        hidden: Tensor,
+    ) -> Tensor:
+        """Passes after `depths` of a single token for nothing: a zero that depends on all that those passes train.
+
+        Training in parallel needs it: a rank without a hard token would leave the others waiting for its gradients.
+        """
+        assert cache is not None
+        zero, active, hidden = total.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
+        for depth in depths:
+            embeds = self._reembed(tokens, total, active, hidden)
+            hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
+            out = hidden if self.combine_map is None else self.combine_map(hidden)
+            zero = zero + 0 * out.float().sum()
+        return zero
 
     def _reembed(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D] (spec A.3)."""

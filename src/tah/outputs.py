@@ -6,6 +6,7 @@ A token is named by its flat index b * T + t.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,6 +50,12 @@ class RunningOutput:
         else:
             self.deeper.append((tokens, hidden))
         self.stale.append(tokens)
+
+    def so_far(self) -> RunningOutput:
+        """A view that later passes do not change."""
+        now = copy.copy(self)
+        now.deeper, now.memo, now.stale = list(self.deeper), None, []
+        return now
 
     def logits(self, tokens: Tensor, exact: bool = True) -> Tensor:
         """Accumulated logits [N, V] of `tokens` [N]; with `exact`, what the base's own head gives."""

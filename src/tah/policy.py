@@ -170,6 +170,7 @@ class Rule:
     threshold: float | Tensor  # or [B]
     max_depth: int  # of the deepest row
     row_depth: Tensor | None  # [B] where rows differ
+    follow_labels: bool = False  # the policy is asked, the depth labels decide
 
     @classmethod
     def of_call(
@@ -180,6 +181,7 @@ class Rule:
         policy: str | Callable[[DepthState], Tensor] | None,
         threshold: Any,
         max_depth: Any,
+        follow_labels: bool = False,
     ) -> Rule:
         """What a call asks for, the config filling the gaps.
 
@@ -199,7 +201,7 @@ class Rule:
         max_depth = _per_row("max_depth", config.max_depth if max_depth is None else max_depth, rows, check_max_depth)
         by_row = max_depth if isinstance(max_depth, Tensor) else None
         deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
-        return cls(policy, threshold, deepest, by_row)
+        return cls(policy, threshold, deepest, by_row, follow_labels)
 
     def judge(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
         """Ask the policy: continue logits [N] and who goes on [N] bool (spec A.2).
@@ -222,6 +224,10 @@ class Rule:
             raise ValueError(f"the policy gave NaN after depth {state.depth}: hidden states or logits are not finite")
         threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         go = (logits.sigmoid().float() > threshold) | (logits == math.inf)
+        if self.follow_labels:
+            if state.depth_labels is None:
+                raise ValueError("follow_labels needs depth_labels")
+            go = state.depth_labels > state.depth
         if self.row_depth is not None:  # a row at its own limit was not really asked
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .cache import DuoCache, DuoStep
-from .masks import NEVER
+from .masks import DOCUMENT, NEVER, document_masks
 
 
 @dataclass
@@ -23,8 +24,10 @@ class Tokens:
     embeds: Tensor | None  # [B, T, D], instead of ids
     valid: Tensor  # [B, T] bool, False at padding
     positions: Tensor  # [B, T] int64
+    places: Tensor  # [B, T] int64: positions, told apart by document (masks.py)
     padded: bool  # any padding in this call
     explicit: bool  # positions were given by the caller
+    documents: bool  # a row holds several documents
 
     @classmethod
     def check(
@@ -59,31 +62,42 @@ class Tokens:
             if position_ids.shape[-1] != T or position_ids.dim() != 2:
                 raise ValueError(f"position_ids of shape {list(position_ids.shape)} do not fit [{B}, {T}]")
             positions = position_ids.to(device).expand(B, T)
-        return cls(ids, embeds, valid, positions, padded, position_ids is not None)
+        tokens = cls(ids, embeds, valid, positions, positions, padded, position_ids is not None, False)
+        if tokens.explicit and T > 1:
+            tokens._tell_documents_apart(continued=cache is not None and cache.get_seq_length() > 0)
+        return tokens
 
-    def check_order(self) -> None:
-        """Keys are ordered by position alone, so explicit positions must rise along every row's real tokens.
+    def _tell_documents_apart(self, continued: bool) -> None:
+        """A position that does not exceed that of the row's real token before begins another document of the row
+        (transformers' convention for packed rows).
 
         Raises:
-            ValueError: they do not (several documents packed into one row restart at 0).
+            ValueError: in the middle of a cached sequence, where positions must rise.
         """
-        if not self.explicit or self.positions.shape[1] == 1:
-            return
-        highest = torch.where(self.valid, self.positions, -1).cummax(1).values[:, :-1]
-        if bool((self.valid[:, 1:] & (self.positions[:, 1:] <= highest)).any()):
-            raise ValueError("position_ids must rise along each row; several documents in one row are not supported")
+        index = torch.arange(self.valid.shape[1], device=self.valid.device).expand_as(self.valid)
+        before = torch.where(self.valid, index, -1).cummax(1).values[:, :-1]  # the newest real token, -1 for none
+        earlier = self.positions.gather(1, before.clamp(min=0))
+        begins = self.valid[:, 1:] & (before >= 0) & (self.positions[:, 1:] <= earlier)
+        self.documents = bool(begins.any())
+        if self.documents and continued:
+            raise ValueError("position_ids must rise along each row where a cache is continued")
+        if self.documents:
+            number = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
+            self.places = self.positions + number * DOCUMENT
 
-    def stock_inputs(self, step: DuoStep | None) -> dict[str, Any]:
+    def stock_inputs(self, step: DuoStep | None, decoder: PreTrainedModel) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
+        if self.documents:
+            masks = document_masks(decoder.config, self.places, self.valid, decoder.dtype)
+            return self._inputs(masks, self.positions)
         mask = step.padding_mask() if step is not None else self.valid if self.padded else None
         # Without a cache, positions that merely count are left to the base: it treats given ones as a sign of packing.
         count = step is None and not self.padded and not self.explicit
-        inputs = {"attention_mask": None if mask is None else mask.long()}
-        inputs["position_ids"] = None if count else self.positions
-        inputs["input_ids" if self.ids is not None else "inputs_embeds"] = (
-            self.ids if self.ids is not None else self.embeds
-        )
-        return inputs
+        return self._inputs(None if mask is None else mask.long(), None if count else self.positions)
+
+    def _inputs(self, attention_mask: Any, position_ids: Tensor | None) -> dict[str, Any]:
+        given = {"inputs_embeds": self.embeds} if self.ids is None else {"input_ids": self.ids}
+        return given | {"attention_mask": attention_mask, "position_ids": position_ids}
 
     def indices(self) -> Tensor:
         """[N] flat indices of the real tokens."""
@@ -101,7 +115,7 @@ def _count(valid: Tensor, padded: bool, cache: DuoCache | None) -> Tensor:
     B, T = valid.shape
     seen: int | Tensor = cache.get_seq_length() if cache is not None else 0
     if cache is not None and cache.has_padding:
-        seen = (cache.positions.view != NEVER).sum(1, keepdim=True)
+        seen = (cache.places.view != NEVER).sum(1, keepdim=True)
     if padded:
         return (valid.cumsum(1) - 1 + seen).clamp(min=0)
     return (torch.arange(T, device=valid.device) + seen).expand(B, T)
