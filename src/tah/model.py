@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .cache import DuoCache, DuoStep
@@ -33,44 +31,14 @@ from .families import (
     decoder_layers,
     decoder_of,
     head_of,
-    stable_positions,
 )
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
 from .loss import DepthLoss
-from .outputs import RunningOutput, record, select
+from .outputs import RunningOutput, TaHOutput, record, select
 from .packing import lay_out, pack
 from .policy import DepthState, Policy, Rule
 from .tokens import Tokens
-
-LOSS_ARGUMENTS = {"num_items_in_batch"}
-NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
-
-
-@dataclass
-class TaHOutput(CausalLMOutputWithPast):
-    """Output of [`TaHForCausalLM`].
-
-    Args:
-        loss: next-token cross-entropy of the accumulated logits, where labels are given.
-        logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
-        past_key_values: the `DuoCache`, where a cache is used.
-        depth_count: [B, T] int64, passes each token took (1 at padding).
-        continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
-            was not asked.
-        token_loss: [B, T, max_depth] float32 where labels are given: the cross-entropy of each token's output after
-            each depth, that of its last pass where it stopped earlier; nan where it was not supervised or not weighed.
-    """
-
-    depth_count: Tensor | None = None
-    continue_logits: Tensor | None = None
-    token_loss: Tensor | None = None
-
-    @property
-    def continue_prob(self) -> Tensor:
-        """[B, T, max_depth - 1]: sigmoid of `continue_logits`, the policy's probability of going on."""
-        assert self.continue_logits is not None
-        return self.continue_logits.sigmoid()
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
@@ -158,14 +126,14 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         """
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         B, T = tokens.valid.shape
-        self._check_labels((B, T), kwargs, labels=labels, depth_labels=depth_labels)
+        tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
         rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth, follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
         if cache is not None and rule.max_depth > 1:
-            self._check_length(cache.get_seq_length() + T)
+            tokens.check_length(cache.get_seq_length() + T, self.config.get_text_config(decoder=True))
 
         # Depth 1: every token through the untouched base.
         step = None if cache is None else cache.step(tokens.places, tokens.valid, tokens.padded, tokens.documents)
@@ -306,25 +274,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         index = torch.arange(B * T, device=total.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return total.logits(index.flatten()).view(B, index.shape[1], -1)
-
-    def _check_labels(self, shape: tuple[int, int], kwargs: dict[str, Any], **labels: Tensor | None) -> None:
-        """Labels fit the input, and nothing was asked for that would silently not happen."""
-        for name, tensor in labels.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} of shape {list(tensor.shape)} do not fit an input of shape {list(shape)}")
-        for name in NO_SUCH_OUTPUT & set(kwargs):
-            if kwargs.pop(name):
-                raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
-        if strange := set(kwargs) - LOSS_ARGUMENTS:
-            raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
-
-    def _check_length(self, length: int) -> None:
-        limit = stable_positions(self.config.get_text_config(decoder=True))
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{length} tokens: beyond {limit} this base's rotary embedding depends on the length of a pass, so "
-                "deeper passes would not match depth 1; use shorter inputs or policy='never'"
-            )
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -10,15 +10,43 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .families import Head
 
 _recording: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_recording", default=None)
 CHUNK = 64  # tokens whose logits [CHUNK, V] exist at the same time
+
+
+@dataclass
+class TaHOutput(CausalLMOutputWithPast):
+    """Output of `TaHForCausalLM`.
+
+    Args:
+        loss: next-token cross-entropy of the accumulated logits, where labels are given.
+        logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
+        past_key_values: the `DuoCache`, where a cache is used.
+        depth_count: [B, T] int64, passes each token took (1 at padding).
+        continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
+            was not asked.
+        token_loss: [B, T, max_depth] float32 where labels are given: the cross-entropy of each token's output after
+            each depth, that of its last pass where it stopped earlier; nan where it was not supervised or not weighed.
+    """
+
+    depth_count: Tensor | None = None
+    continue_logits: Tensor | None = None
+    token_loss: Tensor | None = None
+
+    @property
+    def continue_prob(self) -> Tensor:
+        """[B, T, max_depth - 1]: sigmoid of `continue_logits`, the policy's probability of going on."""
+        assert self.continue_logits is not None
+        return self.continue_logits.sigmoid()
 
 
 class RunningOutput:

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import DuoCache, DuoStep
+from .families import stable_positions
 from .masks import DOCUMENT, NEVER, document_masks
+
+LOSS_ARGUMENTS = {"num_items_in_batch"}
+NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
 
 
 @dataclass
@@ -84,6 +88,28 @@ class Tokens:
         if self.documents:
             number = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
             self.places = self.positions + number * DOCUMENT
+
+    def check_others(self, kwargs: dict[str, Any], **labels: Tensor | None) -> None:
+        """Labels fit the input, and nothing was asked for that would silently not happen (`kwargs`: the rest)."""
+        shape = tuple(self.valid.shape)
+        for name, tensor in labels.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} of shape {list(tensor.shape)} do not fit an input of shape {list(shape)}")
+        for name in NO_SUCH_OUTPUT & set(kwargs):
+            if kwargs.pop(name):
+                raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
+        if strange := set(kwargs) - LOSS_ARGUMENTS:
+            raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
+
+    @staticmethod
+    def check_length(length: int, config: PreTrainedConfig) -> None:
+        """Raises `ValueError` where a sequence is longer than this base can be run at two depths over."""
+        limit = stable_positions(config)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{length} tokens: beyond {limit} this base's rotary embedding depends on the length of a pass, so "
+                "deeper passes would not match depth 1; use shorter inputs or policy='never'"
+            )
 
     def stock_inputs(self, step: DuoStep | None, decoder: PreTrainedModel) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
