@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,13 +179,19 @@ def chat(
 
 
 @app.command()
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+def inspect(
+    model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Also compare the number of parameters with a plain base.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what a model is, or if it can be wrapped."""
     from .load import as_lines, quiet
     from .load import inspect as look
 
     quiet()
-    found = look(model)
+    found = look(model, against)
     typer.echo(json.dumps(found) if as_json else as_lines(found))
 
 
@@ -298,6 +305,17 @@ def run(arguments: list[str]) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         _note(line if expected else f"unexpected {type(error).__name__}: {line} (--debug shows where)")
         return 2 if expected else 1
+
+
+def _register(name: str) -> None:
+    """Run a module beside this one, without its package: importing that imports torch."""
+    spec = spec_from_file_location(f"tah.{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_register("cli_make")
 
 
 def main() -> None:

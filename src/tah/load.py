@@ -8,9 +8,10 @@ import socket
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
@@ -91,6 +92,21 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
     return model
 
 
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer at `path`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{path} has no usable tokenizer ({first_line(error)})") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
+        raise ValueError(f"{path} has no usable tokenizer (it is empty)")
+    return tokenizer
+
+
 def _load(path: str, kind: Any, dtype: str, **options: Any) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -101,12 +117,34 @@ def _load(path: str, kind: Any, dtype: str, **options: Any) -> Any:
         raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
 
 
-def inspect(source: str) -> dict[str, Any]:
-    """What a model is, for `tah inspect`."""
+def inspect(source: str, against: str | None = None) -> dict[str, Any]:
+    """What a model is, for `tah inspect`; with `against`, its parameters beside those of a plain base.
+
+    Raises:
+        ValueError: there is no such model, or it is damaged, or `against` is not a base.
+    """
     path, kind = find(source)
     if kind == "original":
         return {"model": source, "kind": "original", "next": f"tah convert {source} NEW_DIRECTORY"}
-    return _inspect_tah(source, path) if kind == "tah" else _inspect_base(source, path)
+    baseline = None if against is None else _count_base(against)
+    found = _inspect_tah(source, path) if kind == "tah" else _inspect_base(source, path)
+    if baseline is not None:
+        total = found["total"] if kind == "tah" else found["base"]["parameters"]
+        percent = 100 * (total - baseline) / baseline
+        found["against"] = {"model": against, "parameters": baseline, "difference_percent": percent}
+    return found
+
+
+def _count_base(source: str) -> int:
+    """Parameters of a base; no weights are read."""
+    path, kind = find(source)
+    if kind != "base":
+        raise ValueError(f"--against {source}: that is not a plain base model")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"--against {source}: transformers has no causal language model of family {config.model_type}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def _inspect_tah(source: str, path: str) -> dict[str, Any]:
@@ -121,6 +159,7 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
         "kind": "tah",
         "base": _facts(model.base) | {"parameters": sizes["base"]},
         "parameters": sizes,
+        "total": sum(sizes.values()),
         "extra_percent": {name: 100 * size / sizes["base"] for name, size in sizes.items() if name != "base"},
         "max_depth": config.max_depth,
         "policy": config.policy,
@@ -178,6 +217,8 @@ def _as_word(value: Any, name: str) -> str:
         return "yes" if value else "no"
     if isinstance(value, float) and name.startswith("extra_percent"):
         return f"{value:.3g} % of the base"
+    if isinstance(value, float) and name.endswith("percent"):
+        return f"{value:+.3g} %"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

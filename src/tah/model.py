@@ -273,7 +273,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         """[B, K, V]"""
         index = torch.arange(B * T, device=total.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        return total.logits(index.flatten()).view(B, index.shape[1], -1)
+        logits = total.logits(index.flatten())
+        return logits.view(B, index.shape[1], logits.shape[-1])
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,298 @@
+"""A recipe: one YAML file that says everything about one experiment, checked before anything runs.
+
+What a model is stands in `TaHConfig` and is saved with the weights; how it was made stands here. Keys below `training`
+go to transformers' `TrainingArguments` unchanged, and are checked against it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .recipe_checks import check_model, check_training
+
+Stage = Literal["backbone", "decider"]
+BY_GAIN = ("lookahead", "blind")  # methods whose decider is judged by what a pass gains, so that nothing is labelled
+BY_SHARE = (*BY_GAIN, "random")  # methods that iterate a sampled share of the tokens
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Part(BaseModel):
+    """A section: unknown keys and values of another type are errors, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Base(Part):
+    """The model that is made to iterate.
+
+    Args:
+        model: directory, hub id, or `smollm2`; None where the recipe trains its base itself (`scratch`).
+        tokenizer: directory or hub id to take the tokenizer and its chat template from; None: from `model`.
+        prune_layers: layers to drop before training; 0 keeps the model whole.
+        prune_texts: held-out texts that decide which.
+        scratch: sizes and training of a base made by the recipe.
+        dtype: of the weights: `auto` as they were saved.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    prune_layers: Count = 0
+    prune_texts: Positive = 64
+    scratch: dict[str, Any] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Data(Part):
+    """The texts.
+
+    Args:
+        source: hub id (`owner/name` or `owner/name:config`), directory or file (`data.load_rows`), or `tiny`
+            (generated).
+        split: of the source.
+        validation: source of held-out texts; None: `validation_split` of `source`, or else a share of `split`.
+        validation_split: split of the held-out texts.
+        validation_share: share of `split` held out where nothing else is given, drawn with the recipe's seed.
+        columns: role (`messages`, `prompt`, ...) -> name of the source's column.
+        max_length: longest text in tokens; longer ones are dropped and counted.
+        limit: use only the first texts of the source.
+        generate: settings of generated data.
+    """
+
+    source: str
+    split: str = "train"
+    validation: str | None = None
+    validation_split: str | None = None
+    validation_share: Share = 0.01
+    columns: dict[str, str] = {}
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    limit: Positive | None = None
+    generate: dict[str, Any] | None = None
+
+
+class Label(Part):
+    """Which tokens are hard.
+
+    Args:
+        reference: model that labels: directory, hub id, `smollm2`, or `trained` (by the recipe, on generated data).
+        rule: `top1` (its first choice is another token), `prob<p` or `rank>k`; needs no new pass when changed.
+        tokens_per_batch: tokens the reference reads at a time.
+        rows_per_shard: texts per file; a killed run loses at most one file of work.
+    """
+
+    reference: str
+    rule: str = "top1"
+    tokens_per_batch: Positive = 16384
+    rows_per_shard: Positive = 1024
+
+
+class Backbone(Part):
+    """Stage 1: base, adapter and maps.
+
+    Args:
+        method: who iterates in training (`trainer.Objective`): `paper` (hard tokens), `lookahead` (all, every depth in
+            the loss), or a baseline: `standard`, `always`, `random`, `confidence`, `blind`.
+        train: `all` weights, or `lora`: everything but the base (one small GPU).
+        packed: several texts per row.
+        loss_weights: what the output after each depth counts; None: only the final one (`paper` and baselines), or
+            all alike (`lookahead`, `blind`).
+        share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
+        tau: `confidence` iterates where the entropy exceeds this, in nats.
+        depth_schedule: (share of training done, most passes from then on), both rising, the first at 0.
+        init: TaH or base checkpoint to continue from, instead of `base.model`.
+        training: `TrainingArguments`.
+    """
+
+    method: Literal["paper", "lookahead", "standard", "always", "random", "confidence", "blind"] = "paper"
+    train: Literal["all", "lora"] = "all"
+    packed: bool = False
+    loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tau: Annotated[float, Field(ge=0)] = 0.3
+    depth_schedule: list[Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Positive], Field(strict=False)]] = []
+    init: str | None = None
+    training: dict[str, Any] = {}
+
+
+class Decider(Part):
+    """Stage 2: the decider, everything else frozen. Its kind is `model.decider`.
+
+    Args:
+        joint: train it along with the backbone (`lookahead`, `blind`).
+        gain: a token is worth a pass that lowers its cross-entropy by more than this, in nats (`lookahead`, `blind`).
+        pos_weight: weight of hard tokens in the loss; None: measured from the labels.
+        target: the threshold is chosen on held-out texts for an iterated `share`, or for the best `loss`.
+        target_share: share of iterated tokens that the threshold should give.
+        training: `TrainingArguments`.
+    """
+
+    joint: bool = False
+    gain: Annotated[float, Field(ge=0)] = 0.05
+    pos_weight: Annotated[float, Field(gt=0)] | None = None
+    target: Literal["share", "loss"] = "share"
+    target_share: Share | None = 0.07
+    training: dict[str, Any] = {}
+
+
+class Recipe(Part):
+    """One experiment: data, labels, base and both stages.
+
+    Args:
+        name: of the recipe; the file's name unless given.
+        seed: of everything that is drawn.
+        output: directory of the run; None: `runs/<name>`.
+        model: fields of `TaHConfig`.
+        decider: None: no second stage.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    output: str | None = None
+    base: Base
+    model: dict[str, Any] = {}
+    data: Data
+    label: Label | None = None
+    backbone: Backbone = Backbone()
+    decider: Decider | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """What fields must be to each other."""
+        if self.backbone.method == "blind":
+            if self.model.get("attention", "blind") != "blind":
+                raise ValueError(f"model.attention={self.model['attention']!r}, but backbone.method=blind needs blind")
+            self.model["attention"] = "blind"
+        check_model(self.model)
+        self._check_base()
+        self._check_labels()
+        self._check_depths()
+        self._check_decider()
+        self._check_shares()
+        for stage, part in (("backbone", self.backbone), ("decider", self.decider)):
+            if part is not None:
+                check_training(part.training, f"{stage}.training")
+        return self
+
+    def _check_base(self) -> None:
+        base = self.base
+        if (base.model is None) == (base.scratch is None):
+            raise ValueError("base.model is required: a directory, a hub id, or smollm2 (or else base.scratch)")
+        if base.prune_layers and base.scratch is not None:
+            raise ValueError("base.prune_layers has no place beside base.scratch; make the base smaller instead")
+        if base.prune_layers and self.backbone.init is not None:
+            raise ValueError("backbone.init replaces the base, so base.prune_layers has no effect; set it to 0")
+        if self.data.validation is None and self.data.validation_split == self.data.split:
+            raise ValueError(f"data.validation_split={self.data.split} is what is trained on; name another split")
+        if (self.data.source == "tiny") != (self.data.generate is not None):
+            raise ValueError("data.generate belongs to data.source=tiny, and data.source=tiny needs it")
+
+    def _check_labels(self) -> None:
+        label = self.label
+        if label is None:
+            if self.uses_labels:
+                raise ValueError(
+                    "label is required for backbone.method=paper: set label.reference to a model, or use "
+                    "backbone.method=lookahead, which needs no labels"
+                )
+            return
+        from .data import check_rule
+
+        try:
+            check_rule(label.rule)
+        except ValueError as error:
+            raise ValueError(f"label.rule: {error}") from error
+        if label.reference == "trained" and self.base.scratch is None:
+            raise ValueError("label.reference=trained needs base.scratch; name a model instead")
+
+    def _check_depths(self) -> None:
+        backbone, most = self.backbone, self.max_depth
+        if most == 1 and backbone.method != "standard":
+            raise ValueError(f"model.max_depth=1 leaves nothing to iterate for backbone.method={backbone.method}")
+        weights = backbone.loss_weights
+        if weights is not None and (len(weights) != most or sum(weights) <= 0):
+            raise ValueError(f"backbone.loss_weights={weights} must be {most} numbers, one per depth, not all 0")
+        starts, depths = [s for s, _ in backbone.depth_schedule], [d for _, d in backbone.depth_schedule]
+        rising = all(a < b for values in (starts, depths) for a, b in zip(values, values[1:], strict=False))
+        if starts and (starts[0] != 0 or not rising or depths[-1] > most):
+            pairs = [list(pair) for pair in backbone.depth_schedule]
+            raise ValueError(
+                f"backbone.depth_schedule={pairs} must be [share done, depth] pairs that rise, "
+                f"from share 0, to depth {most} (model.max_depth) at most"
+            )
+
+    def _check_decider(self) -> None:
+        decider, method = self.decider, self.backbone.method
+        if decider is None:
+            return
+        if self.model.get("decider", {}) is None:
+            raise ValueError("the decider stage has nothing to train: model.decider is null; set decider=null too")
+        if not self.uses_labels and not self.by_gain:
+            raise ValueError(
+                f"a decider learns from labels (method paper) or gains ({', '.join(BY_GAIN)}), and "
+                f"backbone.method={method} has neither; set decider=null"
+            )
+        if decider.joint and not self.by_gain:
+            raise ValueError(f"decider.joint works with backbone.method={' or '.join(BY_GAIN)}, not {method}")
+        if decider.target == "share" and decider.target_share is None:
+            raise ValueError("decider.target=share needs decider.target_share; or use decider.target=loss")
+
+    def _check_shares(self) -> None:
+        backbone = self.backbone
+        if backbone.share < 1 and backbone.method not in BY_SHARE:
+            raise ValueError(f"backbone.share={backbone.share} is for {', '.join(BY_SHARE)}, not {backbone.method}")
+        if backbone.share == 1 and backbone.method == "random":
+            raise ValueError("backbone.method=random needs backbone.share below 1; iterating all tokens is `always`")
+        if backbone.train == "lora" and self.model.get("lora_rank") == 0:
+            raise ValueError("backbone.train=lora with model.lora_rank=0 leaves nothing to train")
+        if backbone.train == "lora" and backbone.method == "standard":
+            raise ValueError("backbone.train=lora with method=standard trains nothing: the adapter is off at depth 1")
+
+    @property
+    def max_depth(self) -> int:
+        """Most passes while training the backbone."""
+        return 1 if self.backbone.method == "standard" else int(self.model.get("max_depth", 2))
+
+    @property
+    def by_gain(self) -> bool:
+        """Whether passes are judged by what they gain, and not by labels."""
+        return self.backbone.method in BY_GAIN
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.backbone.method == "paper"
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether the run has a `base` directory of its own."""
+        return self.base.prune_layers > 0 or self.base.scratch is not None
+
+    def directory(self) -> Path:
+        """Of the run."""
+        return Path(self.output) if self.output is not None else Path("runs") / self.name
+
+    def base_path(self, run: Path) -> str:
+        """Where the model to train is: in the run, or as the recipe names it (for `load.find`)."""
+        return str(run / "base") if self.makes_base else str(self.base.model)
+
+    def tokenizer_path(self, run: Path) -> str:
+        """Where the tokenizer is (for `load.find`); pruning a base does not change it."""
+        return self.base.tokenizer or self.base.model or str(run / "base")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field, defaults too, as plain values."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as YAML that `load_recipe` reads, whole or not at all."""
+        import yaml
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("# Every field as it was used.\n" + yaml.safe_dump(self.resolved(), sort_keys=False))
+        os.replace(temporary, path)
