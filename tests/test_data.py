@@ -36,6 +36,14 @@ CHAT = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What `datasets` keeps of the files it reads goes away with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
 @pytest.fixture
 def tokenizer(tiny_base):
     return AutoTokenizer.from_pretrained(tiny_base)

@@ -25,6 +25,14 @@ TEXTS = [f"{'0123456789 abcdefghij' * 3}"[n : 3 * n + 4] for n in range(12)]
 COLUMNS = ["input_ids", "supervised", "ref_rank", "ref_prob", "ref_entropy", "row"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What `datasets` keeps of the files it reads goes away with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
 @pytest.fixture
 def tokenizer(tiny_base):
     return AutoTokenizer.from_pretrained(tiny_base)
