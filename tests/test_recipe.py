@@ -46,7 +46,7 @@ def test_every_recipe_parses_and_makes_a_config(name):
     assert config.max_depth == 2 and recipe.name == name and recipe.directory() == Path("runs") / name
     assert (config.decider is not None) == (recipe.decider is not None)
     header = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
-    assert all(any(line.startswith(f"# {word}") for line in header) for word in ("Hardware:", "Time:", "Result:"))
+    assert all(any(word in line for line in header) for word in ("Hardware:", "Time:", "Result:"))
 
 
 def test_no_recipe_types_a_width_of_its_base():
@@ -208,6 +208,7 @@ def test_one_line_names_place_and_fix(file, overrides, words):
     [
         ("base: {model: a", ["bad.yaml:1", "not valid YAML"]),
         ("seed: 1\nseed: 2", ["bad.yaml:2", "'seed' is given twice"]),
+        ("[a]: 1", ["bad.yaml:1", "a key is no word"]),
         ("- 1", ["not one"]),
         ("", ["not one"]),
         ("a: !!python/object:os.system {}", ["not valid YAML"]),

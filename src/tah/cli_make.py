@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,9 +70,9 @@ def prune(
     Each layer is left out in turn; the one without which held-out perplexity stays lowest is dropped, and what is left
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
+    _quiet()
     from .steps import prune_model
 
-    _quiet()
     made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device)
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
 
@@ -104,8 +105,10 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
 
 def _quiet() -> None:
     """Leave the terminal to us."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("making a model needs more packages: pip install 'tah[train]'") from error
     from .load import quiet
 
     quiet()
@@ -120,13 +123,14 @@ def _make(
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
     plan = load_recipe(recipe, given)
+    _quiet()
     from . import steps
     from .train import Stopped
 
-    _quiet()
     try:
         result = work(steps, plan, plan.directory())
     except Stopped as stopped:
         _note(str(stopped))
         raise typer.Exit(143) from stopped
-    typer.echo(str(result))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+        typer.echo(str(result))

@@ -94,12 +94,19 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
         return None
     if checkpoint is not None:
         before = json.loads((directory / "run.json").read_text())
-        if differs := _differences(before, facts, ("stage", "recipe", "data")):
+        if differs := _differences(_decisive(before), _decisive(facts)):
             raise ValueError(f"{directory} was trained with {differs}; resume with the same, or use another --output")
     return checkpoint
 
 
-def _differences(before: Any, after: Any, names: tuple[str, ...]) -> str:
+def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
+    """The part of `run.json` that decides what a training makes."""
+    recipe = json.loads(json.dumps(facts["recipe"]))
+    parts = {name: recipe[name] for name in ("seed", "base", "model", "backbone", "decider")}
+    return {"stage": facts["stage"], "recipe": parts, "data": facts["data"]}
+
+
+def _differences(before: Any, after: Any) -> str:
     """The first few differing entries of two nested dicts, with both values."""
     found: list[str] = []
 
@@ -110,7 +117,7 @@ def _differences(before: Any, after: Any, names: tuple[str, ...]) -> str:
         elif a != b:
             found.append(f"{at}={a!r} (now {b!r})")
 
-    walk({name: before.get(name) for name in names}, json.loads(json.dumps({n: after.get(n) for n in names})), "")
+    walk(before, after, "")
     return ", ".join(found[:3])
 
 
@@ -139,7 +146,8 @@ def draw_curves(directory: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), label=name)
         axes.set_xlabel("step")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     left.set_ylabel("loss (nats)")
     figure.savefig(directory / "curves.png", dpi=100)
     pyplot.close(figure)

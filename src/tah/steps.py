@@ -54,13 +54,15 @@ def chain(recipe: Recipe) -> list[Step]:
     if own_base:
         from .tiny import train_base
 
-        found.append(Step("base", "base", train_base, base, texts))
+        base |= {"data.max_length": recipe.data.max_length, "backbone.packed": recipe.backbone.packed}
+        found.append(Step("base", "base", _by_one_process(train_base), base, texts))
     elif recipe.makes_base:
         found.append(Step("base", "base", prune_base, base | data, texts))
     if own_reference:
         from .tiny import train_reference
 
-        found.append(Step("reference", "reference", train_reference, base, (*texts, "base")))
+        reads = flat(whole["backbone"]["training"], "backbone.training")
+        found.append(Step("reference", "reference", _by_one_process(train_reference), reads, (*texts, "base")))
     tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
     judge = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
     needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and judge else ()))
@@ -230,6 +232,17 @@ def _plain_base(source: str, dtype: str, device: torch.device | str) -> PreTrain
         return base.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
+
+
+def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, Path], None]:
+    """A step that trains, made by the first process alone, would wait forever for the others to join it."""
+
+    def checked(recipe: Recipe, run: Path) -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("a base from scratch is trained by one process: start this once without torchrun")
+        make(recipe, run)
+
+    return checked
 
 
 def _positions(base: PreTrainedModel) -> int:

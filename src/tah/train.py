@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
@@ -68,6 +68,7 @@ def train(
         data_collator=Collator(tokenizer.pad_token_id, packed=train_rows.packed),
         processing_class=tokenizer,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
     lead = trainer.is_world_process_zero()
     if lead:
         write_json(directory / "run.json", facts | {"world_size": trainer.args.world_size})
@@ -262,6 +263,7 @@ def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArgumen
         "prediction_loss_only": True,
         "label_names": ["labels"],
         "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),  # else several processes would each train alone
         "ddp_find_unused_parameters": False,
     }
     defaults: dict[str, Any] = {
