@@ -1,0 +1,189 @@
+"""Grading of code benchmarks: HumanEval, HumanEval+, MBPP and MBPP+ items, with the verdict out of the answer's reach.
+
+Two sandboxes per answer. One holds the answer and does nothing but call its functions and send back what they return,
+as JSON. The other holds the item's tests, in which the function under test is a stand-in that asks the first sandbox.
+So every assertion is evaluated where the answer is not: it cannot see an expected value, patch a comparison, print a
+verdict or end the process that gives one. Only plain values come back (numbers, texts, lists, tuples, sets, dicts ...);
+an object of any other kind comes back as a handle that equals nothing and can only be handed to the answer again.
+None of this runs in our process, which reads one JSON line from the tests' side.
+
+What an answer can still do: recognise the inputs of a public benchmark and return values learnt by heart (no sandbox
+helps against that), pass tests that are themselves too weak, and break out through a hole in the kernel (`sandbox.py`).
+Not measured as in-process graders do: changes an answer makes to its arguments (tests that look at their own list after
+the call see it unchanged), and numpy arrays (they come back as handles; numpy numbers as numbers). Tests that hand the
+answer a function or an object of their own are refused, not run where the answer could forge their verdict.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import code_judge
+from .sandbox import Sandbox
+
+Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code"]
+
+PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
+FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # indentation, fence, language
+# How a program or the rest of one may begin.
+CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w|\w+ *(?::[^=]+)?=[^=]")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
+
+    `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
+    process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run).
+    """
+
+    passed: bool
+    status: Grade
+    reason: str
+    calls: int
+    seconds: float
+
+
+def extract_code(text: str, entry_point: str | None = None) -> str:
+    """The program in an answer: the last fenced block, of those that define `entry_point` if any does.
+
+    Thoughts up to `</think>` are dropped. A block that is not closed goes to the end. Text that begins with code and
+    then closes a block is the continuation of a block opened in the prompt. Text without any fence is returned as it
+    is, indentation included, since it may continue the prompt's function; a remark before a definition of `entry_point`
+    is left out. What comes after the code is cut where it is run.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    if "<think>" in text:  # still thinking when the tokens ran out
+        return ""
+    blocks: list[tuple[str, str]] = []
+    lines: list[str] = []
+    opened: tuple[str, str, str] | None = None  # indentation, fence, language
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        if not fence or (opened and not fence[3] and not fence[2].startswith(opened[1])):
+            lines.append(line.removeprefix(opened[0]) if opened else line)
+            continue
+        if opened:
+            blocks.append((opened[2], "\n".join(lines)))
+        elif not blocks and not fence[3] and CODE.match(next(filter(str.strip, lines), "")):
+            blocks.append(("", "\n".join(lines)))
+            opened = ("", "", "")  # a block opened in the prompt: this fence closes it
+        opened = None if opened and not fence[3] else (fence[1], fence[2], fence[3].lower())
+        lines = []
+    if opened:
+        blocks.append((opened[2], "\n".join(lines)))
+    if not blocks and entry_point and _defines(text, entry_point):
+        return "\n".join(itertools.dropwhile(lambda line: not CODE.match(line), lines))
+    if not blocks:
+        return text
+    python = [code for language, code in blocks if language in PYTHON] or [code for _, code in blocks]
+    defining = [code for code in python if entry_point and _defines(code, entry_point)]
+    return (defining or python)[-1]
+
+
+def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdict:
+    """Grade the text of an answer.
+
+    Args:
+        item: as on the Hub: `prompt`, `entry_point` and `test` (HumanEval, evalplus/humanevalplus), `test` and `code`
+            (evalplus/mbppplus), `test_list`, `test_imports` (MBPP); or our own `entry_point`, `inputs` (a list of
+            argument lists), `expected` and `atol`, where lists and tuples are equal and floats nearly so.
+        answer: a chat answer with fenced code, or the continuation of `prompt`.
+        sandbox: where it runs.
+
+    Raises:
+        ValueError: No isolation here, or the item's tests cannot be graded; says which item and why.
+        OSError: The sandbox failed to start for this answer.
+    """
+    entry, tests = _entry_point(item), _tests(item)
+    code = extract_code(answer, entry)
+    if not code.strip():
+        return Verdict(False, "no code", "the answer has no code", 0, 0.0)
+    # The prompt of HumanEval is code: imports, helpers and the head of the function, complete without a body.
+    prompt = str(item.get("prompt", "")) if item.get("entry_point") else ""
+    least = 0
+    if prompt and (code.lstrip("\r\n")[:1].isspace() or not _defines(code, str(entry))):
+        prompt, code, least = "", prompt + code, prompt.count("\n")
+    asking = f"{_inside()}\njudge({str(item.get('prompt', ''))!r}, {tests!r}, {entry!r})\n"
+    judged, answered = sandbox.pair(asking, f"{_inside()}\nserve({prompt!r}, {code!r}, {least})\n")
+    for outcome in (judged, answered):
+        # Neither program leaves standard error open, so that these words are true.
+        if outcome.stderr.startswith(("bwrap: ", "prlimit: ", "setpriv: ")):
+            raise OSError(f"the sandbox failed: {outcome.stderr.strip().splitlines()[-1]}")
+    if judged.status != "ok" or not judged.stderr:
+        status: Grade = "crashed" if judged.status == "ok" else judged.status
+        return Verdict(False, status, f"no verdict: {judged.status}", 0, judged.seconds)
+    kind, reason, calls = json.loads(judged.stderr)
+    reason = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
+    if kind == "untestable":
+        raise ValueError(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
+    if kind == "lost":
+        kind = "crashed" if answered.status == "ok" else answered.status
+    return Verdict(kind == "passed", kind, reason, calls, judged.seconds)
+
+
+def grade_all(
+    items: Sequence[Mapping[str, Any]], answers: Sequence[str], sandbox: Sandbox, workers: int | None = None
+) -> Iterator[Verdict]:
+    """Grade answer i to item i, several at a time; verdicts come in the order of the items, each when it is known.
+
+    Raises:
+        ValueError: Not as many answers as items, or what `grade_code` raises.
+    """
+    if len(items) != len(answers):
+        raise ValueError(f"{len(items)} items and {len(answers)} answers: give one answer for each item")
+    sandbox.check()
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(lambda item, answer: grade_code(item, answer, sandbox), items, answers)
+
+
+def _defines(code: str, name: str) -> bool:
+    """Whether a name is defined at the left margin. By its looks: to parse a model's text may crash the interpreter."""
+    name = re.escape(name)
+    return re.search(rf"^(?:(?:async )?def {name}\b|class {name}\b|{name}\s*[:=](?!=))", code, re.MULTILINE) is not None
+
+
+def _entry_point(item: Mapping[str, Any]) -> str | None:
+    """The function under test; for MBPP, which does not name it, the one of the reference solution that tests use."""
+    if item.get("entry_point"):
+        return str(item["entry_point"])
+    tests = _tests(item)
+    names = re.findall(r"^def (\w+)", str(item.get("code", "")), re.MULTILINE)
+    return next((name for name in reversed(names) if re.search(rf"\b{name}\b", tests)), None)
+
+
+def _tests(item: Mapping[str, Any]) -> str:
+    """The item's tests as a program.
+
+    Raises:
+        ValueError: It has none that we know.
+    """
+    name = item.get("task_id", "an item")
+    if "inputs" in item and "expected" in item:
+        inputs, expected, atol = item["inputs"], item["expected"], float(item.get("atol") or 0)
+        if len(inputs) != len(expected):
+            raise ValueError(f"{name}: {len(inputs)} inputs and {len(expected)} expected: give one for each")
+        cases = f"for given, wanted in zip({list(inputs)!r}, {list(expected)!r}):"
+        check = f"    assert alike({item['entry_point']}(*given), wanted, {atol!r}), (given, wanted)"
+        return "\n".join(["from math import inf, nan", inspect.getsource(code_judge.alike), cases, check])
+    if item.get("test"):
+        return str(item["test"])
+    if item.get("test_list"):
+        return "\n".join([*item.get("test_imports", []), str(item.get("test_setup_code", "")), *item["test_list"]])
+    hint = " (evalplus' own files: take the Hub's evalplus/humanevalplus or mbppplus)" if "base_input" in item else ""
+    raise ValueError(f"{name}: no tests: give test, test_list, or inputs and expected{hint}")
+
+
+@functools.cache
+def _inside() -> str:
+    """Source of what runs in the sandboxes; a call at its end makes it a program."""
+    return inspect.getsource(code_judge)
