@@ -76,6 +76,23 @@ def fsdp2() -> dict[str, Tensor]:
     return {"loss": loss} | {n: p.grad.full_tensor() for n, p in inner.named_parameters() if p.grad is not None}
 
 
+def evaluate() -> dict[str, Tensor]:
+    """FSDP2 in evaluation: ranks must stay in step although nothing is trained."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, rows = dist.get_rank(), batch()
+    inner, mesh = model().eval(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in inner.decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(inner, mesh=mesh)
+    mine = {name: x[rank : rank + 1] for name, x in rows.items()}
+    with torch.no_grad():
+        loss = inner(**mine, num_items_in_batch=items(rows), idle=True).loss
+    dist.all_reduce(loss)
+    return {"loss": loss}
+
+
 def starve() -> dict[str, Tensor]:
     """Control: without idle passes the rank without hard tokens breaks the other."""
     TaHForCausalLM._idle = lambda self, depths, *rest: torch.zeros(())  # type: ignore[method-assign]
@@ -84,7 +101,7 @@ def starve() -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    result = {"ddp": ddp, "fsdp2": fsdp2, "starve": starve}[sys.argv[1]]()
+    result = {"ddp": ddp, "fsdp2": fsdp2, "evaluate": evaluate, "starve": starve}[sys.argv[1]]()
     if dist.get_rank() == 0:
         torch.save(result, sys.argv[2])
     dist.barrier()

@@ -21,12 +21,47 @@ TAGGED = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3's: reasoning of all but the last answer is left out, and the last is asked for with a "<think>".
+# Reasoning of all but the last answer is left out, and an answer is asked for with a "<think>".
 FORGETTING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
 )
+# Does what Qwen3's does: reasoning, from its own key or from the content, is shown only after the last question, and
+# there in the last message even if empty, else if there is any; without thinking, an answer is asked for with none.
+QWEN3 = """
+{%- set ns = namespace(asked=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- set content = m.content if m.content is string else '' %}
+    {%- if m.role == 'assistant' %}
+        {%- set ns.thought = '' %}
+        {%- if m.reasoning_content is string %}
+            {%- set ns.thought = m.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set ns.thought = content.split('</think>')[0].split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.asked and (loop.last or ns.thought) %}
+            {{- '<think>\\n' + ns.thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- content }}
+        {%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\\n' if content or not loop.first }}{{ '<tool_call>\\n' + call.name + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "1+1?"},
@@ -166,17 +201,101 @@ def test_bos_is_never_supervised(tiny_base):
     assert tokenize({"messages": CHAT}, tokenizer).startswith("<|im_start|>")
 
 
-def test_templates_that_rewrite_earlier_turns_are_refused_not_mislabelled(tokenizer):
+def test_an_answer_begins_where_it_leaves_the_prompt(tokenizer):
     tokenizer.chat_template = FORGETTING
     thought = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>c"}]
     # One turn, and reasoning at the end: the generation prompt has more than the conversation, or the same.
     assert tokenize({"messages": thought}, tokenizer).endswith("assistant\n<think>[b</think>c<|im_end|>\n]")
     assert tokenize({"messages": CHAT[1:3]}, tokenizer).endswith("assistant\n[2<|im_end|>\n]")
-    dropped = Counter()
-    assert tokenize_row({"messages": thought + thought}, tokenizer, 1000, dropped=dropped) is None
-    assert dropped == {"the chat template changes earlier turns": 1}
-    # Where nothing was left out, several turns are fine.
+    assert tokenize({"messages": thought + thought}, tokenizer) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>\n]"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>[b</think>c<|im_end|>\n]"
+    )
     assert tokenize({"messages": CHAT[1:]}, tokenizer).count("[") == 2
+    # What the answer happens to begin like is not the prompt's.
+    marked = [thought[0], {"role": "assistant", "content": "<table>"}]
+    assert tokenize({"messages": marked}, tokenizer).endswith("assistant\n[<table><|im_end|>\n]")
+
+
+@pytest.mark.parametrize("system", ["", "s"])
+@pytest.mark.parametrize("tags", ["key", "content"])
+@pytest.mark.parametrize("thoughts", ["-", "r", "--", "r-", "-r", "rr", "---", "r-r", "rrr"])
+def test_qwen3_leaves_out_earlier_reasoning(tokenizer, thoughts, tags, system):
+    tokenizer.chat_template = QWEN3
+    messages = [{"role": "system", "content": system}] if system else []
+    want = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    for at, thought in enumerate(thoughts):
+        answer = {"role": "assistant", "content": "a"}  # as often elsewhere: in the user's turn, in "assistant"
+        if thought == "r" and tags == "key":
+            answer["reasoning_content"] = "r"
+        elif thought == "r":
+            answer["content"] = "<think>\nr\n</think>\n\na"
+        messages += [{"role": "user", "content": "<think>\nr\n</think>\n\na"}, answer]
+        shown_thought = f"<think>\n{thought.strip('-')}\n</think>\n\n" if at == len(thoughts) - 1 else ""
+        want += (
+            "<|im_start|>user\n<think>\nr\n</think>\n\na<|im_end|>\n"
+            f"<|im_start|>assistant\n[{shown_thought}a<|im_end|>\n]"
+        )
+    row = {"messages": messages}
+    assert tokenize(row, tokenizer) == want
+    # Only the last answer to be learnt.
+    before, bracket, last = want.rpartition("[")
+    completion = before.replace("[", "").replace("]", "") + bracket + last
+    assert tokenize({"prompt": messages[:-1], "completion": messages[-1:]}, tokenizer) == completion
+    # Asked not to think, the model is given the empty reasoning, and is to say what comes after it.
+    given = want.replace("[<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n[").replace("[<think>\nr", "<think>\n[r")
+    assert tokenize({**row, "chat_template_kwargs": {"enable_thinking": False}}, tokenizer) == given
+
+
+@pytest.mark.parametrize("content", [None, "", "c"])
+def test_qwen3_with_tools(tokenizer, content):
+    """Reasoning before a tool call is shown until the next question, so that prompts for later answers change too."""
+    tokenizer.chat_template = QWEN3
+    call = {"role": "assistant", "content": content, "reasoning_content": "r", "tool_calls": [{"name": "f"}]}
+    asked = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "f"}]
+    said = "c\n" if content else ""
+    question, answer = "<|im_start|>user\na<|im_end|>\n", "<|im_start|>assistant\n["
+    result = "<|im_start|>user\n<tool_response>\nf\n</tool_response><|im_end|>\n"
+    called = said + "<tool_call>\nf\n</tool_call><|im_end|>\n]"
+    messages = [*asked, {"role": "assistant", "content": "f"}]
+    think, none = "<think>\nr\n</think>\n\n", "<think>\n\n</think>\n\n"
+    last = question + answer + think + called + result + answer + none + "f<|im_end|>\n]"
+    assert tokenize({"messages": messages}, tokenizer) == last
+    once = question + answer + called + result + answer + "f<|im_end|>\n]"
+    assert tokenize({"messages": messages * 2}, tokenizer) == once + last
+    # A call that begins as the "<think>" of the prompt does is not cut into.
+    row = {"messages": messages * 2, "chat_template_kwargs": {"enable_thinking": False}}
+    given = last.replace("[<think>\nr", "<think>\n[r").replace("[" + none, none + "[")
+    assert tokenize(row, tokenizer) == once + given
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        "(left out)",  # the answer is nowhere
+        "{{ m.content[:2] }}...",  # nor is the mark
+        "{{ m.content }} {{ m.content }}",  # twice
+        "{{ m.content }}{% set ns.last = m.content | length %}",  # and changes what comes after
+    ],
+)
+def test_templates_that_hide_where_earlier_turns_end_are_refused_not_mislabelled(tokenizer, earlier):
+    tokenizer.chat_template = (
+        "{% set ns = namespace(last='') %}{% for m in messages %}<|im_start|>{{ m.role }}{{ ns.last }}\n"
+        "{% if m.role != 'assistant' %}{{ m.content }}{% elif loop.last %}{{ m.content }}!{% else %}"
+        + earlier
+        + "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    dropped = Counter()
+    assert tokenize_row({"messages": CHAT}, tokenizer, 1000, dropped=dropped) is None
+    assert dropped == {"the chat template changes earlier turns": 1}
+    assert tokenize({"messages": CHAT[:3]}, tokenizer).endswith("assistant\n[2!<|im_end|>\n]")
+
+
+def test_headers_are_not_supervised_where_only_a_last_question_is_marked(tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "{{ ' /think' if loop.last }}<|im_end|>")
+    dropped = Counter()
+    assert tokenize_row({"messages": CHAT}, tokenizer, 1000, dropped=dropped) is None
+    assert dropped == {"the chat template changes earlier turns": 1}
 
 
 def test_tools_reasoning_and_options_reach_the_template(tokenizer):

@@ -10,7 +10,6 @@ from families import tiny
 from models import distance, labels, pad, shake, tah, token_ids
 from tah import TaHForCausalLM
 from tah.loss import IGNORE, DepthLoss, cross_entropy, decider_loss, shift
-from tah.outputs import RunningOutput
 
 HEADS = ["llama", "gemma2", "cohere", "granite", "phi", "gpt2"]  # plain, soft-cap, scale, divisor, bias, tied
 
@@ -58,7 +57,7 @@ def test_loss_equals_torchs_own_chunked_loss():
     want = function(hidden, base.lm_head.weight, target, reduction="sum")
     want.backward()
     expected, hidden.grad = hidden.grad, None
-    total, each = cross_entropy(RunningOutput(model.head, hidden[None], None), torch.arange(300), target, weight)
+    total, each = cross_entropy(model.head, hidden, target, weight)
     total.backward()
     assert total.item() == pytest.approx(want.item(), rel=1e-5)
     assert each.sum().item() == pytest.approx(want.item(), rel=1e-5)
@@ -73,9 +72,7 @@ def test_bfloat16_loss_is_summed_in_float32():
     target = torch.randint(0, model.config.get_text_config().vocab_size, (2000,))
     logits = (hidden @ model.base.lm_head.weight.T).float()
     want = F.cross_entropy(logits, target, reduction="sum").item()
-    total, _ = cross_entropy(
-        RunningOutput(model.head, hidden[None], None), torch.arange(2000), target, torch.ones(2000)
-    )
+    total, _ = cross_entropy(model.head, hidden, target, torch.ones(2000))
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(want, rel=1e-5)
     assert torch.tensor(want).bfloat16().item() != pytest.approx(want, rel=1e-4)  # control: bfloat16 would show

@@ -22,7 +22,8 @@ from datasets import Dataset
 from tah import TaHForCausalLM
 from tah.calibrate import Judged, quality, threshold_for_loss, threshold_for_share
 from tah.recipe import load_recipe
-from tah.train import train
+from tah.record import read_metrics
+from tah.train import prepare_model, train
 from tah.trainer import CHECKPOINTS, Objective, last_checkpoint
 
 HERE = Path(__file__).parent
@@ -146,15 +147,81 @@ def test_joint_decider_and_schedule(run, recipe_of):
     recipe = recipe_of(
         "lookahead",
         model={"max_depth": 3, "lora_rank": 4, "mix_topk": 16, "decider": {"kind": "lean", "width": 8}},
-        backbone={"method": "lookahead", "depth_schedule": [[0, 1], [0.5, 3]], "training": SECTION},
+        backbone={"method": "lookahead", "depth_schedule": [[0, 2], [0.5, 3]], "training": SECTION},
         decider={"joint": True, "training": SECTION},
     )
     directory = train(recipe, "backbone", run)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
-    assert shares == [0, 0, 1, 1]
-    assert "loss_depth_3" in lines[2] and "loss_depth_3" not in lines[0]
+    assert ["loss_depth_3" in line for line in lines if "loss" in line] == [False, False, True, True]
     assert weights(directory)["decider.output.weight"].any()  # it starts at zero
+
+
+def test_half_precision_weights_are_trained_in_float32(run, recipe_of):
+    """bfloat16 rounds an update of 1e-4 of a weight away; the checkpoint keeps the base's precision."""
+    recipe = recipe_of(
+        base={"dtype": "bfloat16"}, backbone={"training": SECTION | {"learning_rate": 1e-4, "bf16": True}}
+    )
+    start, model = prepare_weights(recipe, run), train(recipe, "backbone", run)
+    after = weights(model)
+    assert after["base.model.embed_tokens.weight"].dtype == torch.bfloat16
+    moved = [n for n, p in start.items() if "proj.weight" in n and not torch.equal(p, after[n])]
+    assert len(moved) > 10
+    kinds = set()
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        kinds.update(p.dtype for group in self.param_groups for p in group["params"])
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        train(recipe, "decider", run)
+    assert kinds == {torch.float32}
+
+
+def prepare_weights(recipe, run):
+    return {name: p.clone() for name, p in prepare_model(recipe, "backbone", run)[0].state_dict().items()}
+
+
+def test_dropout_of_the_decider_only(run, recipe_of, monkeypatch):
+    """Stage 2: the authors' decider trains with its dropout, the frozen rest without."""
+    mlp = {"kind": "mlp", "hidden_dims": [8], "topk": 16, "dropout": 0.5}
+    model = {"max_depth": 2, "lora_rank": 4, "mix_topk": 16, "lora_dropout": 0.5, "decider": mlp}
+    recipe = recipe_of(model=model)
+    train(recipe, "backbone", run)
+    seen = set()
+    forward = TaHForCausalLM.forward
+
+    def spy(self, *args, **kwargs):
+        seen.add((self.training, self.decider.training, torch.is_grad_enabled()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaHForCausalLM, "forward", spy)
+    train(recipe, "decider", run)
+    assert seen == {(False, True, True), (False, False, False)}  # training, then the choice of the threshold
+
+
+def test_evaluation_has_metrics_of_its_own(run, recipe_of):
+    training = SECTION | {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
+    directory = train(recipe_of("lookahead", backbone={"method": "lookahead", "training": training}), "backbone", run)
+    lines = read_metrics(directory / "metrics.jsonl")
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert len(evaluated) == 2 and all("eval_loss_depth_2" in line and "loss_depth_2" not in line for line in evaluated)
+    trained = [line for line in lines if "loss" in line]
+    assert len(trained) == 1 and "loss_depth_2" in trained[0] and "eval_loss_depth_2" not in trained[0]
+
+
+def test_killed_after_the_last_step(run, recipe_of):
+    """Nothing is trained beyond the end (Trainer would take one more step), and a metrics line cut short is no harm."""
+    recipe = recipe_of()
+    directory = train(recipe, "backbone", run)
+    before = digest(directory)
+    (directory / "config.json").unlink()  # as if killed before the end
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    train(recipe, "backbone", run, resume=True)
+    assert digest(directory) == before
+    assert [line["step"] for line in read_metrics(directory / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_learns(run, recipe_of):
@@ -206,7 +273,7 @@ def start(recipe_path: Path, run: Path, *flags: str) -> subprocess.Popen:
         "from tah import train as t, trainer\n"
         "original = trainer.TaHTrainer.compute_loss\n"
         "def slow(self, *a, **k):\n"
-        "    time.sleep(0.15)\n"
+        "    time.sleep(0.3)\n"
         "    return original(self, *a, **k)\n"
         "trainer.TaHTrainer.compute_loss = slow\n"
         "try:\n"
@@ -232,7 +299,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, recipe_of, tmp_path):
 
     Dropout, shuffling and an optimizer with state are on, so that every part of the state matters.
     """
-    training = SECTION | {"max_steps": 16, "save_steps": 2, "save_total_limit": 2}
+    training = SECTION | {"max_steps": 24, "save_steps": 2, "save_total_limit": 2}
     model = {
         "max_depth": 2,
         "lora_rank": 4,
@@ -254,20 +321,18 @@ def test_killed_and_resumed_equals_uninterrupted(run, recipe_of, tmp_path):
     assert at is not None and not (run / "backbone" / "config.json").exists()
 
     process = start(recipe_path, run, "--resume")
-    while "train" not in (state := process.stderr.readline()) and process.poll() is None:
+    while ": step " not in (state := process.stderr.readline()) and process.poll() is None:
         pass
-    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     said = state + process.stderr.read()
     process.wait()
     stopped = last_checkpoint(run / "backbone" / CHECKPOINTS)
-    if process.returncode:
-        assert "stopped at step" in said, said
-        assert int(stopped.name.split("-")[1]) >= int(at.name.split("-")[1])
-    train(recipe, "backbone", run, resume=True) if process.returncode else None
+    assert process.returncode and "stopped at step" in said, said
+    assert int(at.name.split("-")[1]) < int(stopped.name.split("-")[1]) < 24
+    train(recipe, "backbone", run, resume=True)
     assert digest(run / "backbone") == digest(run / "whole")
     steps = [json.loads(x)["step"] for x in (run / "backbone" / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(1, 17))
+    assert sorted(set(steps)) == list(range(1, 25))
     assert len(list((run / "backbone" / CHECKPOINTS).glob("checkpoint-*"))) == 2
 
 
@@ -278,39 +343,41 @@ def test_other_seed_gives_other_weights(run, recipe_of):
     assert one != digest(train(recipe_of(overrides=["seed=43"]), "backbone", run, name="other"))
 
 
-def test_half_written_checkpoints_are_not_loaded(run, recipe_of):
-    directory = train(recipe_of(), "backbone", run)
-    checkpoints = directory / CHECKPOINTS
-    assert last_checkpoint(checkpoints).name == "checkpoint-4"
-    half = checkpoints / ".saving" / "checkpoint-6"
-    half.mkdir(parents=True)
-    (half / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(checkpoints).name == "checkpoint-4"
+FAILURES = {  # in the middle of writing the second checkpoint
+    "full disk": (
+        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    ),
+    "killed": "        self._save_rng_state = lambda directory: os.kill(os.getpid(), signal.SIGKILL)\n",
+}
 
 
-def test_full_disk_leaves_the_last_checkpoint(run, recipe_of):
-    """Writing fails in the middle of the second checkpoint (a limit on file size, as a quota would)."""
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_save_leaves_the_last_checkpoint(failure, run, recipe_of):
+    """A half-written checkpoint is never loaded; the run resumes from the one before, as if nothing had been."""
     recipe = recipe_of(backbone={"training": SECTION | {"max_steps": 6}})
     path = run / "recipe.yaml"
     recipe.save(path)
     code = (
-        "import sys, resource, signal\n"
+        "import os, sys, resource, signal\n"
         "from pathlib import Path\n"
         "from tah.recipe import load_recipe\n"
         "from tah import train as t, trainer\n"
         "original = trainer.TaHTrainer._save_checkpoint\n"
         "def limited(self, *a):\n"
         "    if self.state.global_step == 4:\n"
-        "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"{FAILURES[failure]}"
         "    return original(self, *a)\n"
         "trainer.TaHTrainer._save_checkpoint = limited\n"
         "t.train(load_recipe(sys.argv[1]), 'backbone', Path(sys.argv[2]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path), str(run)], capture_output=True, text=True)
-    assert done.returncode != 0 and ("File too large" in done.stderr or "os error 27" in done.stderr), done.stderr[
-        -800:
-    ]
+    if failure == "killed":
+        assert done.returncode == -signal.SIGKILL
+        assert list((run / "backbone" / CHECKPOINTS / ".saving").glob("checkpoint-4/model.safetensors"))  # it had begun
+    else:
+        said = done.stderr
+        assert done.returncode != 0 and ("File too large" in said or "os error 27" in said), said[-800:]
     kept = last_checkpoint(run / "backbone" / CHECKPOINTS)
     assert kept.name == "checkpoint-2"
     directory = train(recipe, "backbone", run, resume=True)
@@ -336,6 +403,15 @@ def test_refusals(run, recipe_of, tmp_path):
         file.write(" ")
     with pytest.raises(ValueError, match="data.train/settings.json"):
         train(recipe, "backbone", run, resume=True)
+
+
+def test_continuing_from_another_kind_of_model(run, recipe_of):
+    first = train(recipe_of("lookahead"), "backbone", run)
+    again = {"method": "blind", "init": str(first), "training": SECTION}
+    with pytest.raises(ValueError, match="has attention='duo' but the recipe asks for 'blind'"):
+        train(recipe_of("blind", backbone=again), "backbone", run, name="blind")
+    more = recipe_of("lookahead", backbone=again | {"method": "lookahead"})
+    assert digest(train(more, "backbone", run, name="more")) != digest(first)
 
 
 def test_labels_are_needed_for_the_paper(tmp_path, recipe_of):

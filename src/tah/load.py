@@ -147,12 +147,18 @@ def _count_base(source: str) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def _inspect_tah(source: str, path: str) -> dict[str, Any]:
-    model = load_tah(path)
-    config, sizes = model.config, {"base": 0, "adapter": 0, "decider": 0, "maps": 0}
+def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
+    """How many parameters each part has."""
+    sizes = {"base": 0, "adapter": 0, "decider": 0, "maps": 0}
     for name, parameter in model.named_parameters():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
         sizes["maps" if name.startswith(("reembed_map.", "combine_map.")) else part] += parameter.numel()
+    return sizes
+
+
+def _inspect_tah(source: str, path: str) -> dict[str, Any]:
+    model = load_tah(path)
+    config, sizes = model.config, parameter_counts(model)
     decider = config.decider and {"kind": config.decider["kind"], "layers": config.decider["layers"]}
     return {
         "model": source,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .families import Head
 from .outputs import RunningOutput
 
 IGNORE = -100
@@ -50,6 +51,7 @@ class DepthLoss:
         self.target = shift(labels).flatten()  # [B*T]
         self.count = (self.target != IGNORE).sum()
         self.total: Tensor = torch.zeros((), device=labels.device)
+        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # rows for the one call of the head
         self.by_depth = torch.full((len(self.target), max_depth), math.nan, device=labels.device)
 
     def add(self, output: RunningOutput, depth: int, tokens: Tensor, go: Tensor | None = None) -> None:
@@ -63,34 +65,70 @@ class DepthLoss:
         tokens, weight, stops = tokens[counts], weight[counts], stops[counts]
         if len(tokens) == 0:
             return
-        total, each = cross_entropy(output, tokens, self.target[tokens], weight)
-        self.total, each = self.total + total.to(self.total.device), each.to(self.by_depth)
+        if is_single_matrix(output):
+            self.waiting.append((output.total[tokens], weight, tokens, stops, depth))
+        else:
+            total, each = replayed_cross_entropy(output, tokens, self.target[tokens], weight)
+            self.total = self.total + total.to(self.total.device)
+            self._note(each, tokens, stops, depth)
+
+    def _note(self, each: Tensor, tokens: Tensor, stops: Tensor, depth: int) -> None:
+        each = each.to(self.by_depth)
         self.by_depth[tokens, depth - 1] = each
         self.by_depth[tokens[stops], depth:] = each[stops, None]
 
-    def value(self, num_items_in_batch: int | Tensor | None) -> Tensor:
-        """The sum over tokens, per item (spec B.3), or per supervised token of this call."""
+    def value(self, output: RunningOutput, num_items_in_batch: int | Tensor | None) -> Tensor:
+        """The sum over tokens, per item (spec B.3), or per supervised token of this call. Ends the forward: rows of all
+        depths meet the head at once, so that its gradient [V, D] exists once."""
+        if self.waiting:
+            hidden, weight, tokens = (torch.cat([entry[at] for entry in self.waiting]) for at in range(3))
+            total, each = cross_entropy(output.head, hidden, self.target[tokens.to(self.target.device)], weight)
+            self.total = self.total + total.to(self.total.device)
+            sizes = [len(entry[0]) for entry in self.waiting]
+            for part, (_, _, ran, stops, depth) in zip(each.split(sizes), self.waiting, strict=True):
+                self._note(part, ran, stops, depth)
+            self.waiting = []
         items: Any = self.count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return self.total / (items.to(self.total.device) if isinstance(items, Tensor) else items)
 
 
-def cross_entropy(output: RunningOutput, tokens: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def is_single_matrix(output: RunningOutput) -> bool:
+    """Whether logits are one matrix times a hidden state, which `cross_entropy` takes.
+
+    Raises:
+        ValueError: under ZeRO-3, which holds no whole matrix and would need all ranks to call the head equally often.
+    """
+    linear = output.head.linear
+    if hasattr(linear.weight, "ds_id"):
+        raise ValueError("training under ZeRO-3 is not supported; use FSDP2 or ZeRO-2")
+    return output.head.is_linear and type(linear) is torch.nn.Linear
+
+
+def cross_entropy(head: Head, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted sum (float32, differentiable) and each token's cross-entropy [N] (float32, not differentiable).
 
     `CHUNK` tokens at a time: logits, their softmax and the gradients, all within the forward, so that the head runs
-    once and no [N, V] is kept. Heads that are not a single matrix are run again in the backward instead.
+    once and no [N, V] is kept.
+
+    Args:
+        head: a single matrix without bias or soft-cap.
+        hidden: [N, D], summed over the passes so far.
+        target: [N] token ids.
+        weight: [N] float32.
+    """
+    grad, scale = torch.is_grad_enabled(), head.scale / head.divide
+    return _LinearCrossEntropy.apply(hidden, head.linear.weight, target, weight, scale, grad)
+
+
+def replayed_cross_entropy(
+    output: RunningOutput, tokens: Tensor, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `cross_entropy`, for any head: `CHUNK` tokens at a time, the head run again in the backward.
 
     Args:
         output: accumulated over the passes so far.
         tokens: [N] flat indices.
-        target: [N] token ids.
-        weight: [N] float32.
     """
-    head = output.head
-    matrix = getattr(head.linear, "weight", None)
-    if head.is_linear and type(head.linear) is torch.nn.Linear and not hasattr(matrix, "ds_id"):  # ZeRO-3 shards it
-        return _LinearCrossEntropy.apply(output.total[tokens], matrix, target, weight, head.scale / head.divide)
-
     now = output.so_far()  # the backward must not see later passes
 
     def chunk(tokens: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,16 +145,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, target: Tensor, weight: Tensor, scale: float
+        ctx: Any, hidden: Tensor, matrix: Tensor, target: Tensor, weight: Tensor, scale: float, grad: bool
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], matrix [V, D], target [N], weight [N] -> weighted sum, each [N]"""
+        """hidden [N, D], matrix [V, D], target [N], weight [N] -> weighted sum, each [N]; `grad`: gradients too"""
         device = hidden.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
         w, target, weight = matrix.to(low), target.to(hidden.device), weight.to(hidden.device)
         each = torch.empty(len(hidden), device=hidden.device)
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
         # Summed over chunks in float32: bfloat16 would lose the small ones.
-        to_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        wanted = grad and ctx.needs_input_grad[1]
+        to_matrix = torch.zeros_like(matrix, dtype=torch.float32) if wanted else None
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), CHUNK):
                 part = slice(start, start + CHUNK)
@@ -147,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             to_hidden = to_hidden * grad
         if to_matrix is not None:
             to_matrix = to_matrix.mul_(grad).to(ctx.dtype)
-        return to_hidden, to_matrix, None, None, None
+        return to_hidden, to_matrix, None, None, None, None
 
 
 def decider_loss(

@@ -99,6 +99,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         logits_to_keep: int | Tensor | None = None,
         follow_labels: bool = False,
         loss_weights: Sequence[float] | None = None,
+        idle: bool | None = None,
         **kwargs: Any,
     ) -> TaHOutput:
         """Run every token once and the hard ones again.
@@ -119,6 +120,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 all, but none while training with labels, whose loss needs no [B, T, V].
             follow_labels: tokens run as many passes as `depth_labels` say; the policy is asked, but not followed.
             loss_weights: what the output after each depth 1..max_depth counts in the loss; by default only the final.
+            idle: where no token goes on, run one through the deeper passes for nothing, so that processes that share a
+                model stay in step. By default while training with labels.
             kwargs: `num_items_in_batch`, the number to divide the loss by (default: supervised tokens of this call).
 
         Raises:
@@ -145,6 +148,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if labels is None else DepthLoss(labels, rule.max_depth, loss_weights)
+        idle = self.training and loss is not None if idle is None else idle
 
         for depth in range(1, rule.max_depth):
             # Who is hard? The policy judges the tokens that just ran ...
@@ -162,9 +166,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
             if loss is not None:
                 loss.add(total, depth, active, go)
-            if loss is not None and self.training and not go.any():
-                idle = range(depth, rule.max_depth)
-                loss.total = loss.total + self._idle(idle, rule, cache, tokens, total, active, hidden)
+            if idle and not go.any():
+                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, total, active, hidden)
+                if loss is not None:
+                    loss.total = loss.total + zero
             active, hidden = active[go], hidden[go]
             if len(active) == 0:
                 break
@@ -183,12 +188,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         continue_logits = continue_logits.view(B, T, columns)
         if cache is not None and (use_cache or past_key_values is not None):
             cache.record(depth_count, continue_logits.detach())
-        if logits_to_keep is None and self.training and loss is not None:
-            logits = None
-        else:
-            logits = self._logits(total, B, T, 0 if logits_to_keep is None else logits_to_keep)
+        no_logits = logits_to_keep is None and self.training and loss is not None
+        logits = None if no_logits else self._logits(total, B, T, 0 if logits_to_keep is None else logits_to_keep)
         return TaHOutput(
-            loss=None if loss is None else loss.value(kwargs.get("num_items_in_batch")),
+            loss=None if loss is None else loss.value(total, kwargs.get("num_items_in_batch")),
             logits=logits,
             past_key_values=cache if use_cache else None,
             depth_count=depth_count,

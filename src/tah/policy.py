@@ -99,6 +99,7 @@ class Confidence(Policy):
             raise ValueError(f"confidence measure {measure!r} is not one of {', '.join(CONFIDENCE_MEASURES)}")
         self.measure = measure
 
+    @torch.no_grad()
     def __call__(self, state: DepthState) -> Tensor:
         confidence = state.map_logits(self._confidence)
         return torch.logit(1 - confidence)

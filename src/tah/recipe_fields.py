@@ -104,7 +104,8 @@ class Backbone(Part):
             all alike (`lookahead`, `blind`).
         share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
         tau: `confidence` iterates where the entropy exceeds this, in nats.
-        depth_schedule: (share of training done, most passes from then on), both rising, the first at 0.
+        depth_schedule: (share of training done, most passes from then on), both rising, the first at share 0 and
+            depth 2: with one pass nothing would train adapter, maps and a joint decider.
         init: TaH or base checkpoint to continue from, instead of `base.model`.
         training: `TrainingArguments`.
     """
@@ -219,12 +220,14 @@ class Recipe(Part):
             raise ValueError(f"backbone.loss_weights={weights} must be {most} numbers, one per depth, not all 0")
         starts, depths = [s for s, _ in backbone.depth_schedule], [d for _, d in backbone.depth_schedule]
         rising = all(a < b for values in (starts, depths) for a, b in zip(values, values[1:], strict=False))
-        if starts and (starts[0] != 0 or not rising or depths[-1] > most):
+        if starts and (starts[0] != 0 or not rising or depths[0] < 2 or depths[-1] > most):
             pairs = [list(pair) for pair in backbone.depth_schedule]
             raise ValueError(
                 f"backbone.depth_schedule={pairs} must be [share done, depth] pairs that rise, "
-                f"from share 0, to depth {most} (model.max_depth) at most"
+                f"from share 0 and depth 2, to depth {most} (model.max_depth) at most"
             )
+        if weights is not None and depths and sum(weights[: depths[0]]) == 0:
+            raise ValueError(f"backbone.loss_weights={weights} leave no loss at depth {depths[0]} of depth_schedule")
 
     def _check_decider(self) -> None:
         decider, method = self.decider, self.backbone.method
@@ -239,6 +242,8 @@ class Recipe(Part):
             )
         if decider.joint and not self.by_gain:
             raise ValueError(f"decider.joint works with backbone.method={' or '.join(BY_GAIN)}, not {method}")
+        if decider.joint and 0 in (self.backbone.loss_weights or ()):
+            raise ValueError("decider.joint needs every depth's loss, so no 0 in backbone.loss_weights")
         if decider.target == "share" and decider.target_share is None:
             raise ValueError("decider.target=share needs decider.target_share; or use decider.target=loss")
 

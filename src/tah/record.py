@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,19 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
     return checkpoint
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Whether training had reached its last step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
 def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
     """The part of `run.json` that decides what a training makes."""
     recipe = json.loads(json.dumps(facts["recipe"]))
-    parts = {name: recipe[name] for name in ("seed", "base", "model", "backbone", "decider")}
+    names = ["seed", "base", "model", "backbone"]
+    if facts["stage"] == "decider" or (recipe["decider"] or {}).get("joint"):
+        names.append("decider")
+    parts = {name: recipe[name] for name in names}
     return {"stage": facts["stage"], "recipe": parts, "data": facts["data"]}
 
 
@@ -121,13 +131,20 @@ def _differences(before: Any, after: Any) -> str:
     return ", ".join(found[:3])
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, without one that a crash cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def trim_metrics(path: Path, checkpoint: Path | None) -> None:
     """Drop what was logged after the checkpoint that training resumes from."""
-    if not path.is_file():
-        return
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curves(directory: Path) -> None:
@@ -137,10 +154,10 @@ def draw_curves(directory: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(directory / "metrics.jsonl")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     losses = sorted({key for line in lines for key in line if key.startswith(("loss", "eval_loss"))})
-    for axes, names in ((left, losses), (right, ["iterated_share"])):
+    for axes, names in ((left, losses), (right, ["iterated_share", "eval_iterated_share"])):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:

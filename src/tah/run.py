@@ -149,7 +149,7 @@ class Run:
         for left in self.directory.glob(f".{step.directory}.*"):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
         self._write(step, finished=False)
-        start = time.monotonic()
+        start, cpu = time.monotonic(), time.process_time()
         try:
             step.make(self.recipe, self.directory)
         except BaseException:
@@ -157,7 +157,8 @@ class Run:
                 shutil.rmtree(result, ignore_errors=True)
                 self._path(step.name).unlink(missing_ok=True)
             raise
-        self._write(step, finished=True, seconds=round(time.monotonic() - start, 1))
+        spent = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        self._write(step, finished=True, **spent)
 
     def _follow(self, step: Step) -> None:
         """On the other processes: take part where the step is made together, and wait until it is done."""

@@ -25,7 +25,7 @@ from .data import COMPLETE, Collator, depth_labels, pack
 from .load import find, load_base, load_tah
 from .model import TaHForCausalLM
 from .recipe import Recipe
-from .record import TrainingProgress, check_directory, draw_curves, run_facts, trim_metrics, write_json
+from .record import TrainingProgress, check_directory, draw_curves, is_last, run_facts, trim_metrics, write_json
 from .trainer import CHECKPOINTS, Objective, Stage, TaHTrainer
 
 
@@ -55,6 +55,10 @@ def train(
     directory = output / (name or stage)
     train_rows = Rows.load(output / data / "train", recipe)
     model, tokenizer = prepare_model(recipe, stage, output)
+    dtype = model.dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # half precision would round small updates away; `bf16: true` computes in it
+            parameter.data = parameter.data.float()
     objective = objective_of(recipe, stage, model, train_rows)
     facts = run_facts(recipe, stage, output / data, model)
     checkpoint = check_directory(directory, facts, resume)
@@ -78,9 +82,14 @@ def train(
             from torch.utils.tensorboard import SummaryWriter
 
             trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and is_last(checkpoint):
+        trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step beyond the end
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step}; run again with --resume to go on")
+    for parameter in model.parameters():  # and not the buffers, whose precision positions need
+        parameter.data = parameter.data.to(dtype)
     if stage == "decider":
         _choose_threshold(recipe, model, trainer, directory)
     else:
@@ -176,6 +185,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)
+        _check_fields(recipe, model, path)
     else:
         model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **_fields(recipe))
     everything = backbone.train == "all"
@@ -198,6 +208,14 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return fields | {"policy": "never"}
 
 
+def _check_fields(recipe: Recipe, model: TaHForCausalLM, path: str) -> None:
+    """A TaH checkpoint to continue from must be what the recipe says, field by field."""
+    wanted = {name: value for name, value in _fields(recipe).items() if name not in ("policy", "decider")}
+    for name, value in wanted.items():
+        if (is_ := getattr(model.config, name)) != value:
+            raise ValueError(f"{path} has {name}={is_!r} but the recipe asks for {value!r}; change one of them")
+
+
 def _choose_policy(recipe: Recipe, model: TaHForCausalLM) -> None:
     """The policy that a backbone's checkpoint uses until it has a trained decider."""
     config, backbone = model.config, recipe.backbone
@@ -205,7 +223,7 @@ def _choose_policy(recipe: Recipe, model: TaHForCausalLM) -> None:
         backbone.method, "confidence"
     )
     if config.policy == "random":
-        config.random_rate = backbone.share
+        config.random_rate, config.random_seed = backbone.share, recipe.seed
     if config.policy == "confidence":  # iterate where the entropy exceeds tau
         config.confidence_measure, config.threshold = "entropy", 1 - math.exp(-backbone.tau)
 
@@ -269,7 +287,14 @@ def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArgumen
     defaults: dict[str, Any] = {
         "seed": recipe.seed,
         "logging_steps": 10,
+        "per_device_eval_batch_size": section.training.get("per_device_train_batch_size", 8),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [],  # TensorBoard is added below, with the run's directory
     }
-    return TrainingArguments(**defaults | section.training | fixed)
+    arguments = TrainingArguments(**defaults | section.training | fixed)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start one per GPU (torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m tah train ...) or show it a single one with CUDA_VISIBLE_DEVICES"
+        )
+    return arguments

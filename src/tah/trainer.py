@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,14 +76,20 @@ class Objective:
         return reached[-1] if reached else self.max_depth
 
     def weights(self, depth: int) -> list[float] | None:
-        if self.loss_weights is not None:
-            return list(self.loss_weights[:depth])
+        if self.loss_weights is not None:  # what a shallower start leaves out goes to the depths that run
+            scale = sum(self.loss_weights) / sum(self.loss_weights[:depth])
+            return [scale * weight for weight in self.loss_weights[:depth]]
         return [1 / depth] * depth if self.by_gain else None
 
-    def arguments(self, batch: dict[str, Tensor], step: int, depth: int) -> dict[str, Any]:
-        """Arguments of `forward` for a batch, at a training step with at most `depth` passes."""
+    def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
+        """Arguments of `forward` for a batch, at a training step with at most `depth` passes.
+
+        `shared`: other processes run the same step, so every depth must run in each.
+        """
         supervised = shift(batch["labels"]) != IGNORE  # [B, T] positions that predict a supervised token
         given: dict[str, Any] = {**batch, "max_depth": depth, "logits_to_keep": supervised.new_empty(0).long()}
+        if shared:
+            given["idle"] = True
         if self.stage == "decider" and not self.by_gain:
             # Only decisions are needed: nobody runs the deepest pass, and nothing but the decider is trained.
             del given["labels"]
@@ -129,8 +135,8 @@ class Objective:
             return decider_loss(logits, target, asked, None, self.pos_weight, items)
         assert out.token_loss is not None and out.depth_count is not None
         loss = torch.nn.functional.pad(out.token_loss, (0, logits.shape[2] + 1 - out.token_loss.shape[2]))
-        gain = (loss[:, :, :-1] - loss[:, :, 1:]).nan_to_num() - self.gain
-        asked = asked & (out.depth_count[:, :, None] > decisions)  # where the next pass ran, so its gain is known
+        gain = loss[:, :, :-1] - loss[:, :, 1:] - self.gain
+        asked = asked & (out.depth_count[:, :, None] > decisions) & ~gain.isnan()  # where the next pass ran
         return decider_loss(logits, gain > 0, asked, gain.abs(), None, items)
 
 
@@ -146,7 +152,8 @@ class _Seen:
 class Meter:
     """Sums since the last log, on the device: share of iterated tokens and cross-entropy by depth."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
         self.sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -160,17 +167,19 @@ class Meter:
                 found[f"loss_{depth + 1}"] = out.token_loss[:, :, depth][known].sum()
                 found[f"known_{depth + 1}"] = known.sum()
         for name, value in found.items():
-            value = value.double()
+            value = value.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def take(self) -> dict[str, float]:
-        """Averages, and start again."""
-        sums, self.sums = {name: float(value) for name, value in self.sums.items()}, {}
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Averages, and start again. `reduce` adds up the processes' sums."""
+        names, values = list(self.sums), list(self.sums.values())
+        total = reduce(torch.stack(values)).tolist() if values else []
+        sums, self.sums = dict(zip(names, total, strict=True)), {}
         logs = {"iterated_share": sums["iterated"] / max(1, sums["tokens"])} if sums else {}
         for name in [name for name in sums if name.startswith("loss_")]:
             if known := sums["known" + name.removeprefix("loss")]:
-                logs[f"{name.replace('loss', 'loss_depth')}"] = sums[name] / known
-        return logs
+                logs[name.replace("loss", "loss_depth")] = sums[name] / known
+        return {self.prefix + name: value for name, value in logs.items()}
 
 
 class TaHTrainer(Trainer):
@@ -186,7 +195,8 @@ class TaHTrainer(Trainer):
 
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.objective, self.meter, self.stopped = objective, Meter(), False
+        self.objective, self.stopped = objective, False
+        self.meters = {True: Meter(), False: Meter("eval_")}  # training and evaluation
         self._staging: Path | None = None
         self.add_callback(_StopOnSignal(self))
 
@@ -202,13 +212,15 @@ class TaHTrainer(Trainer):
         batch = dict(inputs)
         rows = batch.pop("row", None)
         inner: TaHForCausalLM = self.accelerator.unwrap_model(self.model)
+        training = model.training
         if self.objective.stage == "decider":  # the frozen parts without dropout
             assert inner.decider is not None
             inner.eval()
-            inner.decider.train(model.training)
+            inner.decider.train(training)
         step, most = self.state.global_step, max(1, self.state.max_steps)
         depth = self.objective.depth_at(step / most)
-        out = model(**self.objective.arguments(batch, step, depth), num_items_in_batch=num_items_in_batch)
+        given = self.objective.arguments(batch, step, depth, shared=self.args.world_size > 1)
+        out = model(**given, num_items_in_batch=num_items_in_batch)
         loss = out.loss
         if self.objective.stage == "decider":
             loss = self.objective.decider_loss(out, batch, num_items_in_batch)
@@ -217,13 +229,14 @@ class TaHTrainer(Trainer):
         if not torch.isfinite(loss):
             where = f" (rows {rows.tolist()})" if rows is not None else ""
             raise ValueError(f"the loss is {loss.item()} at step {step + 1}{where}; lower the learning rate")
-        self.meter.add(out, batch)
+        self.meters[training].add(out, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the sum is meant
         return (loss, out) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        logs |= self.meter.take()
+        evaluated = any(name.startswith("eval_") for name in logs)
+        logs |= self.meters[not evaluated].take(lambda sums: self.accelerator.reduce(sums, "sum"))
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs}
@@ -276,6 +289,7 @@ class _StopOnSignal(TrainerCallback):
     def __init__(self, trainer: TaHTrainer) -> None:
         self.trainer = trainer
         self.before: Any = None
+        self.asked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         try:
@@ -284,10 +298,10 @@ class _StopOnSignal(TrainerCallback):
             self.before = None
 
     def _note(self, number: int, frame: Any) -> None:
-        self.trainer.stopped = True
+        self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = self.trainer.stopped
+        stop = self.asked
         if args.world_size > 1:  # all ranks stop at the same step
             flags = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device).int())
             stop = bool(flags.any())

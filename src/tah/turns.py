@@ -2,7 +2,9 @@
 
 Chat goes through the tokenizer's own template. Where that marks the assistant's turns (`{% generation %}`), its marks
 count; elsewhere a turn is what the conversation up to and with it has in addition to the conversation up to it,
-rendered with the prompt for an answer. Either way turns are found in characters, and tokens by what they cover.
+rendered with the prompt for an answer. Templates that render a turn differently once more follow (Qwen3's leaves out
+earlier reasoning) are asked again with a mark in its place: what follows the mark tells where the turn ends. Either way
+turns are found in characters, and tokens by what they cover.
 
 T: tokens of the row.
 """
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from os.path import commonprefix  # of any strings
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,11 @@ from .load import first_line
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "function": "tool"}  # ShareGPT's names for roles
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again
+OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # where two texts part within a marker, as "<think>" and "<tool_call>" do
+REFUSALS = (TemplateError, TypeError, KeyError)  # what a template raises at a conversation it was not written for
 Spans = list[tuple[int, int]]  # (start, stop) in characters
+Messages = list[dict[str, Any]]
 
 
 class Unusable(ValueError):
@@ -61,7 +68,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool
     return ids, [False, *supervised[1:]] if ids else []
 
 
-def _messages(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
+def _messages(row: Mapping[str, Any]) -> tuple[Messages, int]:
     """The row's conversation, and the number of messages at its start that are only read; empty where it is text."""
     read: Any = []
     if "messages" in row or "conversations" in row:
@@ -93,9 +100,7 @@ def _message(entry: Any) -> dict[str, Any]:
     return {"role": role, "content": entry.get("value", ""), **rest}
 
 
-def _render_chat(
-    messages: list[dict[str, Any]], first: int, tokenizer: Any, row: Mapping[str, Any]
-) -> tuple[str, Spans]:
+def _render_chat(messages: Messages, first: int, tokenizer: Any, row: Mapping[str, Any]) -> tuple[str, Spans]:
     """The conversation as text, and the (start, stop) characters of the assistant's turns from message `first` on."""
     tools, options = row.get("tools") or None, dict(row.get("chat_template_kwargs") or {})
     try:
@@ -107,9 +112,9 @@ def _render_chat(
     template = tokenizer.get_chat_template(None, tools)
     tagged = bool(GENERATION_TAG.search(template))
 
-    def render(upto: int, ask: bool = False, tags: bool = False) -> tuple[str, Spans]:
+    def render(conversation: Messages, ask: bool = False, tags: bool = False) -> tuple[str, Spans]:
         texts, found = render_jinja_template(
-            [messages[:upto]],
+            [conversation],
             tools=tools,
             chat_template=template,
             add_generation_prompt=ask,
@@ -119,35 +124,48 @@ def _render_chat(
         return texts[0], found[0] if found else []
 
     try:
-        text, spans = render(len(messages), tags=tagged)
+        text, spans = render(messages, tags=tagged)
         if tagged:
-            begin = _shared(render(first)[0], text, messages[first - 1]) if first else 0
+            begin = _end(messages, first - 1, text, render) if first else 0
             return text, [span for span in spans if span[0] >= begin]
         for at, message in enumerate(messages):
             if at < first or message["role"] != "assistant":
                 continue
             if at == 0:
                 raise Unusable("begins with an assistant message")
-            start = _shared(render(at, ask=True)[0], text, messages[at - 1])
-            spans.append((start, _shared(render(at + 1)[0], text, message)))
+            start, stop = _end(messages, at - 1, text, render, ask=True), _end(messages, at, text, render)
+            if stop < start:
+                raise Unusable("the chat template changes earlier turns")
+            spans.append((start, stop))
         return text, spans
-    except (TemplateError, TypeError, KeyError) as error:
+    except REFUSALS as error:
         raise Unusable(f"the chat template refuses it: {first_line(error)[:80]}") from error
 
 
-def _shared(part: str, whole: str, last: dict[str, Any]) -> int:
-    """How much of `part`, a rendering up to the message `last`, the whole conversation begins with.
+def _end(messages: Messages, at: int, text: str, render: Callable[..., tuple[str, Spans]], ask: bool = False) -> int:
+    """Where in `text`, the whole conversation, message `at` ends; with `ask`, so does the prompt for an answer to it.
 
-    What a template appends after the last message may differ: a newline, or "<think>" to begin an answer with. That
-    message itself must be the same, or the turns could not be told apart: some templates drop earlier reasoning.
+    Usually as many characters as the conversation up to that message has. Where that is not what the text begins with,
+    both are rendered again with a mark in the message's place. What follows the mark in the whole conversation is what
+    follows the message in the text; of that, as much belongs to the message (and the prompt) as also follows the mark
+    when nothing comes after it. That may be less than all: some prompts have a "<think>" that the answer has not. But
+    what closes the message has to be there, or the answer's header would be taken for its beginning.
     """
-    if whole.startswith(part):
+    part = render(messages[: at + 1], ask)[0]
+    if text.startswith(part):
         return len(part)
-    differs = (a != b for a, b in zip(part, whole, strict=False))
-    same = next((at for at, unlike in enumerate(differs) if unlike), min(len(part), len(whole)))
-    content = last.get("content")
-    content = content.strip() if isinstance(content, str) else ""
-    at = part.rfind(content) if content else -1
-    if at < 0 or at + len(content) > same:
-        raise Unusable("the chat template changes earlier turns")
-    return same
+    message = messages[at]
+    mark = [{"type": "text", "text": MARK}] if isinstance(message.get("content"), list) else MARK
+    # Alone as well, since some templates show the content or the tool calls, not both.
+    for stand_in in ({**message, "content": mark}, {"role": message["role"], "content": mark}):
+        marked = [*messages[:at], stand_in, *messages[at + 1 :]]
+        try:
+            *before, rest = render(marked)[0].split(MARK)
+            *alone, own = render(marked[: at + 1], ask)[0].split(MARK)
+            close = commonprefix([own, render(marked[: at + 1])[0].split(MARK)[-1]]) if ask else ""
+        except REFUSALS:
+            continue
+        same = commonprefix([own, rest])
+        if len(before) == len(alone) == 1 and text.endswith(rest) and same.startswith(close):
+            return len(text) - len(rest) + len(same if same == own else OPEN_MARKER.sub("", same))
+    raise Unusable("the chat template changes earlier turns")
