@@ -81,7 +81,9 @@ class DepthLoss:
         """The sum over tokens, per item (spec B.3), or per supervised token of this call. Ends the forward: rows of all
         depths meet the head at once, so that its gradient [V, D] exists once."""
         if self.waiting:
-            hidden, weight, tokens = (torch.cat([entry[at] for entry in self.waiting]) for at in range(3))
+            hidden = torch.cat([rows for rows, *_ in self.waiting])
+            weight = torch.cat([weights for _, weights, *_ in self.waiting])
+            tokens = torch.cat([ran for _, _, ran, *_ in self.waiting])
             total, each = cross_entropy(output.head, hidden, self.target[tokens.to(self.target.device)], weight)
             self.total = self.total + total.to(self.total.device)
             sizes = [len(entry[0]) for entry in self.waiting]
