@@ -316,6 +316,7 @@ def _register(name: str) -> None:
 
 
 _register("cli_make")
+_register("cli_see")
 
 
 def main() -> None:

@@ -69,6 +69,11 @@ def chain(recipe: Recipe) -> list[Step]:
     reads = data | tokenizer | {"label.reference": contents(judge)}
     found.append(Step("label", "labels", make_labels, reads, needs, together=True, resumes=True))
     found += _stages(recipe, whole, base)
+    if own_data:
+        from .report import write_report
+
+        needs = tuple(step.name for step in found if step.name != "base")
+        found.append(Step("report", "report", _by_one_process(write_report), {}, needs))
     return found
 
 

@@ -1,0 +1,335 @@
+"""The embedded experiment: its data, the whole chain in miniature, and what its report says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tah import TaHForCausalLM
+from tah.load import load_base, load_tah, load_tokenizer
+from tah.recipe import Recipe, load_recipe
+from tah.report import write_report
+from tah.report_text import as_markdown, statements
+from tah.scores import answer_of, difference, proportion, score_answers, score_tokens
+from tah.steps import run
+from tah.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
+from tah.turns import encode
+
+TRAINING = {"max_steps": 6, "per_device_train_batch_size": 4, "warmup_steps": 1, "logging_steps": 2}
+MINIATURE = [
+    *(f"data.generate.{name}" for name in ("train=40", "validation=8", "test=12", "max_terms=3", "max_digits=1")),
+    *(f"base.scratch.{name}" for name in ("hidden_size=32", "intermediate_size=48", "num_attention_heads=2")),
+    "model.decider.width=8",
+    *(
+        f"{part}.training.{name}={value}"
+        for part in ("base.scratch", "backbone", "decider")
+        for name, value in TRAINING.items()
+    ),
+]
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+STAGE = MODEL | {"run.json", "metrics.jsonl", "curves.png", "checkpoints"}
+FILES = {
+    "data": {"train.jsonl", "validation.jsonl", "test.jsonl"},
+    "base": MODEL | {"training-run.json", "training-metrics.jsonl", "training-curves.png"},
+    "reference": MODEL | {"training-run.json", "training-metrics.jsonl", "training-curves.png"},
+    "labels/train": {"settings.json", "complete.json", "README.md", "data"},
+    "labels/validation": {"settings.json", "complete.json", "README.md", "data"},
+    "backbone": STAGE,
+    "decider": STAGE | {"quality.json"},
+    "report": {"report.md", "report.json", "answers.png", "sweep.png"},
+    "steps": {f"{name}.json" for name in "data base reference label backbone decider report".split()},
+    ".": {"recipe.yaml"},
+}
+
+
+def settings(**changed) -> Generate:
+    sizes = {"train": 30, "validation": 5, "test": 5}
+    shape = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2, "negative": False}
+    return Generate(**sizes | shape | changed)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("tiny", MINIATURE)
+
+
+@pytest.fixture(scope="module")
+def chain(recipe, tmp_path_factory) -> Path:
+    """Directory of a finished run."""
+    directory = tmp_path_factory.mktemp("chain") / "run"
+    run(recipe, directory, lambda line: None)
+    return directory
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_total_is_written_out_and_right():
+    for row in distinct_rows(settings(), seed=3, count=30):
+        question, working = (message["content"] for message in row["messages"])
+        *lines, last = working.split("\n")
+        begun = question.split(" ")[0]
+        for line in lines:
+            sum_, total = line.split(" = ")
+            assert sum_.split(" ")[0] == begun and eval(sum_) == int(total) >= 0
+            begun = total
+        assert eval(question.removesuffix(" =")) == int(row["answer"]) and last == f"Answer: {row['answer']}"
+        assert len(lines) == question.count("+") + question.count(" - ")
+
+
+def test_totals_may_be_negative_where_allowed():
+    answers = [int(row["answer"]) for row in distinct_rows(settings(negative=True), seed=3, count=30)]
+    assert min(answers) < 0
+
+
+def test_splits_are_disjoint(recipe, chain):
+    asked = {}
+    for name in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (chain / "data" / f"{name}.jsonl").read_text().splitlines()]
+        asked[name] = {digest(row["messages"][0]["content"]) for row in rows}
+        assert len(asked[name]) == len(rows) == recipe.data.generate[name]
+    assert not (asked["train"] & asked["test"] or asked["train"] & asked["validation"])
+    assert not asked["test"] & asked["validation"]
+
+
+def test_an_overlap_is_an_error():
+    def row(question: str) -> dict:
+        return {"messages": [{"role": "user", "content": question}]}
+
+    check_disjoint({"train": [row("1 + 2 =")], "test": [row("2 + 1 =")]})
+    with pytest.raises(ValueError, match=r"'1  \+ 2 =' is in train and in test"):
+        check_disjoint({"train": [row("1 + 2 =")], "test": [row("1  + 2 =")]})
+    with pytest.raises(ValueError, match="in train and in train"):
+        check_disjoint({"train": [row("1 + 2 ="), row("1 + 2 =")]})
+
+
+def test_a_seed_gives_its_own_data():
+    first, again, other = (list(distinct_rows(settings(min_digits=2), seed, 30)) for seed in (0, 0, 1))
+    assert first == again
+    assert sum(row in first for row in other) < 3  # reasoning-gym's seeds 0 and 1 differ by one question
+
+
+def test_too_few_questions():
+    few = settings(max_terms=2, max_digits=1)  # 100 sums and 55 differences
+    assert len(list(distinct_rows(few, 0, 155))) == 155
+    with pytest.raises(ValueError, match="data.generate allows only 155 different questions, not 156"):
+        list(distinct_rows(few, 0, 156))
+
+
+def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match=r"^data.source=tiny needs reasoning-gym: pip install 'tah\[train,tiny\]'$"):
+        next(distinct_rows(settings(), 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_term": 3}, "data.generate.max_term is unknown; did you mean max_terms?"),
+        ({"min_terms": 5}, "data.generate.min_terms=5 is more than data.generate.max_terms=4"),
+        ({"train": 0}, "data.generate.train=0: must be greater than or equal to 1"),
+        ({"train": "many"}, "data.generate.train='many': must be a valid integer"),
+    ],
+)
+def test_wrong_settings_are_one_line(tmp_path, recipe, change, says):
+    generate = settings().model_dump() | change
+    wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"generate": generate})})
+    with pytest.raises(ValueError) as error:
+        write_data(wrong, tmp_path / "data")
+    assert str(error.value) == says and not (tmp_path / "data").exists()
+
+
+def test_a_wrong_base_is_told_before_data_is_made(tmp_path, recipe):
+    scratch = recipe.base.scratch | {"num_attention_heads": 3}
+    wrong = recipe.model_copy(update={"base": recipe.base.model_copy(update={"scratch": scratch})})
+    with pytest.raises(ValueError, match="base.scratch.hidden_size=32 must be an even multiple of num_attention_he"):
+        write_data(wrong, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ValueError, match="^data.generate.test is required$"):
+        read_section(Generate, {"train": 3, "validation": 3}, "data.generate")
+
+
+def test_tokenizer_keeps_digits_apart_and_marks_what_is_said():
+    rows = list(distinct_rows(settings(), 0, 30))
+    tokenizer = make_tokenizer((said["content"] for row in rows for said in row["messages"]), 320)
+    ids, supervised = encode(rows[0], tokenizer)
+    said = tokenizer.decode([token for token, flag in zip(ids, supervised, strict=True) if flag])
+    assert said == rows[0]["messages"][1]["content"] + tokenizer.eos_token
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert all(len(token) == 1 for token in tokens if any(letter.isdigit() for letter in token))
+    assert "\u0120+\u0120" in tokenizer.get_vocab() and tokenizer.decode(tokenizer("Z\u00fcrich 7")["input_ids"]) == (
+        "Z\u00fcrich 7"
+    )
+
+
+# -- the chain -------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_directory_is_complete(chain):
+    for place, names in FILES.items():
+        found = {path.name for path in (chain / place).iterdir()}
+        assert names <= found, f"{place} lacks {names - found}"
+    assert {path.name for path in chain.glob(".*")} <= {".lock"}
+    assert all(json.loads(path.read_text())["finished"] for path in (chain / "steps").iterdir())
+
+
+def test_base_and_reference_are_plain_checkpoints(chain):
+    start, trained = (AutoModelForCausalLM.from_pretrained(chain / name) for name in ("base", "reference"))
+    assert start.config.model_type == trained.config.model_type == "llama"
+    assert not torch.equal(start.model.embed_tokens.weight, trained.model.embed_tokens.weight)
+    assert load_tokenizer(str(chain / "reference")).get_chat_template()
+
+
+def test_a_second_run_skips_everything(recipe, chain):
+    before = {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file() and path.parent != chain}
+    notes = []
+    run(recipe, chain, notes.append)
+    assert notes == [f"{name}: done before" for name in "data base reference label backbone decider report".split()]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_two_runs_are_equal(recipe, chain, tmp_path):
+    run(recipe, tmp_path / "run", lambda line: None)
+    for name in ("base", "reference", "backbone", "decider"):
+        a, b = (load_file(directory / name / "model.safetensors") for directory in (chain, tmp_path / "run"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    a, b = (json.loads((where / "report" / "report.json").read_text()) for where in (chain, tmp_path / "run"))
+    assert a.pop("seconds").keys() == b.pop("seconds").keys() and a == b
+
+
+def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
+    for name in ("data", "base", "reference"):
+        shutil.copytree(chain / name, tmp_path / name)
+        (tmp_path / "steps").mkdir(exist_ok=True)
+        shutil.copy(chain / "steps" / f"{name}.json", tmp_path / "steps")
+    notes = []
+    recipe = load_recipe("tiny-lookahead", MINIATURE)
+    run(recipe, tmp_path, notes.append)
+    assert notes[:3] == [f"{name}: done before" for name in ("data", "base", "reference")]
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["method"] == "lookahead" and found["parameters"]["tah"]["maps"] > 0
+    model = load_tah(str(tmp_path / "decider"))
+    assert (model.config.attention, model.config.reembed, model.config.combine) == ("own", "hidden", "zero_init")
+
+
+def test_a_report_without_test_rows_uses_validation(recipe, chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "data")
+    shutil.rmtree(tmp_path / "run" / "reference")
+    shutil.rmtree(tmp_path / "run" / "report")
+    write_report(recipe, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert found["answers"] == {} and "standard" not in found["tokens"] and "oracle" in found["tokens"]
+    assert found["test"]["source"].startswith("validation") and found["test"]["rows"] == 8
+    assert "no Standard" in found["statements"][0].replace("No Standard", "no Standard")
+
+
+def test_a_report_needs_a_model(recipe, tmp_path):
+    with pytest.raises(ValueError, match="decider is not there yet"):
+        write_report(recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- what the report says --------------------------------------------------------------------------------------------
+
+
+def test_token_scores_are_the_models_own(chain):
+    tokenizer, reference = load_tokenizer(str(chain / "reference")), load_base(str(chain / "reference"))
+    texts = [json.loads(line) for line in (chain / "data" / "test.jsonl").read_text().splitlines()]
+    rows = [dict(zip(("input_ids", "supervised"), encode(row, tokenizer), strict=True)) for row in texts]
+    plain = TaHForCausalLM.from_base(load_base(str(chain / "reference")), max_depth=1, lora_rank=0, decider=None)
+    plain.config.policy = "never"
+    found = score_tokens(plain, rows, tokenizer.pad_token_id)
+    for place, row in enumerate(rows):  # one by one, unpadded
+        logits = reference(torch.tensor([row["input_ids"]])).logits[0].detach().log_softmax(-1)
+        target = torch.tensor(row["input_ids"])[1:]
+        asked = torch.tensor(row["supervised"])[1:]
+        loss = -logits[:-1].gather(1, target[:, None])[:, 0][asked]
+        mine = found.row == place
+        assert np.allclose(found.loss[mine], loss, atol=1e-5)
+        assert (found.right[mine] == (logits[:-1].argmax(-1) == target)[asked].numpy()).all()
+    assert (found.passes == 1).all() and found.share_of_all == 0
+
+
+def test_answers_are_those_of_generating_alone(chain):
+    tokenizer, model = load_tokenizer(str(chain / "decider")), load_tah(str(chain / "decider"))
+    rows = [json.loads(line) for line in (chain / "data" / "test.jsonl").read_text().splitlines()][:3]
+    found = score_answers(model, tokenizer, rows, policy="always")
+    assert found.iterated_share == 1
+    for row, text in zip(rows, found.texts, strict=True):
+        ids = tokenizer.apply_chat_template(
+            row["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        alone = model.generate(**ids, policy="always", do_sample=False, max_new_tokens=20)
+        said = tokenizer.decode(alone[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.startswith(said[:20]) and said
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("1 + 2 = 3\nAnswer: 3", "3"),
+        ("Answer: 4 \nno, Answer: 5", "5"),
+        ("so \\boxed{12}.", "12"),
+        ("#### 8", "8"),
+        ("1 + 2 = 3", None),
+    ],
+)
+def test_the_final_answer_is_found(text, answer):
+    assert answer_of(text) == answer
+
+
+def test_intervals():
+    right = np.array([True] * 30 + [False] * 70)
+    low, high = proportion(right)["interval"]
+    assert low == pytest.approx(0.2189, abs=1e-4) and high == pytest.approx(0.3958, abs=1e-4)  # Wilson, by hand
+    worse = right & (np.arange(100) >= 10)
+    found = difference(worse, right)
+    assert found["difference"] == pytest.approx(-0.1)
+    assert found["interval"][0] < -0.1 < found["interval"][1] < 0
+    assert difference(right, right) == {"difference": 0, "interval": [0, 0]}
+    whole = difference(worse, right, np.zeros(100, int))  # one row: nothing to draw from
+    assert whole["interval"] == [pytest.approx(-0.1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("interval", "word"),
+    [([0.01, 0.05], " beats "), ([-0.05, -0.01], " is worse than "), ([-0.01, 0.05], " does not measurably beat ")],
+)
+def test_the_first_line_follows_the_numbers(chain, interval, word):
+    found = json.loads((chain / "report" / "report.json").read_text())
+    found["answers"]["decider"]["minus_standard"] = {"difference": sum(interval) / 2, "interval": interval}
+    first = statements(found)[0]
+    assert f"the decider's policy{word}Standard" in first and f"{50 * sum(interval):+.1f} points" in first
+
+
+def test_report_is_consistent(chain):
+    found = json.loads((chain / "report" / "report.json").read_text())
+    tokens, answers = found["tokens"], found["answers"]
+    assert set(tokens) == {
+        *("standard", "never", "always", "decider", "confidence", "random", "oracle", "second_choice")
+    }
+    assert set(answers) == {"standard", "never", "always", "decider"}
+    assert tokens["never"]["iterated_share"] == 0 and tokens["always"]["iterated_share"] == 1
+    assert tokens["oracle"]["iterated_share"] == pytest.approx(found["test"]["hard_share"])
+    for name in ("decider", "always", "oracle", "random"):
+        its = tokens[name]
+        change = (its["fixed"] - its["broke"]) / found["test"]["tokens"]
+        assert its["accuracy"] - tokens["never"]["accuracy"] == pytest.approx(change)
+        assert its["minus_never"]["difference"] == pytest.approx(change)
+    assert 1 - tokens["standard"]["accuracy"] == pytest.approx(found["test"]["hard_share"])
+    text = (chain / "report" / "report.md").read_text()
+    assert text == as_markdown(found) and text.splitlines()[2] == "- " + found["statements"][0]
+    assert set(found["seconds"]) == {"data", "base", "reference", "label", "backbone", "decider"}
+    assert all(spent["cpu"] >= 0 for spent in found["seconds"].values())
