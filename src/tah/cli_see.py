@@ -87,8 +87,7 @@ def trace(
 ) -> None:
     """Measure what iterating corrects and breaks.
 
-    Runs every token of the texts at every depth and prints what each policy would reach. tah report shows the kept
-    trace.
+    Runs every token of the texts at every depth and prints what each policy would reach.
     """
     session = _open(model, dtype, device)
     from .overthinking import as_markdown, statistics

@@ -244,7 +244,7 @@ def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, P
 
     def checked(recipe: Recipe, run: Path) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("a base from scratch is trained by one process: start this once without torchrun")
+            raise ValueError("this step is done by one process: start the command once without torchrun")
         make(recipe, run)
 
     return checked
