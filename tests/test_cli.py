@@ -171,6 +171,19 @@ def test_inspect_points_an_original_checkpoint_to_convert(capsys, tmp_path):
     assert "tah convert" in fails(capsys, "generate", tmp_path / "original", "hi")
 
 
+def test_bench_train_is_called_with_its_options(capsys, monkeypatch, tmp_path):
+    import tah.bench_train
+
+    calls, result = [], {"machine": {}, "settings": {}, "rows": []}
+    monkeypatch.setattr(
+        tah.bench_train, "bench_train", lambda setup, **options: calls.append((setup, options)) or result
+    )
+    out, _ = works(capsys, "bench", "some", "--train", "--dtype", "bfloat16", "--quick", "--json")
+    assert json.loads(out) == result
+    ((setup, options),) = calls
+    assert (setup.model, setup.precision, options["shapes"]) == ("some", "bfloat16", ((1, 512),))
+
+
 def test_bench_is_called_with_its_options(capsys, monkeypatch, tmp_path):
     import tah.bench
 

@@ -232,8 +232,11 @@ def bench(
         typer.Option(metavar="NAME", help="float32 or bfloat16; may be repeated. [default: both]"),
     ] = None,
     repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, a prompt of 512 tokens.")] = False,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write bench.json and bench.md.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Measure training steps and labelling instead. [default dtype: float32]")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the cost of iterating (minutes)."""
@@ -245,12 +248,29 @@ def bench(
     from .load import quiet
 
     quiet()
+    if train:
+        if len(dtype or ()) > 1:
+            raise typer.BadParameter("--train takes one --dtype")
+        _bench_training(model, (dtype or ["float32"])[0], repeats, quick, output, as_json)
+        return
     sizes: dict[str, Any] = (
         {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
     )
     result = run_bench(
         model, dtypes=tuple(dtype or ("float32", "bfloat16")), report=lambda row: _note(str(row)), **sizes
     )
+    if output is not None:
+        save(result, output)
+    typer.echo(json.dumps(result) if as_json else markdown(result))
+
+
+def _bench_training(model: str, precision: str, repeats: int, quick: bool, output: Path | None, as_json: bool) -> None:
+    from .bench_train import Setup, bench_train, markdown, save
+
+    sizes: dict[str, Any] = {"repeats": repeats}
+    if quick:
+        sizes = {"repeats": min(2, repeats), "shapes": ((1, 512),), "labels": None, "memory": False}
+    result = bench_train(Setup(model, precision), report=lambda row: _note(str(row)), **sizes)
     if output is not None:
         save(result, output)
     typer.echo(json.dumps(result) if as_json else markdown(result))
