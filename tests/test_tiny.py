@@ -333,3 +333,27 @@ def test_report_is_consistent(chain):
     assert text == as_markdown(found) and text.splitlines()[2] == "- " + found["statements"][0]
     assert set(found["seconds"]) == {"data", "base", "reference", "label", "backbone", "decider"}
     assert all(spent["cpu"] >= 0 for spent in found["seconds"].values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("base.scratch.hidden_sise=3", "base.scratch.hidden_sise is unknown; did you mean hidden_size"),
+        ("data.generate.min_terms=9", "min_terms"),
+        ("base.scratch.num_attention_heads=7", "num_attention_heads=7"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_moved(override, message, tmp_path):
+    """A typo must not take a finished run apart: nothing is written or moved."""
+    from tah.steps import run
+
+    with pytest.raises(ValueError, match=message):
+        run(load_recipe("tiny", [override]), tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_from_scratch_needs_generated_data():
+    with pytest.raises(ValueError, match="base.scratch is trained on generated data"):
+        load_recipe("tiny", ["data.generate=null", "data.source=mine.jsonl"])
+    with pytest.raises(ValueError, match="output"):
+        load_recipe("tiny", ["output=''"])

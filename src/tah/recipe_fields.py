@@ -154,7 +154,7 @@ class Recipe(Part):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    output: str | None = None
+    output: Annotated[str, Field(min_length=1)] | None = None
     base: Base
     model: dict[str, Any] = {}
     data: Data
@@ -184,6 +184,8 @@ class Recipe(Part):
         base = self.base
         if (base.model is None) == (base.scratch is None):
             raise ValueError("base.model is required: a directory, a hub id, or smollm2 (or else base.scratch)")
+        if base.scratch is not None and self.data.generate is None:
+            raise ValueError("base.scratch is trained on generated data; give data.source=tiny, or name a base.model")
         if base.prune_layers and base.scratch is not None:
             raise ValueError("base.prune_layers has no place beside base.scratch; make the base smaller instead")
         if base.prune_layers and self.backbone.init is not None:

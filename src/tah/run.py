@@ -189,10 +189,13 @@ class Run:
 
     def _record(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path(name).read_text("utf-8"))
+            record: dict[str, Any] = json.loads(self._path(name).read_text("utf-8"))
+            if not {"fingerprint", "reads", "needs", "seed", "tah", "finished"} <= set(record):
+                raise ValueError("entries are missing")
+            return record
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{self._path(name)} is damaged; delete it and {self.result(name)}") from error
 
     def _write(self, step: Step, finished: bool, **more: Any) -> None:

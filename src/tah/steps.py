@@ -45,6 +45,10 @@ def chain(recipe: Recipe) -> list[Step]:
         data |= {f"data.{name}": contents(whole["data"][name]) for name in ("source", "validation")}
     base = flat(whole["base"], "base") | {"base.model": contents(recipe.base.model)}
     found = []
+    if own_data or own_base:
+        from .tiny import check_sections
+
+        check_sections(recipe)  # before anything made earlier is moved aside
     if own_data:
         from .tiny import write_data
 
@@ -144,6 +148,8 @@ def _check_there(steps: Run, name: str, fix: str) -> None:
     if state == "changed":
         raise ValueError(f"{result} was made for something else: {steps.difference(name)}; {fix}")
     if state != "finished":
+        if state == "unfinished" and name == "backbone":
+            fix = "train --stage backbone --resume first"
         raise ValueError(f"{result} is {'not there' if state == 'missing' else 'not finished'}; {fix}")
 
 

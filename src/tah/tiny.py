@@ -207,6 +207,14 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     )
 
 
+def check_sections(recipe: Recipe) -> None:
+    """Raises `ValueError` for a mistake in `data.generate` or `base.scratch`, which the recipe itself does not read."""
+    if recipe.data.generate is not None:
+        read_section(Generate, recipe.data.generate, "data.generate")
+    if recipe.base.scratch is not None:
+        read_scratch(recipe)
+
+
 def read_scratch(recipe: Recipe) -> Scratch:
     """Raises `ValueError` with one line for the first thing wrong in `base.scratch`."""
     scratch = read_section(Scratch, recipe.base.scratch, "base.scratch")
