@@ -12,6 +12,10 @@ from tah import DuoCache
 
 SETTINGS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
+# Some second passes of these random models amplify: 1e-6 in the embeddings became 2e-3 in a token's logits (the
+# difference that hypothesis found fell from 7e-4 to 4e-5 in float64). A wrong mask or position changes far more.
+ROUNDING = 5e-3
+
 
 @functools.cache
 def model(family, reembed, attention, combine):
@@ -58,7 +62,7 @@ def test_any_batch_equals_reference_rows(model, batch):
         real = mask[row].bool()
         want = reference(model, ids[row, real], by_labels(labels[row, real]))
         assert torch.equal(out.depth_count[row, real], want.depth_count)
-        assert distance(out.logits[row, real], want.logits) < 1e-4
+        assert distance(out.logits[row, real], want.logits) < ROUNDING
 
 
 @SETTINGS
@@ -77,7 +81,7 @@ def test_any_chunking_equals_one_forward(model, batch):
             past_key_values=cache,
         )
         logits.append(out.logits)
-    assert distance(torch.cat(logits, 1)[real], want.logits[real]) < 1e-4
+    assert distance(torch.cat(logits, 1)[real], want.logits[real]) < ROUNDING
     assert torch.equal(cache.depth_count.view[real], want.depth_count[real])
 
 
@@ -94,7 +98,7 @@ def test_cropping_undoes_tokens(model, batch, data):
     other = ids.flip(1)[:, keep:]
     out = model(other, depth_labels=labels[:, keep:], past_key_values=cache)
     want = model(torch.cat([ids[:, :keep], other], 1), depth_labels=labels)
-    assert distance(out.logits, want.logits[:, keep:]) < 1e-4
+    assert distance(out.logits, want.logits[:, keep:]) < ROUNDING
 
 
 @SETTINGS
@@ -109,4 +113,4 @@ def test_own_attention_does_not_depend_on_other_tokens(reembed, seed, deepest):
     everyone = {depth: one(ids, policy="always", max_depth=depth).logits for depth in range(1, deepest + 1)}
     out = one(ids, depth_labels=labels, max_depth=deepest)
     for t in range(8):
-        assert distance(out.logits[0, t], everyone[int(labels[0, t])][0, t]) < 1e-4
+        assert distance(out.logits[0, t], everyone[int(labels[0, t])][0, t]) < ROUNDING
