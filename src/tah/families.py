@@ -62,6 +62,11 @@ class Head:
         """Whether the head of a sum is the sum of heads, so that summed logits can be carried as summed states."""
         return self.softcap is None and getattr(self.linear, "bias", None) is None
 
+    @property
+    def is_single_matrix(self) -> bool:
+        """Whether logits are one matrix times a hidden state and nothing else."""
+        return self.is_linear and type(self.linear) is nn.Linear
+
 
 def head_of(base: PreTrainedModel) -> Head:
     """The base's output head, read off its module and configuration."""

@@ -100,10 +100,9 @@ def is_single_matrix(output: RunningOutput) -> bool:
     Raises:
         ValueError: under ZeRO-3, which holds no whole matrix and would need all ranks to call the head equally often.
     """
-    linear = output.head.linear
-    if hasattr(linear.weight, "ds_id"):
+    if hasattr(output.head.linear.weight, "ds_id"):
         raise ValueError("training under ZeRO-3 is not supported; use FSDP2 or ZeRO-2")
-    return output.head.is_linear and type(linear) is torch.nn.Linear
+    return output.head.is_single_matrix
 
 
 def cross_entropy(head: Head, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

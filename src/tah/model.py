@@ -35,6 +35,7 @@ from .families import (
 from .generation import TaHGeneration
 from .lora import add_lora, at_depth, replay_contexts
 from .loss import DepthLoss
+from .mixing import mixed_embedding
 from .outputs import RunningOutput, TaHOutput, record, select
 from .packing import lay_out, pack
 from .policy import DepthState, Policy, Rule
@@ -264,13 +265,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if self.reembed_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
             return own.flatten(0, 1)[active] + self.reembed_map(hidden)
-
-        def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            top, ids = logits.topk(min(self.config.mix_topk, logits.shape[-1]), dim=-1)
-            weights, rows = top.float().softmax(-1), embed(ids)
-            return torch.einsum("nk,nkd->nd", weights.to(rows.device), rows.float()).to(rows.dtype)
-
-        return total.map_logits(active, mix)
+        return mixed_embedding(total, active, embed, self.config.mix_topk)
 
     def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""

@@ -1,0 +1,78 @@
+"""The next input and its gradient: ours touches only the rows of the best tokens, autograd's all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families import tiny
+from models import labels, shake, token_ids
+from tah import TaHForCausalLM, mixing
+from tah.families import Head
+from tah.mixing import mixed_embedding
+from tah.outputs import CHUNK, RunningOutput
+
+V, D = 50, 12
+
+
+def parts(tied: bool, padding: int | None, dtype: torch.dtype) -> tuple[RunningOutput, nn.Embedding, Tensor]:
+    """An output head with a scale, an embedding, and hidden states of more tokens than a chunk."""
+    torch.manual_seed(0)
+    embed = nn.Embedding(V, D, padding_idx=padding, dtype=dtype)
+    linear = nn.Linear(D, V, bias=False, dtype=dtype)
+    if tied:
+        linear.weight = embed.weight
+    hidden = torch.randn(1, CHUNK + 9, D, dtype=dtype, requires_grad=True)
+    return RunningOutput(Head(linear, scale=0.7, divide=1.3), hidden, None), embed, hidden
+
+
+@pytest.mark.parametrize("k", [7, V + 1])
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_equals_autograds(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, padding: int | None, k: int, dtype: torch.dtype
+) -> None:
+    found = []
+    for plain in (True, False):
+        total, embed, hidden = parts(tied, padding, dtype)
+        monkeypatch.setattr(mixing, "_is_plain", lambda embed, plain=plain: plain)
+        tokens = torch.randperm(CHUNK + 9, generator=torch.Generator().manual_seed(1))[: CHUNK + 5]
+        out = mixed_embedding(total, tokens, embed, k)
+        seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        (out * seen).sum().backward()
+        found.append((out.detach(), hidden.grad, total.head.linear.weight.grad, embed.weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for name, ours, autograds in zip(("output", "hidden", "matrix", "table"), *found, strict=True):
+        error = (ours - autograds).float().norm() / autograds.float().norm()
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("frozen", ["matrix", "table", "hidden"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    total, embed, hidden = parts(False, None, torch.float32)
+    leaves = {"matrix": total.head.linear.weight, "table": embed.weight, "hidden": hidden}
+    leaves[frozen].requires_grad_(False)
+    total.total = hidden.flatten(0, 1)
+    mixed_embedding(total, torch.arange(5), embed, 4).square().sum().backward()
+    assert {name for name, leaf in leaves.items() if leaf.grad is None} == {frozen}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt2", "granite"])
+def test_training_sees_the_same_gradients_through_either(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Also where ours does not apply: scaled embeddings, soft-capped heads."""
+    grads = []
+    for every in (True, False):
+        torch.manual_seed(0)
+        model = shake(
+            TaHForCausalLM.from_base(tiny(family, "eager"), policy="oracle", mix_topk=16, lora_rank=4)
+        ).train()
+        if not every:
+            monkeypatch.setattr(mixing, "_is_plain", lambda embed: False)
+        ids = token_ids(2, 20)
+        model(ids, labels=ids, depth_labels=labels(2, 20)).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name, grad in grads[0].items():
+        assert (grad - grads[1][name]).norm() <= 1e-4 * grads[1][name].norm() + 1e-7, name
