@@ -52,7 +52,9 @@ class DuoCache(Cache):
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def step(self, places: Tensor, valid: Tensor, padded: bool, documents: bool = False) -> DuoStep:
+    def step(
+        self, places: Tensor, valid: Tensor, padded: bool, documents: bool = False, deeper: bool = False
+    ) -> DuoStep:
         """Open a pass at depth 1 over all rows.
 
         Args:
@@ -60,6 +62,7 @@ class DuoCache(Cache):
             valid: [B, N] bool, False at padding.
             padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
             documents: whether a row holds several documents.
+            deeper: whether deeper passes may follow.
 
         Raises:
             ValueError: the cache holds another number of rows.
@@ -78,7 +81,7 @@ class DuoCache(Cache):
         self.places.append(places.masked_fill(~valid, NEVER) if padded else places)
         self.has_padding |= padded
         self.has_documents = documents
-        return DuoStep(self, 1, start)
+        return DuoStep(self, 1, start, deeper=deeper)
 
     def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, places: Tensor) -> DuoStep:
         """Open a pass at `depth` >= 2 for M chosen tokens.
@@ -205,9 +208,11 @@ class DuoStep(Cache):
     starts from the state the step was opened on and leaves the cache as it is.
     """
 
-    def __init__(self, cache: DuoCache, depth: int, start: int, write: DeepWrite | None = None) -> None:
+    def __init__(
+        self, cache: DuoCache, depth: int, start: int, write: DeepWrite | None = None, deeper: bool = False
+    ) -> None:
         super().__init__(layers=cache.layers)
-        self.cache, self.depth, self.start, self.write = cache, depth, start, write
+        self.cache, self.depth, self.start, self.write, self.deeper = cache, depth, start, write, deeper
         self.only_row = int(write.packed.rows) if write is not None and len(write.packed.rows) == 1 else None
         self.before = [(layer.keys, layer.values, layer.middle, layer.length) for layer in cache.layers]
         self.written: set[int] = set()
@@ -227,7 +232,7 @@ class DuoStep(Cache):
                 layer.keys, layer.values, layer.middle, layer.length = self.before[layer_idx]
         self.written.add(layer_idx)
         if self.write is None:
-            layer.append(key_states, value_states, in_place)
+            layer.append(key_states, value_states, in_place, self.deeper)
             if self.start == 0:  # the base attends to its own tensors, bit for bit what it does without a cache
                 return key_states, value_states
         else:

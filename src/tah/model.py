@@ -140,7 +140,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             tokens.check_length(cache.get_seq_length() + T, self.config.get_text_config(decoder=True))
 
         # Depth 1: every token through the untouched base.
-        step = None if cache is None else cache.step(tokens.places, tokens.valid, tokens.padded, tokens.documents)
+        step = None if cache is None else tokens.open_step(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
         total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map)
         depth_count = torch.ones_like(tokens.positions)

@@ -68,8 +68,13 @@ class DuoLayer(CacheLayerMixin):
         self.middle = self.length = 0
         self.is_initialized = False
 
-    def append(self, k: Tensor, v: Tensor, in_place: bool) -> None:
-        """Add depth-1 keys and values [B, H, N, K] behind the ones there are."""
+    def append(self, k: Tensor, v: Tensor, in_place: bool, deeper: bool = False) -> None:
+        """Add depth-1 keys and values [B, H, N, K] behind the ones there are.
+
+        Args:
+            deeper: whether deeper passes may follow; a new buffer then has room for one token in sixteen and some
+                more, since making it later copies all there is.
+        """
         end = self.length + k.shape[2]
         in_place = in_place and writable(self.keys)
         if self.keys is None or self.values is None:
@@ -78,6 +83,7 @@ class DuoLayer(CacheLayerMixin):
                 self.keys, self.values, self.length = k, v, end
                 return
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
+            self._reserve(end // 16 if deeper else 0, end)
         if in_place:
             self._reserve(self.middle, end)
             at = slice(self.middle + self.length, self.middle + end)

@@ -111,6 +111,10 @@ class Tokens:
                 "deeper passes would not match depth 1; use shorter inputs or policy='never'"
             )
 
+    def open_step(self, cache: DuoCache, deeper: bool) -> DuoStep:
+        """The pass at depth 1 over these tokens; `deeper`: others may follow."""
+        return cache.step(self.places, self.valid, self.padded, self.documents, deeper)
+
     def stock_inputs(self, step: DuoStep | None, decoder: PreTrainedModel) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
         if self.documents:
