@@ -63,7 +63,7 @@ class Session:
 
     @classmethod
     def open(cls, source: str, *, dtype: str = "auto", device: str = "cpu") -> Session:
-        """Load a TaH checkpoint, or wrap a base model with the `confidence` policy.
+        """Load a TaH checkpoint, or wrap a base model with the `confidence` policy and no (untrained) adapter.
 
         Raises:
             ValueError: it cannot be found, is damaged, or cannot be wrapped.
@@ -77,7 +77,7 @@ class Session:
             model = load_tah(path, dtype)
         else:
             model = TaHForCausalLM.from_base(
-                load_base(path, dtype), policy="confidence", threshold=CONFIDENCE_THRESHOLD
+                load_base(path, dtype), policy="confidence", threshold=CONFIDENCE_THRESHOLD, lora_rank=0
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
