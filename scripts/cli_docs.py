@@ -62,7 +62,8 @@ def options(verb: Any) -> list[str]:
         default = (
             parameter.default if not isinstance(parameter.default, (list, tuple)) else ", ".join(parameter.default)
         )
-        lines.append(f"* `{name}` {parameter.help or ''}{f' [default: {default}]' if shown else ''}".rstrip())
+        required = " Required." if parameter.required and parameter.param_type_name == "option" else ""
+        lines.append(f"* `{name}` {parameter.help or ''}{required}{f' [default: {default}]' if shown else ''}".rstrip())
     return lines
 
 

@@ -405,7 +405,8 @@ def test_columns_are_mapped_and_decide_about_the_form(tmp_path):
         ("broken.jsonl", {}, "broken.jsonl' cannot be read: JSON parse error"),
         ("dir", {}, "doesn't contain any data files"),
         ("files", {"split": "tset"}, 'Unknown split "tset". Should be one of'),
-        ("odd.jsonl", {}, "has the columns a, b; needed: messages, conversations, prompt \\+ completion, text"),
+        ("odd.jsonl", {}, "has the columns a, b; needed: messages, conversations, prompt \\+ completion, text$"),
+        ("odd.jsonl", {"columns": {}}, r"needed: .*, text \(map one with data.columns\)$"),
         ("odd.jsonl", {"columns": {"text": "c"}}, "has no column 'c' for text; there are a, b"),
         ("odd.jsonl", {"columns": {"txt": "a"}}, "'txt' is not one of messages, conversations"),
         ("odd.jsonl", {"columns": {"prompt": "a", "completion": "a"}}, "name a column twice"),
@@ -426,7 +427,7 @@ def test_bad_sources_say_so_in_one_line(tmp_path, monkeypatch, name, options, me
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("tah.data._hub_reachable", lambda: False)
+    monkeypatch.setattr("tah.data.hub_reachable", lambda: False)
     with pytest.raises(ValueError, match="data 'nobody/nothing' cannot be read: .* the data hub cannot be reached"):
         load_rows("nobody/nothing")
 

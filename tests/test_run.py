@@ -11,15 +11,19 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
+from safetensors.torch import save_file
 
 pytest.importorskip("datasets")
 
+import tah.contents
 import tah.run
 from tah.cli import run
+from tah.contents import contents, sizes_of, wrong
 from tah.recipe import Recipe
-from tah.run import Run, Step, contents, flat
+from tah.run import Run, Step, flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +38,7 @@ class Chain:
         self.directory, self.ran, self.notes = directory, [], []
         self.reads = {name: {f"{name}.x": 1} for name in ("data", "base", "label", "train")}
         self.broken: dict[str, BaseException] = {}
+        self.mistakes: dict[str, str] = {}  # what a step's check finds
         self.seed = 42
         self.barrier: threading.Barrier | None = None  # steps made together wait for each other, as training does
 
@@ -41,7 +46,10 @@ class Chain:
         recipe = Recipe(name="x", seed=self.seed, base={"model": "b"}, data={"source": "d"}, label={"reference": "r"})
         needs = {"data": (), "base": ("data",), "label": ("data",), "train": ("base", "label")}
         steps = [
-            Step(name, name, self.work(name), self.reads[name], needs[name], name in SHARED, name == "train")
+            Step(
+                *(name, name, self.work(name), self.reads[name], needs[name], name in SHARED, name == "train"),
+                check=self.check(name),
+            )
             for name in needs
         ]
         chain = Run(recipe, self.directory, steps, self.notes.append)
@@ -58,10 +66,19 @@ class Chain:
             (run / name).mkdir(exist_ok=True)
             with open(run / name / "file", "a") as file:
                 file.write("x")
+            if self.barrier is not None and name in SHARED:  # what the first process records is all there
+                self.barrier.wait(10)
             if name in self.broken:
                 raise self.broken[name]
 
         return make
+
+    def check(self, name: str):
+        def check(recipe: Recipe, run: Path) -> None:
+            if name in self.mistakes:
+                raise ValueError(self.mistakes[name])
+
+        return check
 
     def again(self, *names: str) -> list[str]:
         """The steps that a further call makes."""
@@ -177,9 +194,82 @@ def test_a_damaged_record_is_named(chain):
 
 def test_a_directory_in_use(chain):
     chain.make("data")
-    with FileLock(chain.directory / ".lock"), pytest.raises(ValueError, match="in use by another process"):
+    said = rf"{chain.directory} is in use by another process, which holds {chain.directory / '.lock'}"
+    with FileLock(chain.directory / ".lock"), pytest.raises(ValueError, match=said):
         chain.make()
     assert chain.again("base") == ["base"]
+
+
+def test_a_lock_ends_with_its_process(chain):
+    chain.make("data")
+    code = "import sys, time, filelock as f\nwith f.FileLock(sys.argv[1]): print(flush=True), time.sleep(60)"
+    command = [sys.executable, "-c", code, str(chain.directory / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match="in use"):
+            chain.make()
+        holder.kill()
+        holder.wait()
+    assert (chain.directory / ".lock").exists() and chain.again("base") == ["base"]
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/x/y", "/dev/null/x"])
+def test_a_directory_that_cannot_be_made(chain, place):
+    chain.directory = Path(place)
+    with pytest.raises(ValueError, match=rf"^{place} cannot be written to \(.*\); choose another --output$"):
+        chain.make()
+
+
+def test_mistakes_of_later_steps_are_found_before_the_first(chain):
+    chain.mistakes["train"] = "there are no such layers"
+    with pytest.raises(ValueError, match="no such layers"):
+        chain.make()
+    assert chain.ran == chain.notes == [] and not chain.directory.exists()
+    assert chain.again("label") == ["data", "label"]  # which does not need that step
+    chain.mistakes.clear()
+    chain.make()
+    chain.mistakes["label"] = "no such data"  # is not asked about what is there already
+    assert chain.again() == []
+    chain.reads["base"] = {"base.x": 2}
+    chain.reads["label"] = {"label.x": 2}
+    with pytest.raises(ValueError, match="no such data"):
+        chain.make()
+    assert not (chain.directory / "old").exists()
+
+
+def test_a_result_that_was_damaged_afterwards_is_made_again(chain):
+    chain.make()
+    files = chain.directory / "base"
+    (files / "file").write_text("")
+    assert chain.again() == ["base"] and (files / "file").read_text() == "x"
+    said = f"base: again, {files / 'file'} has 0 bytes, not 1; what was there is now in {chain.directory / 'old'}"
+    assert chain.notes[1].startswith(said)
+    (files / "file").unlink()
+    assert chain.again() == ["base"] and f"{files / 'file'} is missing" in chain.notes[1]
+    (files / "checkpoints").mkdir()  # what nobody builds on may come and go
+    (files / "checkpoints" / "state").write_text("")
+    (files / "prune.md").write_text("")
+    assert chain.again() == []
+
+
+def test_what_is_wrong_with_a_file(tmp_path):
+    weights, facts = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file({"w": torch.zeros(8)}, weights)
+    facts.write_text('{"threshold": 0.5}')
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "state").write_text("x")
+    sizes = sizes_of(tmp_path)
+    assert set(sizes) == {"model.safetensors", "config.json"}
+    assert wrong(weights, sizes[weights.name]) is None
+    content = weights.read_bytes()
+    weights.write_bytes(bytes(len(content)))  # what a power cut may leave
+    assert wrong(weights, sizes[weights.name]) == "is damaged"
+    weights.write_bytes(content[:-4])
+    assert wrong(weights, sizes[weights.name]) == "is damaged"
+    facts.write_text('{"threshold": 0.123}')  # as `tah tune` does
+    assert wrong(facts, sizes[facts.name]) is None
+    facts.write_text('{"thresh')
+    assert wrong(facts, sizes[facts.name]) == "is damaged"
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
@@ -221,6 +311,9 @@ def test_one_process_works_the_others_wait_or_take_part(chain, monkeypatch):
     chain.reads["label"] = {"label.x": 5}
     first, second = together(chain, monkeypatch)
     assert first.ran == second.ran == ["label", "train"]
+    (chain.directory / "label" / "file").unlink()
+    first, second = together(chain, monkeypatch)
+    assert first.ran == second.ran == ["label"]
 
 
 # -- fingerprints ----------------------------------------------------------------------------------------------------
@@ -239,7 +332,7 @@ def test_contents_of_files(tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x").write_text("hidden")
     assert contents(str(tmp_path)) == whole
-    monkeypatch.setattr(tah.run, "LARGE", 0)  # large files: size and time
+    monkeypatch.setattr(tah.contents, "LARGE", 0)  # large files: size and time
     before = contents(str(file))
     os.utime(file, (2, 2))
     assert contents(str(file)) != before
@@ -289,7 +382,7 @@ def fails(capfd, *arguments) -> str:
     capfd.readouterr()
     assert run([str(argument) for argument in arguments]) == 2
     out, err = capfd.readouterr()
-    progress = (": begins", ": done before", "tokens/s")
+    progress = (": done before", "tokens/s")
     lines = [line for line in err.splitlines() if not line.endswith(progress)]
     assert len(lines) == 1 and lines[0].startswith("tah: ") and out == "", err
     assert sorted(Path.cwd().rglob("*")) == before
@@ -325,6 +418,11 @@ def test_lookahead_trains_without_a_label_pass(capfd, work):
     assert result == "runs/mine/backbone" and notes == ["tah: label: begins", "tah: backbone: begins"]
 
 
+def test_a_model_that_iterates_can_be_the_reference(capfd, work, tiny_checkpoint):
+    result, notes = works(capfd, "label", "mine.yaml", f"label.reference={tiny_checkpoint}", "base.prune_layers=0")
+    assert result == "runs/mine/labels" and notes == ["tah: label: begins"]
+
+
 def test_what_is_missing_is_named(capfd, work):
     assert "tah label" in fails(capfd, "train", "mine.yaml", "--output", "out")
     assert "--stage backbone first" in fails(capfd, "train", "mine.yaml", "--output", "out", "--stage", "decider")
@@ -351,6 +449,12 @@ def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
     assert "tah: stopped at step 1" in capfd.readouterr().err
     monkeypatch.setattr(tah.train, "train", real)
     assert "--resume goes on" in fails(capfd, "train", "mine.yaml", "--output", "out")
+    facts = Path("out/backbone/run.json")
+    kept = facts.read_text()
+    facts.write_text("{")
+    line = fails(capfd, "train", "mine.yaml", "--output", "out", "--resume")
+    assert "out/backbone/run.json is missing or damaged" in line
+    facts.write_text(kept)
     _, notes = works(capfd, "train", "mine.yaml", "--output", "out", "--resume")
     assert notes[-1] == "tah: backbone: going on" and (work / "out" / "backbone" / "config.json").is_file()
 
@@ -368,12 +472,55 @@ def test_bad_data_leaves_nothing(capfd, work, tiny_base):
     assert "no.jsonl" in fails(capfd, *options, "data.source=no.jsonl")
     assert "empty" in fails(capfd, *options, "data.source=empty.jsonl")
     assert "strange.jsonl has the columns a" in fails(capfd, *options, "data.source=strange.jsonl")
+    Path("cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    assert "data 'cut.jsonl' cannot be read" in fails(capfd, *options, "data.source=cut.jsonl")
     assert "'said'" in fails(capfd, *options, "data.columns={messages: said}")
     assert "no assistant tokens" in fails(capfd, *options, "data.source=user.jsonl")
     assert "another tokenizer" in fails(capfd, *options, "label.reference=other")
     assert "nowhere" in fails(capfd, *options, "label.reference=./nowhere")
     assert "nowhere" in fails(capfd, "run", "mine.yaml", "--output", "out", "base.model=./nowhere")
     assert "of the 64 held-out texts" in fails(capfd, "run", "mine.yaml", "--output", "out", "base.prune_texts=64")
+
+
+def test_mistakes_are_found_before_any_step(capfd, work, tiny_base, tiny_checkpoint):
+    """`fails` allows no line that says a step begins."""
+    options = ("run", "mine.yaml", "--output", "out")
+    line = fails(capfd, *options, "model.decider={kind: lean, layers: [2]}")
+    assert "decider layers [2] must be hidden-state indices in 0..1" in line  # of a base with one of two layers dropped
+    assert "layers=2 must be from 1 to 1" in fails(capfd, *options, "base.prune_layers=2")
+    assert "lora_targets ['nope']" in fails(capfd, *options, "model.lora_targets=[nope]")
+    line = fails(capfd, *options, f"base.model={tiny_checkpoint}")
+    assert "one that iterates, so it cannot be pruned" in line
+    line = fails(capfd, *options, f"base.model={tiny_checkpoint}", "base.prune_layers=0", "model.max_depth=3")
+    assert "has max_depth=2 but the recipe asks for 3" in line
+    shutil.copytree(tiny_base, "strange")
+    config = json.loads(Path("strange/config.json").read_text())
+    Path("strange/config.json").write_text(json.dumps(config | {"model_type": "mamba", "architectures": None}))
+    assert "Mamba" in fails(capfd, *options, "base.model=strange")
+    Path("out/backbone").mkdir(parents=True)
+    Path("out/backbone/thesis.txt").write_text("kept")
+    assert "out/backbone exists and was not made by this chain" in fails(capfd, *options)
+    assert "out/backbone exists" in fails(capfd, "train", "mine.yaml", "--output", "out", "backbone.method=lookahead")
+    line = fails(capfd, "run", "mine.yaml", "--output", "/proc/x")
+    assert line.startswith("tah: /proc/x cannot be written to")
+    rows = ("--data", "rows.jsonl", "--texts", "2", "--output", "/proc/x")
+    assert "/proc/x cannot be written to" in fails(capfd, "prune", tiny_base, *rows)
+
+
+def test_damaged_files_are_not_built_on(capfd, work):
+    options = ("mine.yaml", "--output", "out", "base.prune_layers=0")
+    works(capfd, "run", *options)
+    weights = work / "out" / "backbone" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    line = fails(capfd, "train", *options, "--stage", "decider")
+    assert "out/backbone/model.safetensors is damaged; train --stage backbone first" in line
+    _, notes = works(capfd, "run", *options)
+    assert [note.split(": ")[2].split(",")[0] for note in notes] == ["done before", "again", "done before"]
+    assert weights.read_bytes() == whole
+    next((work / "out" / "labels" / "train" / "data").glob("*.parquet")).unlink()
+    line = fails(capfd, "train", *options)
+    assert ".parquet is missing; run `tah label`" in line
 
 
 def test_help_imports_no_torch():

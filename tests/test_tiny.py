@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +17,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tah import TaHForCausalLM
+from tah.baselines import equal_steps
 from tah.load import load_base, load_tah, load_tokenizer
 from tah.recipe import Recipe, load_recipe
-from tah.report import write_report
+from tah.report import paired, write_report
 from tah.report_text import as_markdown, statements
-from tah.scores import answer_of, difference, proportion, score_answers, score_tokens
+from tah.resample import Resampled
+from tah.run import Run
+from tah.scores import answer_of, proportion, score_answers, score_tokens
+from tah.steps import chain as chain_of
 from tah.steps import run
 from tah.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
+from tah.trainer import CHECKPOINTS, TaHTrainer, last_checkpoint
 from tah.turns import encode
 
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 4, "warmup_steps": 1, "logging_steps": 2}
@@ -208,6 +216,75 @@ def test_two_runs_are_equal(recipe, chain, tmp_path):
     assert a.pop("seconds").keys() == b.pop("seconds").keys() and a == b
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from tah.recipe import load_recipe
+from tah.steps import run
+from tah.trainer import TaHTrainer
+real = TaHTrainer.compute_loss
+def slow(self, *args, **kwargs):
+    time.sleep(0.3)
+    return real(self, *args, **kwargs)
+TaHTrainer.compute_loss = slow
+run(load_recipe("tiny", sys.argv[2:]), Path(sys.argv[1]), print)
+"""
+
+
+def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
+    """SIGKILL in the middle: the rest of the steps is done, and the weights are those of a run that was left alone."""
+    directory, overrides = tmp_path / "run", [*MINIATURE, "base.scratch.training.save_steps=1"]
+    work = directory / "base" / "work" / "trained" / CHECKPOINTS
+    with subprocess.Popen([sys.executable, "-c", SLOW, directory, *overrides], env=os.environ) as process:
+        end = time.monotonic() + 100
+        while last_checkpoint(work) is None:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        process.kill()
+    done = int(last_checkpoint(work).name.rpartition("-")[2])
+    real, steps, notes = TaHTrainer.training_step, [], []
+    monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
+    recipe = load_recipe("tiny", overrides)
+    Run(recipe, directory, chain_of(recipe), notes.append).make(["base"])
+    assert notes == ["data: done before", "base: going on"] and 0 < len(steps) == TRAINING["max_steps"] - done
+    assert {path.name for path in (directory / "base").iterdir()} >= FILES["base"] - {"work"}
+    assert not (directory / "base" / "work").exists()
+    again, before = (load_file(where / "base" / "model.safetensors") for where in (directory, chain))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_controls_are_further_models_and_rows(chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "run")
+    wanted = load_recipe("tiny", [*MINIATURE, "controls.equal_compute=true", "controls.blind=true"])
+    notes = []
+    run(wanted, tmp_path / "run", notes.append)
+    done = [f"{name}: done before" for name in "data base reference label backbone decider".split()]
+    assert notes[:8] == [*done, "standard_compute: begins", "blind: begins"] and notes[8].startswith("report: again")
+
+    counts = [json.loads((chain / "labels" / x / "complete.json").read_text()) for x in ("train", "validation")]
+    row = counts[0]["tokens"] / 40
+    lines = [json.loads(line) for line in (chain / "backbone" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
+    assert len(shares) == 3 and 0 < min(shares)  # every two of the six steps
+    passes = sum(2 * 4 * (row + share * counts[0]["supervised"] / 40) for share in shares)  # steps of 4 rows
+    cost = 3 * passes + 6 * 4 * row + counts[0]["tokens"] + counts[1]["tokens"]  # decider and labels: no gradients
+    steps = equal_steps(wanted, tmp_path / "run")
+    assert steps == round(cost / (3 * 4 * row)) > 6
+    lines = (tmp_path / "run" / "standard_compute" / "training-metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == steps
+
+    found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert set(found["answers"]) == {"standard", "standard_compute", "never", "always", "decider", "blind"}
+    assert set(found["tokens"]["decider"]) >= {"minus_standard", "minus_standard_compute", "minus_never"}
+    assert found["tokens"]["blind"]["fixed"] is None and found["equal_compute_steps"] == steps
+    blind = load_tah(str(tmp_path / "run" / "blind" / "decider"))
+    assert (blind.config.attention, blind.config.policy) == ("blind", "decider")
+    own = load_tah(str(chain / "decider"))
+    assert not torch.equal(blind.get_input_embeddings().weight, own.get_input_embeddings().weight)
+    text = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "| standard (equal compute) |" in text and "| blind |" in text and f"equal compute: {steps} steps" in text
+
+
 def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
     for name in ("data", "base", "reference"):
         shutil.copytree(chain / name, tmp_path / name)
@@ -291,16 +368,14 @@ def test_the_final_answer_is_found(text, answer):
 
 
 def test_intervals():
-    right = np.array([True] * 30 + [False] * 70)
+    right, rows = np.array([True] * 30 + [False] * 70), Resampled(np.arange(100), 2000)
     low, high = proportion(right)["interval"]
     assert low == pytest.approx(0.2189, abs=1e-4) and high == pytest.approx(0.3958, abs=1e-4)  # Wilson, by hand
     worse = right & (np.arange(100) >= 10)
-    found = difference(worse, right)
-    assert found["difference"] == pytest.approx(-0.1)
-    assert found["interval"][0] < -0.1 < found["interval"][1] < 0
-    assert difference(right, right) == {"difference": 0, "interval": [0, 0]}
-    whole = difference(worse, right, np.zeros(100, int))  # one row: nothing to draw from
-    assert whole["interval"] == [pytest.approx(-0.1)] * 2
+    found = paired(worse, right, rows)
+    assert found["value"] == pytest.approx(-0.1) and found["low"] < -0.1 < found["high"] < 0
+    assert paired(right, right, rows) == {"value": 0, "low": 0, "high": 0}
+    assert paired(worse, right, Resampled(np.zeros(100, int)))["low"] is None  # one row: nothing to draw from
 
 
 @pytest.mark.parametrize(
@@ -309,7 +384,11 @@ def test_intervals():
 )
 def test_the_first_line_follows_the_numbers(chain, interval, word):
     found = json.loads((chain / "report" / "report.json").read_text())
-    found["answers"]["decider"]["minus_standard"] = {"difference": sum(interval) / 2, "interval": interval}
+    found["answers"]["decider"]["minus_standard"] = {
+        "value": sum(interval) / 2,
+        "low": interval[0],
+        "high": interval[1],
+    }
     first = statements(found)[0]
     assert f"the decider's policy{word}Standard" in first and f"{50 * sum(interval):+.1f} points" in first
 
@@ -327,7 +406,7 @@ def test_report_is_consistent(chain):
         its = tokens[name]
         change = (its["fixed"] - its["broke"]) / found["test"]["tokens"]
         assert its["accuracy"] - tokens["never"]["accuracy"] == pytest.approx(change)
-        assert its["minus_never"]["difference"] == pytest.approx(change)
+        assert its["minus_never"]["value"] == pytest.approx(change)
     assert 1 - tokens["standard"]["accuracy"] == pytest.approx(found["test"]["hard_share"])
     text = (chain / "report" / "report.md").read_text()
     assert text == as_markdown(found) and text.splitlines()[2] == "- " + found["statements"][0]

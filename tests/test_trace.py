@@ -771,11 +771,13 @@ def test_trace_refuses(capsys, checkpoint, tiny_base):
         ("empty.jsonl", "", "is empty: it has no rows"),
         ("one.jsonl", '{"text": ""}\n', "nothing to trace in the 1 rows of one.jsonl: no assistant tokens"),
         ("form.jsonl", '{"words": "a"}\n', "has the columns words; needed: messages"),
+        ("page.pdf", "%PDF", "a .pdf file is not one of .jsonl, .json, .parquet, .csv, .txt, .md"),
         ("cut.jsonl", '{"text": "a"}\n{"text": "b', "data 'cut.jsonl' cannot be read"),
         ("other.jsonl", '{"input_ids": [1, 9999], "supervised": [false, true]}\n', "made for another tokenizer"),
     ):
         Path(name).write_text(content)
-        assert message in fails(capsys, "trace", model, name)
+        said = fails(capsys, "trace", model, name)
+        assert message in said and "data.columns" not in said  # which only recipes have
     Path("bytes.txt").write_bytes(b"\xff\xfe\x00")
     assert "'bytes.txt' cannot be read" in fails(capsys, "trace", model, "bytes.txt")
     assert "max_length=65 must be at least 2 and at most 64" in fails(

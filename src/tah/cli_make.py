@@ -54,8 +54,8 @@ def label(recipe: RecipeArgument, overrides: OverridesArgument = None, output: O
 @app.command()
 def prune(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, or smollm2.")],
-    data: Annotated[str, typer.Option(metavar="SOURCE", help="Held-out texts: hub id, directory or file. Required.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make. Required.")],
+    data: Annotated[str, typer.Option(metavar="SOURCE", help="Held-out texts: hub id, directory or file.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make.")],
     layers: Annotated[int, _number("How many to drop.", int, 1)] = 1,
     texts: Annotated[int, _number("Texts that decide; fewer rank layers by luck.", int, 1)] = 64,
     max_length: Annotated[int, _number("Longer texts are cut to so many tokens.", int, 2)] = 2048,
@@ -71,7 +71,7 @@ def prune(
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
     _quiet()
-    from .steps import prune_model
+    from .pruned import prune_model
 
     made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device)
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
@@ -105,14 +105,10 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
 
 def _quiet() -> None:
     """Leave the terminal to us."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("making a model needs more packages: pip install 'tah[train]'") from error
-    from .load import quiet
+    from . import data, load
 
-    quiet()
-    datasets.disable_progress_bars()
+    data.quiet()
+    load.quiet()
 
 
 def _make(

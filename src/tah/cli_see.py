@@ -41,7 +41,9 @@ def _policy(name: str | None) -> str | None:
 DataArgument = Annotated[
     str,
     typer.Argument(
-        metavar="DATA", help="Texts: hub id, directory, .jsonl, .parquet, .csv or .txt.", show_default=False
+        metavar="DATA",
+        help="Texts: hub id, directory, or file: .jsonl, .json, .parquet, .csv, .txt or .md.",
+        show_default=False,
     ),
 ]
 SplitOption = Annotated[str, typer.Option(metavar="NAME", help="Of the texts.")]
@@ -102,7 +104,7 @@ def trace(
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a TaH checkpoint.", show_default=False)],
     data: DataArgument,
-    target: Annotated[str, typer.Option(metavar="WHAT", help="share=0.07, or loss: the lowest. Required.")],
+    target: Annotated[str, typer.Option(metavar="WHAT", help="share=0.07, or loss: the lowest.")],
     max_length: LengthOption = None,
     limit: LimitOption = None,
     split: SplitOption = "train",
@@ -136,16 +138,15 @@ def tune(
 
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
     """Trace with a progress bar on a terminal."""
-    with suppress(ImportError):  # who reads the data says what to install
-        import datasets
-
-        datasets.disable_progress_bars()
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from .data import quiet
     from .terminal import make_console
     from .trace import trace as run_trace
     from .trace_texts import read_rows
 
+    with suppress(ImportError):  # a plain text is read without datasets; whatever needs it says what to install
+        quiet()
     rows = read_rows(data, split, limit)
     console = make_console(stderr=True)
     columns = (

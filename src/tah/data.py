@@ -8,6 +8,7 @@ position t predicts token t + 1, and that is where the depth label of token t + 
 
 from __future__ import annotations
 
+import logging
 import re
 from bisect import bisect_left, insort
 from collections import Counter
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .load import _hub_reachable, first_line
+from .load import first_line, hub_reachable
 from .loss import IGNORE
 from .turns import Unusable, encode
 
@@ -31,10 +32,25 @@ EXTRAS = ("tools", "chat_template_kwargs")  # columns handed to the chat templat
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
+MISSING = "reading data needs one more package: pip install 'tah[train]'"
 DEEPEST = 1e-3  # a hard token to which the reference gives this probability or less runs `max_depth` passes
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def quiet() -> None:
+    """Leave the terminal to us: no progress bars of datasets', and no log lines, which repeat what it raises.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def load_rows(
@@ -46,7 +62,8 @@ def load_rows(
         source: a hub id (`owner/name`, or `owner/name:config`), a directory (saved by `datasets`, with data files, or
             labelled), or a file: .jsonl, .json, .parquet or .csv.
         split: of a hub data set or of a directory; a file has none.
-        columns: names of ours -> names in the source, where they differ: {"messages": "my_column"}.
+        columns: names of ours -> names in the source, where they differ: {"messages": "my_column"}; None where who
+            asks has no way to give them.
         limit: at most this many rows, from the start.
 
     Raises:
@@ -58,12 +75,15 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{source} is empty: it has no rows")
     rows = _map_columns(rows, source, dict(columns or {}))
-    form_of(rows.column_names, source)
+    form_of(rows.column_names, source, mapped=columns is not None)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def form_of(columns: Sequence[str], source: str = "the data") -> tuple[str, ...]:
+def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = False) -> tuple[str, ...]:
     """Which of the `FORMS` rows with these columns have.
+
+    Args:
+        mapped: whether a recipe can name the columns; its key is in the message then.
 
     Raises:
         ValueError: none.
@@ -72,14 +92,15 @@ def form_of(columns: Sequence[str], source: str = "the data") -> tuple[str, ...]
         if set(form) <= set(columns):
             return form
     known = ", ".join(" + ".join(form) for form in FORMS[:-1])
-    raise ValueError(f"{source} has the columns {', '.join(columns)}; needed: {known} (map one with data.columns)")
+    hint = " (map one with data.columns)" if mapped else ""
+    raise ValueError(f"{source} has the columns {', '.join(columns)}; needed: {known}{hint}")
 
 
 def _open(source: str, split: str) -> Dataset:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("reading data needs one more package: pip install 'tah[train]'") from error
+        raise ImportError(MISSING) from error
     path, (name, _, config) = Path(source), source.partition(":")
     try:
         if path.is_file():
@@ -93,7 +114,7 @@ def _open(source: str, split: str) -> Dataset:
         if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ValueError("there is no such file or directory")
         cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
-        if not cached.exists() and not _hub_reachable():
+        if not cached.exists() and not hub_reachable():
             raise ValueError("there is no such file or directory, and the data hub cannot be reached")
         return datasets.load_dataset(name, config or None, split=split)
     except StopIteration:  # a file without a row

@@ -51,7 +51,7 @@ def find(source: str) -> tuple[str, Kind]:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
         raise ValueError(f"no model {source!r}: there is no such directory")
     try:
-        path = source if _hub_reachable() else snapshot_download(source, local_files_only=True)
+        path = source if hub_reachable() else snapshot_download(source, local_files_only=True)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         why = "and the model hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else first_line(error)
@@ -59,7 +59,7 @@ def find(source: str) -> tuple[str, Kind]:
     return path, "tah" if config.model_type == "tah" else "base"
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """False where asking the hub would only run into a minute of retries."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
         return True
@@ -90,6 +90,22 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{path}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
     return model
+
+
+def outline(path: str) -> PreTrainedModel:
+    """The model at `path` without its weights, on the meta device: what its configuration says.
+
+    Raises:
+        ValueError: the configuration cannot be read, or is not of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{path}: transformers has no causal language model for the family {config.model_type}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -140,11 +156,7 @@ def _count_base(source: str) -> int:
     path, kind = find(source)
     if kind != "base":
         raise ValueError(f"--against {source}: that is not a plain base model")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"--against {source}: transformers has no causal language model of family {config.model_type}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+    return outline(path).num_parameters()
 
 
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:

@@ -120,16 +120,10 @@ def prune(
         ValueError: too few texts or layers, or a family whose layers cannot be moved.
     """
     target = check_output(output)
-    check_facts(base)
-    config = base.config.get_text_config(decoder=True)
-    if not 1 <= layers < config.num_hidden_layers:
-        raise ValueError(f"layers={layers} must be from 1 to {config.num_hidden_layers - 1}: the base has that many")
-    if len(texts) < fewest:
-        raise ValueError(
-            f"only {len(texts)} of the {fewest} held-out texts wanted; give more data, or ask for fewer texts "
-            "(base.prune_texts, --texts)"
-        )
+    check_layers(base, layers)
+    check_texts(len(texts), fewest)
     base.eval()
+    config = base.config.get_text_config(decoder=True)
     name = base.config._name_or_path or ""
     name = Path(name).name if Path(name).is_dir() else name  # not where it lies on this machine
     made = PruneReport(
@@ -260,11 +254,34 @@ def drop_layer(base: PreTrainedModel, index: int) -> None:
                 module.layer_idx = at  # type: ignore[assignment]
 
 
+def check_layers(base: PreTrainedModel, layers: int) -> None:
+    """Raises `ValueError` where `base` is of no supported family or has too few layers to drop `layers` of them."""
+    check_facts(base)
+    most = base.config.get_text_config(decoder=True).num_hidden_layers - 1
+    if not 1 <= layers <= most:
+        raise ValueError(f"layers={layers} must be from 1 to {most}: the base has {most + 1}")
+
+
+def check_texts(count: int, fewest: int) -> None:
+    """Raises `ValueError` for too few texts."""
+    if count < fewest:
+        raise ValueError(
+            f"only {count} of the {fewest} held-out texts wanted; give more data, or ask for fewer texts "
+            "(base.prune_texts, --texts)"
+        )
+
+
 def check_output(output: str | Path) -> Path:
-    """Where to write; raises `ValueError` if something is there."""
+    """Where to write; raises `ValueError` if something is there, or nothing can be written there."""
     target = Path(os.path.realpath(output))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} exists and is not an empty directory; choose another --output")
+    existing = next(path for path in target.parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written to ({error.strerror}); choose another --output") from error
     return target
 
 

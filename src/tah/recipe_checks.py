@@ -7,6 +7,7 @@ import difflib
 import enum
 import functools
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +18,14 @@ OWNED = {  # TrainingArguments that another place decides
     "seed": "it is the recipe's seed",
     "resume_from_checkpoint": "it is the command's --resume",
 }
+POSITIVE = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 CHOSEN = ("policy", "threshold")  # TaHConfig fields that a stage sets when it ends
 
 
@@ -61,7 +70,7 @@ def check_model(fields: dict[str, Any]) -> None:
 
 
 def check_training(training: dict[str, Any], place: str) -> None:
-    """Keys, types and words of `TrainingArguments`, without making one: that would ask for the device.
+    """Keys, types, words and signs of `TrainingArguments`, without making one: that would ask for the device.
 
     Raises:
         ValueError: for the first that does not fit.
@@ -75,6 +84,8 @@ def check_training(training: dict[str, Any], place: str) -> None:
             hint = f"; did you mean {found[0]}?" if found else ""
             raise ValueError(f"{place}.{name} is no setting of transformers' TrainingArguments{hint}")
         _check_type(hints[name], value, f"{place}.{name}")
+        if name in POSITIVE and value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{place}.{name}={value} must be more than 0; leave it out for the default")
         for option in get_args(hints[name]) or (hints[name],):
             if isinstance(option, type) and issubclass(option, enum.Enum) and isinstance(value, str):
                 words = [str(member.value) for member in option]

@@ -141,6 +141,18 @@ class Decider(Part):
     training: dict[str, Any] = {}
 
 
+class Controls(Part):
+    """What the report is to compare with besides Standard, made after the run's own model (`base.scratch` only).
+
+    Args:
+        equal_compute: Standard with more steps, so many that they cost what labels, backbone and decider did.
+        blind: backbone and decider once more, deeper passes seeing no text: what that gains is no reasoning.
+    """
+
+    equal_compute: bool = False
+    blind: bool = False
+
+
 class Recipe(Part):
     """One experiment: data, labels, base and both stages.
 
@@ -150,6 +162,7 @@ class Recipe(Part):
         output: directory of the run; None: `runs/<name>`.
         model: fields of `TaHConfig`.
         decider: None: no second stage.
+        controls: further models for the report.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -161,6 +174,7 @@ class Recipe(Part):
     label: Label | None = None
     backbone: Backbone = Backbone()
     decider: Decider | None = None
+    controls: Controls = Controls()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -175,6 +189,7 @@ class Recipe(Part):
         self._check_depths()
         self._check_decider()
         self._check_shares()
+        self._check_controls()
         for stage, part in (("backbone", self.backbone), ("decider", self.decider)):
             if part is not None:
                 check_training(part.training, f"{stage}.training")
@@ -259,6 +274,19 @@ class Recipe(Part):
             raise ValueError("backbone.train=lora with model.lora_rank=0 leaves nothing to train")
         if backbone.train == "lora" and backbone.method == "standard":
             raise ValueError("backbone.train=lora with method=standard trains nothing: the adapter is off at depth 1")
+
+    def _check_controls(self) -> None:
+        controls = self.controls
+        if (controls.equal_compute or controls.blind) and self.base.scratch is None:
+            raise ValueError("controls are trained from base.scratch, as in the recipe tiny; drop the section")
+        if controls.equal_compute and self.max_depth > 2:
+            raise ValueError(
+                "controls.equal_compute counts tokens that iterate, not passes: it needs model.max_depth=2"
+            )
+        if controls.blind and self.decider is None:
+            raise ValueError("controls.blind needs a decider section, to choose as many tokens as the run's own model")
+        if controls.blind and self.model.get("attention") == "blind":
+            raise ValueError("controls.blind has nothing to control: model.attention is blind already")
 
     @property
     def max_depth(self) -> int:

@@ -94,10 +94,27 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
             raise ValueError(f"{directory} holds {state} run; give --resume, or another --output")
         return None
     if checkpoint is not None:
-        before = json.loads((directory / "run.json").read_text())
+        before = read_facts(directory)
         if differs := _differences(_decisive(before), _decisive(facts)):
             raise ValueError(f"{directory} was trained with {differs}; resume with the same, or use another --output")
     return checkpoint
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """The `run.json` of a training that has begun.
+
+    Raises:
+        ValueError: it is missing or damaged, so nobody knows what the checkpoints beside it are.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((directory / "run.json").read_text("utf-8"))
+        if {"stage", "recipe", "data"} <= set(facts):
+            return facts
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"{directory / 'run.json'} is missing or damaged, so its checkpoints cannot be used; move {directory}"
+    )
 
 
 def is_last(checkpoint: Path) -> bool:

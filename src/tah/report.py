@@ -27,9 +27,13 @@ from .recipe import Recipe
 from .recipe_fields import Decider
 from .record import run_facts, write_json
 from .report_text import as_markdown, draw, statements
-from .scores import TokenScores, difference, proportion, score_answers, score_tokens
+from .resample import Estimate, Resampled, ranking
+from .scores import TokenScores, proportion, score_answers, score_tokens
 
 SHARES = (0.03, 0.1, 0.2)  # iterated shares of the sweep
+SAMPLES = 2000  # of the rows, for an interval
+BASELINES = ("standard", "standard_compute", "never")
+OTHERS = ("standard", "standard_compute", "blind")  # other weights: nothing is mended or broken by a second pass
 
 
 @dataclass
@@ -73,12 +77,16 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
     tokenizer, model = load_tokenizer(str(final)), load_tah(str(final), recipe.base.dtype).to(device)
     standard = _standard(run / "reference", recipe, device)
     test = test_set(recipe, run, work, tokenizer)
-    models = {"never": (model, {"policy": "never"})}
+    models: dict[str, tuple[TaHForCausalLM, dict[str, Any]]] = {"never": (model, {"policy": "never"})}
     own, pad = model.config.policy, tokenizer.pad_token_id
     if model.config.max_depth > 1:
         models |= {"always": (model, {"policy": "always"}), own: (model, {})}
     if standard is not None:
         models = {"standard": (standard, {}), **models}
+    if recipe.controls.equal_compute and (more := _standard(run / "standard_compute", recipe, device)) is not None:
+        models["standard_compute"] = (more, {})
+    if recipe.controls.blind:
+        models["blind"] = (load_tah(str(run / "blind" / "decider"), recipe.base.dtype).to(device), {})
     scores = {name: score_tokens(of, test.rows, pad, **rule) for name, (of, rule) in models.items()}
     if model.config.max_depth > 1:
         scores |= _controls(model, test, pad, scores[own], recipe.seed)
@@ -107,6 +115,7 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
         "finding": _finding(recipe, test, scores) if model.config.max_depth > 1 else {},
         "quality": _read_json(final / "quality.json"),
         "parameters": {"standard": standard and parameter_counts(standard), "tah": parameter_counts(model)},
+        "equal_compute_steps": _steps_of(run / "standard_compute"),
         "seconds": _seconds(run),
         "git": facts["git"],
         "versions": {"python": facts["python"], **facts["versions"]},
@@ -127,8 +136,14 @@ def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, 
     return {name: score_tokens(model, test.rows, pad, **rule) for name, rule in rules.items()}
 
 
+def _steps_of(directory: Path) -> int | None:
+    """Of the training of a Standard."""
+    facts = _read_json(directory / "training-run.json")
+    return facts and facts["recipe"]["backbone"]["training"]["max_steps"]
+
+
 def _standard(directory: Path, recipe: Recipe, device: torch.device) -> TaHForCausalLM | None:
-    """The run's own reference as a model that never iterates."""
+    """A plain model of the run as one that never iterates."""
     if not (directory / "config.json").is_file():
         return None
     base = load_base(str(directory), recipe.base.dtype)
@@ -173,29 +188,32 @@ def _hard(test: TestSet) -> np.ndarray:
 
 def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None) -> dict[str, dict[str, Any]]:
     """By policy: accuracy, loss, what it iterates, what it mends and breaks of `never`, and against Standard."""
-    never, standard = scores["never"], scores.get("standard")
+    never, rows = scores["never"], Resampled(scores["never"].row, SAMPLES)
     found: dict[str, dict[str, Any]] = {}
     for name, its in scores.items():
         found[name] = _against_never(its, never)
-        if name == "standard":  # other weights, so nothing is mended or broken by a second pass
+        if name in OTHERS:
             found[name] |= {"fixed": None, "broke": None}
-        if standard is not None and name != "standard":
-            found[name]["minus_standard"] = difference(its.right, standard.right, its.row)
-        if name not in ("standard", "never"):
-            found[name]["minus_never"] = difference(its.right, never.right, its.row)
+        found[name] |= _minus(name, {other: entry.right for other, entry in scores.items()}, rows)
     if ranks is not None:  # told the same as the oracle, but no pass is run
         found["second_choice"] = {"accuracy": float((ranks <= 1).mean()), "iterated_share": 0.0}
     return found
 
 
 def _compare_answers(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for name, its in right.items():
-        found[name] = {"exact_match": proportion(its)}
-        for other in ("standard", "never"):
-            if other in right and name not in ("standard", other):
-                found[name][f"minus_{other}"] = difference(its, right[other])
-    return found
+    rows = Resampled(np.arange(len(right["never"])), SAMPLES)
+    return {name: {"exact_match": proportion(its)} | _minus(name, right, rows) for name, its in right.items()}
+
+
+def _minus(name: str, right: Mapping[str, np.ndarray], rows: Resampled) -> dict[str, Estimate]:
+    """Share right of `name` [n] minus that of each baseline it is to beat, paired."""
+    others = () if name == "standard" else tuple(other for other in BASELINES if other in right and other != name)
+    return {f"minus_{other}": paired(right[name], right[other], rows) for other in others}
+
+
+def paired(a: np.ndarray, b: np.ndarray, rows: Resampled) -> Estimate:
+    """Mean of a - b [n] bool, with its interval."""
+    return rows.estimate(rows.mean(a.astype(float) - b))
 
 
 def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, TokenScores]) -> list[dict[str, Any]]:
@@ -225,8 +243,6 @@ def _against_never(its: TokenScores, never: TokenScores) -> dict[str, Any]:
 
 def _finding(recipe: Recipe, test: TestSet, scores: Mapping[str, TokenScores]) -> dict[str, dict[str, Any]]:
     """How well the decider, and entropy without any training, find the tokens that the decider was to find."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
     if recipe.by_gain:
         gain = recipe.decider.gain if recipe.decider is not None else Decider().gain
         wanted = scores["never"].loss - scores["always"].loss > gain
@@ -236,15 +252,13 @@ def _finding(recipe: Recipe, test: TestSet, scores: Mapping[str, TokenScores]) -
         return {}
     if wanted.all() or not wanted.any():
         return {}
-    return {
-        title: {
-            "auroc": float(roc_auc_score(wanted, scores[name].probability)),
-            "average_precision": float(average_precision_score(wanted, scores[name].probability)),
-            "wanted_share": float(wanted.mean()),
-        }
-        for title, name in (("decider", "decider"), ("entropy, untrained", "confidence"))
-        if name in scores
-    }
+    found = {}
+    for title, name in (("decider", "decider"), ("entropy, untrained", "confidence")):
+        if name in scores:
+            (auroc,), (precision,) = ranking(scores[name].probability, wanted)
+            share = float(wanted.mean())
+            found[title] = {"auroc": float(auroc), "average_precision": float(precision), "wanted_share": share}
+    return found
 
 
 def _seconds(run: Path) -> dict[str, dict[str, float]]:

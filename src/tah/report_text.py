@@ -6,18 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ORDER = ("standard", "never", "decider", "confidence", "random", "always", "oracle", "second_choice")
+ORDER = (
+    *("standard", "standard_compute", "never", "decider", "confidence", "random", "blind", "always", "oracle"),
+    "second_choice",
+)
+ROWS = {  # what is not called by its name
+    "standard_compute": "standard (equal compute)",
+    "confidence": "confidence at equal share",
+    "random": "random at equal share",
+}
 MEANING = {
     "standard": "the base after as many ordinary steps on the same data, one pass",
+    "standard_compute": "the base after more ordinary steps: they cost what labels, backbone and decider did, one pass",
     "never": "this model, one pass",
     "decider": "this model, the trained decider chooses",
     "confidence": "this model, the most uncertain tokens iterate, as many as by the model's own policy",
     "random": "this model, as many tokens drawn at random",
+    "blind": "both stages again with deeper passes that see no text, its own decider: its gain is no reasoning",
     "always": "this model, every token iterates",
     "oracle": "this model told which tokens Standard gets wrong: uses the answers, cannot be deployed",
     "second_choice": "no second pass: Standard's second choice where it is wrong; uses the answers like the oracle",
 }
-_NAMED = {"standard": "Standard", "never": "`never`"}
+_NAMED = {"standard": "Standard", "standard_compute": "Standard", "never": "`never`"}
 Numbers = Mapping[str, Any]
 
 
@@ -31,8 +41,11 @@ def statements(found: Numbers) -> list[str]:
         said.append(_tokens_against("standard", own, tokens, "at equal data and steps"))
     else:
         said.append("No Standard model was trained on the same data, so this says nothing about being better than one.")
+    which = _answers_against if answers else _tokens_against
+    if "standard_compute" in tokens:
+        how = f"at equal compute: {found['equal_compute_steps']} steps"
+        said.append(which("standard_compute", own, answers or tokens, how))
     if own != "never":
-        which = _answers_against if answers else _tokens_against
         said.append(which("never", own, answers or tokens, "the same weights without a second pass"))
     if own not in ("never", "always") and answers:
         said.append(
@@ -66,10 +79,9 @@ def _title(own: str, other: str) -> str:
 
 
 def _word(change: Numbers) -> str:
-    low, high = change["interval"]
-    if low > 0:
+    if change["low"] is not None and change["low"] > 0:
         return "beats"
-    return "is worse than" if high < 0 else "does not measurably beat"
+    return "is worse than" if change["high"] is not None and change["high"] < 0 else "does not measurably beat"
 
 
 def _about_choice(own: str, tokens: Numbers) -> list[str]:
@@ -122,8 +134,9 @@ def _percent(share: float | None) -> str:
 def _signed(change: Numbers | None) -> str:
     if change is None:
         return "-"
-    low, high = change["interval"]
-    return f"{100 * change['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if change["low"] is None:  # a single row has no interval
+        return f"{100 * change['value']:+.1f} points"
+    return f"{100 * change['value']:+.1f} points [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
 
 
 # -- markdown --------------------------------------------------------------------------------------------------------
@@ -157,7 +170,7 @@ def as_markdown(found: Numbers) -> str:
         [_token_line(name, found["tokens"][name]) for name in names],
     )
     lines += ["Fixed and broke: tokens that a second pass turned right or wrong, against `never`.", ""]
-    lines += [f"- `{name}`: {MEANING[name]}" for name in names]
+    lines += [f"- {_row(name)}: {MEANING[name]}" for name in names]
     lines += ["", "![accuracy by share](sweep.png)", ""]
     return "\n".join([*lines, *_decider_part(found), *_cost_part(found)]) + "\n"
 
@@ -166,7 +179,11 @@ def _answer_line(name: str, entry: Numbers) -> list[str]:
     match, iterated = entry["exact_match"], entry["iterated_share"]
     low, high = match["interval"]
     changes = [_signed(entry.get(f"minus_{other}")) for other in ("standard", "never")]
-    return [name, _percent(match["share"]), f"[{_percent(low)}, {_percent(high)}]", _percent(iterated), *changes]
+    return [_row(name), _percent(match["share"]), f"[{_percent(low)}, {_percent(high)}]", _percent(iterated), *changes]
+
+
+def _row(name: str) -> str:
+    return ROWS.get(name, name)
 
 
 def _token_line(name: str, entry: Numbers) -> list[str]:
@@ -175,7 +192,7 @@ def _token_line(name: str, entry: Numbers) -> list[str]:
     shares = [_percent(entry.get(key)) for key in ("iterated_share", "iterated_share_with_prompts")]
     accuracy = f"{100 * entry['accuracy']:.2f} %"
     return [
-        name,
+        _row(name),
         accuracy,
         "-" if loss is None else f"{loss:.4f}",
         *shares,

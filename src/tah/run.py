@@ -26,10 +26,10 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from .contents import sizes_of, wrong
 from .recipe import Recipe
 
-State = Literal["missing", "unfinished", "changed", "finished"]
-LARGE = 64 * 2**20  # bytes; of larger files size and time count, and not every byte
+State = Literal["missing", "unfinished", "changed", "damaged", "finished"]
 POLL = 0.2  # seconds between looks at what another process does
 
 
@@ -45,6 +45,7 @@ class Step:
         needs: steps whose results it reads.
         together: every process takes part, else the first alone.
         resumes: goes on from what a killed run has left, else that is removed first.
+        check: called before any step of the chain begins; raises `ValueError` for what would make this one fail.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     needs: tuple[str, ...] = ()
     together: bool = False
     resumes: bool = False
+    check: Callable[[Recipe, Path], None] | None = None
 
 
 class Run:
@@ -86,13 +88,29 @@ class Run:
         return self.directory / self.steps[name].directory
 
     def state(self, name: str) -> State:
-        """Of a step's result: `changed` if it was made, or begun, for something else; `difference` says what."""
+        """Of a step's result.
+
+        `changed`: it was made, or begun, for something else; `difference` says what. `damaged`: it was finished, but
+        its files are not what they were; `damage` says which.
+        """
         record = self._record(name)
         if record is None or not self.result(name).is_dir():
             return "missing"
         if record["fingerprint"] != self.wanted[name]["fingerprint"]:
             return "changed"
-        return "finished" if record["finished"] else "unfinished"
+        if not record["finished"]:
+            return "unfinished"
+        return "finished" if self.damage(name) is None else "damaged"
+
+    def damage(self, name: str) -> str | None:
+        """What is wrong with a finished result, as far as sizes and the heads of weights tell; None if nothing is."""
+        record, result = self._record(name) or {}, self.result(name)
+        if not result.is_dir():
+            return f"{result} is missing"
+        for place, size in record.get("files", {}).items():
+            if found := wrong(result / place, size):
+                return f"{result / place} {found}"
+        return None
 
     def difference(self, name: str) -> str:
         """How what a result was made from differs from what is wanted now, in words."""
@@ -117,9 +135,13 @@ class Run:
         """Make the results of these steps and of all they need, as far as they are not there.
 
         Raises:
-            ValueError: the directory is in use, or something in it was not made by this chain.
+            ValueError: the directory is in use or cannot be written to, something in it was not made by this chain, or
+                a step's `check` found a mistake. In these cases nothing has been made or moved.
         """
         with self._alone():
+            if self.lead:
+                self._check([self.steps[name] for name in self.closure(names)])
+                self.recipe.save(self.directory / "recipe.yaml")
             for name in self.closure(names):
                 if self.lead:
                     self._make(self.steps[name])
@@ -128,22 +150,30 @@ class Run:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
+    def _check(self, steps: Sequence[Step]) -> None:
+        todo = [(step, state) for step in steps if (state := self.state(step.name)) != "finished"]
+        for step, state in todo:
+            if state == "missing" and (result := self.result(step.name)).exists():
+                raise ValueError(f"{result} exists and was not made by this chain; move it or choose another --output")
+        for step, _ in todo:
+            if step.check is not None:
+                step.check(self.recipe, self.directory)
+
     def _make(self, step: Step) -> None:
         """On the first process."""
         state, result = self.state(step.name), self.result(step.name)
         if state == "finished":
             self.note(f"{step.name}: done before")
             return
-        if state == "changed":
+        if state in ("changed", "damaged"):
+            why = self.difference(step.name) if state == "changed" else self.damage(step.name)
             kept = self._move_aside(step)
-            self.note(f"{step.name}: again, {self.difference(step.name)}; what was there is now in {kept}")
+            self.note(f"{step.name}: again, {why}; what was there is now in {kept}")
         elif state == "unfinished" and step.resumes:
             self.note(f"{step.name}: going on")
         elif state == "unfinished":
             self.note(f"{step.name}: once more, a run was killed")
             shutil.rmtree(result)
-        elif result.exists():
-            raise ValueError(f"{result} exists and was not made by this chain; move it or choose another --output")
         else:
             self.note(f"{step.name}: begins")
         for left in self.directory.glob(f".{step.directory}.*"):  # of processes that were killed
@@ -158,15 +188,21 @@ class Run:
                 self._path(step.name).unlink(missing_ok=True)
             raise
         spent = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        self._write(step, finished=True, **spent)
+        self._write(step, finished=True, files=sizes_of(result), **spent)
 
     def _follow(self, step: Step) -> None:
         """On the other processes: take part where the step is made together, and wait until it is done."""
-        want = self.wanted[step.name]["fingerprint"]
-        self._wait(lambda: (self._record(step.name) or {}).get("fingerprint") == want)
+        self._wait(lambda: self._begun(step.name))
         if step.together and self.state(step.name) != "finished":
             step.make(self.recipe, self.directory)
         self._wait(lambda: self.state(step.name) == "finished")
+
+    def _begun(self, name: str) -> bool:
+        """Whether the first process has come to this step: whatever it makes again is no longer called finished."""
+        record = self._record(name)
+        if record is None or record["fingerprint"] != self.wanted[name]["fingerprint"]:
+            return False
+        return not record["finished"] or self.damage(name) is None
 
     def _wait(self, reached: Callable[[], bool]) -> None:
         while not reached():  # torchrun ends all processes when one has failed
@@ -214,31 +250,39 @@ class Run:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory} is a file; choose another --output")
         fresh = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.directory / ".lock")
+        lock = FileLock(self.directory / ".lock")  # of the system: it ends with the process, however that ends
+        new = [path for name in (".lock", "recipe.yaml") if not (path := self.directory / name).exists()]
         try:
-            with lock.acquire(timeout=0):
-                self.recipe.save(self.directory / "recipe.yaml")
-                try:
-                    yield
-                finally:
-                    self._tidy(bool(fresh))
-        except Timeout:
-            raise ValueError(
-                f"{self.directory} is in use by another process; wait for it or choose another --output"
-            ) from None
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(
+                    f"{self.directory} is in use by another process, which holds {lock.lock_file}; wait for it or "
+                    "choose another --output"
+                ) from None
+            except OSError as error:
+                raise ValueError(
+                    f"{self.directory} cannot be written to ({error.strerror or error}); choose another --output"
+                ) from error
+            try:
+                yield
+            finally:
+                self._tidy(new)
         finally:
+            lock.release()
             for path in fresh:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
 
-    def _tidy(self, fresh: bool) -> None:
+    def _tidy(self, new: Sequence[Path]) -> None:
+        """Where no step has begun, take away the files that came with this call."""
         steps = self.directory / "steps"
         if steps.is_dir() and not any(steps.iterdir()):
             steps.rmdir()
-        if fresh and {path.name for path in self.directory.iterdir()} <= {"recipe.yaml", ".lock"}:
-            for path in list(self.directory.iterdir()):
-                path.unlink()
+        if not steps.is_dir():
+            for path in new:
+                path.unlink(missing_ok=True)
 
 
 def fingerprint(value: Any) -> str:
@@ -251,26 +295,6 @@ def flat(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {key: entry for inner in value for key, entry in flat(value[inner], f"{name}.{inner}").items()}
-
-
-def contents(source: str | None) -> str | None:
-    """What a local file or directory holds, as a hash; any other name as it is.
-
-    Files of more than 64 MB count by size and time of change, smaller ones by their bytes.
-    """
-    path = Path(source or "")
-    if not source or not path.exists():
-        return source
-    digest = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files:
-        inside = file.relative_to(path).parts
-        if not file.is_file() or any(part.startswith(".") for part in inside):
-            continue
-        stat = file.stat()
-        digest.update(json.dumps([inside, stat.st_size]).encode())
-        digest.update(str(stat.st_mtime_ns).encode() if stat.st_size > LARGE else file.read_bytes())
-    return f"files {digest.hexdigest()[:12]}"
 
 
 def _short(value: Any) -> str:

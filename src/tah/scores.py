@@ -23,7 +23,6 @@ from .model import TaHForCausalLM
 LOGITS = 2**27  # most entries of [B, T, V] at the same time
 TOKENS = 8192  # most tokens of a batch
 ROWS = 128  # that are answered at a time
-RESAMPLES = 2000
 ANSWER = re.compile(r"\\boxed\{([^{}]*)\}|(?:Answer:|####)[ \t]*([^\n]*)")
 
 
@@ -162,14 +161,3 @@ def proportion(right: np.ndarray) -> dict[str, Any]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return {"share": share, "interval": [max(0.0, middle - half), min(1.0, middle + half)], "questions": n}
-
-
-def difference(a: np.ndarray, b: np.ndarray, row: np.ndarray | None = None) -> dict[str, Any]:
-    """Mean of a - b [n], paired, with a 95 % bootstrap interval over rows (`row` [n]; by default each its own)."""
-    row = np.arange(len(a)) if row is None else row
-    gained = np.bincount(row, a.astype(float) - b.astype(float))
-    count = np.bincount(row).astype(float)
-    drawn = np.random.default_rng(0).multinomial(len(count), np.full(len(count), 1 / len(count)), size=RESAMPLES)
-    means = (drawn @ gained) / (drawn @ count)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"difference": float(gained.sum() / count.sum()), "interval": [float(low), float(high)]}

@@ -5,34 +5,24 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from transformers import PreTrainedModel
 
-from .data import COMPLETE, load_rows, tokenize_row
+from . import preflight
+from .contents import contents
+from .data import COMPLETE
 from .label import label as label_rows
-from .load import find, first_line, load_base, load_tah, load_tokenizer
-from .progress import EVERY
-from .prune import PruneReport, Text, check_output, prune
+from .load import find, load_base, load_tah, load_tokenizer
 from .recipe import Recipe
-from .run import POLL, Run, Step, contents, flat
+from .run import POLL, Run, Step, flat
+from .sources import default_device, release, rows_of
 from .trainer import Stage
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-PRUNE_LENGTH = 2048  # tokens of a text that decides which layers are dropped
 
 
 def chain(recipe: Recipe) -> list[Step]:
@@ -56,26 +46,31 @@ def chain(recipe: Recipe) -> list[Step]:
         found.append(Step("data", "data", lambda recipe, run: write_data(recipe, run / "data"), generate))
     texts = ("data",) if own_data else ()
     if own_base:
-        from .tiny import train_base
+        from .baselines import train_base
 
         base |= {"data.max_length": recipe.data.max_length, "backbone.packed": recipe.backbone.packed}
-        found.append(Step("base", "base", _by_one_process(train_base), base, texts))
+        found.append(Step("base", "base", _by_one_process(train_base), base, texts, resumes=True))
     elif recipe.makes_base:
-        found.append(Step("base", "base", prune_base, base | data, texts))
+        from .pruned import prune_base
+
+        found.append(Step("base", "base", prune_base, base | data, texts, check=preflight.check_pruning))
     if own_reference:
-        from .tiny import train_reference
+        from .baselines import train_reference
 
         reads = flat(whole["backbone"]["training"], "backbone.training")
-        found.append(Step("reference", "reference", _by_one_process(train_reference), reads, (*texts, "base")))
+        make = _by_one_process(train_reference)
+        found.append(Step("reference", "reference", make, reads, (*texts, "base"), resumes=True))
     tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
     judge = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
     needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and judge else ()))
     reads = data | tokenizer | {"label.reference": contents(judge)}
-    found.append(Step("label", "labels", make_labels, reads, needs, together=True, resumes=True))
+    shared: dict[str, Any] = {"together": True, "resumes": True}
+    found.append(Step("label", "labels", make_labels, reads, needs, check=preflight.check_labelling, **shared))
     found += _stages(recipe, whole, base)
     if own_data:
         from .report import write_report
 
+        found += _controls(recipe, whole)
         needs = tuple(step.name for step in found if step.name != "base")
         found.append(Step("report", "report", _by_one_process(write_report), {}, needs))
     return found
@@ -91,10 +86,30 @@ def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list
     if not recipe.makes_base:
         reads |= {name: base[name] for name in ("base.model", "base.dtype")}
     needs = ("label", *(("base",) if recipe.makes_base else ()))
-    found = [Step("backbone", "backbone", _train("backbone"), reads, needs, together=True, resumes=True)]
+    shared: dict[str, Any] = {"together": True, "resumes": True}
+    check = preflight.check_backbone
+    found = [Step("backbone", "backbone", _train("backbone"), reads, needs, check=check, **shared)]
     if recipe.decider is not None:
         reads, needs = flat(whole["decider"], "decider"), ("label", "backbone")
-        found.append(Step("decider", "decider", _train("decider"), reads, needs, together=True, resumes=True))
+        found.append(
+            Step("decider", "decider", _train("decider"), reads, needs, check=preflight.check_decider, **shared)
+        )
+    return found
+
+
+def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
+    """Further models for the report to compare with."""
+    from .baselines import train_blind, train_standard_compute
+
+    backbone, found = flat(whole["backbone"], "backbone"), []
+    if recipe.controls.equal_compute:
+        needs = ("data", "base", "label", "backbone", *(("decider",) if recipe.decider is not None else ()))
+        make, name = _by_one_process(train_standard_compute), "standard_compute"
+        found.append(Step(name, name, make, backbone, needs, resumes=True))
+    if recipe.controls.blind:
+        reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
+        make, needs = _by_one_process(train_blind), ("base", "label")
+        found.append(Step("blind", "blind", make, reads, needs, resumes=True))
     return found
 
 
@@ -147,6 +162,8 @@ def _check_there(steps: Run, name: str, fix: str) -> None:
     state, result = steps.state(name), steps.result(name)
     if state == "changed":
         raise ValueError(f"{result} was made for something else: {steps.difference(name)}; {fix}")
+    if state == "damaged":
+        raise ValueError(f"{steps.damage(name)}; {fix}")
     if state != "finished":
         if state == "unfinished" and name == "backbone":
             fix = "train --stage backbone --resume first"
@@ -167,84 +184,6 @@ def _check_resume(steps: Run, name: str, resume: bool) -> None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(recipe: Recipe, run: Path) -> tuple[Dataset, Dataset]:
-    """The texts to train on, and those held out.
-
-    Raises:
-        ValueError: the data cannot be read, or there are too few rows to hold any out.
-    """
-    data = recipe.data
-    if data.generate is not None:
-        return load_rows(str(run / "data" / "train.jsonl")), load_rows(str(run / "data" / "validation.jsonl"))
-    rows = load_rows(data.source, data.split, data.columns, data.limit)
-    if data.validation is not None or data.validation_split is not None:
-        split = data.validation_split or data.split
-        return rows, load_rows(data.validation or data.source, split, data.columns)
-    count = max(1, round(data.validation_share * len(rows)))
-    if len(rows) < 2:
-        raise ValueError(f"{data.source} has one row, so none can be held out; give data.validation")
-    held_out = np.zeros(len(rows), bool)
-    held_out[np.random.default_rng(recipe.seed).permutation(len(rows))[:count]] = True
-    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
-
-
-def prune_base(recipe: Recipe, run: Path) -> None:
-    """`run/base`: the recipe's base without its least useful layers."""
-    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
-    _, held_out = rows_of(recipe, run)
-    base = _plain_base(str(recipe.base.model), recipe.base.dtype, _device())
-    count, length = recipe.base.prune_texts, min(recipe.data.max_length, PRUNE_LENGTH, _positions(base))
-    texts = _draw_texts(held_out, tokenizer, count, length, recipe.seed)
-    with _bar("pruning") as report:
-        prune(base, tokenizer, texts, recipe.base.prune_layers, run / "base", fewest=count, report=report)
-    del base
-    _release()
-
-
-def prune_model(
-    source: str,
-    data: str,
-    split: str,
-    layers: int,
-    output: Path,
-    texts: int,
-    max_length: int,
-    dtype: str,
-    device: str | None,
-) -> PruneReport:
-    """`tah prune`: a base without its least useful layers, in a directory of its own."""
-    check_output(output)
-    rows = load_rows(data, split)
-    tokenizer = load_tokenizer(find(source)[0])
-    base = _plain_base(source, dtype, device or _device())
-    drawn = _draw_texts(rows, tokenizer, texts, min(max_length, _positions(base)))
-    with _bar("pruning") as report:
-        return prune(base, tokenizer, drawn, layers, output, fewest=texts, report=report)
-
-
-def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed: int = 0) -> list[Text]:
-    """`count` texts drawn from the rows, or as many as there are; longer ones are cut."""
-    texts = []
-    for at in np.random.default_rng(seed).permutation(len(rows)):
-        row = tokenize_row(rows[int(at)], tokenizer, max_length, too_long="cut")
-        if row is not None:
-            texts.append(Text(row["input_ids"], row["supervised"]))
-        if len(texts) == count:
-            break
-    return texts
-
-
-def _plain_base(source: str, dtype: str, device: torch.device | str) -> PreTrainedModel:
-    path, kind = find(source)
-    if kind != "base":
-        raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
-    base = load_base(path, dtype)
-    try:
-        return base.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
-
-
 def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, Path], None]:
     """A step that trains, made by the first process alone, would wait forever for the others to join it."""
 
@@ -254,29 +193,6 @@ def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, P
         make(recipe, run)
 
     return checked
-
-
-def _positions(base: PreTrainedModel) -> int:
-    """Most tokens it can read."""
-    return getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal, a line now and then elsewhere; what it gives is told the share of the work that is done."""
-    console, told = Console(stderr=True), time.monotonic()
-    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=1.0)
-
-        def report(share: float) -> None:
-            nonlocal told
-            bar.update(task, completed=share)
-            if not console.is_terminal and time.monotonic() - told > EVERY:
-                told = time.monotonic()
-                console.print(f"{title}: {share:.0%}", highlight=False)
-
-        yield report
 
 
 def make_labels(recipe: Recipe, run: Path) -> None:
@@ -289,7 +205,7 @@ def make_labels(recipe: Recipe, run: Path) -> None:
     if recipe.label is not None and recipe.uses_labels:
         name = recipe.label.reference
         path, kind = find(str(run / "reference") if name == "trained" else name)
-        reference = (load_tah if kind == "tah" else load_base)(path).to(_device())
+        reference = (load_tah if kind == "tah" else load_base)(path).to(default_device())
     for name, rows in parts.items():
         target = run / "labels" / name
         label_rows(
@@ -304,7 +220,7 @@ def make_labels(recipe: Recipe, run: Path) -> None:
         while not (target / COMPLETE).is_file():  # other processes have shards to finish
             time.sleep(POLL)
     del reference
-    _release()
+    release()
 
 
 def _train(stage: Stage) -> Callable[[Recipe, Path], object]:
@@ -312,7 +228,7 @@ def _train(stage: Stage) -> Callable[[Recipe, Path], object]:
         from .train import train
 
         train(recipe, stage, run, resume=True)
-        _release()
+        release()
 
     return make
 
@@ -324,16 +240,3 @@ def _tokenizer_contents(source: str | None) -> str | None:
         return source
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return " ".join(contents(str(path / name)) or "" for name in names if (path / name).is_file())
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def _release() -> None:
-    """Give a model's memory back before the next step takes its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

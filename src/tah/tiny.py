@@ -1,4 +1,4 @@
-"""The embedded experiment's own data, tokenizer and base: chain sums with every total written out, nothing downloaded.
+"""The embedded experiment's own data and tokenizer: chain sums with every total written out, nothing downloaded.
 
 Questions come from reasoning-gym's `chain_sum` ("8 + 7 - 9 ="); the working-out is ours:
 
@@ -14,22 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 from pydantic import Field, ValidationError
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from .data import load_rows
-from .label import label
-from .load import load_tah, load_tokenizer
 from .recipe_checks import check_training, in_words, near
-from .recipe_fields import Backbone, Base, Part, Positive, Recipe
-from .train import train
+from .recipe_fields import Part, Positive, Recipe
 
 SPLITS = ("train", "validation", "test")
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -178,7 +171,7 @@ def digest(question: str) -> str:
     return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()
 
 
-# -- tokenizer, base, reference ----------------------------------------------------------------------------------------
+# -- tokenizer, sections -----------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -225,66 +218,3 @@ def read_scratch(recipe: Recipe) -> Scratch:
             f"num_attention_heads={scratch.num_attention_heads}"
         )
     return scratch
-
-
-def train_base(recipe: Recipe, run: Path) -> None:
-    """`run/base`: a tokenizer made from the texts, and a Llama trained on them from nothing.
-
-    Raises:
-        ValueError: wrong settings.
-    """
-    scratch = read_scratch(recipe)
-    texts = load_rows(str(run / "data" / "train.jsonl"))
-    tokenizer = make_tokenizer((said["content"] for row in texts for said in row["messages"]), scratch.vocab_size)
-    end = tokenizer.eos_token_id
-    config = LlamaConfig(
-        **scratch.model_dump(exclude={"training", "vocab_size"}),
-        vocab_size=len(tokenizer),
-        num_key_value_heads=scratch.num_attention_heads,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(recipe.seed)
-    with _aside(run, "base") as work:
-        LlamaForCausalLM(config).save_pretrained(work / "start")
-        tokenizer.save_pretrained(work / "start")
-        _train_plain(recipe, run, work, work / "start", scratch.training)
-
-
-def train_reference(recipe: Recipe, run: Path) -> None:
-    """`run/reference`: the base, trained on like the backbone but with one pass: the model that labels, and Standard
-    at equal data and steps."""
-    with _aside(run, "reference") as work:
-        _train_plain(recipe, run, work, run / "base", recipe.backbone.training)
-
-
-def _train_plain(recipe: Recipe, run: Path, work: Path, start: Path, training: dict[str, Any]) -> None:
-    """`work/made`: the model in `start` trained as a plain next-token model on the assistant's tokens, with the logs of
-    its training."""
-    tokenizer = load_tokenizer(str(start))
-    for split in ("train", "validation"):
-        rows = load_rows(str(run / "data" / f"{split}.jsonl"))
-        label(rows, tokenizer, None, work / "tokens" / split, max_length=recipe.data.max_length)
-    backbone = Backbone(method="standard", packed=recipe.backbone.packed, training=training)
-    base = Base(model=str(start), dtype=recipe.base.dtype)
-    name = f"{recipe.name}-{'base' if start.parent == work else 'reference'}"  # shown as it trains
-    changed = {"name": name, "base": base, "backbone": backbone, "label": None, "decider": None}
-    trained = train(recipe.model_copy(update=changed), "backbone", work, name="trained", data="tokens")
-    load_tah(str(trained)).base.save_pretrained(work / "made")
-    tokenizer.save_pretrained(work / "made")
-    for log in ("run.json", "metrics.jsonl", "curves.png"):
-        os.replace(trained / log, work / "made" / f"training-{log}")
-
-
-@contextmanager
-def _aside(run: Path, name: str) -> Iterator[Path]:
-    """A directory to work in, whose `made` becomes `run/name`."""
-    work = run / f".{name}.{os.getpid()}"  # `Run` removes it if we are killed
-    work.mkdir()
-    try:
-        yield work
-        os.replace(work / "made", run / name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import form_of, load_rows, tokenize_row
+from .data import READERS, form_of, load_rows, tokenize_row
 
 PLAIN = (".txt", ".md")  # files that are one text
 
@@ -39,10 +39,14 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
     Raises:
         ValueError: there is no such source, or nothing in it.
     """
-    if Path(source).suffix not in PLAIN or not Path(source).is_file():
+    path = Path(source)
+    if path.is_file() and path.suffix not in (*READERS, *PLAIN):
+        kind, known = path.suffix or "nameless", ", ".join((*READERS, *PLAIN))
+        raise ValueError(f"data {source!r} cannot be read: a {kind} file is not one of {known}")
+    if path.suffix not in PLAIN or not path.is_file():
         return load_rows(source, split, limit=limit)
     try:
-        text = Path(source).read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data {source!r} cannot be read: {error}") from error
     if not text.strip():

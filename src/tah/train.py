@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
+from .config import TaHConfig
 from .data import COMPLETE, Collator, depth_labels, pack
 from .load import find, load_base, load_tah
 from .model import TaHForCausalLM
@@ -185,9 +186,9 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)
-        _check_fields(recipe, model, path)
+        check_fields(recipe, model.config, path)
     else:
-        model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **_fields(recipe))
+        model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
     everything = backbone.train == "all"
     for name, parameter in model.named_parameters():
         own = "lora_" in name or name.startswith(("reembed_map.", "combine_map."))
@@ -198,7 +199,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     return model, AutoTokenizer.from_pretrained(find(recipe.tokenizer_path(output))[0])
 
 
-def _fields(recipe: Recipe) -> dict[str, Any]:
+def fields_of(recipe: Recipe) -> dict[str, Any]:
     """TaHConfig's fields for the recipe's method. A policy is chosen when training has ended."""
     fields = dict(recipe.model)
     if recipe.backbone.method == "standard":
@@ -208,11 +209,11 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return fields | {"policy": "never"}
 
 
-def _check_fields(recipe: Recipe, model: TaHForCausalLM, path: str) -> None:
-    """A TaH checkpoint to continue from must be what the recipe says, field by field."""
-    wanted = {name: value for name, value in _fields(recipe).items() if name not in ("policy", "decider")}
+def check_fields(recipe: Recipe, config: TaHConfig, path: str) -> None:
+    """A TaH checkpoint to continue from must be what the recipe says, field by field; raises `ValueError`."""
+    wanted = {name: value for name, value in fields_of(recipe).items() if name not in ("policy", "decider")}
     for name, value in wanted.items():
-        if (is_ := getattr(model.config, name)) != value:
+        if (is_ := getattr(config, name)) != value:
             raise ValueError(f"{path} has {name}={is_!r} but the recipe asks for {value!r}; change one of them")
 
 

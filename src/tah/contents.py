@@ -1,0 +1,61 @@
+"""What files hold: a hash to tell sources apart by, and whether a result is still as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+LARGE = 64 * 2**20  # bytes; of larger files size and time count, and not every byte
+LOGS = ("checkpoints", "tensorboard")  # in a result, but nobody builds on them: they may be deleted
+WORDS = (".md", ".png")  # as these
+
+
+def contents(source: str | None) -> str | None:
+    """What a local file or directory holds, as a hash; any other name as it is.
+
+    Files of more than 64 MB count by size and time of change, smaller ones by their bytes.
+    """
+    path = Path(source or "")
+    if not source or not path.exists():
+        return source
+    digest = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        inside = file.relative_to(path).parts
+        if not file.is_file() or any(part.startswith(".") for part in inside):
+            continue
+        stat = file.stat()
+        digest.update(json.dumps([inside, stat.st_size]).encode())
+        digest.update(str(stat.st_mtime_ns).encode() if stat.st_size > LARGE else file.read_bytes())
+    return f"files {digest.hexdigest()[:12]}"
+
+
+def sizes_of(result: Path) -> dict[str, int]:
+    """Size of each file of a result that others build on."""
+    found = {}
+    for path in sorted(result.rglob("*")):
+        inside = path.relative_to(result).parts
+        hidden = any(part.startswith(".") for part in inside)
+        if path.is_file() and not hidden and inside[0] not in LOGS and path.suffix not in WORDS:
+            found["/".join(inside)] = path.stat().st_size
+    return found
+
+
+def wrong(path: Path, size: int) -> str | None:
+    """How a file differs from what was written, in words. JSON may be edited (`tah tune` does), but must be JSON."""
+    if not path.is_file():
+        return "is missing"
+    found = path.stat().st_size
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):  # reads the head alone
+                pass
+        elif path.suffix == ".json" and found != size:
+            json.loads(path.read_text("utf-8"))
+            return None
+    except (SafetensorError, ValueError, OSError):
+        return "is damaged"
+    return None if found == size else f"has {found} bytes, not {size}"
