@@ -306,6 +306,8 @@ def run(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
+    if arguments[:2] == ["eval", "compare"]:
+        arguments[:2] = ["eval-compare"]
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)
         sys.stdout.flush()
@@ -337,6 +339,9 @@ def _register(name: str) -> None:
 
 _register("cli_make")
 _register("cli_see")
+_register("cli_lens")
+_register("cli_serve")
+_register("cli_eval")
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class Session:
 
     @classmethod
     def open(cls, source: str, *, dtype: str = "auto", device: str = "cpu") -> Session:
-        """Load a TaH checkpoint, or wrap a base model with the `confidence` policy and no (untrained) adapter.
+        """Load a TaH checkpoint, or wrap a base model with the `confidence` policy, without adapter and decider.
 
         Raises:
             ValueError: it cannot be found, is damaged, or cannot be wrapped.
@@ -76,9 +76,9 @@ class Session:
         if kind == "tah":
             model = load_tah(path, dtype)
         else:
-            model = TaHForCausalLM.from_base(
-                load_base(path, dtype), policy="confidence", threshold=CONFIDENCE_THRESHOLD, lora_rank=0
-            )
+            untrained: dict[str, Any] = {"lora_rank": 0, "decider": None}  # parts that would be random
+            base = load_base(path, dtype)
+            model = TaHForCausalLM.from_base(base, policy="confidence", threshold=CONFIDENCE_THRESHOLD, **untrained)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:

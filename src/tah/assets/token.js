@@ -1,0 +1,225 @@
+// The depth lens, third part: what is known of one token, and how to get from one to another.
+
+// -- one token -------------------------------------------------------------------------------------------------
+
+function tell(i) {
+  const p = at[i], box = $("details"), close = element("button", "close", "Close");
+  close.addEventListener("click", release);
+  const place = `text ${data.rows[textOf[i]]}, token ${i - start[textOf[i]] + 1} · id ${ids[i]}`;
+  box.classList.remove("off");
+  box.replaceChildren(close, element("h3", "", visible(data.strings[pieces[i]])), element("p", "facts", place));
+  if (p < 0) return box.append(element("p", "", "The first token of a text: nothing predicts it."));
+  if (!supervised[p]) box.append(element("p", "facts", "Given, not the model's to say: it does not count."));
+  const of = shown();
+  for (const pane of of) box.append(aspects(pane, p, of.length > 1));
+}
+
+function aspects(pane, p, several) {
+  const { trace } = pane, d = pane.depth[p], [score, threshold] = shading(pane);
+  const outcome = pane.outcome[p], made = element("section", "");
+  const head = element("p", "");
+  if (several) head.append(element("b", `mark ${pane.mark}`, pane.mark), " ");
+  head.append(element("span", `said ${OUTCOMES[outcome]}`, OUTCOMES[outcome]), d === 1 ? " 1 pass" : ` ${d} passes`);
+  const passes = element("div", "passes");
+  for (let depth = 0; depth < trace.max_depth; depth++) passes.append(onePass(trace, p, depth, depth < d));
+  made.append(head, passes);
+  made.append(numbers(pane, p, d));
+  const notes = [];
+  if (trace.max_depth > 1) notes.push(`Goes on above ${+threshold.toPrecision(4)} of ${SCORES[score]}.`);
+  if (trace.final_rank && d > 1) notes.push("Depths are of a run where every token iterated.");
+  made.append(element("small", "", notes.join(" ")));
+  return made;
+}
+
+/** What each depth makes of the true token, and what the model did where that differs. */
+function numbers(pane, p, d) {
+  const { trace } = pane, M = trace.max_depth, ran = pane.rule === "own" && trace.final_rank && d > 1;
+  const depths = [...Array(M).keys()], table = element("table", "facts2");
+  const line = (title, value, last) => {
+    const values = [...depths.map(value), ...(ran ? [last] : [])];
+    table.append(element("tr", "", element("th", "", title), ...values.map((each) => element("td", "num", each))));
+  };
+  line("depth", (depth) => String(depth + 1), "as it ran");
+  line("true token", (depth) => small(trace.prob[depth * N + p]), ran && small(trace.final_prob[p]));
+  const place = (rank) => (rank + 1).toLocaleString("en");
+  line("its rank", (depth) => place(trace.rank[depth * N + p]), ran && place(trace.final_rank[p]));
+  line("loss, nats", (depth) => loss(trace.prob[depth * N + p]), ran && loss(trace.final_prob[p]));
+  const first = (string) => visible(data.strings[string]);
+  if (ran) line("first choice", (depth) => first(trace.top[(depth * N + p) * trace.top_k]), first(trace.final[p]));
+  line("entropy, nats", (depth) => trace.entropy[depth * N + p].toFixed(2), "");
+  const said = (depth) => (depth + 1 < M ? trace.decider[depth * N + p].toFixed(4) : "");
+  if (trace.decider) line("decider: go on", said, "");
+  return table;
+}
+
+const small = (prob) => (prob >= 0.0001 ? prob.toFixed(4) : prob.toExponential(0));
+const loss = (prob) => (-Math.log(Math.max(prob, TINY))).toFixed(3);
+
+/** The most probable tokens after a pass, and the true one if it is not among them. */
+function onePass(trace, p, d, ran) {
+  const k = trace.top_k, here = d * N + p, rank = trace.rank[here], list = element("ol", "tops");
+  const entry = (text, value, right) => {
+    const bar = element("i", "");
+    bar.style.width = `${100 * value}%`;
+    list.append(element("li", right ? "true" : "", bar, element("span", "", text), element("span", "", small(value))));
+  };
+  for (let j = 0; j < k; j++) {
+    entry(visible(data.strings[trace.top[here * k + j]]), trace.top_probs[here * k + j] / 1e4, j === rank);
+  }
+  if (rank >= k) entry(`rank ${(rank + 1).toLocaleString("en")}`, trace.prob[here], true);
+  return element("div", "", element("h4", "", `Depth ${d + 1} `, element("small", "", ran ? "" : "(not run)")), list);
+}
+
+function hint() {
+  const box = $("details");
+  box.classList.add("off");
+  const how = "Point at a token, tap it, or move with the arrow keys: what the model made of it appears here.";
+  box.replaceChildren(element("p", "empty", how, " n jumps to the next broken token, ? shows all keys."));
+}
+
+function point(i, on) {
+  for (const pane of shown()) {
+    const span = pane.spans[i];
+    if (on) { span.setAttribute("aria-current", "true"); span.setAttribute("role", "button"); span.tabIndex = 0; }
+    else for (const name of ["aria-current", "role", "tabindex"]) span.removeAttribute(name);
+  }
+}
+
+function show(i, pinned) {
+  if (state.token >= 0) point(state.token, false);
+  Object.assign(state, { token: i, pinned });
+  point(i, true);
+  tell(i);
+}
+
+function release() {
+  if (state.token >= 0) point(state.token, false);
+  Object.assign(state, { token: -1, pinned: false });
+  hint();
+}
+
+function reveal(i) {
+  const span = shown()[0].spans[i];
+  span.scrollIntoView({ block: "center" });
+  span.focus({ preventScroll: true });
+}
+
+function go(i) {
+  if (i < 0 || i >= T) return;
+  show(i, true);
+  reveal(i);
+}
+
+/** The next token that passes a test, onwards from the current one. */
+function find(step, test) {
+  const from = state.token < 0 && step < 0 ? T - 1 : state.token + step;
+  for (let i = from; i >= 0 && i < T; i += step) if (seen[i] && test(i)) return i;
+  return -1;
+}
+
+/** The token nearest across, on the line above or below. */
+function line(step) {
+  const span = (i) => shown()[0].spans[i].getBoundingClientRect();
+  const here = span(state.token), middle = (here.left + here.right) / 2;
+  let best = -1, level = null, near = Infinity;
+  for (let i = state.token + step; i >= 0 && i < T; i += step) {
+    if (!seen[i]) continue;
+    const box = span(i);
+    if (!box.width || Math.abs(box.bottom - here.bottom) < 6) continue;
+    if (level === null) level = box.bottom;
+    if (Math.abs(box.bottom - level) > 6) break;
+    const away = Math.abs((box.left + box.right) / 2 - middle);
+    if (away < near) [near, best] = [away, i];
+  }
+  return best;
+}
+
+// -- events ----------------------------------------------------------------------------------------------------
+
+const tokenOfEvent = ({ target: { token = -1 } }) => (seen[token] ? token : -1);
+
+$("text").addEventListener("pointerover", (event) => {
+  const i = tokenOfEvent(event);
+  if (i >= 0 && !state.pinned && event.pointerType === "mouse") show(i, false);
+});
+$("text").addEventListener("click", (event) => {
+  const i = tokenOfEvent(event);
+  if (i < 0) return;
+  if (state.pinned && state.token === i) return release();
+  show(i, true);
+  event.target.focus({ preventScroll: true });
+});
+
+/** Two panes or one: of two traces, or of one trace under two rules. */
+function side(on) {
+  if (on && panes.length === 1) {
+    const second = makePane(traces[0], 1);
+    second.rule = second.trace.score;
+    second.threshold = shading(panes[0])[1] / 2;
+    panes.push(second);
+  }
+  if (on && !panes[1].cells) {
+    $("panes").append(controls(panes[1]));
+    fill(panes[1]);
+  } else if (!on && panes[1]) {
+    for (const cell of panes[1].cells) cell.remove();
+    panes[1].box.remove();
+    panes[1].cells = null;
+    if (state.filter === "differ") state.filter = "all";
+  }
+  for (const id of ["panes", "text"]) $(id).classList.toggle("two", on);
+  $("compare").setAttribute("aria-pressed", on);
+  for (const badge of document.querySelectorAll(".pane .mark")) badge.hidden = !on;
+  release();
+  update();
+  measure();
+}
+
+function toggle() {
+  if (!$("compare").disabled) side(!panes[1]?.cells);
+}
+
+function theme() {
+  const root = document.documentElement.style, preferred = matchMedia("(prefers-color-scheme: dark)").matches;
+  const dark = root.colorScheme ? root.colorScheme === "dark" : preferred;
+  root.colorScheme = dark ? "light" : "dark";
+}
+
+const measure = () => document.documentElement.style.setProperty("--controls", `${$("controls").offsetHeight}px`);
+
+const KEYS = {
+  ArrowRight: () => go(find(1, () => true)),
+  ArrowLeft: () => go(find(-1, () => true)),
+  n: () => go(find(1, jumps)),
+  p: () => go(find(-1, jumps)),
+  c: toggle,
+  t: theme,
+  "?": () => $("keys").showModal(),
+  Escape: release,
+};
+const jumps = (i) => chosen(state.filter === "all" ? "broken" : state.filter, at[i]);
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
+  if (event.target.matches("input, select, summary")) return;
+  const { key } = event, names = Object.keys(FILTERS);
+  let act = KEYS[key];
+  if (state.token >= 0 && key === "ArrowUp") act = () => go(line(-1));
+  if (state.token >= 0 && key === "ArrowDown") act = () => go(line(1));
+  if (key >= "1" && key <= String(names.length) && !buttons[names[key - 1]].hidden) act = () => choose(names[key - 1]);
+  if (!act) return;
+  event.preventDefault();
+  act();
+});
+$("help").addEventListener("click", () => $("keys").showModal());
+$("theme").addEventListener("click", theme);
+$("compare").addEventListener("click", toggle);
+addEventListener("resize", measure);
+
+$("panes").append(controls(panes[0]));
+fill(panes[0]);
+makeButtons();
+$("text").append(...rows);
+$("compare").disabled = traces.length < 2 && traces[0].max_depth < 2; // nothing to choose
+side(traces.length > 1);
+performance.mark("interactive");

@@ -1,0 +1,151 @@
+"""The commands that evaluate: eval, eval-compare. Registered on the `tah` command by `cli.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli import (
+    DepthOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    ThresholdOption,
+    _note,
+    _number,
+    app,
+)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="nine (the paper's), names, or lm_eval:NAME; separated by commas. Required."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="For answers and results; continued. Required.")
+    ],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Who iterates, one after the other: decider, confidence, always, never, random, oracle. "
+            "[default: the model's]",
+        ),
+    ] = None,
+    samples: Annotated[int, _number("Answers to each question; their mean counts (avg@N).", int, 1)] = 1,
+    limit: Annotated[int | None, _number("Only the first so many questions of each task.", int, 1)] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="Questions from a JSONL file, not the Hub; may be repeated."),
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
+    temperature: Annotated[float, _number("Of the sampling.", float, 0, 100)] = 0.6,
+    top_p: Annotated[float, _number("Sample among the most probable tokens up to this mass.", float, 0, 1)] = 0.95,
+    top_k: Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)] = 20,
+    max_new_tokens: Annotated[int, _number("Longest answer, in tokens.", int, 1)] = 4096,
+    seed: Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)] = 0,
+    batch_size: Annotated[int, _number("Questions at a time.", int, 1)] = 1,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="For the policy oracle: the model that knows better.")
+    ] = None,
+    threshold: ThresholdOption = None,
+    max_depth: DepthOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the programs that answers hold, in a sandbox.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate on benchmarks, with the cost of iterating.
+
+    Answers are sampled as in the paper and kept in DIR; a killed run continues where it was. Each result has its 95 %
+    interval, the depth of its answers and their cost relative to the base. `tah eval compare A B` compares two.
+    """
+    from .load import quiet
+
+    quiet()
+    files = _files(data or [])
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from .eval_report import as_markdown
+    from .evaluate import Sampling
+    from .evaluate import evaluate as run_evaluation
+    from .terminal import make_console
+
+    console = make_console(stderr=True)
+    columns: Any = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total} answers"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        shown = bar.add_task("loading", total=None)
+
+        def told(policy: str, task: str, done: int, of: int) -> None:
+            bar.update(shown, description=f"{task}, {policy}", completed=done, total=of)
+
+        results = run_evaluation(
+            model,
+            _words(tasks),
+            output,
+            policies=None if policy is None else _words(policy),
+            sampling=Sampling(samples, 0.0 if greedy else temperature, top_p, top_k, max_new_tokens, seed),
+            limit=limit,
+            data=files,
+            threshold=threshold,
+            max_depth=max_depth,
+            reference=reference,
+            raw=raw,
+            batch_size=batch_size,
+            allow_code_execution=allow_code_execution,
+            dtype=dtype,
+            device=device,
+            told=told,
+            note=_note,
+        )
+    typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
+
+
+@app.command("eval-compare")
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="Directory of an evaluation, or DIR:POLICY.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, over the same questions.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two evaluations question by question.
+
+    Also written `tah eval compare A B`. Differences come with paired 95 % bootstrap intervals; runs over other data or
+    with another protocol are refused.
+    """
+    from .eval_report import compare as run_comparison
+    from .eval_report import compared_markdown
+
+    found = run_comparison(a, b)
+    typer.echo(json.dumps(found) if as_json else compared_markdown(found), nl=as_json)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _files(given: list[str]) -> dict[str, str]:
+    files = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise typer.BadParameter(f"--data {text} must be TASK=FILE, such as gsm8k=questions.jsonl")
+        files[name] = path
+    return files

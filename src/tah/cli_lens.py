@@ -1,0 +1,98 @@
+"""The command that shows what a trace holds: report. Registered on the `tah` command by `cli.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli import _note, _number, _register, app
+
+TRACE = "trace.jsonl"  # in the directory of a run
+# What a report is made with, in the order of their imports. None of it needs torch, but importing the package does, and
+# that takes longer than the report: so each is run without it.
+PARTS = ("resample", "quality", "traced", "trace_scores", "overthinking", "trace_file", "lens_svg", "lens")
+
+
+@app.command()
+def report(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...", help="Of tah trace; two of the same texts go side by side. Or runs.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the numbers as Markdown tables.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the charts for a paper.")] = None,
+    shown: Annotated[int, _number("Most tokens in the text; tables and charts are of all.", int, 1)] = 50_000,
+    every: Annotated[
+        bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
+    ] = False,
+) -> None:
+    """Make a page to look at: the depth lens.
+
+    One HTML file that needs no server and loads nothing: the text with every token shaded by depth, what each pass
+    made of it, and the curves and tables of tah trace.
+    """
+    if len(traces) > 2:
+        raise typer.BadParameter(f"{len(traces)} traces; at most two fit side by side")
+    paths = [_trace_of(path) for path in traces]
+    for path in [output, *([] if markdown is None else [markdown])]:
+        _check_file(path)
+    if png is not None and png.exists() and not png.is_dir():
+        raise typer.BadParameter(f"--png {png} is a file; give a directory")
+    for name in PARTS if png is None else (*PARTS, "lens_charts"):
+        if f"tah.{name}" not in sys.modules:
+            _register(name)
+    from .lens import write_lens, write_whole
+
+    if png is not None:  # before anything is written, since a package may be missing
+        from .lens_charts import draw_charts
+    from .overthinking import as_markdown
+    from .trace_file import load_trace
+
+    loaded = [load_trace(path) for path in paths]
+    stats = write_lens(loaded, output, shown=shown, every=every)
+    for path, its in zip(paths, loaded, strict=True):
+        if its.missing:
+            _note(f"{path} is unfinished: {its.missing} of {its.header['texts']} texts are missing; tah trace goes on")
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    if markdown is not None:
+        write_whole(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
+        typer.echo(str(markdown))
+    if png is not None:
+        typer.echo("\n".join(str(path) for path in draw_charts(stats, png)))
+
+
+def _trace_of(path: Path) -> Path:
+    """The trace itself, or that of a run's directory.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    if not path.exists():
+        raise typer.BadParameter(f"trace {path} does not exist; make one: tah trace MODEL DATA -o {path}")
+    if not path.is_dir():
+        return path
+    if (path / TRACE).is_file():
+        return path / TRACE
+    steps = [name for name in ("decider", "backbone") if (path / name / "config.json").is_file()]
+    model = path / steps[0] if steps else path if (path / "config.json").is_file() else "MODEL"
+    test = path / "data" / "test.jsonl"
+    data = test if test.is_file() else "DATA"
+    raise typer.BadParameter(f"{path} holds no {TRACE}; make one: tah trace {model} {data} -o {path / TRACE}")
+
+
+def _check_file(path: Path) -> None:
+    """That a file can be written there, before the work."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory; give a file name, like {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"directory {path.parent} of {path} does not exist; make it or choose another file")

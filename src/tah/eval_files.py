@@ -1,0 +1,261 @@
+"""What an evaluation leaves in its directory, and how it is read back.
+
+    run.json                      what was asked: model, data, protocol; and versions
+    samples/POLICY/TASK.jsonl     an answer a line, appended batch by batch; verdicts are added when a task is done
+    results.json, results.md      made from the samples
+
+A line has `policy`, `task`, `question` (its id), `number`, `sample`, `prompt` (a hash), `verdict` (null until it is
+graded), and the fields of [`Generated`]: text, token counts, depths, seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+FACTS = ("tah", "model", "versions", "batch_size", "started")  # of run.json: may differ when a run is continued
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer that is wanted: the sample-th to a question, by its number in the task's data."""
+
+    task: str
+    number: int
+    sample: int
+    prompt: str
+    options: dict[str, Any] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer and what it cost.
+
+    Args:
+        text: without the prompt and special tokens; thoughts included, and the <think> that a template opens them with.
+        prompt_tokens: of the prompt.
+        tokens: produced, an end token included.
+        finished: it ended by itself, not at the limit.
+        depths: passes that predicting the `tokens` took together.
+        iterated: how many of them took more than one.
+        passes: of all tokens that ran, those of the prompt included; the last one produced never ran.
+        seconds: its share of its batch's time.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finished: bool
+    depths: int
+    iterated: int
+    passes: int
+    seconds: float
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, "utf-8")
+    os.replace(new, path)
+
+
+def open_run(directory: Path, settings: dict[str, Any]) -> None:
+    """Begin a run, or continue the one that is there.
+
+    Raises:
+        ValueError: it holds something else, or a run with other settings; says which.
+    """
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; give a directory for the results")
+    path = directory / "run.json"
+    if not path.exists():
+        if directory.is_dir() and any(entry.suffix != ".new" for entry in directory.iterdir()):
+            raise ValueError(f"{directory} is not empty and holds no evaluation; choose another directory")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    before, after = read_run(directory), json.loads(json.dumps(settings))
+    if differs := differences(before, after, without=FACTS):
+        raise ValueError(f"{directory} holds an evaluation with {differs}; give the same, or another directory")
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a run.
+
+    Raises:
+        ValueError: another one is in it.
+    """
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process evaluates into {directory}; wait for it or choose another") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """`run.json` of an evaluation.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = directory / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no evaluation (no run.json); give the -o directory of tah eval")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found["tah"] != 1:
+            raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
+        return dict(found)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"
+        ) from error
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """The first three entries of nested dicts that differ, with both values; empty where none does."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, at: str) -> None:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in [*a, *(key for key in b if key not in a)]:
+                if at or key not in without:
+                    walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+        elif a != b:
+            found.append(f"{at} {a!r} (now {b!r})")
+
+    walk(before, after, "")
+    return ", ".join(found[:3])
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """The answers of one policy to one task, in a file that grows.
+
+    Args:
+        directory: of the run.
+        policy: its name.
+        task: its name.
+        ids: of the questions, by number.
+        told: how many answers there are, whenever that changes.
+
+    Attributes:
+        repaired: what was wrong with the file, in a line.
+
+    Raises:
+        ValueError: a line other than the last is damaged.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: str,
+        task: str,
+        ids: Sequence[str] = (),
+        told: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.path = directory / "samples" / policy / f"{task.replace(':', '.')}.jsonl"
+        self.policy, self.task, self.ids, self.told = policy, task, ids, told
+        self.repaired: str | None = None
+        self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # by number and sample
+        if self.path.exists():
+            self._read()
+        told(len(self.lines))
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        *lines, rest = content.split(b"\n")  # what follows the last newline was interrupted
+        size = len(content) - len(rest)
+        for at, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+                self.lines[found["number"], found["sample"]] = found
+                _generated(found)
+            except (ValueError, KeyError, TypeError) as error:
+                if at < len(lines):
+                    raise ValueError(
+                        f"{self.path} line {at} is damaged ({type(error).__name__}); delete that line to have it "
+                        "answered again"
+                    ) from error
+                size -= len(line) + 1
+        if size < len(content):
+            self.repaired = f"{self.path}: the last line was cut short and is answered again"
+            os.truncate(self.path, size)
+
+    def find(self, asked: Asked) -> Generated | None:
+        """The answer, if it is there.
+
+        Raises:
+            ValueError: it was given to another prompt.
+        """
+        line = self.lines.get((asked.number, asked.sample))
+        if line is not None and line["prompt"] != _hash(asked.prompt):
+            raise ValueError(
+                f"{self.path}: question {line['question']} was asked with another prompt (chat template or tokenizer "
+                "changed); choose another directory"
+            )
+        return None if line is None else _generated(line)
+
+    def add(self, answers: Sequence[tuple[Asked, Generated]]) -> None:
+        """Append answers. A crash leaves a last line that is cut short at most, and that is repaired."""
+        text = ""
+        for asked, answer in answers:
+            line = {
+                "policy": self.policy,
+                "task": self.task,
+                "question": self.ids[asked.number],
+                "number": asked.number,
+                "sample": asked.sample,
+                "prompt": _hash(asked.prompt),
+                "verdict": None,
+                **asdict(answer),
+            }
+            self.lines[asked.number, asked.sample] = line
+            text += _line(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.told(len(self.lines))
+
+    def graded(self, answers: int) -> bool:
+        """Whether so many are there and graded."""
+        return sum(line["verdict"] is not None for line in self.lines.values()) == answers
+
+    def grade(self, verdicts: Mapping[int, Sequence[str]]) -> None:
+        """Write down the verdicts on the samples of each question, by number; the file is in their order then."""
+        for (number, sample), line in self.lines.items():
+            line["verdict"] = verdicts[number][sample]
+        self.lines = dict(sorted(self.lines.items()))
+        write_text(self.path, "".join(map(_line, self.lines.values())))
+
+
+def _generated(line: Mapping[str, Any]) -> Generated:
+    return Generated(**{field.name: line[field.name] for field in fields(Generated)})
+
+
+def _line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
