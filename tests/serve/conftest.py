@@ -1,0 +1,19 @@
+"""Tests of the vLLM plugin, in an environment of their own (`make serve-test`): vLLM pins other versions than ours."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+SETTINGS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, where tests can look at it
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+if find_spec("vllm"):  # elsewhere these tests are skipped, and no other test should notice them
+    os.environ |= SETTINGS

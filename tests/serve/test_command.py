@@ -1,0 +1,28 @@
+"""`tah serve` says in one line what it cannot serve. Needs no vLLM."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+from checkpoints import tiny_base
+
+from tah.cli import run
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm(capsys):
+    assert run(["serve", "anything"]) == 2
+    assert capsys.readouterr().err.strip() == "tah: tah serve needs vLLM: pip install 'tah[serve]'"
+
+
+def test_models_that_are_no_tah_checkpoints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["tah.cli_serve"], "find_spec", lambda name: True)
+    tiny_base("llama").save_pretrained(tmp_path / "base")
+    assert run(["serve", str(tmp_path / "base"), "--port", "1"]) == 2
+    assert "is a plain base model, which vLLM serves by itself" in capsys.readouterr().err
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tah_config.json").write_text("{}")
+    assert run(["serve", str(tmp_path / "original")]) == 2
+    assert "first: tah convert" in capsys.readouterr().err

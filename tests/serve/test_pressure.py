@@ -1,0 +1,121 @@
+"""Answers stay the same when memory is short, requests come and go, and each has a rule of its own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+import torch
+from checkpoints import tiny
+from serving import agree, answer, iterated, prompts, reference, serve
+
+from tah import TaHForCausalLM
+
+NEW = 48
+MIXED = prompts(22, seed=1)  # 1,056 tokens
+RULES = [
+    {},
+    {"policy": "confidence", "threshold": 0.4},
+    {"max_depth": 1},
+    {"threshold": 0.6},
+    {"policy": "always"},
+    {"policy": "random"},
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama")
+
+
+@pytest.fixture(params=["two_pass", "mixed"])
+def batching(request):
+    return {"batching": request.param}
+
+
+@pytest.fixture(scope="module")
+def expected(llama):
+    return reference(llama, MIXED, NEW)
+
+
+def test_few_blocks(llama, expected, batching):
+    """Requests are preempted and run again, in part from cached blocks."""
+    with serve(llama, num_gpu_blocks_override=16, max_num_batched_tokens=48, additional_config=batching) as served:
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
+        assert served.preempted > 3
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
+
+
+def test_few_deep_entries(llama, batching):
+    """Ample room at depth 1 and little at depth 2: requests wait or are preempted, no decision changes."""
+    asked, rules = MIXED[:12], [{"threshold": 0.5}] * 12
+    want = reference(llama, asked, NEW, threshold=0.5)
+    assert iterated(want) > 0.4
+    with serve(
+        llama, max_model_len=160, num_gpu_blocks_override=100, additional_config=batching | {"deep_kv_share": 0.01}
+    ) as served:
+        assert served.model.pool.capacity == 160  # the longest request alone
+        assert agree(llama, asked, served.ask(asked, NEW, rules), want, threshold=0.5)
+        assert served.preempted > 3
+
+
+def test_rules_side_by_side_share_a_prefix(llama, batching):
+    """Each request has its own rule, and all start alike: cached prefixes are shared among equals only."""
+    asked = prompts(24, seed=3, longest=20, shared=70)
+    rules = [RULES[at % len(RULES)] for at in range(len(asked))]
+    want = [reference(llama, [prompt], NEW, **rule)[0] for prompt, rule in zip(asked, rules, strict=True)]
+    with serve(llama, max_num_batched_tokens=64, additional_config=batching) as served:
+        for _ in range(2):
+            got = served.ask(asked, NEW, rules)
+            for at, rule in enumerate(rules):
+                assert agree(llama, [asked[at]], [got[at]], [want[at]], **rule)
+        outs = served.llm.generate([{"prompt_token_ids": asked[0]}], served.params(1), use_tqdm=False)
+        assert outs[0].num_cached_tokens >= 64  # the control: there was something to share
+
+
+def test_requests_come_and_go_every_step(llama, expected, batching):
+    """A new request or none at each step; some are aborted on the way and asked again."""
+    draw, waiting, running, done = random.Random(0), list(range(len(MIXED))), {}, {}
+    aborted, number = 0, 0
+    with serve(
+        llama, max_num_seqs=6, max_num_batched_tokens=40, num_gpu_blocks_override=24, additional_config=batching
+    ) as served:
+        while len(done) < len(MIXED):
+            if waiting and draw.random() < 0.6:
+                name, number = f"{waiting[0]}-{number}", number + 1
+                internal = served.engine.add_request(name, {"prompt_token_ids": MIXED[waiting[0]]}, served.params(NEW))
+                running[name] = (waiting.pop(0), internal)
+            if running and aborted < 30 and draw.random() < 0.15:
+                name = draw.choice(sorted(running))
+                served.engine.abort_request([name])
+                waiting.append(running.pop(name)[0])
+                aborted += 1
+            for out in served.engine.step():
+                if out.finished and out.request_id in running:
+                    done[running.pop(out.request_id)[0]] = answer(out)
+        served.check_pool()
+        assert not served.scheduler.logs
+    assert aborted == 30 and agree(llama, MIXED, [done[at] for at in range(len(MIXED))], expected)
+
+
+@torch.no_grad()
+def test_several_answers_and_their_probabilities(llama, batching):
+    """Sampled answers of one prompt: the log-probabilities of what was said are the model's.
+
+    The prompt is longer than a step, which with a seed ends vLLM's own CPU engine.
+    """
+    prompt = max(MIXED, key=len)
+    model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    with serve(llama, max_num_batched_tokens=32, additional_config=batching) as served:
+        params = served.params(40, temperature=1.0, n=4, seed=5, logprobs=0)
+        out = served.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+    assert len({tuple(one.token_ids) for one in out.outputs}) == 4
+    for one in out.outputs:
+        said = torch.tensor(one.token_ids)
+        logits = model(torch.tensor([prompt + list(said)])).logits[0, len(prompt) - 1 : -1]
+        want = logits.log_softmax(-1).gather(1, said[:, None]).squeeze(1)
+        got = torch.tensor([entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)])
+        assert (got - want).abs().max() < 1e-3

@@ -1,0 +1,71 @@
+"""What cannot be served together is refused before anything is loaded, in a line that says so."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+from checkpoints import tiny
+from serving import serve
+
+from tah.vllm import compat
+
+FLAGS = {
+    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "tensor parallelism": {"tensor_parallel_size": 2},
+    "LoRA adapters of vLLM": {"enable_lora": True},
+    "--kv-cache-dtype fp8": {"kv_cache_dtype": "fp8"},
+    "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "prompt embeddings": {"enable_prompt_embeds": True},
+    "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
+    "max_depth=3 cannot be served": {"hf_overrides": {"max_depth": 3}},
+    "policy='oracle' cannot be served": {"hf_overrides": {"policy": "oracle"}},
+    "attention='blind'": {"hf_overrides": {"attention": "blind"}},
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama")
+
+
+@pytest.mark.parametrize(("says", "flags"), FLAGS.items(), ids=FLAGS.keys())
+def test_flags(llama, says, flags):
+    with pytest.raises(ValueError, match=says), serve(llama, **flags):
+        pass
+
+
+def test_other_versions_of_vllm(llama, monkeypatch):
+    monkeypatch.setattr(compat, "VLLM_VERSION", "0.40.1+cpu")
+    with pytest.raises(ValueError, match=r"vLLM 0.40.1.*pip install"), serve(llama):
+        pass
+
+
+def test_families_that_nobody_taught_it(tmp_path):
+    model = tiny(tmp_path / "model", "gemma")
+    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3; this one is 'gemma'"), serve(model):
+        pass
+
+
+def test_a_layout_that_cannot_be_read(llama, monkeypatch):
+    """Another kernel's order of keys is noticed at the start, not in the answers."""
+    read = compat.read_blocks
+    monkeypatch.setattr(compat, "read_blocks", lambda *args: tuple(part.flip(-1) for part in read(*args)))
+    with pytest.raises(ValueError, match="in a layout that tah cannot read"), serve(llama):
+        pass
+
+
+def test_a_checkpoint_with_tensors_missing(llama, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["decider.output.bias"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing tensors decider\.output\.bias"), serve(broken):
+        pass

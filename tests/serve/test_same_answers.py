@@ -1,0 +1,83 @@
+"""A served model answers as `TaHForCausalLM.generate` does, token by token and depth by depth, whatever the load."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+
+from checkpoints import tiny
+from serving import agree, iterated, prompts, reference, serve
+
+NEW = 48
+MIXED = prompts(22, seed=1)  # 1,056 tokens
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def expected(llama):
+    answers = reference(llama, MIXED, NEW)
+    assert 0.05 < iterated(answers) < 0.3
+    assert len({tuple(one.tokens) for one in answers}) == len(answers)
+    return answers
+
+
+LOADS = {
+    "one at a time": {"max_num_seqs": 1},
+    "eight": {"max_num_seqs": 8},
+    "thirty-two": {"max_num_seqs": 32},
+    "chunks of 16": {"max_num_batched_tokens": 16},
+    "chunks of 50": {"max_num_batched_tokens": 50},
+    "no prefix cache": {"enable_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("batching", ["two_pass", "mixed"])
+@pytest.mark.parametrize("options", LOADS.values(), ids=LOADS.keys())
+def test_any_load(llama, expected, options, batching):
+    with serve(llama, additional_config={"batching": batching}, **options) as served:
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)  # with whatever is cached by now
+
+
+def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):
+    """What the comparison above would show if the second pass did nothing, or the decision were another."""
+    with serve(llama) as served:
+        never = served.ask(MIXED, NEW, [{"policy": "never"}] * len(MIXED))
+        assert sum(a.tokens != b.tokens for a, b in zip(never, expected, strict=True)) > len(MIXED) // 2
+        lower = served.ask(MIXED, NEW, [{"threshold": 0.5}] * len(MIXED))
+        assert sum(a.depths != b.depths for a, b in zip(lower, expected, strict=True)) > len(MIXED) // 2
+
+
+@pytest.mark.parametrize(("family", "batching"), [("qwen3", "mixed"), ("qwen2", "two_pass"), ("mistral", "mixed")])
+def test_other_families(tmp_path, family, batching):
+    model = tiny(tmp_path / family, family)
+    with serve(model, max_num_batched_tokens=64, additional_config={"batching": batching}) as served:
+        assert agree(model, MIXED, served.ask(MIXED, NEW), reference(model, MIXED, NEW))
+
+
+SEAMS = {
+    "own": {"attention": "own"},
+    "hidden": {"reembed": "hidden"},
+    "zero_init": {"combine": "zero_init"},
+    "authors' decider": {"decider": {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}},
+    "some adapters": {"lora_targets": ["q_proj", "v_proj", "down_proj"]},
+    "no adapter": {"lora_rank": 0},
+    "always": {"policy": "always"},
+    "entropy": {"policy": "confidence", "confidence_measure": "entropy", "threshold": 0.9},
+}
+
+
+@pytest.mark.parametrize("config", SEAMS.values(), ids=SEAMS.keys())
+def test_what_a_checkpoint_may_be(tmp_path, config):
+    model = tiny(tmp_path / "model", "llama", **config)
+    want = reference(model, MIXED, NEW)
+    assert iterated(want) > 0.05
+    for batching in ("two_pass", "mixed"):
+        with serve(model, max_num_batched_tokens=64, additional_config={"batching": batching}) as served:
+            assert agree(model, MIXED, served.ask(MIXED, NEW), want)
