@@ -25,7 +25,7 @@ endef
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv test test-lowest lint format demo bench serve-env serve-test clean
+.PHONY: help venv test test-lowest lint format demo bench reproduce serve-env serve-test clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
+	@echo "make reproduce   make the tiny table of docs/training.md from nothing (minutes)"
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
 	@echo "make serve-test  tests of serving in it"
 	@echo "make clean   remove $(VENV) and caches"
@@ -89,6 +90,9 @@ $(SERVE): $(INPUTS)
 
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
+
+reproduce: $(DEV)
+	OMP_NUM_THREADS=2 $(BIN)/tah run tiny --output out/tiny $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

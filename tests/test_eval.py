@@ -17,12 +17,12 @@ import torch
 from lm_eval.tasks import TaskManager
 
 import tah.cli_eval  # noqa: F401  # registers its commands
-from tah import TaHForCausalLM
+from tah import TaHForCausalLM, harness
 from tah.answers import grade_choice, grade_math, letter_of
 from tah.by_row import SampleByRow
 from tah.cli import run
-from tah.eval_files import Asked, Samples, alone, differences
-from tah.eval_report import as_markdown, compare, compared_markdown
+from tah.eval_files import Asked, Generated, Samples, alone, differences
+from tah.eval_report import _bounded, as_markdown, compare, compared_markdown
 from tah.evaluate import Sampling, _build, _run, evaluate
 from tah.harness import TaHLM
 from tah.session import Session
@@ -130,7 +130,6 @@ def test_rows_are_drawn_from_the_warped_distribution():
     kept = logits.clone()
     kept[[3, 4]] = -torch.inf  # beyond the best four
     p = (kept / 0.7).softmax(-1)
-    p[p.cumsum(0) - p > 2] = 0
     order = p.argsort(descending=True)
     inside = order[: int((p[order].cumsum(0) < 0.9).sum()) + 1]  # the smallest set with 0.9 of the mass
     expected = torch.zeros(6).index_copy(0, inside, p[inside] / p[inside].sum())
@@ -179,7 +178,7 @@ def test_rows_stop_at_their_own_stop_string(wild):
     assert not any(stop in text for text in texts)
 
 
-def test_the_oracle_iterates_where_the_reference_disagrees(wild):
+def test_the_oracle_iterates_where_the_reference_disagrees(wild, monkeypatch):
     reference = Session.open(wild.source)
     head = reference.model.base.lm_head.weight
     head.data += 0.4 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
@@ -191,6 +190,7 @@ def test_the_oracle_iterates_where_the_reference_disagrees(wild):
         kept["out"] = original(*args, **kwargs)
         return kept["out"]
 
+    monkeypatch.setattr(harness, "CHUNK", 8)  # the reference reads prompts in parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.model, "generate", generate)
         answers = lm._generate(asked(PROMPTS))
@@ -245,6 +245,13 @@ def test_likelihoods_follow_the_policy(wild):
         ("2\\sqrt{3}", "$\\boxed{\\sqrt{12}}$", "right"),
         ("x^2-1", "\\boxed{(x-1)(x+1)}", "right"),
         ("18", "\\boxed{\\$18}", "right"),
+        ("18", "The answer is **18**.", "right"),
+        ("36", "So she has **36** eggs left.", "right"),
+        ("37", "**Answer: 36**", "wrong"),
+        ("4e33", "\\boxed{4 \\times 10^{33}}", "right"),
+        ("1e-3", "\\boxed{0.001}", "right"),
+        ("1e-3", "\\boxed{0.01}", "wrong"),
+        ("2e", "\\boxed{2e}", "right"),  # Euler's number
     ],
 )
 def test_mathematics(gold, text, grade):
@@ -270,6 +277,17 @@ def test_letters(text):
         ("\\boxed{E}", None),  # there are four
         ("\\boxed{A} no, \\boxed{B}", "B"),
         ("A good question.", None),
+        ("The correct answer is option C.", "C"),
+        ("The correct option is **B**", "B"),
+        ("The correct choice is (B).", "B"),
+        ("\\boxed{\\text{Option C}}", "C"),
+        ("\\boxed{\\text{\\textbf{B}}}", "B"),
+        ("\\boxed{\\textbf{(B) } \\sqrt{\\frac{1}{2}}}", "B"),
+        ("\\boxed{\\text{D}} \\boxed{}", "D"),
+        ("\\boxed{d = 5}", None),
+        ("\\boxed{a^2}", None),
+        ("\\boxed{A, B}", None),
+        ("\\boxed{A and C}", None),
         ("<think>\\boxed{A}", None),
         ("<think>\\boxed{A}</think>\\boxed{D}", "D"),
     ],
@@ -495,10 +513,64 @@ def test_another_evaluation_in_the_same_place_is_refused(pupil, wild, done, tmp_
 
 
 def test_a_run_in_use_is_refused(tmp_path):
-    with alone(tmp_path), pytest.raises(ValueError, match="another process evaluates into"), alone(tmp_path):
-        pass
-    with alone(tmp_path):
-        pass
+    with alone(tmp_path / "run"), pytest.raises(ValueError, match="another process evaluates into"):
+        with alone(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists()  # nothing has begun in it
+
+
+def test_intervals_where_all_answers_are_alike():
+    """24 of 24 wrong: the chance of that is 2.5 % where 14.2 % are right."""
+    nothing = _bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
+    assert nothing == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.1425, abs=1e-4)}
+    assert (1 - nothing["high"]) ** 24 == pytest.approx(0.025)
+    assert _bounded({"value": 1.0, "low": 1.0, "high": 1.0}, 24)["low"] == pytest.approx(1 - 0.1425, abs=1e-4)
+    some = {"value": 0.5, "low": 0.2, "high": 0.8}
+    assert _bounded(some, 24) == some
+
+
+def test_a_refused_evaluation_leaves_nothing(wild, tmp_path):
+    with pytest.raises(ValueError, match="lower --max-new-tokens"):
+        evaluate(wild, ["gsm8k"], tmp_path / "run", policies=["never"], data={"gsm8k": ITEMS / "math.jsonl"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_reading_a_trainings_directory_says_so(tmp_path):
+    (tmp_path / "run.json").write_text('{"recipe": "tiny"}')
+    with pytest.raises(ValueError, match="holds no evaluation .its run.json is another's"):
+        compare(str(tmp_path), str(tmp_path))
+
+
+def test_unfinished_runs_are_not_compared(done, tmp_path):
+    """Not even where both lack the same answers."""
+    directory = tmp_path / "run"
+    shutil.copytree(done[0], directory)
+    for path in directory.glob("samples/*/arc_e.jsonl"):
+        path.write_text("")
+    with pytest.raises(ValueError, match="arc_e.jsonl is not finished"):
+        compare(str(directory), str(directory))
+
+
+@pytest.mark.parametrize("line", ['{"number": 0, "sample": 0}', "[]", '{"number": 0}'])
+def test_a_last_line_that_is_no_answer_is_cut(done, tmp_path, line):
+    directory = tmp_path / "run"
+    shutil.copytree(done[0], directory)
+    path = directory / "samples" / "never" / "gsm8k.jsonl"
+    path.write_text(path.read_text().splitlines()[1] + "\n" + line + "\n")
+    found = Samples(directory, "never", "gsm8k")
+    assert found.repaired and len(found.lines) == 1 and line in path.read_text()  # reading changes nothing
+    generated = Generated("it is", 3, 2, True, 2, 0, 4, 0.1)
+    Samples(directory, "never", "gsm8k", ids="abcde").add([(Asked("gsm8k", 4, 1, "why", {}), generated)])
+    assert line not in path.read_text() and len(Samples(directory, "never", "gsm8k").lines) == 2
+
+
+def test_lm_eval_knows_how_long_texts_may_be(wild):
+    assert TaHLM(wild, policy="never").max_length == LONG["max_position_embeddings"]
+
+
+def test_an_unknown_option_is_refused(wild):
+    with pytest.raises(ValueError, match="min_p: only temperature"):
+        TaHLM(wild, policy="never")._generate(asked(["x"], min_p=0.5))
 
 
 def test_changed_prompts_are_noticed(done, tmp_path):

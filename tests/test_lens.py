@@ -316,6 +316,10 @@ def test_mistakes_are_named(capsys, files, here):
     )
     assert "give a file name" in fails(capsys, files["own"], "-o", ".")
     assert "--png text.txt is a file" in fails(capsys, files["own"], "--png", "text.txt")
+    before = Path(files["own"]).read_bytes()
+    for options in (["-o", files["own"]], ["--markdown", files["own"]], ["-o", "a.html", "--markdown", "./a.html"]):
+        assert "would be overwritten" in fails(capsys, files["own"], *options)
+    assert Path(files["own"]).read_bytes() == before
     model = tah(max_depth=2).eval()
     trace(model, words("v"), rows(model, 2), "words.jsonl")
     assert "different tokenizers" in fails(capsys, files["own"], "words.jsonl")

@@ -16,11 +16,17 @@ Grade = Literal["right", "wrong", "unparsed"]
 
 SECONDS = 5  # for each of parsing and comparing; an expression may be made to explode
 LETTERS = "ABCDEFGHIJ"
-# The paper's order (spec D.1): boxed LaTeX before other LaTeX before plain numbers, the first kind that is found.
+# The paper's order (spec D.1): boxed LaTeX before other LaTeX before plain numbers. Unlike the paper's, the search
+# goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-SAID = re.compile(r"(?i:\banswer(?:\s+is)?\b)[\s:*]*(\(?\$?(?:\\text\{)?[A-J]\b)")  # "a" alone may be an article
-LETTER = re.compile(r"[\s*$({]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-Ja-j])(?![A-Za-z])")
+SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])")
+BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})+)\}")
+# Upper case only: "a" may be an article.
+SAID = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is)?(?:\s+option)?\b)[\s:*]*(\(?\$?(?:\\text\{)?[A-J]\b)")
+LETTER = re.compile(
+    r"[\s*$({]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)*(?:[Oo]ption\s+)?\(?([A-Ja-j])"
+    r"(?=[\s.):,*$}]|$)(?!\s*=)(?!\W*(?:,|and|or|&)\W*[A-J](?![A-Za-z]))"
+)
 
 
 def after_thoughts(text: str) -> str:
@@ -38,7 +44,7 @@ def read_math(gold: str) -> list[Any]:
     Raises:
         ValueError: it cannot be read.
     """
-    found: list[Any] = parse(rf"\boxed{{{gold}}}", EXTRACTION, parsing_timeout=SECONDS)
+    found: list[Any] = parse(rf"\boxed{{{_scientific(gold)}}}", EXTRACTION, parsing_timeout=SECONDS)
     if not found:
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
     return found
@@ -52,10 +58,15 @@ def grade_math(gold: str, text: str) -> Grade:
         text: the whole answer.
     """
     wanted = read_math(gold)
-    found = parse(after_thoughts(text), EXTRACTION, extraction_mode="first_match", parsing_timeout=SECONDS)
+    found = parse(_scientific(after_thoughts(text)), EXTRACTION, parsing_timeout=SECONDS)
     if not found:
         return "unparsed"
     return "right" if verify(wanted, found, timeout_seconds=SECONDS) else "wrong"
+
+
+def _scientific(text: str) -> str:
+    """1e-3 in LaTeX; math-verify reads Euler's number."""
+    return SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
 
 
 def grade_choice(gold: str, text: str, choices: int) -> Grade:

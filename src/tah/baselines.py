@@ -1,8 +1,8 @@
 """Models that a run makes beside its own: the base and the reference of the embedded experiment, and its controls.
 
 Standard is the base after more ordinary steps, one pass: as many as the backbone takes (`reference`, which also
-labels), or as many as cost what the whole of TaH's training did (`standard_compute`). `blind` is TaH again with deeper
-passes that see no text, so that what it gains is no reasoning.
+labels), or as many as cost what labels, backbone and decider did (`standard_compute`; training the reference is
+not counted). `blind` is TaH again with deeper passes that see no text, so that what it gains is no reasoning.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train_reference(recipe: Recipe, run: Path) -> None:
 
 
 def train_standard_compute(recipe: Recipe, run: Path) -> None:
-    """`run/standard_compute`: as the reference, with more steps, so many that all cost what TaH's training did."""
+    """`run/standard_compute`: as the reference, with more steps: all cost what labels, backbone and decider did."""
     training = recipe.backbone.training | {"max_steps": equal_steps(recipe, run)}
     _train_plain(recipe, run, "standard_compute", run / "base", training)
 
@@ -90,7 +90,7 @@ def equal_steps(recipe: Recipe, run: Path) -> int:
     for stage, each in stages:
         if stage == "backbone" or recipe.decider is not None:
             cost += each * tokens * _passes(recipe, stage, run / stage, where)
-    return round(cost / (TRAINED * tokens * _rows_per_step(recipe, "backbone", run / "backbone")))
+    return round(cost / (TRAINED * tokens * _rows_of_a_process(recipe, "backbone")))  # one process trains Standard
 
 
 def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> float:
@@ -98,15 +98,16 @@ def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> floa
     lines = read_metrics(directory / "metrics.jsonl")
     shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
     steps = max(line["step"] for line in lines)
-    return steps * _rows_per_step(recipe, stage, directory) * (1 + where * sum(shares) / len(shares))
+    processes = json.loads((directory / "run.json").read_text("utf-8"))["world_size"]
+    rows = steps * processes * _rows_of_a_process(recipe, stage)
+    return rows * (1 + where * sum(shares) / len(shares))
 
 
-def _rows_per_step(recipe: Recipe, stage: Stage, directory: Path) -> int:
+def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
+    """In one step of the optimizer."""
     section = recipe.backbone if stage == "backbone" or recipe.decider is None else recipe.decider
-    each = section.training.get("per_device_train_batch_size", 8) * section.training.get(
-        "gradient_accumulation_steps", 1
-    )
-    return each * json.loads((directory / "run.json").read_text("utf-8"))["world_size"]
+    batch = section.training.get("per_device_train_batch_size", 8)
+    return batch * section.training.get("gradient_accumulation_steps", 1)
 
 
 def _train_plain(recipe: Recipe, run: Path, name: str, start: Path, training: dict[str, Any]) -> None:

@@ -26,13 +26,9 @@ def evaluate(
     model: ModelArgument,
     tasks: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES", help="nine (the paper's), names, or lm_eval:NAME; separated by commas. Required."
-        ),
+        typer.Option(metavar="NAMES", help="nine (the paper's), names, or lm_eval:NAME; separated by commas."),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="For answers and results; continued. Required.")
-    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="For answers and results; continued.")],
     policy: Annotated[
         str | None,
         typer.Option(
@@ -147,5 +143,7 @@ def _files(given: list[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise typer.BadParameter(f"--data {text} must be TASK=FILE, such as gsm8k=questions.jsonl")
+        if name in files:
+            raise typer.BadParameter(f"--data names two files for {name}")
         files[name] = path
     return files

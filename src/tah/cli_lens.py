@@ -44,8 +44,12 @@ def report(
     if len(traces) > 2:
         raise typer.BadParameter(f"{len(traces)} traces; at most two fit side by side")
     paths = [_trace_of(path) for path in traces]
-    for path in [output, *([] if markdown is None else [markdown])]:
+    written = [output, *([] if markdown is None else [markdown])]
+    for path in written:
         _check_file(path)
+    places = [path.resolve() for path in (*paths, *written)]
+    if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
+        raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
     if png is not None and png.exists() and not png.is_dir():
         raise typer.BadParameter(f"--png {png} is a file; give a directory")
     for name in PARTS if png is None else (*PARTS, "lens_charts"):

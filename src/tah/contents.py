@@ -39,7 +39,7 @@ def sizes_of(result: Path) -> dict[str, int]:
     for path in sorted(result.rglob("*")):
         inside = path.relative_to(result).parts
         hidden = any(part.startswith(".") for part in inside)
-        if path.is_file() and not hidden and inside[0] not in LOGS and path.suffix not in WORDS:
+        if path.is_file() and not hidden and not set(inside) & set(LOGS) and path.suffix not in WORDS:
             found["/".join(inside)] = path.stat().st_size
     return found
 

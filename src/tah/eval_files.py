@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+LOCK = ".lock"
 FACTS = ("tah", "model", "versions", "batch_size", "started")  # of run.json: may differ when a run is continued
 
 
@@ -72,16 +73,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_run(directory: Path, settings: dict[str, Any]) -> None:
-    """Begin a run, or continue the one that is there.
+    """Begin a run, or continue the one that is there; within `alone`.
 
     Raises:
         ValueError: it holds something else, or a run with other settings; says which.
     """
-    if directory.is_file():
-        raise ValueError(f"{directory} is a file; give a directory for the results")
     path = directory / "run.json"
     if not path.exists():
-        if directory.is_dir() and any(entry.suffix != ".new" for entry in directory.iterdir()):
+        if any(entry.suffix != ".new" and entry.name != LOCK for entry in directory.iterdir()):
             raise ValueError(f"{directory} is not empty and holds no evaluation; choose another directory")
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -92,20 +91,30 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a run.
+    """Keep other processes out of a run's directory, which is made if need be.
 
     Raises:
-        ValueError: another one is in it.
+        ValueError: another one is in it, or it cannot be written to.
     """
-    lock = FileLock(directory / ".lock")
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; give a directory for the results")
+    fresh, lock = not directory.exists(), FileLock(directory / LOCK)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process evaluates into {directory}; wait for it or choose another") from None
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written to ({error.strerror}); choose another") from error
     try:
         yield
     finally:
         lock.release()
+        if {path.name for path in directory.iterdir()} <= {LOCK, "run.json"}:  # no answer is worth keeping
+            for name in (LOCK, "run.json"):
+                (directory / name).unlink(missing_ok=True)
+            if fresh:
+                directory.rmdir()
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -119,6 +128,8 @@ def read_run(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} holds no evaluation (no run.json); give the -o directory of tah eval")
     try:
         found = json.loads(path.read_text("utf-8"))
+        if "tah" not in found:
+            raise ValueError(f"{directory} holds no evaluation (its run.json is another's); give a tah eval directory")
         if found["tah"] != 1:
             raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
         return dict(found)
@@ -175,6 +186,7 @@ class Samples:
         self.path = directory / "samples" / policy / f"{task.replace(':', '.')}.jsonl"
         self.policy, self.task, self.ids, self.told = policy, task, ids, told
         self.repaired: str | None = None
+        self.size: int | None = None  # of the whole lines, where something follows them
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # by number and sample
         if self.path.exists():
             self._read()
@@ -187,8 +199,9 @@ class Samples:
         for at, line in enumerate(lines, 1):
             try:
                 found = json.loads(line)
-                self.lines[found["number"], found["sample"]] = found
                 _generated(found)
+                key, *_ = (found["number"], found["sample"]), found["prompt"], found["question"], found["verdict"]
+                self.lines[key] = found
             except (ValueError, KeyError, TypeError) as error:
                 if at < len(lines):
                     raise ValueError(
@@ -198,7 +211,7 @@ class Samples:
                 size -= len(line) + 1
         if size < len(content):
             self.repaired = f"{self.path}: the last line was cut short and is answered again"
-            os.truncate(self.path, size)
+            self.size = size
 
     def find(self, asked: Asked) -> Generated | None:
         """The answer, if it is there.
@@ -231,6 +244,9 @@ class Samples:
             self.lines[asked.number, asked.sample] = line
             text += _line(line)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.size is not None:
+            os.truncate(self.path, self.size)
+            self.size = None
         with open(self.path, "ab") as file:
             file.write(text.encode())
             file.flush()

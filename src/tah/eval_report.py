@@ -30,8 +30,9 @@ COLUMNS = {
     "cost": "cost",
 }
 LEGEND = (
-    "Accuracy in % with the 95 % bootstrap interval over questions; unparsed: answers in which none was found, counted "
-    "as wrong; cut off: answers that reached the limit; cost: forward passes, prompt included, per pass of the base."
+    "Accuracy in % with the 95 % bootstrap interval over questions (exact where all are alike); unparsed: answers in "
+    "which none was found, counted as wrong; cut off: answers that reached the limit; cost: forward passes, prompt "
+    "included, per pass of the base."
 )
 
 
@@ -58,13 +59,21 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             resampled, right = _right(samples, seed=len(drawn))
             drawn.append((resampled, resampled.mean(right)))
             lines = samples.lines.values()
-            accuracy = resampled.estimate(drawn[-1][1])
+            accuracy = _bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
             unparsed = sum(line["verdict"] == "unparsed" for line in lines)
             counts = {"questions": facts["questions"], "answers": len(lines), "unparsed": unparsed}
             rows.append({"policy": policy, "task": name, "accuracy": accuracy} | counts | _costs(samples))
         if drawn:
             averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
     return run | {"results": rows, "average": averages, "lm_eval": stock}
+
+
+def _bounded(accuracy: Estimate, questions: int) -> Estimate:
+    """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
+    bound = 1 - 0.025 ** (1 / questions)
+    if accuracy["value"] == 0:
+        return accuracy | {"high": bound}
+    return accuracy | {"low": 1 - bound} if accuracy["value"] == 1 else accuracy
 
 
 def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
@@ -189,7 +198,8 @@ def compare(a: str, b: str) -> dict[str, Any]:
         pairs = [(policies_a[0], policies_b[0])]
     elif not (pairs := [(policy, policy) for policy in policies_a if policy in policies_b]):
         raise ValueError(f"{a} has {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: name one, as {a}:POLICY")
-    found = [_compared(first, second, pair, names) for pair in pairs]
+    counts = {name: run_a["tasks"][name]["questions"] * run_a["sampling"]["samples"] for name in names}
+    found = [_compared(first, second, pair, counts) for pair in pairs]
     return {"a": a, "b": b, "comparisons": found, "left_out": sorted(set(alone))}
 
 
@@ -205,13 +215,14 @@ def _opened(name: str) -> tuple[Path, dict[str, Any], list[str]]:
     return Path(directory), run, [policy] if policy else policies
 
 
-def _compared(first: Path, second: Path, pair: tuple[str, str], names: Sequence[str]) -> dict[str, Any]:
+def _compared(first: Path, second: Path, pair: tuple[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
+    """Two policies; `counts`: answers of each task."""
     rows: list[dict[str, Any]] = []
     drawn: list[tuple[Resampled, np.ndarray]] = []
-    for name in names:
+    for name, count in counts.items():
         one, two = Samples(first, pair[0], name), Samples(second, pair[1], name)
         for samples in (one, two):
-            if any(line["verdict"] is None for line in samples.lines.values()) or one.lines.keys() != two.lines.keys():
+            if not samples.graded(count):
                 raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
         resampled, before = _right(one, seed=len(drawn))
         _, after = _right(two, seed=len(drawn))

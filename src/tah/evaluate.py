@@ -133,14 +133,17 @@ def evaluate(
             batch_size=batch_size,
             add_bos_token=None if raw else False,  # a chat template writes it where it belongs
         )
-        chosen = list(policies or [session.model.config.policy])
+        chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
+        if len(shared := [policy for policy in chosen if policy in ("decider", "confidence")]) > 1:
+            note(f"{' and '.join(shared)} share the threshold {lm.rule['threshold']:.4g}, though their scales differ")
         settings = _settings(lm, chosen, built, limit) | {
             "sampling": asdict(sampling),
             "template": "none" if raw else "chat",
+            "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
             "batch_size": batch_size,
         }
-        open_run(output, settings)
         with alone(output):
+            open_run(output, settings)
             for policy, (name, task) in itertools.product(chosen, built.items()):
                 ids = [str(doc.get("id", number)) for number, doc in enumerate(list(task.eval_docs)[:limit])]
                 of = len(ids) * int(task.config.repeats)
@@ -220,6 +223,11 @@ def _build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) ->
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
             raise ValueError(f"lm-eval has no task {name!r}{hint}")
+        path = manager.task_index[name].yaml_path  # loading such a task already fetches code from the Hub
+        if path is not None and any(
+            "unsafe_code: true" in file.read_text() for file in Path(path).parent.glob("*.y*ml")
+        ):
+            raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
     built: dict[str, Any] = {}
     for name in names:
         own = not name.startswith(ours.STOCK)
@@ -232,8 +240,6 @@ def _build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) ->
                 task.set_config("generation_kwargs", sampling.options(), update=True)
             if own:
                 task.set_config("repeats", sampling.samples)
-            elif getattr(task, "UNSAFE_CODE", False):
-                raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(1234)  # lm-eval's own
@@ -271,10 +277,11 @@ def _facts(task: Any, limit: int | None) -> dict[str, Any]:
     """What decides a task: its data and its prompt."""
     docs = list(task.eval_docs)[:limit]
     told = json.dumps(docs, sort_keys=True, default=str).encode()
+    prompt = task.config.doc_to_text  # a function, in some of lm-eval's own, has no name that stays the same
     return {
         "questions": len(docs),
         "data": hashlib.sha256(told).hexdigest()[:16],
-        "prompt": hashlib.sha256(str(task.config.doc_to_text).encode()).hexdigest()[:16],
+        "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16] if isinstance(prompt, str) else None,
         "version": task.VERSION,
     }
 

@@ -28,6 +28,7 @@ from .by_row import RowEnds, SampleByRow
 from .cache import DuoCache
 from .eval_files import Asked, Generated, Samples
 from .generation import RefuseNaN
+from .outputs import CHUNK
 from .policy import DepthState, Policy
 from .reference import check_reference
 from .session import Session
@@ -83,6 +84,10 @@ class TaHLM(HFLM):
         session = Session.open(pretrained, **place) if isinstance(pretrained, str) else pretrained
         template = session.tokenizer.chat_template
         thinking = {"enable_thinking": True} if "enable_thinking" in str(template or "") else {}
+        positions = getattr(session.model.config.get_text_config(), "max_position_embeddings", None)
+        options.setdefault(
+            "max_length", positions
+        )  # lm-eval looks for it at the top of the config, and then takes 2048
         super().__init__(
             pretrained=session.model,
             tokenizer=session.tokenizer,
@@ -176,6 +181,8 @@ class TaHLM(HFLM):
         top_k = options.pop("top_k", 0)
         if seeds is not None:
             processors.append(SampleByRow(seeds, P, limit, top_k=top_k, **warping))
+        if options:  # lm-eval leaves out `use_cache` and the like
+            raise ValueError(f"generation option {', '.join(options)}: only temperature, top_p and top_k are known")
         ends = RowEnds(B, P, self._end_tokens(), StopStringCriteria(self.tokenizer, stop) if stop else None)
         self._begin(mask)
         start = time.perf_counter()
@@ -187,7 +194,7 @@ class TaHLM(HFLM):
             stopping_criteria=StoppingCriteriaList([ends]),
             pad_token_id=self.tokenizer.pad_token_id,
             return_dict_in_generate=True,
-            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options | self.rule,
+            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule,
         )
         seconds = (time.perf_counter() - start) / B
         counts, lengths = out.depth_count.cpu(), ends.lengths.tolist()
@@ -227,10 +234,18 @@ class TaHLM(HFLM):
         return sorted({*ends, self.eot_token_id})
 
     def _check_lengths(self, wanted: Sequence[Asked]) -> None:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        policy = self.rule["policy"]
+        models = [self.model, *([policy.reference] if isinstance(policy, ReferenceOracle) else [])]
+        limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+        positions = min((limit for limit in limits if limit is not None), default=None)
         for asked in wanted if positions is not None else ():
             limit = normalize_gen_kwargs(asked.options, self.max_gen_toks)["max_gen_toks"]
             length = self.tok_batch_encode([asked.prompt])[0].shape[1]
+            if length >= positions:
+                raise ValueError(
+                    f"question {asked.number} of {asked.task} has {length} tokens, the model only {positions} "
+                    "positions; leave it out of the data"
+                )
             if length + limit > positions:
                 raise ValueError(
                     f"question {asked.number} of {asked.task} has {length} tokens, and its answer may have {limit}: "
@@ -247,7 +262,7 @@ class ReferenceOracle(Policy):
 
     def __init__(self, reference: Session) -> None:
         self.reference = reference.model
-        self.rule = {"policy": "never"} if reference.wrapped else {}  # a wrapped base is itself, untrained adapter off
+        self.rule = {"policy": "never"} if reference.wrapped else {}  # a wrapped base is itself
 
     def begin(self, mask: Tensor) -> None:
         """A new batch whose prompts are where `mask` [B, P] is set."""
@@ -268,6 +283,9 @@ class ReferenceOracle(Policy):
             self.mask = torch.cat([self.mask, new], dim=1)
         self.fresh = False
         ids = torch.zeros(new.shape, dtype=torch.long, device=new.device).masked_scatter(new, state.input_ids)
-        given = {"attention_mask": self.mask.long(), "past_key_values": self.cache, "use_cache": True}
-        out = self.reference(ids.to(self.reference.device), **given, **self.rule)
-        return out.logits.argmax(-1)[new]
+        ids, start, found = ids.to(self.reference.device), self.mask.shape[1] - new.shape[1], []
+        for part in ids.split(CHUNK, dim=1):  # of a long prompt, so that no [B, P, V] exists
+            start += part.shape[1]
+            given = {"attention_mask": self.mask[:, :start].long(), "past_key_values": self.cache, "use_cache": True}
+            found.append(self.reference(part, **given, **self.rule).logits.argmax(-1))
+        return torch.cat(found, dim=1)[new]

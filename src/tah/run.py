@@ -66,12 +66,19 @@ class Run:
         directory: where; made when the first step begins.
         steps: in an order in which every step comes after those it needs.
         note: takes a line about each step.
+
+    Raises:
+        ValueError: the directory is a file, or a model.
     """
 
     def __init__(
         self, recipe: Recipe, directory: Path, steps: Sequence[Step], note: Callable[[str], None] = lambda line: None
     ) -> None:
         self.recipe, self.directory, self.note = recipe, Path(directory), note
+        if self.directory.is_file():
+            raise ValueError(f"{self.directory} is a file; choose another --output")
+        if (self.directory / "config.json").exists():
+            raise ValueError(f"{self.directory} is a model; choose another --output")
         self.steps = {step.name: step for step in steps}
         self.lead = int(os.environ.get("RANK", 0)) == 0
         self.wanted: dict[str, dict[str, Any]] = {}
@@ -212,9 +219,10 @@ class Run:
         """Results take long to make, so none is deleted because a recipe has changed."""
         record = self._record(step.name)
         assert record is not None
-        kept = self.directory / "old" / f"{step.directory}-{record['fingerprint'][:8]}"
-        kept.parent.mkdir(exist_ok=True)
-        shutil.rmtree(kept, ignore_errors=True)
+        name, old = f"{step.directory}-{record['fingerprint'][:8]}", self.directory / "old"
+        old.mkdir(exist_ok=True)
+        places = (old / name, *(old / f"{name}-{number}" for number in range(2, 1000)))
+        kept = next(place for place in places if not place.exists())
         os.replace(self.result(step.name), kept)
         return kept
 
@@ -247,8 +255,6 @@ class Run:
         if not self.lead:
             yield
             return
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"{self.directory} is a file; choose another --output")
         fresh = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         lock = FileLock(self.directory / ".lock")  # of the system: it ends with the process, however that ends
         new = [path for name in (".lock", "recipe.yaml") if not (path := self.directory / name).exists()]

@@ -108,6 +108,8 @@ def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
         found.append(Step(name, name, make, backbone, needs, resumes=True))
     if recipe.controls.blind:
         reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
+        if recipe.uses_labels and recipe.label is not None:
+            reads["label.rule"] = recipe.label.rule
         make, needs = _by_one_process(train_blind), ("base", "label")
         found.append(Step("blind", "blind", make, reads, needs, resumes=True))
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,8 +75,8 @@ def load(
         for number, row in enumerate(rows):
             check(row, kind, f"{hub} row {number}")
     filled = [_fill(row, kind, number) for number, row in enumerate(rows)]
-    if len({row["id"] for row in filled}) < len(filled):
-        raise ValueError(f"task {name}: two questions have the same id; give each its own")
+    if twice := [row for row, times in Counter(row["id"] for row in filled).items() if times > 1]:
+        raise ValueError(f"task {name}: {twice[0]!r} is the id of two questions; give each its own")
     return {"test": Dataset.from_list(filled)}
 
 

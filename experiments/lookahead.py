@@ -1,0 +1,216 @@
+"""Does a second pass help a policy that knows no labels? Trains variants of one small model and scores them.
+
+    python experiments/lookahead.py --task chain --size small --seed 0 1 2 3 --variant standard lookahead always
+    python experiments/summarise.py experiments/results/chain-small.jsonl
+
+Every (variant, seed) becomes one line of the results, whole or not at all; lines that are there are not made again.
+Training, policies, thresholds and generation are the package's own. With a seed everything changes: what is fixed in
+the task, the problems, the weights, the order. Variants of a seed share problems, steps and batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PrinterCallback, TrainingArguments
+
+import tah
+from measure import evaluate
+from tah import TaHForCausalLM
+from tah.data import Collator, depth_labels
+from tah.reference import Reference
+from tah.trainer import Objective, TaHTrainer
+from tasks import MADE, TASKS, Rows, Task
+from variants import SIZES, VARIANTS, Size, build, new_model, objective_of, parameters
+
+RESULTS = Path(__file__).parent / "results"
+MUON = 0.02  # peak learning rate of matrices
+LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
+CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: TaHForCausalLM, objective: Objective, rows: Rows, tokenizer: Any, steps: int, size: Size, seed: int
+) -> float:
+    """Train and return the mean share of supervised tokens that ran a second pass."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = TrainingArguments(
+            output_dir=os.path.join(directory, "checkpoints"),
+            max_steps=steps,
+            per_device_train_batch_size=size.batch,
+            lr_scheduler_type=size.schedule,
+            lr_scheduler_kwargs={} if size.schedule == "cosine" else {"num_decay_steps": steps // 2} | LINEAR,
+            warmup_steps=min(30, steps // 4),
+            logging_steps=max(1, steps // 10),
+            save_strategy="no",
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            label_names=["labels"],
+            disable_tqdm=True,
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+        )
+        trainer = TaHTrainer(
+            objective=objective,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=Collator(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            optimizers=(MuonAdamW(model, size.rate), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if trainer.stopped:
+            raise SystemExit("stopped by SIGTERM; the unfinished variant is not in the results")
+        metrics = Path(directory, "metrics.jsonl").read_text().splitlines()
+    shares = [line["iterated_share"] for line in map(json.loads, metrics) if "loss_depth_1" in line]
+    return sum(shares) / max(1, len(shares))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the matrices within the model, AdamW for the rest; one schedule scales both.
+
+    Args:
+        rate: of AdamW.
+    """
+
+    def __init__(self, model: TaHForCausalLM, rate: float) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = [
+            p for name, p in trained.items() if p.ndim == 2 and "embed_tokens" not in name and "decider" not in name
+        ]
+        rest = [p for p in trained.values() if all(p is not other for other in inner)]
+        super().__init__(list(trained.values()), {})
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01)]
+        if inner:
+            self.parts.append(torch.optim.Muon(inner, MUON, weight_decay=0.01))
+        self.param_groups = self._inner()  # what a schedule changes; accelerate replaces them by copies
+
+    def _inner(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, inner in zip(self.param_groups, self._inner(), strict=True):
+            inner["lr"] = group["lr"]
+        for part in self.parts:
+            part.step()
+
+
+def label(rows: Rows, size: Size, tokenizer: Any, task: Task, seed: int) -> None:
+    """Depth labels as in the paper: what a larger model, trained on the same problems in another order, gets wrong."""
+    larger = Size(size.layers + 1, 2 * size.hidden, size.operations, size.steps, size.batch, size.rate)
+    teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
+    other = Rows(task.take("train", len(rows), distinct=False)[::-1], tokenizer)
+    train(teacher, Objective("backbone", "standard", 1), other, tokenizer, size.steps, larger, seed + 1000)
+    judged = Reference(teacher).measure(
+        [rows[at]["input_ids"] for at in range(len(rows))], [rows[at]["supervised"] for at in range(len(rows))], 16384
+    )
+    rows.depth_labels = np.ones(rows.ids.shape, np.int8)
+    for at, its in enumerate(judged):
+        found = depth_labels(its.rank, its.prob, rows[at]["supervised"], "top1", 2, seed)
+        rows.depth_labels[at, : len(found)] = found
+
+
+# -- the experiment --------------------------------------------------------------------------------------------------
+
+
+def run(task: Task, size: Size, name: str) -> dict[str, Any]:
+    """Train a variant and score it: one line of results."""
+    variant, seed, tokenizer = VARIANTS[name], task.seed, task.tokenizer()
+    steps = round(size.steps * variant.steps)
+    rows = Rows(task.take("train", steps * size.batch, distinct=False), tokenizer)
+    model, second = build(size, variant, tokenizer, seed), None
+    if variant.method == "paper":
+        label(rows, size, tokenizer, task, seed)
+    before = time.process_time()
+    share = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed)
+    if variant.method == "paper":  # its decider is trained afterwards, on the frozen model
+        model.requires_grad_(False)
+        model.decider.requires_grad_(True)
+        second = round(size.steps * 0.4)
+        train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed)
+    seconds = time.process_time() - before
+    body = sum(p.numel() for n, p in model.base.named_parameters() if "embed" not in n and "lm_head" not in n)
+    head, maps = len(tokenizer) * size.hidden, parameters(model) - parameters(model.base)
+    # Per weight and token 2 operations, with gradients 6; attention itself and the optimiser are not counted.
+    made = MADE * (1 + share)  # supervised tokens whose output is computed, over both depths
+    per_row = body * float(rows.lengths.mean()) + (body + maps) * MADE * share + head * made
+    return {
+        "training": {
+            "steps": steps,
+            "decider_steps": second,
+            "batch": size.batch,
+            "iterated": share,
+            "flops": 6 * per_row * size.batch * steps,
+            "cpu_seconds": seconds,
+        },
+        "parameters": parameters(model),
+        **evaluate(model, tokenizer, task, size.test, size.validation),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="chain")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=["standard", "lookahead"])
+    for name in CHANGEABLE:
+        parser.add_argument(f"--{name}", type=int, help="instead of the size's")
+    parser.add_argument("--schedule", choices=("warmup_stable_decay", "cosine"), help="instead of the size's")
+    parser.add_argument("--operations", type=int, nargs="+", help="instead of the size's")
+    parser.add_argument("--output", type=Path, help="results; by default experiments/results/TASK-SIZE.jsonl")
+    given = parser.parse_args(arguments)
+    output = given.output or RESULTS / f"{given.task}-{given.size}.jsonl"
+    names = (*CHANGEABLE, "schedule", "operations")
+    size = replace(SIZES[given.size], **{name: getattr(given, name) for name in names if getattr(given, name)})
+    for seed in given.seed:
+        task = Task(given.task, seed, tuple(size.operations))
+        for variant in given.variant:
+            line: dict[str, Any] = {"task": given.task, "size": given.size, "variant": variant, "seed": seed}
+            line["settings"] = asdict(size) | {"operations": list(size.operations)}
+            if _is_there(line, output):
+                continue
+            line |= {"made_with": _made_with()} | run(task, size, variant)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with open(output, "a") as file:  # a single write of a whole line
+                file.write(json.dumps(line) + "\n")
+            scored = "  ".join(f"{name} {its['exact_match']:.3f}" for name, its in line["test"]["policies"].items())
+            print(f"{variant} seed {seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
+
+
+def _is_there(line: dict[str, Any], output: Path) -> bool:
+    lines = output.read_text().splitlines() if output.is_file() else []
+    return any(line.items() <= made.items() for made in map(json.loads, lines))
+
+
+def _made_with() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return versions | {"tah": tah.__version__, "device": device}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Exact match of generated answers under every policy and control, for one trained model.
+
+Policies that can be deployed, `never`, `always`, `decider`, `entropy`, generate their answers with the package's
+`generate`. Controls are computed along the given texts from the same model's two depths, all tokens of an answer having
+to be right; with `attention="own"` generating gives the same (`along_the_text` has `never` and `always`, to compare):
+
+    random          as many tokens as the decider iterates, chosen blindly: the expected exact match
+    second_choice   where the decider iterates, depth 1's second choice instead of a second pass
+    hindsight       every token at the depth at which it is right: an oracle, cannot be deployed
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tah import Confidence, Policy, TaHForCausalLM
+from tah.quality import threshold_for_share
+from tah.reference import Reference
+from tah.resample import ranking
+from tah.scores import TokenScores, score_answers, score_tokens
+from tasks import Problem, Rows, Task, question
+
+SHARE = 0.1  # of the tokens made, that a policy may iterate
+SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # of the curve
+GAIN = 0.05  # nats: a second pass that lowers the loss by more was worth it
+
+
+@torch.no_grad()
+def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, validation: int) -> dict[str, Any]:
+    """Thresholds from validation problems; scores on new problems (`test`) and on problems of the training (`seen`)."""
+    model.eval()
+    rules: dict[str, dict[str, Any]] = {"never": {"policy": "never"}}
+    if model.config.max_depth > 1:
+        rules["always"] = {"policy": "always"}
+        asked: dict[str, str | Policy] = {"entropy": Confidence("entropy")}
+        if model.decider is not None:
+            asked = {"decider": "decider"} | asked
+        held_out = _rows(task.take("validation", validation, distinct=True), tokenizer)
+        for name, policy in asked.items():
+            said = score_tokens(model, held_out, tokenizer.pad_token_id, policy=policy, threshold=1.0).probability
+            rules[name] = {"policy": policy, "threshold": threshold_for_share(said, SHARE)}
+    sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
+    return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
+
+
+def _score(
+    model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """`policies`: by name, exact match, iterated share of the tokens made, and who was right, as hexadecimal bits;
+    `by_operations`: exact match by the problem's operations; and, where the model iterates, `curve`, `finding`, ..."""
+    operations = np.array([problem.steps for problem in problems])
+    questions, policies, by_operations = [question(problem) for problem in problems], {}, {}
+    for name, rule in rules.items():
+        answered = score_answers(model, tokenizer, questions, **rule)
+        policies[name] = {
+            "exact_match": float(answered.right.mean()),
+            "iterated": answered.iterated_share,
+            "threshold": rule.get("threshold"),
+            "right": np.packbits(answered.right).tobytes().hex(),
+        }
+        by_operations[name] = {
+            str(count): float(answered.right[operations == count].mean()) for count in np.unique(operations)
+        }
+    found = {"problems": len(problems), "policies": policies, "by_operations": by_operations}
+    if len(rules) == 1:
+        return found
+    rows, scores = _rows(problems, tokenizer), {}
+    for name, rule in rules.items():  # at threshold 1 a policy is only asked
+        rule = rule if name in ("never", "always") else rule | {"threshold": 1.0}
+        scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, **rule)
+    guide = "decider" if "decider" in rules else "entropy"
+    chosen = scores[guide].probability > rules[guide]["threshold"]
+    policies |= _controls(scores, _ranks(model, rows), chosen)
+    return found | _second_pass(scores)
+
+
+def _rows(problems: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    rows = Rows(problems, tokenizer)
+    return [rows[at] for at in range(len(rows))]
+
+
+def _ranks(model: TaHForCausalLM, rows: list[dict[str, Any]]) -> np.ndarray:
+    """[n] of the text's token after depth 1, 0 for the first choice."""
+    model.config.policy = "never"
+    measured = Reference(model).measure([row["input_ids"] for row in rows], [row["supervised"] for row in rows], 16384)
+    return np.concatenate(
+        [its.rank[:-1][np.asarray(row["supervised"])[1:]] for its, row in zip(measured, rows, strict=True)]
+    )
+
+
+def exact(right: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Probability [R] that all of a row's tokens are right, from that of each token [n]."""
+    result = np.ones(row.max() + 1)
+    np.multiply.at(result, row, right.astype(np.float64))
+    return result
+
+
+def _controls(scores: dict[str, TokenScores], ranks: np.ndarray, chosen: np.ndarray) -> dict[str, dict[str, Any]]:
+    one, two = scores["never"], scores["always"]
+    share = float(chosen.mean())
+    outcomes = {
+        "random": (share, share * two.right + (1 - share) * one.right),
+        "second_choice": (0.0, np.where(chosen, ranks == 1, one.right)),
+        "hindsight": (float((~one.right & two.right).mean()), one.right | two.right),
+    }
+    return {
+        name: {"exact_match": float(exact(right, one.row).mean()), "iterated": iterated}
+        for name, (iterated, right) in outcomes.items()
+    }
+
+
+def _second_pass(scores: dict[str, TokenScores]) -> dict[str, Any]:
+    """What choosing is worth: exact match by share, how well scores find gains, what a pass mends and breaks."""
+    one, two = scores["never"], scores["always"]
+    gained = one.loss - two.loss > GAIN
+    curve, finding = {}, {}
+    for name in scores.keys() - {"never", "always"}:
+        said = scores[name].probability
+        curve[name] = {
+            str(share): float(
+                exact(np.where(said > threshold_for_share(said, share), two.right, one.right), one.row).mean()
+            )
+            for share in SHARES
+        }
+        (auroc,), (average_precision,) = ranking(said, gained)
+        finding[name] = {"auroc": float(auroc), "average_precision": float(average_precision)}
+    return {
+        "curve": curve,
+        "finding": finding,
+        "gained": float(gained.mean()),
+        "mended": float((~one.right & two.right).mean()),
+        "broken": float((one.right & ~two.right).mean()),
+        "along_the_text": {name: float(exact(scores[name].right, one.row).mean()) for name in ("never", "always")},
+    }

@@ -1,0 +1,169 @@
+"""What is trained: sizes, variants, their models and their objectives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from tah import Confidence, DepthState, TaHForCausalLM
+from tah.trainer import Objective
+
+LOOKAHEAD = {"reembed": "hidden", "attention": "own", "combine": "zero_init", "lora_rank": 0}
+PAPER = {"reembed": "topk", "attention": "duo", "combine": "sum", "lora_rank": 4, "lora_alpha": 8}
+TAU = 0.3  # nats, for the variant that trains the second pass on uncertain tokens only
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Qwen3 from scratch, and its training.
+
+    Args:
+        operations: of a problem; what one pass cannot do should be among them.
+        steps: of the optimiser.
+        rate: peak learning rate of AdamW (embeddings, norms, decider); Muon's (matrices) is `MUON`.
+        schedule: of both rates: constant to half of the training, then linear to 0; or `cosine`.
+    """
+
+    layers: int
+    hidden: int
+    operations: tuple[int, ...]
+    steps: int
+    batch: int
+    rate: float = 3e-3
+    schedule: str = "warmup_stable_decay"
+    heads: int = 4
+    test: int = 2000
+    validation: int = 1000
+
+
+SIZES = {
+    "test": Size(2, 32, (1, 2), steps=6, batch=16, test=20, validation=10),
+    "small": Size(1, 64, (1, 2, 3), steps=1000, batch=128, test=500, validation=250),
+    "medium": Size(2, 128, (1, 2, 3, 4), steps=3000, batch=256),
+    "large": Size(4, 256, (1, 2, 3, 4, 5), steps=10_000, batch=512),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained.
+
+    Args:
+        method: of `Objective`, or `entropy`: look-ahead on supervised tokens of more than `TAU` nats only.
+        model: fields of `TaHConfig`.
+        share: of the supervised tokens that look ahead.
+        loss_weights: what the output after each depth counts.
+        steps: times the training of the others.
+    """
+
+    method: str
+    model: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    loss_weights: tuple[float, ...] | None = None
+    steps: float = 1.0
+
+    @property
+    def joint(self) -> bool:
+        """Whether a decider is trained along."""
+        return self.method in ("lookahead", "blind") and self.loss_weights is None
+
+
+VARIANTS = {
+    "standard": Variant("standard"),
+    "standard-x1.75": Variant("standard", steps=1.75),
+    "lookahead": Variant("lookahead", LOOKAHEAD),
+    "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
+    "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"reembed": "topk"}),
+    "lookahead-sum": Variant("lookahead", LOOKAHEAD | {"combine": "sum"}),
+    "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
+    "lookahead-entropy": Variant("entropy", LOOKAHEAD),
+    "always": Variant("lookahead", LOOKAHEAD, loss_weights=(0.0, 1.0)),
+    "blind": Variant("blind", LOOKAHEAD | {"attention": "blind"}),
+    "paper": Variant("paper", PAPER),
+}
+
+
+class UncertainSupervised(Confidence):
+    """Entropy, among tokens whose depth labels allow more: prompts are uncertain too, but nobody has to say them."""
+
+    def __init__(self) -> None:
+        super().__init__("entropy")
+
+    def __call__(self, state: DepthState) -> Tensor:
+        assert state.depth_labels is not None
+        return torch.where(state.depth_labels > state.depth, super().__call__(state), -math.inf)
+
+
+class EntropyObjective(Objective):
+    """Look-ahead where the model is uncertain after depth 1."""
+
+    def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
+        given = super().arguments(batch, step, depth, shared)
+        chosen = {"policy": UncertainSupervised(), "threshold": 1 - math.exp(-self.tau), "follow_labels": False}
+        return given | chosen
+
+
+def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Objective:
+    kind = EntropyObjective if variant.method == "entropy" else Objective
+    return kind(
+        stage=stage,
+        method="lookahead" if variant.method == "entropy" else variant.method,
+        max_depth=1 if variant.method == "standard" else 2,
+        loss_weights=variant.loss_weights,
+        share=variant.share,
+        tau=TAU,
+        joint=variant.joint,
+        seed=seed,
+    )
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
+    """The variant's model. `standard` gets wider layers, until it has at least as many parameters as look-ahead with
+    its maps and its decider."""
+    inner = 3 * size.hidden
+    if variant.method != "standard":
+        return new_model(
+            size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.method == "paper"
+        )
+    wanted = parameters(new_model(size, inner, LOOKAHEAD, tokenizer, seed, decides=True))
+    inner += math.ceil(
+        (wanted - parameters(new_model(size, inner, None, tokenizer, seed))) / (3 * size.hidden * size.layers)
+    )
+    return new_model(size, inner, None, tokenizer, seed)
+
+
+def new_model(
+    size: Size, inner: int, fields: dict[str, Any] | None, tokenizer: Any, seed: int, decides: bool = False
+) -> TaHForCausalLM:
+    set_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        head_dim=size.hidden // size.heads,
+        max_position_embeddings=128,
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    plain = {"max_depth": 1, "lora_rank": 0}
+    decider = {"kind": "lean", "width": size.hidden} if decides else None
+    options = plain if fields is None else {"max_depth": 2} | fields
+    return TaHForCausalLM.from_base(Qwen3ForCausalLM(config), policy="never", decider=decider, **options)
+
+
+def parameters(model: TaHForCausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

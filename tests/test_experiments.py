@@ -1,0 +1,146 @@
+"""The research scripts: problems, one small experiment from end to end, and the arithmetic of the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(ROOT))
+
+import lookahead  # noqa: E402
+import measure  # noqa: E402
+import summarise  # noqa: E402
+import tasks  # noqa: E402
+import variants  # noqa: E402
+from tah.turns import encode  # noqa: E402
+
+VARIANTS = ["standard", "lookahead", "lookahead-entropy", "lookahead-quarter", "paper"]
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_problems_are_held_out_by_their_line_and_rows_are_the_tokenizers(name):
+    task = tasks.Task(name, seed=3, steps=(1, 2, 3))
+    held_out = {split: {p.line for p in task.take(split, 60, distinct=True)} for split in ("test", "validation")}
+    training = task.take("train", 2000, distinct=False)
+    assert not held_out["test"] & held_out["validation"]
+    assert not {p.line for p in training} & (held_out["test"] | held_out["validation"])
+    assert {p.steps for p in training} == {1, 2, 3}
+    tokenizer = task.tokenizer()
+    rows = tasks.Rows(training[:20], tokenizer)
+    for at, problem in enumerate(training[:20]):
+        ids, supervised = encode(tasks.question(problem), tokenizer)
+        assert rows[at]["input_ids"].tolist() == list(ids)
+        assert rows[at]["supervised"].tolist() == list(supervised)
+
+
+def test_answers_follow_from_the_line():
+    for problem in tasks.Task("chain", 0, (1, 2, 3)).take("test", 50, distinct=True):
+        *definitions, at = problem.line.split()
+        value = dict(definition.split("=") for definition in definitions)
+        taken = 0
+        while at in value:
+            at, taken = value[at], taken + 1
+        assert (at, taken) == (problem.answer, problem.steps)
+
+
+def test_a_family_that_is_too_small_says_so():
+    with pytest.raises(ValueError, match="task fold has only .* different test problems, not 500"):
+        tasks.Task("fold", 0, (2,)).take("test", 500, distinct=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("experiment") / "results.jsonl"
+    given = ["--task", "chain", "--size", "test", "--output", str(output)]
+    lookahead.main([*given, "--seed", "0", "1", "--variant", *VARIANTS[:2]])
+    lookahead.main([*given, "--seed", "0", "--variant", *VARIANTS])
+    return output
+
+
+def test_a_finished_line_is_not_made_again(results):
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    made = [(line["variant"], line["seed"]) for line in lines]
+    assert sorted(made) == sorted([("standard", 1), ("lookahead", 1), *((name, 0) for name in VARIANTS)])
+
+
+def test_lines_hold_what_the_table_needs(results):
+    lines = {(line["variant"], line["seed"]): line for line in map(json.loads, results.read_text().splitlines())}
+    standard, look = lines["standard", 0], lines["lookahead", 0]
+    assert list(standard["test"]["policies"]) == ["never"]
+    assert standard["parameters"] >= look["parameters"]  # the maps and the decider are matched by wider layers
+    names = ["never", "always", "decider", "entropy", "random", "second_choice", "hindsight"]
+    for problems in ("test", "seen"):
+        policies = look[problems]["policies"]
+        assert list(policies) == names
+        assert policies["always"]["iterated"] == 1 and policies["never"]["iterated"] == 0
+    assert look["training"]["iterated"] == 1 and standard["training"]["iterated"] == 0
+    assert 0.05 < lines["lookahead-quarter", 0]["training"]["iterated"] < 0.5
+    assert standard["training"]["flops"] < look["training"]["flops"]
+    assert lines["paper", 0]["training"]["decider_steps"] > 0
+
+
+def test_table_and_intervals(results):
+    lines = [line | line["test"] for line in map(json.loads, results.read_text().splitlines())]
+    table = summarise.table(lines)
+    assert "| lookahead | decider | 2 |" in table and "| paper | decider | 1 |" in table
+    found = summarise.estimate([0.1, 0.2, 0.3, 0.4])
+    assert found["value"] == pytest.approx(0.25)
+    assert found["high"] - found["value"] == pytest.approx(3.182 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2, rel=1e-3)
+    assert summarise.estimate([0.1])["low"] is None
+    assert summarise.difference(lines, ("lookahead", "never"), ("paper", "nothing")) is None
+
+
+def test_one_seed_gets_an_interval_over_problems():
+    def line(variant: str, right: list[int]) -> dict:
+        policy = {"exact_match": float(np.mean(right)), "right": np.packbits(right).tobytes().hex()}
+        return {"variant": variant, "seed": 0, "problems": len(right), "policies": {"never": policy}}
+
+    lines = [line("a", [1, 1, 1, 0] * 25), line("b", [1, 0, 0, 1] * 25)]
+    found = summarise.difference(lines, ("a", "never"), ("b", "never"))
+    assert found["value"] == pytest.approx(0.25)
+    assert found["high"] - found["value"] == pytest.approx(1.96 * np.std([0, 1, 1, -1]) / 10)
+
+
+def test_controls_from_two_depths():
+    row = np.array([0, 0, 1, 1])
+    assert measure.exact(np.array([True, True, True, False]), row).tolist() == [1, 0]
+    assert measure.exact(np.array([0.5, 1, 0.5, 0.5]), row).tolist() == [0.5, 0.25]
+
+
+def test_only_uncertain_supervised_tokens_look_ahead():
+    objective = variants.objective_of(variants.VARIANTS["lookahead-entropy"], seed=0)
+    task = tasks.Task("chain", 0, (1, 2))
+    tokenizer = task.tokenizer()
+    rows = tasks.Rows(task.take("train", 8, distinct=False), tokenizer)
+    batch = lookahead.Collator(tokenizer.pad_token_id)([rows[at] for at in range(8)])
+    batch.pop("row")
+    model = variants.build(variants.SIZES["test"], variants.VARIANTS["lookahead-entropy"], tokenizer, seed=0)
+    with torch.no_grad():
+        out = model(**objective.arguments(batch, 0, 2))
+    supervised = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    assert (out.depth_count[supervised] == 2).all()  # untrained, so uncertain everywhere
+    assert (out.depth_count[~supervised] == 1).all()
+
+
+def test_a_schedule_reaches_both_optimisers():
+    """accelerate replaces an optimiser's groups by copies, which the inner optimisers do not see by themselves."""
+    task = tasks.Task("fold", 0, (1, 2))
+    model = variants.build(variants.SIZES["test"], variants.VARIANTS["lookahead"], task.tokenizer(), seed=0)
+    optimizer = lookahead.MuonAdamW(model, 1e-3)
+    optimizer.load_state_dict(optimizer.state_dict())
+    muon = {id(p) for p in optimizer.parts[1].param_groups[0]["params"]}
+    assert id(model.reembed_map.weight) in muon and id(model.get_input_embeddings().weight) not in muon
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for rate, moves in ((0.0, False), (1e-3, True)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        before = [p.clone() for p in model.parameters()]
+        optimizer.step()
+        assert all((a != b).any() == moves for a, b in zip(before, model.parameters(), strict=True))
