@@ -25,7 +25,7 @@ endef
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv test test-lowest lint format demo bench reproduce serve-env serve-test clean
+.PHONY: help venv test test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
 	@echo "make reproduce   make the tiny table of docs/training.md from nothing (minutes)"
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
+	@echo "make bench-serve what serving costs, in it"
 	@echo "make serve-test  tests of serving in it"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -87,6 +88,9 @@ $(SERVE): $(INPUTS)
 	@$(PIP) uninstall -y torchvision torchcodec torchaudio
 	@$(PIP) install --no-deps -e .
 	@touch $@
+
+bench-serve: $(SERVE)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/tah bench serve $(ARGS)
 
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)

@@ -14,7 +14,7 @@ from tah.cli import run
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm(capsys):
     assert run(["serve", "anything"]) == 2
-    assert capsys.readouterr().err.strip() == "tah: tah serve needs vLLM: pip install 'tah[serve]'"
+    assert "serving needs vLLM" in (said := capsys.readouterr().err) and "pip install 'tah[serve]'" in said
 
 
 def test_models_that_are_no_tah_checkpoints(tmp_path, capsys, monkeypatch):

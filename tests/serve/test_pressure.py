@@ -119,3 +119,22 @@ def test_several_answers_and_their_probabilities(llama, batching):
         want = logits.log_softmax(-1).gather(1, said[:, None]).squeeze(1)
         got = torch.tensor([entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)])
         assert (got - want).abs().max() < 1e-3
+
+
+def test_every_token_is_counted_once(llama, batching):
+    """What the metrics are told of the steps adds up to the depths of the answers."""
+    told = []
+    with serve(llama, enable_prefix_caching=False, additional_config=batching) as served:
+        update = served.scheduler.update_from_output
+
+        def listen(*args):
+            out = update(*args)
+            told.append(served.scheduler.numbers)
+            served.scheduler.numbers = None
+            return out
+
+        served.scheduler.update_from_output = listen
+        depths = [depth for one in served.ask(MIXED, NEW) for depth in one.depths]
+    told = [step for step in told if step is not None]
+    assert sum(step.deep for step in told) == depths.count(2) > 50
+    assert sum(step.shallow for step in told) == depths.count(1)

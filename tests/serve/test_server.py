@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 
@@ -19,6 +12,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 import openai
 import torch
 from checkpoints import tiny
+from servers import running
 
 from tah import TaHForCausalLM
 
@@ -32,34 +26,15 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(model, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"port": port, "dtype": "float32", "max-model-len": LONGEST, "max-num-seqs": 8, "api-key": "secret"}
-    options |= {"served-model-name": "tiny", "gpu-memory-utilization": 0.05, "host": "127.0.0.1"}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+def server(model, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "tah_cli", "serve", str(model), "--enforce-eager", *flags]
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 240
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
-    finally:
-        server.terminate()
-        server.wait(60)
+    with running(model, log, max_model_len=LONGEST, max_num_seqs=8, api_key="secret") as server:
+        yield server
 
 
-def answers(url: str) -> bool:
-    try:
-        return urlopen(url, timeout=2).status == 200
-    except (URLError, OSError):
-        return False
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
 
 
 def chat(client, **options):
@@ -146,3 +121,20 @@ def test_many_clients_some_of_whom_leave(client):
     with ThreadPoolExecutor(12) as clients:
         got = list(clients.map(ask, range(24)))
     assert all(text == alone[at % 7] for at, text in enumerate(got) if text is not None)
+
+
+def test_metrics(server, client, model):
+    """What Prometheus is told of one more request is what its response tells."""
+    before = server.metrics()
+    assert before["vllm:tah_threshold"] == json.loads((model / "config.json").read_text())["threshold"]
+    told = chat(
+        client, messages=[{"role": "user", "content": "something new"}], extra_body={"vllm_xargs": {"depths": True}}
+    )
+    depths = told.kv_transfer_params["tah"]["depths"]
+    assert 0 < depths.count(2) < len(depths)
+    after = server.metrics()
+    for depth in (1, 2):
+        name = f'vllm:tah_tokens_total{{depth="{depth}"}}'
+        assert after[name] - before[name] == depths.count(depth)
+    assert 0 <= after["vllm:tah_iterating_tokens"] <= 1 and 0 < after["vllm:tah_deep_kv_usage_perc"] < 1
+    assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == 24

@@ -8,9 +8,11 @@ from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from .metrics import StepNumbers
 from .pool import capacity
 from .requests import Choice, DepthLog
 
@@ -29,11 +31,12 @@ class DepthScheduler(Scheduler):
         model = self.vllm_config.model_config
         slots = self.kv_cache_config.num_blocks * self.block_size
         share = self.vllm_config.additional_config["deep_kv_share"]
-        self.deep_free = capacity(slots, share, model.max_model_len)
+        self.deep_free = self.deep_capacity = capacity(slots, share, model.max_model_len)
         self.deep_in_block: Counter[int] = Counter()  # physical block -> entries
         self.config = model.hf_config
         self.usual = Choice.of(self.config, None).key
         self.logs: dict[str, DepthLog] = {}  # by request
+        self.numbers: StepNumbers | None = None  # of the latest step, for the metrics
 
     def add_request(self, request: Request) -> None:
         """A request with a rule of its own shares cached prefixes only with its like: deep keys depend on the rule."""
@@ -93,9 +96,20 @@ class DepthScheduler(Scheduler):
             for request, (start, depths) in report.depths.items():
                 if request in self.logs:  # not aborted meanwhile
                     self.logs[request].depths[start:] = depths
-            for request in set(report.deferred) & set(scheduler_output.num_scheduled_tokens) & set(self.requests):
+            deferred = set(report.deferred) & set(scheduler_output.num_scheduled_tokens)
+            for request in deferred & set(self.requests):
                 self.requests[request].num_computed_tokens -= 1  # its newest token is run again
+            shallow = scheduler_output.total_num_scheduled_tokens - len(deferred) - len(report.taken)
+            used = self.deep_capacity - report.free
+            self.numbers = StepNumbers(shallow, len(report.taken), used, self.deep_capacity)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self.numbers is not None:
+            self.numbers.put(stats)
+            self.numbers = None
+        return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
         """vLLM has no field for what a model reports; `kv_transfer_params` reaches the response."""

@@ -1,0 +1,81 @@
+"""Prometheus: vLLM's metrics, and for TaH models the depth of tokens, the pool and the threshold.
+
+Entry point of vLLM's plugins for statistics (`vllm.stat_logger_plugins`). Numbers of a step come from the scheduler, in
+another process, in vLLM's `SchedulerStats`; none of its fields is for plugins, so they travel in one that is about
+vLLM's own adapters, with which TaH models are never served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+from .plugin import ARCHITECTURE
+
+
+@dataclass
+class StepNumbers:
+    """What one step adds to the metrics."""
+
+    shallow: int  # tokens done after depth 1
+    deep: int  # tokens done after depth 2
+    entries: int  # deep entries in use
+    capacity: int  # deep entries there are
+
+    def put(self, stats: SchedulerStats) -> None:
+        stats.running_lora_adapters = asdict(self)
+
+    @classmethod
+    def take(cls, stats: SchedulerStats | None) -> StepNumbers | None:
+        """None where a step had no tokens."""
+        return cls(**stats.running_lora_adapters) if stats is not None and stats.running_lora_adapters else None
+
+
+class DepthStatLogger(PrometheusStatLogger):
+    """vLLM's own logger for Prometheus, and more where the model is a TaH model."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        super().__init__(vllm_config, engine_indexes)
+        self.ours = vllm_config.model_config.architecture == ARCHITECTURE
+        if not self.ours:
+            return
+        labels = ["model_name", "engine"]
+        self.tokens = self._counter_cls(
+            name="vllm:tah_tokens",
+            documentation="Tokens that ran, prompts included, by the depth they reached.",
+            labelnames=[*labels, "depth"],
+        )
+        self.iterating = self._gauge("vllm:tah_iterating_tokens", "Tokens that reached depth 2 in the latest step.")
+        self.usage = self._gauge("vllm:tah_deep_kv_usage_perc", "Deep entries in use. 1 means 100 percent usage.")
+        threshold = self._gauge("vllm:tah_threshold", "The checkpoint's threshold of the decider.")
+        for engine in threshold.values():
+            engine.set(vllm_config.model_config.hf_config.threshold)
+
+    def _gauge(self, name: str, documentation: str) -> dict[int, Any]:
+        """By engine."""
+        gauge = self._gauge_cls(
+            name=name, documentation=documentation, multiprocess_mode="mostrecent", labelnames=["model_name", "engine"]
+        )
+        return create_metric_per_engine(gauge, self.per_engine_labelvalues)
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        *args: Any,
+        engine_idx: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().record(scheduler_stats, iteration_stats, *args, engine_idx=engine_idx, **kwargs)
+        step = StepNumbers.take(scheduler_stats) if self.ours else None
+        if step is None:
+            return
+        for depth, count in (("1", step.shallow), ("2", step.deep)):
+            self.tokens.labels(*self.per_engine_labelvalues[engine_idx], depth).inc(count)
+        self.iterating[engine_idx].set(step.deep)
+        self.usage[engine_idx].set(step.entries / step.capacity)

@@ -1,0 +1,26 @@
+"""`tah bench --serve` on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+from checkpoints import tiny
+
+from tah.bench_serve import VARIANTS, bench_serve, markdown, prefill, stream
+
+
+def test_variants_take_turns(tmp_path):
+    model = tiny(tmp_path / "model", "llama")
+    seen = []
+    tasks = (stream(40, new=12), prefill(4, 100))
+    result = bench_serve(str(model), tasks=tasks, repeats=2, report=seen.append)
+    assert [(row["task"], row["variant"]) for row in result["rows"]] == [(t.name, v) for t in tasks for v in VARIANTS]
+    shares = {(row["task"], row["variant"]): row["iterated"] for row in result["rows"]}
+    for task in tasks:
+        assert shares[task.name, "base"] == shares[task.name, "never"] == 0
+        assert 0.03 < shares[task.name, "two_pass"] < 0.12
+    assert shares[tasks[1].name, "two_pass"] == shares[tasks[1].name, "mixed"]  # the same prompts, the same draws
+    assert all(row["ratio"] == 1 for row in result["rows"] if row["variant"] == "base")
+    assert len(seen) == 8 and len(markdown(result).splitlines()) == 2 + 8
