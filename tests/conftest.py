@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from models import CHAT_TEMPLATE
 from tah.smollm2 import converted_dir, is_complete, smollm2_base
 
 
@@ -20,12 +21,6 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
         if not is_complete(converted_dir("float32")):
             patch.setenv("TAH_CACHE", str(kept))
         return smollm2_base()
-
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,12 @@ from tah import TaHForCausalLM
 LENGTH = 12
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def tah(family: str = "llama", attn_implementation: str = "sdpa", **config) -> TaHForCausalLM:
     """A TaH model around a tiny base; `policy="oracle"` and a mix of 16 unless told otherwise."""
     base = tiny(family, attn_implementation=attn_implementation)

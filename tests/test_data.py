@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import CHAT_TEMPLATE
+from models import CHAT_TEMPLATE
 from tah.data import Collator, depth_labels, load_rows, pack, tokenize_row
 
 TAGGED = (

@@ -15,8 +15,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 
-from conftest import CHAT_TEMPLATE
-from models import tah
+from models import CHAT_TEMPLATE, tah
 from tah.data import load_rows
 from tah.label import fingerprint, label
 from tah.reference import Reference, batches, statistics
