@@ -29,25 +29,25 @@ def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module, k: i
     if not (torch.is_grad_enabled() and total.head.is_single_matrix and _is_plain(embed)):
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            weights, ids = _best(logits, k)
-            return _weighted(weights, embed(ids))
+            weights, ids = best(logits, k)
+            return weighted(weights, embed(ids))
 
         return total.map_logits(tokens, mix)
     with torch.no_grad():
-        found = [_best(total.logits(chunk, exact=False), k) for chunk in tokens.split(CHUNK)]
+        found = [best(total.logits(chunk, exact=False), k) for chunk in tokens.split(CHUNK)]
     weights, ids = (torch.cat(part) for part in zip(*found, strict=True))
     scale = total.head.scale / total.head.divide
     matrix, padding = total.head.linear.weight, embed.padding_idx
     return _Mix.apply(total.total[tokens], matrix, embed.weight, weights, ids, scale, padding)
 
 
-def _best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
     top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return top.float().softmax(-1), ids
 
 
-def _weighted(weights: Tensor, rows: Tensor) -> Tensor:
+def weighted(weights: Tensor, rows: Tensor) -> Tensor:
     """[n, k], [n, k, D] -> [n, D]"""
     return torch.einsum("nk,nkd->nd", weights.to(rows.device), rows.float()).to(rows.dtype)
 
@@ -75,7 +75,7 @@ class _Mix(torch.autograd.Function):
         """hidden [M, D], matrix and table [V, D], weights and ids [M, k] -> [M, D]"""
         ctx.save_for_backward(hidden, matrix, table, weights, ids)
         ctx.scale, ctx.padding, ctx.tied = scale, padding, matrix is table
-        return torch.cat([_weighted(weights[part], table[ids[part]]) for part in _parts(len(ids))])
+        return torch.cat([weighted(weights[part], table[ids[part]]) for part in _parts(len(ids))])
 
     @staticmethod
     @once_differentiable

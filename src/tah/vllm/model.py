@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..config import TaHConfig
 from ..decider import build_decider
+from ..mixing import best, weighted
 from ..outputs import CHUNK
 from ..policy import DepthState, Rule, build_policy
 from .attention import Current, DuoAttention, plan
@@ -279,9 +280,8 @@ class TaHForCausalLM(nn.Module):
             return self.embed_input_ids(ids) + self.reembed_map(hidden)
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            top, tokens = logits.topk(min(self.config.mix_topk, logits.shape[-1]), dim=-1)
-            weights, rows = top.float().softmax(-1), self.embed_input_ids(tokens)
-            return torch.einsum("nk,nkd->nd", weights, rows.float()).to(rows.dtype)
+            weights, tokens = best(logits, self.config.mix_topk)
+            return weighted(weights, self.embed_input_ids(tokens))
 
         return self._map_logits(hidden, mix)
 
