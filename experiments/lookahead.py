@@ -29,9 +29,9 @@ from transformers import PrinterCallback, TrainingArguments
 import tah
 from measure import evaluate
 from tah import TaHForCausalLM
-from tah.data import Collator, depth_labels
-from tah.reference import Reference
-from tah.trainer import Objective, TaHTrainer
+from tah.training.data import Collator, depth_labels
+from tah.training.reference import Reference
+from tah.training.trainer import Objective, TaHTrainer
 from tasks import MADE, TASKS, Rows, Task
 from variants import SIZES, VARIANTS, Size, build, new_model, objective_of, parameters
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from tah import Confidence, Policy, TaHForCausalLM
-from tah.quality import threshold_for_share
-from tah.reference import Reference
-from tah.resample import ranking
-from tah.scores import TokenScores, score_answers, score_tokens
+from tah.tracing.quality import threshold_for_share
+from tah.tracing.resample import ranking
+from tah.training.reference import Reference
+from tah.training.scores import TokenScores, score_answers, score_tokens
 from tasks import Problem, Rows, Task, question
 
 SHARE = 0.1  # of the tokens made, that a policy may iterate

@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tah.tiny import SPECIAL, TEMPLATE
+from tah.training.tiny import SPECIAL, TEMPLATE
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end

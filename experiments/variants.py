@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from tah import Confidence, DepthState, TaHForCausalLM
-from tah.trainer import Objective
+from tah.training.trainer import Objective
 
 LOOKAHEAD = {"reembed": "hidden", "attention": "own", "combine": "zero_init", "lora_rank": 0}
 PAPER = {"reembed": "topk", "attention": "duo", "combine": "sum", "lora_rank": 4, "lora_alpha": 8}

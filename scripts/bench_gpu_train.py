@@ -2,9 +2,9 @@
 
     python scripts/bench_gpu_train.py --output runs/bench-gpu
 
-The variants of `tah bench --train` (src/tah/bench_train.py), with and without activation checkpointing: seconds,
-tokens per second, peak memory and model FLOPs utilisation, MFU = FLOPs that the step needs (`step_flops`) / seconds /
-the GPU's peak, a dense bfloat16 product without sparsity. Recomputed activations do not count as needed.
+The variants of `tah bench --train` (src/tah/benchmarks/bench_train.py), with and without activation checkpointing:
+seconds, tokens per second, peak memory and model FLOPs utilisation, MFU = FLOPs that the step needs (`step_flops`) /
+seconds / the GPU's peak, a dense bfloat16 product without sparsity. Recomputed activations do not count as needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config
 
-from tah.bench_train import HARD, Setup, bench_train
+from tah.benchmarks.bench_train import HARD, Setup, bench_train
 from tah.model import TaHForCausalLM
 
 VARIANTS = ("plain", "standard", "stage 1")

@@ -7,7 +7,8 @@ import torch
 
 from families import tiny
 from models import shake
-from tah import TaHForCausalLM, bench
+from tah import TaHForCausalLM
+from tah.benchmarks import bench
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoTokenizer, Qwen3Config
 
 from families import TINY
-from tah import TaHForCausalLM, bench_train
-from tah.bench_train import Setup, Trainee
+from tah import TaHForCausalLM
+from tah.benchmarks import bench_train
+from tah.benchmarks.bench_train import Setup, Trainee
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_gpu_train.py"
 

@@ -172,11 +172,11 @@ def test_inspect_points_an_original_checkpoint_to_convert(capsys, tmp_path):
 
 
 def test_bench_train_is_called_with_its_options(capsys, monkeypatch, tmp_path):
-    import tah.bench_train
+    import tah.benchmarks.bench_train
 
     calls, result = [], {"machine": {}, "settings": {}, "rows": []}
     monkeypatch.setattr(
-        tah.bench_train, "bench_train", lambda setup, **options: calls.append((setup, options)) or result
+        tah.benchmarks.bench_train, "bench_train", lambda setup, **options: calls.append((setup, options)) or result
     )
     out, _ = works(capsys, "bench", "some", "--train", "--dtype", "bfloat16", "--quick", "--json")
     assert json.loads(out) == result
@@ -185,11 +185,13 @@ def test_bench_train_is_called_with_its_options(capsys, monkeypatch, tmp_path):
 
 
 def test_bench_is_called_with_its_options(capsys, monkeypatch, tmp_path):
-    import tah.bench
+    import tah.benchmarks.bench
 
     calls = []
     result = {"machine": {}, "settings": {}, "rows": []}
-    monkeypatch.setattr(tah.bench, "bench", lambda model, **options: calls.append((model, options)) or result)
+    monkeypatch.setattr(
+        tah.benchmarks.bench, "bench", lambda model, **options: calls.append((model, options)) or result
+    )
     out, _ = works(capsys, "bench", "some", "--dtype", "bfloat16", "--quick", "--json", "--output", tmp_path / "out")
     assert json.loads(out) == result and (tmp_path / "out" / "bench.json").is_file()
     (model, options) = calls[0]

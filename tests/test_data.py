@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models import CHAT_TEMPLATE
-from tah.data import Collator, depth_labels, load_rows, pack, tokenize_row
+from tah.training.data import Collator, depth_labels, load_rows, pack, tokenize_row
 
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
@@ -427,7 +427,7 @@ def test_bad_sources_say_so_in_one_line(tmp_path, monkeypatch, name, options, me
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("tah.data.hub_reachable", lambda: False)
+    monkeypatch.setattr("tah.training.data.hub_reachable", lambda: False)
     with pytest.raises(ValueError, match="data 'nobody/nothing' cannot be read: .* the data hub cannot be reached"):
         load_rows("nobody/nothing")
 

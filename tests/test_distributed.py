@@ -68,7 +68,8 @@ def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
             "decider": joint,
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(values))
-        code = "import sys; from pathlib import Path; from tah.recipe import load_recipe; from tah.train import train; "
+        code = "import sys; from pathlib import Path; from tah.training.recipe import load_recipe; "
+        code += "from tah.training.train import train; "
         code += "train(load_recipe(sys.argv[1]), 'backbone', Path(sys.argv[2]))"
         script = tmp_path / "script.py"
         script.write_text(code)

@@ -17,14 +17,15 @@ import torch
 from lm_eval.tasks import TaskManager
 
 import tah.cli_eval  # noqa: F401  # registers its commands
-from tah import TaHForCausalLM, harness
-from tah.answers import grade_choice, grade_math, letter_of
-from tah.by_row import SampleByRow
+from tah import TaHForCausalLM
 from tah.cli import run
-from tah.eval_files import Asked, Generated, Samples, alone, differences
-from tah.eval_report import _bounded, as_markdown, compare, compared_markdown
-from tah.evaluate import Sampling, _build, _run, evaluate
-from tah.harness import TaHLM
+from tah.evaluation import harness
+from tah.evaluation.answers import grade_choice, grade_math, letter_of
+from tah.evaluation.by_row import SampleByRow
+from tah.evaluation.eval_files import Asked, Generated, Samples, alone, differences
+from tah.evaluation.eval_report import _bounded, as_markdown, compare, compared_markdown
+from tah.evaluation.evaluate import Sampling, _build, _run, evaluate
+from tah.evaluation.harness import TaHLM
 from tah.session import Session
 from tah.tasks import CODE, DIRECTORY, TASKS, rows
 
@@ -600,7 +601,7 @@ def test_one_of_lm_evals_own_tasks(pupil, tmp_path):
 
 
 def test_from_lm_evals_own_evaluator(pupil):
-    """`--model tah` by name, after `import tah.harness`."""
+    """`--model tah` by name, after `import tah.evaluation.harness`."""
     import lm_eval
 
     data = {"data": {"gsm8k": str(ITEMS / "math.jsonl")}}
@@ -822,6 +823,6 @@ def test_a_reference_with_another_tokenizer_is_refused(wild, pupil, tmp_path):
 
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)  # as if it were not there
-    monkeypatch.delitem(sys.modules, "tah.harness")
+    monkeypatch.delitem(sys.modules, "tah.evaluation.harness")
     with pytest.raises(ImportError, match=r"^evaluation needs more packages: pip install 'tah\[eval\]'$"):
-        importlib.import_module("tah.harness")
+        importlib.import_module("tah.evaluation.harness")

@@ -18,7 +18,7 @@ import measure  # noqa: E402
 import summarise  # noqa: E402
 import tasks  # noqa: E402
 import variants  # noqa: E402
-from tah.turns import encode  # noqa: E402
+from tah.training.turns import encode  # noqa: E402
 
 VARIANTS = ["standard", "lookahead", "lookahead-entropy", "lookahead-quarter", "paper"]
 

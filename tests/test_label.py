@@ -16,9 +16,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 
 from models import CHAT_TEMPLATE, tah
-from tah.data import load_rows
-from tah.label import fingerprint, label
-from tah.reference import Reference, batches, statistics
+from tah.training.data import load_rows
+from tah.training.label import fingerprint, label
+from tah.training.reference import Reference, batches, statistics
 
 TEXTS = [f"{'0123456789 abcdefghij' * 3}"[n : 3 * n + 4] for n in range(12)]
 COLUMNS = ["input_ids", "supervised", "ref_rank", "ref_prob", "ref_entropy", "row"]
@@ -238,7 +238,7 @@ def test_two_ranks_make_what_one_makes(rows, tokenizer, reference, tmp_path, mon
 SCRIPT = """
 import sys, time, datasets, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tah.label import label
+from tah.training.label import label
 base, output, texts = sys.argv[1], sys.argv[2], sys.argv[3:]
 torch.set_num_threads(1)
 rows = datasets.Dataset.from_list([{"text": text} for text in texts])

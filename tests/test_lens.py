@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCAB
 from models import tah, token_ids
 from tah.cli import run
-from tah.lens import write_lens
-from tah.lens_charts import draw_charts
-from tah.lens_svg import steps
-from tah.overthinking import as_markdown, compare, statistics
-from tah.trace import trace
-from tah.trace_file import load_trace
-from tah.traced import Trace
+from tah.tracing.lens import write_lens
+from tah.tracing.lens_charts import draw_charts
+from tah.tracing.lens_svg import steps
+from tah.tracing.overthinking import as_markdown, compare, statistics
+from tah.tracing.trace import trace
+from tah.tracing.trace_file import load_trace
+from tah.tracing.traced import Trace
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -332,7 +332,7 @@ def test_missing_packages(capsys, files, here, monkeypatch, package, options):
         monkeypatch.delitem(sys.modules, name)
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("tah.lens", "tah.lens_svg", "tah.lens_charts"):
+    for name in ("tah.tracing.lens", "tah.tracing.lens_svg", "tah.tracing.lens_charts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert "pip install 'tah[report]'" in fails(capsys, files["own"], *options)
 

@@ -17,7 +17,7 @@ from families import TINY, VOCAB, tiny
 from tah import TaHForCausalLM
 from tah.cli import run
 from tah.families import decoder_layers
-from tah.prune import Text, drop_layer, perplexities, prune
+from tah.training.prune import Text, drop_layer, perplexities, prune
 
 EXACT = ["llama", "qwen3", "gemma2", "gpt2", "smollm3", "cohere2", "opt", "olmoe", "llama4_text", "phi3"]
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoConfig
 
 from tah import TaHConfig
-from tah.recipe import RECIPES, Recipe, load_recipe, recipe_names
+from tah.training.recipe import RECIPES, Recipe, load_recipe, recipe_names
 
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 PAPER = {"learning_rate": 4e-5, "weight_decay": 0.01, "max_grad_norm": 0.2, "num_train_epochs": 5}

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 pytest.importorskip("datasets")
 
-import tah.contents
-import tah.run
+import tah.training.contents
+import tah.training.run
 from tah.cli import run
-from tah.contents import contents, sizes_of, wrong
-from tah.recipe import Recipe
-from tah.run import Run, Step, flat
+from tah.training.contents import contents, sizes_of, wrong
+from tah.training.recipe import Recipe
+from tah.training.run import Run, Step, flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +129,7 @@ def test_seed_and_version_change_everything(chain, monkeypatch):
     chain.seed = 43
     assert chain.again() == ["data", "base", "label", "train"]
     assert chain.notes[0].startswith("data: again, seed was 42, is 43")
-    monkeypatch.setattr(tah.run, "_version", lambda: "99")
+    monkeypatch.setattr(tah.training.run, "_version", lambda: "99")
     assert chain.again() == ["data", "base", "label", "train"] and 'is "99"' in chain.notes[0]
 
 
@@ -302,7 +302,7 @@ def together(chain: Chain, monkeypatch, ranks: int = 2) -> list[Chain]:
 
 
 def test_one_process_works_the_others_wait_or_take_part(chain, monkeypatch):
-    monkeypatch.setattr(tah.run, "POLL", 0.01)
+    monkeypatch.setattr(tah.training.run, "POLL", 0.01)
     first, second = together(chain, monkeypatch)
     assert first.ran == ["data", "base", "label", "train"] and second.ran == ["label", "train"]
     assert len(first.notes) == 4 and second.notes == []
@@ -434,20 +434,20 @@ def test_what_is_missing_is_named(capfd, work):
 
 
 def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
-    import tah.train
+    import tah.training.train
 
     works(capfd, "label", "mine.yaml", "--output", "out")
-    real = tah.train.train
+    real = tah.training.train.train
 
     def stops(*args, **kwargs):
         kept = real(*args, **kwargs)
         (kept / "config.json").unlink()
-        raise tah.train.Stopped("stopped at step 1")
+        raise tah.training.train.Stopped("stopped at step 1")
 
-    monkeypatch.setattr(tah.train, "train", stops)
+    monkeypatch.setattr(tah.training.train, "train", stops)
     assert run(["train", "mine.yaml", "--output", "out"]) == 143
     assert "tah: stopped at step 1" in capfd.readouterr().err
-    monkeypatch.setattr(tah.train, "train", real)
+    monkeypatch.setattr(tah.training.train, "train", real)
     assert "--resume goes on" in fails(capfd, "train", "mine.yaml", "--output", "out")
     facts = Path("out/backbone/run.json")
     kept = facts.read_text()

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import pytest
 
-from tah.code_judge import ITEMS, Thing, alike, decode, encode
-from tah.code_tasks import extract_code, grade_all, grade_code
-from tah.sandbox import OUTPUT, Sandbox
+from tah.evaluation.code_judge import ITEMS, Thing, alike, decode, encode
+from tah.evaluation.code_tasks import extract_code, grade_all, grade_code
+from tah.evaluation.sandbox import OUTPUT, Sandbox
 
 SOURCE = Path(__file__).parent.parent / "src" / "tah"
 real = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is missing (apt-get install bubblewrap)")
@@ -93,7 +93,12 @@ def test_no_file_outside_is_read_or_written(sandbox, tmp_path):
     secret.chmod(0o644)
     home = Path.home()
     places = [str(secret), "/etc/shadow", "/etc/passwd", "/root/.bashrc", f"{home}/.ssh/id_rsa", f"{home}/.netrc"]
-    places += ["/proc/1/environ", "/proc/self/maps", f"/proc/{os.getpid()}/environ", str(SOURCE / "sandbox.py")]
+    places += [
+        "/proc/1/environ",
+        "/proc/self/maps",
+        f"/proc/{os.getpid()}/environ",
+        str(SOURCE / "evaluation" / "sandbox.py"),
+    ]
     written = [
         str(tmp_path / "new"),
         "/new",
@@ -270,7 +275,7 @@ for _ in range(3):
 def test_it_dies_with_the_one_who_started_it():
     mark = f"{os.getpid()}.4712"
     program = f"import os; os.execv('/usr/bin/sleep', ['sleep', '{mark}'])"
-    code = f"from tah.sandbox import Sandbox; Sandbox(seconds=1000).run({program!r})"
+    code = f"from tah.evaluation.sandbox import Sandbox; Sandbox(seconds=1000).run({program!r})"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     with subprocess.Popen([sys.executable, "-c", stand_alone(SOURCE) + code], env=environment) as starter:
         try:
@@ -281,7 +286,7 @@ def test_it_dies_with_the_one_who_started_it():
 
 
 def stand_alone(directory: Path) -> str:
-    """Imports of `tah.sandbox` then leave the package's own `__init__`, and with it torch, out."""
+    """Imports of `tah.evaluation.sandbox` then leave the package's own `__init__`, and with it torch, out."""
     return (
         f"import sys, types\ntah = sys.modules['tah'] = types.ModuleType('tah')\ntah.__path__ = [{str(directory)!r}]\n"
     )
@@ -295,7 +300,7 @@ def test_an_ordinary_user_may_too():
         pytest.skip("no Python that every user may run")
     mark = f"{os.getpid()}.4713"
     code = f"""
-from tah.sandbox import Sandbox
+from tah.evaluation.sandbox import Sandbox
 print(Sandbox(seconds=1).run("import os; os.fork(); os.execv('/usr/bin/sleep', ['sleep', '{mark}'])").status)
 sandbox = Sandbox(processes=12)
 print(sandbox.run("import os; print(os.getuid(), os.listdir('/home'))").stdout)
@@ -303,9 +308,12 @@ print(sandbox.run("open('/dev/shm/x', 'w')").status, sandbox.run("x = bytearray(
 print(sandbox.run("import os, time\\nfor _ in range(99):\\n    if not os.fork(): time.sleep(60)").stderr)
 """
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        Path(directory).chmod(0o755)
+        copy = Path(directory) / "evaluation"
+        copy.mkdir()
+        for place in (copy.parent, copy):
+            place.chmod(0o755)
         for name in ("sandbox.py", "seccomp.py"):
-            Path(shutil.copyfile(SOURCE / name, f"{directory}/{name}")).chmod(0o644)
+            Path(shutil.copyfile(SOURCE / "evaluation" / name, copy / name)).chmod(0o644)
         user = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups"]
         command = [*user, python, "-B", "-c", stand_alone(Path(directory)) + code]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]})

@@ -17,19 +17,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tah import TaHForCausalLM
-from tah.baselines import equal_steps
 from tah.load import load_base, load_tah, load_tokenizer
-from tah.recipe import Recipe, load_recipe
-from tah.report import paired, write_report
-from tah.report_text import as_markdown, statements
-from tah.resample import Resampled
-from tah.run import Run
-from tah.scores import answer_of, proportion, score_answers, score_tokens
-from tah.steps import chain as chain_of
-from tah.steps import run
-from tah.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
-from tah.trainer import CHECKPOINTS, TaHTrainer, last_checkpoint
-from tah.turns import encode
+from tah.tracing.resample import Resampled
+from tah.training.baselines import equal_steps
+from tah.training.recipe import Recipe, load_recipe
+from tah.training.report import paired, write_report
+from tah.training.report_text import as_markdown, statements
+from tah.training.run import Run
+from tah.training.scores import answer_of, proportion, score_answers, score_tokens
+from tah.training.steps import chain as chain_of
+from tah.training.steps import run
+from tah.training.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
+from tah.training.trainer import CHECKPOINTS, TaHTrainer, last_checkpoint
+from tah.training.turns import encode
 
 TRAINING = {"max_steps": 6, "per_device_train_batch_size": 4, "warmup_steps": 1, "logging_steps": 2}
 MINIATURE = [
@@ -219,9 +219,9 @@ def test_two_runs_are_equal(recipe, chain, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from tah.recipe import load_recipe
-from tah.steps import run
-from tah.trainer import TaHTrainer
+from tah.training.recipe import load_recipe
+from tah.training.steps import run
+from tah.training.trainer import TaHTrainer
 real = TaHTrainer.compute_loss
 def slow(self, *args, **kwargs):
     time.sleep(0.3)
@@ -424,7 +424,7 @@ def test_report_is_consistent(chain):
 )
 def test_mistakes_are_found_before_anything_is_moved(override, message, tmp_path):
     """A typo must not take a finished run apart: nothing is written or moved."""
-    from tah.steps import run
+    from tah.training.steps import run
 
     with pytest.raises(ValueError, match=message):
         run(load_recipe("tiny", [override]), tmp_path / "run", lambda line: None)

@@ -20,18 +20,18 @@ from families import VOCAB
 from models import tah, token_ids
 from reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
-from tah.bench_trace import throughput
+from tah.benchmarks.bench_trace import throughput
 from tah.cli import run
-from tah.overthinking import as_markdown, compare, statistics
 from tah.policy import DepthState
-from tah.quality import threshold_for_loss
-from tah.recorder import measure
-from tah.resample import Resampled, ranking
-from tah.trace import trace
-from tah.trace_file import as_line, load_trace, parse_line
-from tah.trace_scores import tune
-from tah.trace_texts import read_rows, texts_of
-from tah.traced import Trace, TracedText
+from tah.tracing.overthinking import as_markdown, compare, statistics
+from tah.tracing.quality import threshold_for_loss
+from tah.tracing.recorder import measure
+from tah.tracing.resample import Resampled, ranking
+from tah.tracing.trace import trace
+from tah.tracing.trace_file import as_line, load_trace, parse_line
+from tah.tracing.trace_scores import tune
+from tah.tracing.trace_texts import read_rows, texts_of
+from tah.tracing.traced import Trace, TracedText
 
 LENGTHS = (7, 12, 5, 12, 2, 9)
 
@@ -701,7 +701,7 @@ def test_tune_chooses_the_threshold():
 
 
 def test_best_threshold_parts_no_equal_probabilities():
-    from tah.quality import Judged
+    from tah.tracing.quality import Judged
 
     p = np.array([0.9, 0.5, 0.5, 0.1])
     judged = Judged(p, p > 0, np.array([1.0, 2.0, 1.0, 1.0]), np.array([0.5, 1.0, 1.5, 3.0]))

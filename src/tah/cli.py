@@ -243,8 +243,8 @@ def bench(
     for name in dtype or ():
         if name not in ("float32", "bfloat16"):
             raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
-    from .bench import bench as run_bench
-    from .bench import markdown, save
+    from .benchmarks.bench import bench as run_bench
+    from .benchmarks.bench import markdown, save
     from .load import quiet
 
     quiet()
@@ -265,7 +265,7 @@ def bench(
 
 
 def _bench_training(model: str, precision: str, repeats: int, quick: bool, output: Path | None, as_json: bool) -> None:
-    from .bench_train import Setup, bench_train, markdown, save
+    from .benchmarks.bench_train import Setup, bench_train, markdown, save
 
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
@@ -330,8 +330,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _register(name: str) -> None:
-    """Run a module beside this one, without its package: importing that imports torch."""
-    spec = spec_from_file_location(f"tah.{name}", Path(__file__).with_name(f"{name}.py"))
+    """Run a module of the package without the package: importing that imports torch."""
+    path = Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py")
+    spec = spec_from_file_location(f"tah.{name}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -74,9 +74,9 @@ def evaluate(
     files = _files(data or [])
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from .eval_report import as_markdown
-    from .evaluate import Sampling
-    from .evaluate import evaluate as run_evaluation
+    from .evaluation.eval_report import as_markdown
+    from .evaluation.evaluate import Sampling
+    from .evaluation.evaluate import evaluate as run_evaluation
     from .terminal import make_console
 
     console = make_console(stderr=True)
@@ -126,8 +126,8 @@ def compare(
     Also written `tah eval compare A B`. Differences come with paired 95 % bootstrap intervals; runs over other data or
     with another protocol are refused.
     """
-    from .eval_report import compare as run_comparison
-    from .eval_report import compared_markdown
+    from .evaluation.eval_report import compare as run_comparison
+    from .evaluation.eval_report import compared_markdown
 
     found = run_comparison(a, b)
     typer.echo(json.dumps(found) if as_json else compared_markdown(found), nl=as_json)

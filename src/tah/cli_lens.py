@@ -13,7 +13,16 @@ from .cli import _note, _number, _register, app
 TRACE = "trace.jsonl"  # in the directory of a run
 # What a report is made with, in the order of their imports. None of it needs torch, but importing the package does, and
 # that takes longer than the report: so each is run without it.
-PARTS = ("resample", "quality", "traced", "trace_scores", "overthinking", "trace_file", "lens_svg", "lens")
+PARTS = (
+    "resample",
+    "quality",
+    "traced",
+    "trace_scores",
+    "overthinking",
+    "trace_file",
+    "lens_svg",
+    "lens",
+)  # of tracing
 
 
 @app.command()
@@ -53,14 +62,14 @@ def report(
     if png is not None and png.exists() and not png.is_dir():
         raise typer.BadParameter(f"--png {png} is a file; give a directory")
     for name in PARTS if png is None else (*PARTS, "lens_charts"):
-        if f"tah.{name}" not in sys.modules:
-            _register(name)
-    from .lens import write_lens, write_whole
+        if f"tah.tracing.{name}" not in sys.modules:
+            _register(f"tracing.{name}")
+    from .tracing.lens import write_lens, write_whole
 
     if png is not None:  # before anything is written, since a package may be missing
-        from .lens_charts import draw_charts
-    from .overthinking import as_markdown
-    from .trace_file import load_trace
+        from .tracing.lens_charts import draw_charts
+    from .tracing.overthinking import as_markdown
+    from .tracing.trace_file import load_trace
 
     loaded = [load_trace(path) for path in paths]
     stats = write_lens(loaded, output, shown=shown, every=every)

@@ -13,7 +13,7 @@ import typer
 from .cli import DtypeOption, _note, _number, app
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .training.recipe import Recipe
 
 STAGES = ("backbone", "decider")
 RECIPES = ", ".join(sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.yaml")))
@@ -71,7 +71,7 @@ def prune(
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
     _quiet()
-    from .pruned import prune_model
+    from .training.pruned import prune_model
 
     made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device)
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
@@ -105,7 +105,8 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
 
 def _quiet() -> None:
     """Leave the terminal to us."""
-    from . import data, load
+    from . import load
+    from .training import data
 
     data.quiet()
     load.quiet()
@@ -115,13 +116,13 @@ def _make(
     work: Callable[[Any, Recipe, Path], Path], recipe: str, overrides: list[str] | None, output: str | None
 ) -> None:
     """Read the recipe, work on it, and say where the result is."""
-    from .recipe import load_recipe
+    from .training.recipe import load_recipe
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
     plan = load_recipe(recipe, given)
     _quiet()
-    from . import steps
-    from .train import Stopped
+    from .training import steps
+    from .training.train import Stopped
 
     try:
         result = work(steps, plan, plan.directory())

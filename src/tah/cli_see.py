@@ -25,7 +25,7 @@ from .cli import (
 
 if TYPE_CHECKING:
     from .session import Session
-    from .traced import Trace
+    from .tracing.traced import Trace
 
 TRACED = (*POLICIES, "oracle")
 
@@ -92,7 +92,7 @@ def trace(
     Runs every token of the texts at every depth and prints what each policy would reach.
     """
     session = _open(model, dtype, device)
-    from .overthinking import as_markdown, statistics
+    from .tracing.overthinking import as_markdown, statistics
 
     options = {"policy": policy, "threshold": threshold, "own_policy": own_policy, "top_k": top_k}
     found = _trace(session, data, split, limit, output, max_length=max_length, **options)
@@ -117,9 +117,9 @@ def tune(
     By the share of tokens that iterate, or by the lowest loss, on held-out texts. Only the threshold in config.json
     changes.
     """
-    from .trace_scores import parse_target
-    from .trace_scores import tune as choose
-    from .tuning import check_tunable, write_threshold
+    from .tracing.trace_scores import parse_target
+    from .tracing.trace_scores import tune as choose
+    from .tracing.tuning import check_tunable, write_threshold
 
     parse_target(target)
     config = check_tunable(model)
@@ -140,10 +140,10 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     """Trace with a progress bar on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .data import quiet
     from .terminal import make_console
-    from .trace import trace as run_trace
-    from .trace_texts import read_rows
+    from .tracing.trace import trace as run_trace
+    from .tracing.trace_texts import read_rows
+    from .training.data import quiet
 
     with suppress(ImportError):  # a plain text is read without datasets; whatever needs it says what to install
         quiet()

@@ -59,8 +59,8 @@ def bench_serve(
     _need_vllm()
     import json
 
-    from .bench_serve import bench_serve as measure
-    from .bench_serve import decode, markdown, save
+    from .benchmarks.bench_serve import bench_serve as measure
+    from .benchmarks.bench_serve import decode, markdown, save
 
     sizes: dict[str, Any] = {"repeats": min(2, repeats), "tasks": (decode(8),)} if quick else {"repeats": repeats}
     result = measure(model, dtype=dtype, report=lambda row: _note(str(row)), **sizes)

@@ -8,7 +8,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 from checkpoints import tiny
 
-from tah.bench_serve import VARIANTS, bench_serve, markdown, prefill, stream
+from tah.benchmarks.bench_serve import VARIANTS, bench_serve, markdown, prefill, stream
 
 
 def test_variants_take_turns(tmp_path):

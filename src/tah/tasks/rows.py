@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 
-from ..answers import LETTERS, Grade, grade_choice, grade_math, read_math
-from ..code_tasks import grade_all
+from ..evaluation.answers import LETTERS, Grade, grade_choice, grade_math, read_math
+from ..evaluation.code_tasks import grade_all
+from ..evaluation.sandbox import Sandbox
 from ..load import first_line
-from ..sandbox import Sandbox
 
 Kind = Literal["math", "choice", "code"]
 Row = dict[str, Any]

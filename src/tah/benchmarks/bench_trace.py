@@ -1,0 +1,90 @@
+"""What a trace costs, as a ratio to as many plain forward passes of the base over the same batches.
+
+A trace is all of `tah trace` but tokenizing: passes, statistics of every token, and lines on disk. Variants take turns
+inside every round (`bench.py`); a ratio is the median over rounds of the plain passes' seconds over the trace's, so
+above 1 the trace is faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model import TaHForCausalLM
+from ..tracing.trace import trace
+from ..training.reference import batches
+from .bench import SEED, interleave, machine
+
+
+def throughput(
+    model: TaHForCausalLM,
+    tokenizer: Any,
+    lengths: Sequence[int] = (512,) * 8,
+    *,
+    tokens_per_batch: int = 4096,
+    repeats: int = 5,
+    **options: Any,
+) -> dict[str, Any]:
+    """Tokens per second of tracing random texts, and of M plain passes of `model.base` with all logits.
+
+    With `attention="duo"` a trace by default runs the model a second time, under its policy: what that adds is the
+    difference between `trace` and `trace, no own policy`.
+
+    Args:
+        lengths: tokens of each text.
+        tokens_per_batch: of the trace; the plain passes run the same batches, without padding masks.
+        repeats: rounds.
+        options: of `trace`.
+    """
+    generator = np.random.default_rng(SEED)
+    size = min(len(tokenizer), model.config.get_text_config(decoder=True).vocab_size)
+    ids = [generator.integers(3, size, length).tolist() for length in lengths]
+    rows = [{"input_ids": row, "supervised": [False] + [True] * (len(row) - 1)} for row in ids]
+    M = options.get("max_depth") or model.config.max_depth
+    inputs = []
+    for batch in batches([length - 1 for length in lengths], tokens_per_batch):
+        x = torch.zeros(len(batch), max(lengths[at] for at in batch) - 1, dtype=torch.int64)
+        for row, at in enumerate(batch):
+            x[row, : lengths[at] - 1] = torch.tensor(ids[at][:-1])
+        inputs.append(x.to(model.device))
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(**given: Any) -> Callable[[], None]:
+            def traced() -> None:
+                file = Path(folder) / "trace.jsonl"
+                file.unlink(missing_ok=True)
+                trace(model, tokenizer, rows, file, tokens_per_batch=tokens_per_batch, **{**options, **given})
+
+            return traced
+
+        runs = {
+            "plain": lambda: _plain(model, inputs, M),
+            "trace": run(),
+            "trace, no own policy": run(own_policy=False),
+        }
+        seconds = interleave(runs, repeats, model.device)
+    tokens = sum(lengths) - len(lengths)
+    return {
+        "machine": machine(),
+        "settings": {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch, "repeats": repeats, "passes": M},
+        "tokens_per_second": {name: tokens / statistics.median(each) for name, each in seconds.items()},
+        "ratio": {
+            name: statistics.median(p / s for p, s in zip(seconds["plain"], each, strict=True))
+            for name, each in seconds.items()
+        },
+    }
+
+
+@torch.no_grad()
+def _plain(model: TaHForCausalLM, inputs: Sequence[Tensor], passes: int) -> None:
+    for x in inputs:
+        for _ in range(passes):
+            model.base(input_ids=x, use_cache=False)

@@ -1,0 +1,253 @@
+"""Results of an evaluation from its samples, as JSON and markdown, and two evaluations compared.
+
+Shapes: N answers of K questions to a task, S bootstrap samples (`resample.py`). Questions are drawn, not answers: the
+samples of a question depend on each other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..tasks import STOCK
+from ..tracing.resample import Estimate, Resampled
+from .eval_files import Samples, differences, read_run
+
+PROTOCOL = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
+COLUMNS = {
+    "accuracy": "accuracy",
+    "unparsed": "unparsed",
+    "cut_off": "cut off",
+    "mean_depth": "mean depth",
+    "iterated_share": "iterated",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "cost": "cost",
+}
+LEGEND = (
+    "Accuracy in % with the 95 % bootstrap interval over questions (exact where all are alike); unparsed: answers in "
+    "which none was found, counted as wrong; cut off: answers that reached the limit; cost: forward passes, prompt "
+    "included, per pass of the base."
+)
+
+
+def summarize(directory: str | Path) -> dict[str, Any]:
+    """Results by policy and task, from the samples.
+
+    Raises:
+        ValueError: an evaluation is not there, not finished, or damaged.
+    """
+    directory = Path(directory)
+    run = read_run(directory)
+    rows: list[dict[str, Any]] = []
+    stock, averages = [], []
+    for policy in run["rule"]["policy"]:
+        drawn: list[tuple[Resampled, np.ndarray]] = []
+        for name, facts in run["tasks"].items():
+            samples = Samples(directory, policy, name)
+            if name.startswith(STOCK):
+                path = samples.path.with_suffix(".json")
+                stock.append({"policy": policy, "task": name, "metrics": _metrics(path)} | _costs(samples))
+                continue
+            if not samples.graded(facts["questions"] * run["sampling"]["samples"]):
+                raise ValueError(f"{directory} is not finished ({policy}, {name}); run the same tah eval again")
+            resampled, right = _right(samples, seed=len(drawn))
+            drawn.append((resampled, resampled.mean(right)))
+            lines = samples.lines.values()
+            accuracy = _bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
+            unparsed = sum(line["verdict"] == "unparsed" for line in lines)
+            counts = {"questions": facts["questions"], "answers": len(lines), "unparsed": unparsed}
+            rows.append({"policy": policy, "task": name, "accuracy": accuracy} | counts | _costs(samples))
+        if drawn:
+            averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
+    return run | {"results": rows, "average": averages, "lm_eval": stock}
+
+
+def _bounded(accuracy: Estimate, questions: int) -> Estimate:
+    """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
+    bound = 1 - 0.025 ** (1 / questions)
+    if accuracy["value"] == 0:
+        return accuracy | {"high": bound}
+    return accuracy | {"low": 1 - bound} if accuracy["value"] == 1 else accuracy
+
+
+def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
+    """Draws of a task's questions, and [N] 1 where the answer is right, in the order of the questions."""
+    lines = [samples.lines[key] for key in sorted(samples.lines)]
+    questions = np.array([line["number"] for line in lines])
+    return Resampled(questions, seed=seed), np.array([line["verdict"] == "right" for line in lines], np.float64)
+
+
+def _costs(samples: Samples) -> dict[str, Any]:
+    """What the answers of a task took."""
+    names = ("prompt_tokens", "tokens", "finished", "depths", "iterated", "passes", "seconds")
+    total = {name: sum(line[name] for line in samples.lines.values()) for name in names}
+    answers = len(samples.lines)
+    if not answers:  # a task of lm-eval that compares likelihoods
+        return {}
+    return {
+        "cut_off": answers - total["finished"],
+        "mean_depth": total["depths"] / total["tokens"],
+        "iterated_share": total["iterated"] / total["tokens"],
+        "tokens": total["tokens"],
+        "prompt_tokens": total["prompt_tokens"],
+        "seconds": total["seconds"],
+        # The last token of an answer never runs, in the base as here.
+        "cost": total["passes"] / (total["prompt_tokens"] + total["tokens"] - answers),
+    }
+
+
+def _average(
+    policy: str, drawn: Sequence[tuple[Resampled, np.ndarray]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Macro average over tasks: each counts the same."""
+    means = {name: float(np.mean([row[name] for row in rows])) for name in ("mean_depth", "iterated_share", "cost")}
+    sums = {name: sum(row[name] for row in rows) for name in ("unparsed", "cut_off", "tokens", "seconds")}
+    return {"policy": policy, "tasks": len(rows), "accuracy": macro(drawn)} | means | sums
+
+
+def macro(drawn: Sequence[tuple[Resampled, np.ndarray]]) -> Estimate:
+    """Mean over tasks of statistics [S], whose questions are drawn independently."""
+    widest = max((resampled for resampled, _ in drawn), key=lambda resampled: len(resampled.names))
+    return widest.estimate(np.mean([values for _, values in drawn], axis=0))
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    """What lm-eval itself reports of one of its tasks."""
+    found = json.loads(path.read_text("utf-8"))
+    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and "," in name}
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """A table by policy and task."""
+    sampling = results["sampling"]
+    greedy = sampling["temperature"] < 1e-3
+    drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
+    title = f"# {results['model']}\n\navg@{sampling['samples']}, {drawn}, at most {sampling['max_new_tokens']} tokens, "
+    lines = [title + f"seed {sampling['seed']}, template {results['template']}.", ""]
+    if results["results"]:
+        lines += [_row(["policy", "task", "questions", *COLUMNS.values()]), "|---|---|" + "--:|" * (1 + len(COLUMNS))]
+        for row in [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]:
+            shown = [row["policy"], row["task"], str(row["questions"])]
+            lines.append(_row([*shown, *(_shown(name, row[name]) for name in COLUMNS)]))
+        lines += ["", LEGEND]
+    for row in results["lm_eval"]:
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+        cost = f"; mean depth {row['mean_depth']:.3f}, cost {row['cost']:.3f}" if "cost" in row else ""
+        lines.append(f"\n{row['policy']} on {row['task']} (lm-eval's own prompt and metrics): {metrics}{cost}")
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shown(name: str, value: Any) -> str:
+    match name:
+        case "accuracy":
+            return percent(value)
+        case "mean_depth" | "cost":
+            return f"{value:.3f}"
+        case "iterated_share":
+            return f"{value:.1%}"
+        case "seconds":
+            return f"{value:,.1f}"
+    return f"{value:,}"
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """In percent, with the interval where there is one."""
+    value, low, high = (math.nan if found is None else 100 * found for found in estimate.values())
+    interval = "" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{value:{sign}.1f}{interval}"
+
+
+# -- two evaluations -------------------------------------------------------------------------------------------------
+
+
+def compare(a: str, b: str) -> dict[str, Any]:
+    """B minus A over the same questions, by task, with paired bootstrap intervals.
+
+    Args:
+        a, b: directories of evaluations; `DIRECTORY:POLICY` for one policy of several.
+
+    Raises:
+        ValueError: they have no task in common, or differ in data or protocol; says in what.
+    """
+    (first, run_a, policies_a), (second, run_b, policies_b) = _opened(a), _opened(b)
+    names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK)]
+    if not names:
+        raise ValueError(f"{a} and {b} have no task in common")
+    before, after = (
+        {
+            "sampling": {name: run["sampling"][name] for name in PROTOCOL},
+            "template": run["template"],
+            "tasks": {name: run["tasks"][name] for name in names},
+        }
+        for run in (run_a, run_b)
+    )
+    if differs := differences(before, after):
+        raise ValueError(f"{a} and {b} cannot be compared: {differs}")
+    alone = [name for run in (run_a, run_b) for name in run["tasks"] if name not in names]
+    if len(policies_a) == len(policies_b) == 1:
+        pairs = [(policies_a[0], policies_b[0])]
+    elif not (pairs := [(policy, policy) for policy in policies_a if policy in policies_b]):
+        raise ValueError(f"{a} has {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: name one, as {a}:POLICY")
+    counts = {name: run_a["tasks"][name]["questions"] * run_a["sampling"]["samples"] for name in names}
+    found = [_compared(first, second, pair, counts) for pair in pairs]
+    return {"a": a, "b": b, "comparisons": found, "left_out": sorted(set(alone))}
+
+
+def _opened(name: str) -> tuple[Path, dict[str, Any], list[str]]:
+    """Directory, run.json, and policies of DIRECTORY or DIRECTORY:POLICY."""
+    directory, colon, policy = name.rpartition(":")
+    if not colon or Path(name).is_dir():
+        directory, policy = name, ""
+    run = read_run(Path(directory))
+    policies = run["rule"]["policy"]
+    if policy and policy not in policies:
+        raise ValueError(f"{directory} has no policy {policy!r}; it has {', '.join(policies)}")
+    return Path(directory), run, [policy] if policy else policies
+
+
+def _compared(first: Path, second: Path, pair: tuple[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
+    """Two policies; `counts`: answers of each task."""
+    rows: list[dict[str, Any]] = []
+    drawn: list[tuple[Resampled, np.ndarray]] = []
+    for name, count in counts.items():
+        one, two = Samples(first, pair[0], name), Samples(second, pair[1], name)
+        for samples in (one, two):
+            if not samples.graded(count):
+                raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
+        resampled, before = _right(one, seed=len(drawn))
+        _, after = _right(two, seed=len(drawn))
+        drawn.append((resampled, resampled.mean(after - before)))
+        costs = _costs(one), _costs(two)
+        row = {"task": name, "questions": len(resampled.names), "a": float(before.mean()), "b": float(after.mean())}
+        row["difference"] = resampled.estimate(drawn[-1][1])
+        rows.append(row | {"cost_a": costs[0]["cost"], "cost_b": costs[1]["cost"]})
+    average: dict[str, Any] = {"task": "average", "questions": "", "difference": macro(drawn)}
+    average |= {name: float(np.mean([row[name] for row in rows])) for name in ("a", "b", "cost_a", "cost_b")}
+    return {"policy_a": pair[0], "policy_b": pair[1], "tasks": rows, "average": average}
+
+
+def compared_markdown(found: Mapping[str, Any]) -> str:
+    """A table for each pair of policies."""
+    lines = []
+    for pair in found["comparisons"]:
+        lines += [f"A: {found['a']} ({pair['policy_a']}), B: {found['b']} ({pair['policy_b']})", ""]
+        lines += [_row(["task", "questions", "A", "B", "B - A", "cost A", "cost B"]), "|---|" + "--:|" * 6]
+        for row in (*pair["tasks"], pair["average"]):
+            shown = [row["task"], str(row["questions"]), f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}"]
+            shown += [percent(row["difference"], "+"), f"{row['cost_a']:.3f}", f"{row['cost_b']:.3f}"]
+            lines.append(_row(shown))
+        lines.append("")
+    lines.append("Differences in percentage points with 95 % paired bootstrap intervals over questions.")
+    if found["left_out"]:
+        lines.append(f"In one of them only, or lm-eval's own: {', '.join(found['left_out'])}.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,221 @@
+"""`tah report`: traces as one HTML page to look at, the depth lens. The page needs no server and asks for nothing.
+
+Shapes: K texts shown, T tokens of all of them, N = T - K predictions (a text's first token is not predicted),
+M = max_depth, k = top_k.
+
+The numbers travel column by column: little-endian bytes in base64, in one JSON block that judge.js reads. The tables
+and charts are of whole traces and are written here; what depends on a threshold is worked out in the page, of what it
+shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .lens_svg import calibration_chart, compute_chart, depth_chart, iterated_chart, pass_chart
+from .overthinking import compare, statistics
+from .trace_scores import of_nats
+from .traced import Trace, TracedText, check_comparable
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SCRIPTS = ("judge.js", "text.js", "token.js")  # one module, in this order
+SHOWN = 50_000  # tokens; a page of more is slow to open and larger than mail takes
+INTEGERS = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4"}  # by size; the names are JavaScript's
+MARKS = ("A", "B")
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError("a report needs more packages: pip install 'tah[report]'") from error
+
+
+def write_lens(
+    traces: Sequence[Trace], output: str | Path, *, shown: int = SHOWN, every: bool = False
+) -> list[dict[str, Any]]:
+    """Write the page, whole or not at all, and return the statistics of each trace.
+
+    Args:
+        traces: one, or two of the same texts.
+        output: file to write; an older one is replaced.
+        shown: most tokens to show. The tables and charts are of all.
+        every: count all tokens, not only those the model is to say.
+
+    Raises:
+        ValueError: the traces cannot be compared, or hold no tokens.
+        OSError: the file cannot be written.
+    """
+    if len(traces) == 2:
+        check_comparable(*traces)
+    stats = [statistics(trace, every=every) for trace in traces]
+    difference = compare(*traces) if len(traces) == 2 and not every else None
+    page = render(traces, stats, difference, shown, every)
+    write_whole(Path(output), page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
+    return stats
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file has all of the content or is as it was before."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        new.write_bytes(content)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+def render(
+    traces: Sequence[Trace],
+    stats: Sequence[dict[str, Any]],
+    difference: dict[str, Any] | None,
+    shown: int,
+    every: bool,
+) -> str:
+    """The page as text."""
+    data = columns_of(traces, shown, every)
+    css = ASSETS.joinpath("lens.css").read_text("utf-8")
+    js = "".join(ASSETS.joinpath(name).read_text("utf-8") for name in SCRIPTS)
+    named = list(zip(MARKS, stats, strict=False))
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
+    environment.filters |= {"percent": percent, "interval": interval, "number": number}
+    return environment.get_template("lens.html.j2").render(
+        css=css,
+        js=js,
+        data=as_json(data),
+        policy=f"default-src 'none'; style-src {_allowed(css)}; script-src {_allowed(js)}; base-uri 'none'; "
+        "form-action 'none'",
+        named=named,
+        shown=int(sum(data["lengths"])),
+        shown_texts=len(data["lengths"]),
+        all_tokens=int(traces[0].header["tokens"]),
+        difference=difference,
+        depth_charts=[depth_chart(named, what) for what in ("accuracy", "loss")],
+        pass_chart=pass_chart(named),
+        compute_charts=[compute_chart(mark, its) for mark, its in named],
+        calibration_charts=[calibration_chart(its) for _, its in named],
+        iterated_charts=[iterated_chart(its) for _, its in named],
+    )
+
+
+def _allowed(source: str) -> str:
+    """What a content security policy calls an inline script or style that may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+def as_json(value: Any) -> str:
+    """JSON that can neither end a script element nor begin anything else in HTML."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def percent(share: float | None) -> str:
+    return "\u2013" if share is None else f"{share:.2%}".replace("%", " %")
+
+
+def number(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.4f}"
+
+
+def interval(estimate: dict[str, float | None], digits: int = 2, times: float = 100) -> str:
+    """`81.21 to 82.40`, or nothing where undefined."""
+    low, high = estimate["low"], estimate["high"]
+    return "" if low is None or high is None else f"{low * times:.{digits}f} to {high * times:.{digits}f}"
+
+
+# -- its data --------------------------------------------------------------------------------------------------------
+
+
+def columns_of(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, Any]:
+    """The texts that all traces have, as many as fit in `shown` tokens but at least one, and what is known of each.
+
+    `texts` and `strings` are the same for all traces; `traces[i]` has the columns [N], [M, N] or [M, N, k] of one.
+    """
+    common = set.intersection(*({text.key for text in trace.texts} for trace in traces))
+    chosen = [[text for text in trace.texts if text.key in common] for trace in traces]
+    reached = np.cumsum([len(text.ids) for text in chosen[0]])
+    count = max(1, int(np.searchsorted(reached, shown, side="right")))
+    chosen = [texts[:count] for texts in chosen]
+    strings: dict[str, int] = {}  # and their places
+    texts = chosen[0]
+    supervised = np.concatenate([text.supervised | every for text in texts])
+    pieces = [strings.setdefault(piece, len(strings)) for text in texts for piece in text.pieces]
+    return {
+        "rows": [text.row + 1 for text in texts],
+        "parts": [text.part + 1 for text in texts],
+        "lengths": [len(text.ids) for text in texts],
+        "ids": column(np.concatenate([text.ids for text in texts])),
+        "pieces": column(np.array(pieces)),
+        "supervised": column(supervised),
+        "traces": [
+            _columns(trace, its, strings, MARKS[number])
+            for number, (trace, its) in enumerate(zip(traces, chosen, strict=True))
+        ],
+        "strings": list(strings),
+    }
+
+
+def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int], mark: str) -> dict[str, Any]:
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(text, name) for text in texts], axis=min(1, getattr(texts[0], name).ndim - 1))
+
+    def places(name: str) -> np.ndarray:
+        """Of the strings of tokens."""
+        ids, inverse = np.unique(joined(name), return_inverse=True)
+        found = [strings.setdefault(trace.string(token), len(strings)) for token in ids]
+        return np.array(found)[inverse.ravel()]
+
+    header = trace.header
+    columns = {name: joined(name) for name in ("rank", "prob", "entropy", "max_prob", "depth")}
+    columns |= {"top": places("top_ids"), "top_probs": np.rint(joined("top_probs") * 1e4).astype(int)}
+    if header["decider"]:
+        columns["decider"] = joined("decider")
+    if header["final"] == "run":
+        columns |= {
+            "final_rank": joined("final_rank"),
+            "final_prob": joined("final_prob"),
+            "final": places("final_top"),
+        }
+    names = ("model", "max_depth", "top_k", "policy", "threshold", "decider_threshold")
+    return {
+        "mark": mark,
+        "score": _own_score(trace, texts),
+        **{name: header[name] for name in names},
+        "exact": header["attention"] != "duo" or trace.max_depth < 2,
+        "columns": {name: column(values) for name, values in columns.items()},
+    }
+
+
+def _own_score(trace: Trace, texts: Sequence[TracedText]) -> str:
+    """What the trace's policy went by, or the best there is to shade its tokens with.
+
+    The policy `confidence` has two measures, and the trace does not say which: the one that agrees with its depths.
+    """
+    if trace.header["policy"] != "confidence" or trace.max_depth < 2:
+        return "decider" if trace.header["decider"] else "confidence"
+
+    def agreeing(score: str) -> int:
+        pairs = ((1 - text.max_prob[0] if score == "confidence" else of_nats(text.entropy[0]), text) for text in texts)
+        return sum(int(((said > trace.header["threshold"]) == (text.depth > 1)).sum()) for said, text in pairs)
+
+    return max(("confidence", "entropy"), key=agreeing)
+
+
+def column(values: np.ndarray) -> list[str]:
+    """Its type in JavaScript and its bytes: floats with 32 bits, whole numbers with as few as hold all of them."""
+    if values.dtype.kind == "f":
+        kind, style = "Float32Array", "<f4"
+    else:
+        most = int(values.max(initial=0))
+        kind, style = next(entry for entry in INTEGERS.items() if most <= np.iinfo(entry[1]).max)
+    return [kind, base64.b64encode(np.ascontiguousarray(values, style).tobytes()).decode()]

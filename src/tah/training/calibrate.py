@@ -1,0 +1,58 @@
+"""What a decider says about held-out tokens and what a second pass does to them; `quality.py` judges that.
+
+Shapes: n supervised tokens (of all validation rows together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..loss import IGNORE, shift
+from ..model import TaHForCausalLM
+from ..tracing.quality import Judged, quality, threshold_for_loss, threshold_for_share
+from .trainer import Objective
+
+__all__ = ["Judged", "judge", "quality", "threshold_for_loss", "threshold_for_share"]
+
+
+@torch.no_grad()
+def judge(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Judged:
+    """Ask the decider about every supervised token, and run all of them a second time.
+
+    With `attention="own"` the second losses are those of any policy; with `duo` they are those of iterating on all
+    supervised tokens, an approximation for a policy that iterates on few.
+
+    Args:
+        model: with a decider; its max_depth is >= 2.
+        batches: from `data.Collator`.
+        objective: of the decider's stage; says what it should find.
+    """
+    model.eval()
+    found: list[list[Tensor]] = []
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "row"}
+        supervised = shift(batch["labels"]) != IGNORE
+        rest = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+        out = model(
+            batch["input_ids"],
+            **rest,
+            labels=batch["labels"],
+            depth_labels=torch.where(supervised, 2, 1),
+            follow_labels=True,
+            policy="decider",
+            max_depth=2,
+            loss_weights=(0.5, 0.5),
+            logits_to_keep=supervised.new_empty(0).long(),
+            use_cache=False,
+        )
+        one, two = out.token_loss[supervised].unbind(-1)
+        hard = one - two > objective.gain if objective.by_gain else batch["depth_labels"][supervised] > 1
+        probability = out.continue_logits[:, :, 0][supervised].double().sigmoid()
+        found.append([x.cpu() for x in (probability, hard, one, two)])
+    if not found:
+        raise ValueError("no validation rows to choose a threshold on")
+    probability, hard, one, two = (torch.cat(column).numpy() for column in zip(*found, strict=True))
+    return Judged(probability, hard, one, two)

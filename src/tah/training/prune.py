@@ -1,0 +1,321 @@
+"""Drop the layers of a base model that matter least, so that a TaH model is no larger than the plain one (spec B.6).
+
+Every layer is left out in turn, and the one whose absence raises the perplexity of held-out texts least is dropped; for
+more than one layer, what is left is measured anew. Perplexity is over all predicted tokens alike, in float32, whatever
+the model's precision, and not an average over batches.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
+
+CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
+TEXTS = 64  # fewer texts rank layers by luck
+# How configurations speak of layers: an entry for each, the numbers of some, or how many come first.
+PER_LAYER = re.compile(r"layer|block|pattern|types")
+INDEX_LISTS = ("moe_layers", "mlp_only_layers")
+FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+
+
+@dataclass
+class Text:
+    """A held-out text: tokens [T], and which of them count (those that a model is trained to produce)."""
+
+    tokens: list[int]
+    counts: list[bool]
+
+
+@dataclass
+class Round:
+    """One layer dropped. Layers are numbered as in the original model."""
+
+    dropped: int
+    before: float  # perplexity
+    after: float
+    candidates: dict[int, float]  # layer -> perplexity without it
+
+
+@dataclass
+class PruneReport:
+    """What was dropped and why."""
+
+    base: str
+    family: str
+    layers: int
+    parameters: int
+    texts: int
+    tokens: int
+    rounds: list[Round] = field(default_factory=list)
+    parameters_after: int = 0
+
+    @property
+    def dropped(self) -> list[int]:
+        return [each.dropped for each in self.rounds]
+
+    def as_markdown(self) -> str:
+        first, last = self.rounds[0], self.rounds[-1]
+        lines = [
+            f"# {self.base}, pruned",
+            "",
+            f"Dropped: layer {', '.join(map(str, self.dropped))} of {self.layers} (counted from 0). "
+            f"Parameters: {self.parameters:,} -> {self.parameters_after:,}. "
+            f"Perplexity: {first.before:.4f} -> {last.after:.4f}, over {self.tokens:,} tokens of {self.texts} texts.",
+            "",
+            "Perplexity without each layer; the lowest of a column is dropped.",
+            "",
+            "| layer | " + " | ".join(f"drop {n}" for n in range(1, len(self.rounds) + 1)) + " |",
+            "| --- |" + " --- |" * len(self.rounds),
+        ]
+        for layer in range(self.layers):
+            cells = [f"{each.candidates[layer]:.4f}" if layer in each.candidates else "" for each in self.rounds]
+            cells = [
+                f"**{cell}**" if each.dropped == layer else cell for cell, each in zip(cells, self.rounds, strict=True)
+            ]
+            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def prune(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    layers: int,
+    output: str | Path,
+    *,
+    fewest: int = TEXTS,
+    report: Callable[[float], None] = lambda share: None,
+) -> PruneReport:
+    """Drop `layers` layers from `base`, in place, and write what is left as a normal checkpoint, whole or not at all.
+
+    Args:
+        base: any supported decoder.
+        tokenizer: saved beside the weights; None: none is.
+        texts: held-out texts.
+        layers: how many to drop, greedily.
+        output: directory to make, with `prune.json` and `prune.md` in it.
+        fewest: texts needed.
+        report: told the share of the work that is done, after each text.
+
+    Raises:
+        ValueError: too few texts or layers, or a family whose layers cannot be moved.
+    """
+    target = check_output(output)
+    check_layers(base, layers)
+    check_texts(len(texts), fewest)
+    base.eval()
+    config = base.config.get_text_config(decoder=True)
+    name = base.config._name_or_path or ""
+    name = Path(name).name if Path(name).is_dir() else name  # not where it lies on this machine
+    made = PruneReport(
+        base=name or config.model_type,
+        family=base.config.model_type,
+        layers=config.num_hidden_layers,
+        parameters=base.num_parameters(),
+        texts=len(texts),
+        tokens=sum(sum(text.counts[1:]) for text in texts),
+    )
+    left = list(range(made.layers))
+    for _ in range(layers):
+        before, without = perplexities(base, texts, lambda share: report((len(made.rounds) + share) / layers))
+        least = min(range(len(left)), key=lambda at: (without[at], at))
+        drop_layer(base, least)
+        candidates = dict(zip(left, without, strict=True))
+        made.rounds.append(Round(left.pop(least), before, without[least], candidates))
+    made.parameters_after = base.num_parameters()
+    _save(base, tokenizer, made, target)
+    return made
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexities(
+    base: PreTrainedModel, texts: Sequence[Text], report: Callable[[float], None] = lambda share: None
+) -> tuple[float, list[float]]:
+    """Perplexity of the base, and without each of its layers in turn.
+
+    A layer is left out by handing on its input. What comes before it is not computed again but handed on as recorded,
+    so all candidates together cost half as much as as many forwards.
+    """
+    layers = list(decoder_layers(decoder_of(base), base.config.get_text_config(decoder=True).num_hidden_layers))
+    total, without = 0.0, [0.0] * len(layers)
+    count = sum(sum(text.counts[1:]) for text in texts)
+    if count == 0:
+        raise ValueError("the held-out texts have no token that counts")
+    for number, text in enumerate(texts, start=1):
+        seen: list[tuple[Tensor, Any]] = []  # of each layer: hidden states [1, T, D] that go in, and what comes out
+        with _recording(layers, seen):
+            total += _loss(base, text)
+        for at in range(len(layers)):
+            with _replaying(layers[: at + 1], seen, at):
+                without[at] += _loss(base, text)
+        report(number / len(texts))
+    if math.isnan(total):
+        raise ValueError("the base's logits are NaN on the held-out texts; its weights are damaged")
+    return _perplexity(total / count), [_perplexity(loss / count) for loss in without]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _loss(base: PreTrainedModel, text: Text) -> float:
+    """Cross-entropy of the tokens that count, summed, in nats."""
+    head, device = head_of(base), base.get_input_embeddings().weight.device
+    tokens = torch.tensor([text.tokens], device=device)
+    hidden = decoder_of(base)(input_ids=tokens, use_cache=False).last_hidden_state[0]  # [T, D]
+    predicts = torch.tensor(text.counts[1:], device=device).nonzero()[:, 0]
+    each = [
+        F.cross_entropy(head(hidden[part]).float(), tokens[0, part + 1], reduction="sum")
+        for part in predicts.split(CHUNK)
+    ]
+    return float(torch.stack(each).double().sum())
+
+
+@contextmanager
+def _recording(layers: list[nn.Module], seen: list[tuple[Tensor, Any]]) -> Iterator[None]:
+    """Append what goes into every layer and what comes out, while the base runs once."""
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"], out))
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _replaying(layers: list[nn.Module], seen: list[tuple[Tensor, Any]], skipped: int) -> Iterator[None]:
+    """`layers` give what they gave before, without running; layer `skipped` gives what came into it."""
+
+    def given(at: int) -> Callable[..., Any]:
+        into, out = seen[at]
+        if at == skipped:
+            out = (into, *out[1:]) if isinstance(out, tuple) else into
+        return lambda *args, **kwargs: out
+
+    try:
+        for at, layer in enumerate(layers):
+            layer.forward = given(at)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+# -- dropping --------------------------------------------------------------------------------------------------------
+
+
+def drop_layer(base: PreTrainedModel, index: int) -> None:
+    """Remove a layer in place: from the module list, and from whatever the configuration says about layers."""
+    config = base.config.get_text_config(decoder=True)
+    number = config.num_hidden_layers
+    layers = decoder_layers(decoder_of(base), number)
+    changes: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if name in INDEX_LISTS and isinstance(value, list):
+            changes[name] = [at - (at > index) for at in value if at != index]
+        elif isinstance(value, list) and len(value) == number and PER_LAYER.search(name):
+            changes[name] = value[:index] + value[index + 1 :]
+        elif name in FIRST_LAYERS and isinstance(value, int) and index < value:
+            changes[name] = value - 1
+    del layers[index]
+    # The lists first: a configuration may compare their length with the number of layers when that is set.
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.num_hidden_layers = number - 1
+    for at, layer in enumerate(layers):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = at  # type: ignore[assignment]
+
+
+def check_layers(base: PreTrainedModel, layers: int) -> None:
+    """Raises `ValueError` where `base` is of no supported family or has too few layers to drop `layers` of them."""
+    check_facts(base)
+    most = base.config.get_text_config(decoder=True).num_hidden_layers - 1
+    if not 1 <= layers <= most:
+        raise ValueError(f"layers={layers} must be from 1 to {most}: the base has {most + 1}")
+
+
+def check_texts(count: int, fewest: int) -> None:
+    """Raises `ValueError` for too few texts."""
+    if count < fewest:
+        raise ValueError(
+            f"only {count} of the {fewest} held-out texts wanted; give more data, or ask for fewer texts "
+            "(base.prune_texts, --texts)"
+        )
+
+
+def check_output(output: str | Path) -> Path:
+    """Where to write; raises `ValueError` if something is there, or nothing can be written there."""
+    target = Path(os.path.realpath(output))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty directory; choose another --output")
+    existing = next(path for path in target.parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written to ({error.strerror}); choose another --output") from error
+    return target
+
+
+def _save(base: PreTrainedModel, tokenizer: Any, made: PruneReport, target: Path) -> None:
+    """Write beside `target`, see that it loads as what it was saved from, and rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        base.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _check_reload(base, partial)
+        (partial / "prune.json").write_text(json.dumps(asdict(made), indent=2) + "\n", "utf-8")
+        (partial / "prune.md").write_text(made.as_markdown(), "utf-8")
+        if target.exists():
+            target.rmdir()  # empty, or this fails
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_reload(base: PreTrainedModel, directory: Path) -> None:
+    """A family may build a layer by its number, or by how many there are; then what loads would be another model."""
+    device = base.get_input_embeddings().weight.device
+    again = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=base.dtype, attn_implementation=base.config._attn_implementation, trust_remote_code=False
+    )
+    again = again.to(device).eval()
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] % base.config.get_text_config(decoder=True).vocab_size
+    want, got = base(ids, use_cache=False).logits, again(ids, use_cache=False).logits
+    if not torch.equal(want, got):
+        raise ValueError(
+            f"{type(base).__name__} cannot be pruned so: how it computes a layer depends on the layer's number, or on "
+            "how many there are, and what is left would load as another model"
+        )

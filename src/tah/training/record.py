@@ -1,0 +1,214 @@
+"""What a training run shows and writes down: progress, `run.json`, `metrics.jsonl`, `curves.png`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from ..model import TaHForCausalLM
+from .recipe import Recipe
+from .trainer import CHECKPOINTS, Stage, last_checkpoint
+
+LIBRARIES = ("tah", "torch", "transformers", "accelerate", "datasets", "safetensors")
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with step, loss, iterated share and time left, on standard error; lines where that is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.console = Console(stderr=True)
+        self.bar, self.title = Progress(*columns, console=self.console, disable=not self.console.is_terminal), title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        names = {"loss": "loss", "eval_loss": "validation loss", "iterated_share": "iterated"}
+        note = "  ".join(f"{text} {logs[name]:.3g}" for name, text in names.items() if name in (logs or {}))
+        if not note:
+            return
+        self.bar.update(self.task, note=note)
+        if not self.console.is_terminal:
+            line = f"{self.title}: step {state.global_step} of {state.max_steps}  {note}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -> dict[str, Any]:
+    """What a run is, for `run.json` and to compare with on resume."""
+    data: dict[str, Any] = {
+        str(path.relative_to(rows)): path.stat().st_size for path in sorted(rows.glob("*/data/*.parquet"))
+    }
+    data |= {str(path.relative_to(rows)): path.read_text() for path in sorted(rows.glob("*/settings.json"))}
+    return {
+        "stage": stage,
+        "recipe": recipe.resolved(),
+        "seed": recipe.seed,
+        "data": data,
+        "parameters": {
+            "all": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: the directory holds a run that is not to be resumed, or that differs from this one.
+    """
+    checkpoint = last_checkpoint(directory / CHECKPOINTS)
+    if not resume:
+        if (directory / "config.json").is_file() or checkpoint is not None:
+            state = "a finished" if (directory / "config.json").is_file() else "an unfinished"
+            raise ValueError(f"{directory} holds {state} run; give --resume, or another --output")
+        return None
+    if checkpoint is not None:
+        before = read_facts(directory)
+        if differs := _differences(_decisive(before), _decisive(facts)):
+            raise ValueError(f"{directory} was trained with {differs}; resume with the same, or use another --output")
+    return checkpoint
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """The `run.json` of a training that has begun.
+
+    Raises:
+        ValueError: it is missing or damaged, so nobody knows what the checkpoints beside it are.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((directory / "run.json").read_text("utf-8"))
+        if {"stage", "recipe", "data"} <= set(facts):
+            return facts
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"{directory / 'run.json'} is missing or damaged, so its checkpoints cannot be used; move {directory}"
+    )
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether training had reached its last step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
+    """The part of `run.json` that decides what a training makes."""
+    recipe = json.loads(json.dumps(facts["recipe"]))
+    names = ["seed", "base", "model", "backbone"]
+    if facts["stage"] == "decider" or (recipe["decider"] or {}).get("joint"):
+        names.append("decider")
+    parts = {name: recipe[name] for name in names}
+    return {"stage": facts["stage"], "recipe": parts, "data": facts["data"]}
+
+
+def _differences(before: Any, after: Any) -> str:
+    """The first few differing entries of two nested dicts, with both values."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, at: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(set(a) | set(b)):
+                walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+        elif a != b:
+            found.append(f"{at}={a!r} (now {b!r})")
+
+    walk(before, after, "")
+    return ", ".join(found[:3])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, without one that a crash cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def trim_metrics(path: Path, checkpoint: Path | None) -> None:
+    """Drop what was logged after the checkpoint that training resumes from."""
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def draw_curves(directory: Path) -> None:
+    """`curves.png` from `metrics.jsonl`: losses and the iterated share by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(directory / "metrics.jsonl")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    losses = sorted({key for line in lines for key in line if key.startswith(("loss", "eval_loss"))})
+    for axes, names in ((left, losses), (right, ["iterated_share", "eval_iterated_share"])):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name)
+        axes.set_xlabel("step")
+        if axes.lines:
+            axes.legend()
+    left.set_ylabel("loss (nats)")
+    figure.savefig(directory / "curves.png", dpi=100)
+    pyplot.close(figure)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit this code is at, "+" appended where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--", str(root)).strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

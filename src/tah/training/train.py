@@ -1,0 +1,301 @@
+"""`tah train`: one stage of a recipe, from labelled data to a checkpoint. `trainer.py` has the losses.
+
+A stage's directory holds the checkpoint (safetensors, tokenizer), `run.json` (what ran, on what), `metrics.jsonl`,
+`curves.png`, TensorBoard logs, and `checkpoints/` with the full state to resume from.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..config import TaHConfig
+from ..load import find, load_base, load_tah
+from ..model import TaHForCausalLM
+from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
+from .data import COMPLETE, Collator, depth_labels, pack
+from .recipe import Recipe
+from .record import TrainingProgress, check_directory, draw_curves, is_last, run_facts, trim_metrics, write_json
+from .trainer import CHECKPOINTS, Objective, Stage, TaHTrainer
+
+
+class Stopped(Exception):
+    """Training was asked to stop (SIGTERM) and has saved a checkpoint."""
+
+
+def train(
+    recipe: Recipe, stage: Stage, output: Path, *, resume: bool = False, name: str | None = None, data: str = "labels"
+) -> Path:
+    """Train a stage and return its directory, `output/<stage>`.
+
+    Run it in one process, or in several with torchrun or `accelerate launch`.
+
+    Args:
+        recipe: what to train.
+        stage: `backbone`, then `decider`.
+        output: the run's directory; labels are in `output/labels`.
+        resume: go on from the newest complete checkpoint, where there is one.
+        name: of the stage's directory, where it is not `stage`: for baselines beside the main run.
+        data: directory of the rows below `output`.
+
+    Raises:
+        ValueError: something is missing or does not fit, a run to resume differs, or the loss is not a number.
+        Stopped: SIGTERM came; `resume=True` continues.
+    """
+    directory = output / (name or stage)
+    train_rows = Rows.load(output / data / "train", recipe)
+    model, tokenizer = prepare_model(recipe, stage, output)
+    dtype = model.dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # half precision would round small updates away; `bf16: true` computes in it
+            parameter.data = parameter.data.float()
+    objective = objective_of(recipe, stage, model, train_rows)
+    facts = run_facts(recipe, stage, output / data, model)
+    checkpoint = check_directory(directory, facts, resume)
+    held_out = output / data / "validation"
+    trainer = TaHTrainer(
+        objective=objective,
+        model=model,
+        args=_arguments(recipe, stage, directory),
+        train_dataset=train_rows,
+        eval_dataset=Rows.load(held_out, recipe) if held_out.is_dir() else None,
+        data_collator=Collator(tokenizer.pad_token_id, packed=train_rows.packed),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
+    lead = trainer.is_world_process_zero()
+    if lead:
+        write_json(directory / "run.json", facts | {"world_size": trainer.args.world_size})
+        trim_metrics(directory / "metrics.jsonl", checkpoint)
+        trainer.add_callback(TrainingProgress(f"{recipe.name}: {stage}"))
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
+    if checkpoint is not None and is_last(checkpoint):
+        trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step beyond the end
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step}; run again with --resume to go on")
+    for parameter in model.parameters():  # and not the buffers, whose precision positions need
+        parameter.data = parameter.data.to(dtype)
+    if stage == "decider":
+        _choose_threshold(recipe, model, trainer, directory)
+    else:
+        _choose_policy(recipe, model)
+    trainer.save_model(str(directory))  # last, so that a directory with config.json is a finished stage
+    if lead:
+        draw_curves(directory)
+    return directory
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows(Dataset):
+    """Labelled rows as the collator takes them: single, or several packed to at most `max_length` tokens."""
+
+    data: datasets.Dataset
+    rule: str | None  # None: the rows carry no labels, or none are wanted
+    max_depth: int
+    seed: int
+    groups: list[list[int]] | None  # rows that are packed together
+
+    @classmethod
+    def load(cls, directory: Path, recipe: Recipe) -> Rows:
+        """Raises `ValueError` where there are no rows, or the recipe's method needs labels that they lack."""
+        if not (directory / COMPLETE).is_file():
+            raise ValueError(f"{directory} has no labelled data; run `tah label` with this recipe and --output first")
+        data = datasets.load_dataset("parquet", data_files=str(directory / "data" / "*.parquet"), split="train")
+        wants = recipe.uses_labels
+        if wants and "ref_rank" not in data.column_names:
+            raise ValueError(f"{directory} has no labels of a reference model; method paper needs a `label` section")
+        groups = None
+        if recipe.backbone.packed:
+            lengths = [len(ids) for ids in data["input_ids"]]
+            groups = pack(lengths, recipe.data.max_length)
+        rule = recipe.label.rule if wants and recipe.label is not None else None
+        return cls(data, rule, recipe.max_depth, recipe.seed, groups)
+
+    @property
+    def packed(self) -> bool:
+        return self.groups is not None
+
+    def __len__(self) -> int:
+        return len(self.data) if self.groups is None else len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.groups is None:
+            return self._row(index)
+        return {"documents": [self._row(member) for member in self.groups[index]]}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        kept = {name: row[name] for name in ("input_ids", "supervised", "row")}
+        if self.rule is not None:
+            rank, prob, supervised = row["ref_rank"], row["ref_prob"], row["supervised"]
+            labels = depth_labels(rank, prob, supervised, self.rule, self.max_depth, [self.seed, row["row"]])
+            kept["depth_labels"] = labels.tolist()
+        return kept
+
+    def easy_per_hard(self) -> float:
+        """Tokens that should stop per token that should iterate: the weight that makes the two count alike."""
+        hard = easy = 0
+        for index in range(len(self.data)):
+            row = self._row(index)
+            asked = np.asarray(row["supervised"][1:], dtype=bool)
+            wanted = np.asarray(row["depth_labels"][:-1])[asked] > 1
+            hard, easy = hard + int(wanted.sum()), easy + int((~wanted).sum())
+        if hard == 0:
+            raise ValueError("no token of the training data is hard, so there is nothing for a decider to learn")
+        return easy / hard
+
+
+# -- model -------------------------------------------------------------------------------------------------------
+
+
+def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCausalLM, PreTrainedTokenizerBase]:
+    """The model a stage starts from, with what it trains marked by `requires_grad`."""
+    backbone = recipe.backbone
+    if stage == "decider":
+        source = output / "backbone"
+        if not (source / "config.json").is_file():
+            raise ValueError(f"{source} is not there yet: train --stage backbone before --stage decider")
+        model = load_tah(str(source), recipe.base.dtype)
+        if model.decider is None:
+            raise ValueError(f"{source} has no decider; give the recipe a model.decider and train the backbone again")
+        model.requires_grad_(False)
+        model.decider.requires_grad_(True)
+        return model, AutoTokenizer.from_pretrained(source)
+    path, kind = find(backbone.init or recipe.base_path(output))
+    if kind == "original":
+        raise ValueError(f"{path} is in the authors' layout; `tah convert` it first")
+    torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
+    if kind == "tah":
+        model = load_tah(path, recipe.base.dtype)
+        check_fields(recipe, model.config, path)
+    else:
+        model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
+    everything = backbone.train == "all"
+    for name, parameter in model.named_parameters():
+        own = "lora_" in name or name.startswith(("reembed_map.", "combine_map."))
+        joint = recipe.decider is not None and recipe.decider.joint
+        parameter.requires_grad_(joint if name.startswith("decider.") else everything or own)
+    if model.config.max_depth == 1 and not everything:
+        raise ValueError("backbone.train: lora has nothing to train where no token runs a second pass; use all")
+    return model, AutoTokenizer.from_pretrained(find(recipe.tokenizer_path(output))[0])
+
+
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """TaHConfig's fields for the recipe's method. A policy is chosen when training has ended."""
+    fields = dict(recipe.model)
+    if recipe.backbone.method == "standard":
+        fields |= {"max_depth": 1, "lora_rank": 0, "decider": None}
+    elif recipe.backbone.method == "blind":
+        fields["attention"] = "blind"
+    return fields | {"policy": "never"}
+
+
+def check_fields(recipe: Recipe, config: TaHConfig, path: str) -> None:
+    """A TaH checkpoint to continue from must be what the recipe says, field by field; raises `ValueError`."""
+    wanted = {name: value for name, value in fields_of(recipe).items() if name not in ("policy", "decider")}
+    for name, value in wanted.items():
+        if (is_ := getattr(config, name)) != value:
+            raise ValueError(f"{path} has {name}={is_!r} but the recipe asks for {value!r}; change one of them")
+
+
+def _choose_policy(recipe: Recipe, model: TaHForCausalLM) -> None:
+    """The policy that a backbone's checkpoint uses until it has a trained decider."""
+    config, backbone = model.config, recipe.backbone
+    config.policy = {"always": "always", "random": "random", "standard": "never", "paper": "never"}.get(
+        backbone.method, "confidence"
+    )
+    if config.policy == "random":
+        config.random_rate, config.random_seed = backbone.share, recipe.seed
+    if config.policy == "confidence":  # iterate where the entropy exceeds tau
+        config.confidence_measure, config.threshold = "entropy", 1 - math.exp(-backbone.tau)
+
+
+def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows) -> Objective:
+    backbone, decider = recipe.backbone, recipe.decider
+    pos_weight = None
+    if stage == "decider" and backbone.method == "paper":
+        pos_weight = decider.pos_weight if decider is not None else None
+        pos_weight = rows.easy_per_hard() if pos_weight is None else pos_weight
+    return Objective(
+        stage=stage,
+        method=backbone.method,
+        max_depth=model.config.max_depth,
+        loss_weights=backbone.loss_weights,
+        share=backbone.share,
+        tau=backbone.tau,
+        joint=stage == "backbone" and decider is not None and decider.joint,
+        gain=decider.gain if decider is not None else 0.05,
+        pos_weight=pos_weight,
+        depth_schedule=backbone.depth_schedule if stage == "backbone" else (),
+        seed=recipe.seed,
+    )
+
+
+def _choose_threshold(recipe: Recipe, model: TaHForCausalLM, trainer: TaHTrainer, directory: Path) -> None:
+    """Set policy and threshold from held-out tokens, and write the decider's quality."""
+    if trainer.eval_dataset is None:
+        raise ValueError("a threshold is chosen on validation data; give the recipe data.validation_share")
+    assert recipe.decider is not None
+    size = trainer.args.per_device_eval_batch_size
+    batches = DataLoader(trainer.eval_dataset, size, collate_fn=trainer.data_collator)
+    judged = judge(model, batches, trainer.objective)
+    if recipe.decider.target == "loss":
+        threshold = threshold_for_loss(judged)
+    else:
+        assert recipe.decider.target_share is not None  # checked by the recipe
+        threshold = threshold_for_share(judged.probability, recipe.decider.target_share)
+    model.config.policy, model.config.threshold = "decider", threshold
+    if trainer.is_world_process_zero():
+        write_json(directory / "quality.json", quality(judged, threshold))
+
+
+# -- the run -----------------------------------------------------------------------------------------------------
+
+
+def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArguments:
+    """The recipe's `training` section over what every run needs."""
+    section = recipe.backbone if stage == "backbone" else recipe.decider
+    if section is None:
+        raise ValueError("the recipe has no decider section, so there is nothing to train in stage decider")
+    fixed = {
+        "output_dir": str(directory / CHECKPOINTS),
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),  # else several processes would each train alone
+        "ddp_find_unused_parameters": False,
+    }
+    defaults: dict[str, Any] = {
+        "seed": recipe.seed,
+        "logging_steps": 10,
+        "per_device_eval_batch_size": section.training.get("per_device_train_batch_size", 8),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],  # TensorBoard is added below, with the run's directory
+    }
+    arguments = TrainingArguments(**defaults | section.training | fixed)
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start one per GPU (torchrun --nproc_per_node "
+            f"{arguments.n_gpu} -m tah train ...) or show it a single one with CUDA_VISIBLE_DEVICES"
+        )
+    return arguments
