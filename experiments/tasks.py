@@ -5,9 +5,11 @@ A problem is a line of words; its answer is one more word. Families (`TASKS`):
     chain     "v3=v1 v5=s2 v1=s6 v3": variables defined by one another, shuffled; what is the last word worth? (s6)
     fold      "s3 s0 s5 s2": a fixed random operation, not associative, folded from the left
     compose   "s3 f0 f5 f2": fixed random permutations applied to a state, from left to right
+    hops      "e3>e5 e1>e3 e5>e1 n2 e1": a cycle, shuffled; what is n steps after the last word? (e5)
 
-What `chain` needs is in the line. Operation and permutations are drawn with the seed and never shown: a model has to
-learn them. A hash of the line decides whether it is for training, validation or test, so a held-out line is new.
+What `chain` and `hops` need is in the line, and lines hardly ever repeat. Operation and permutations are drawn with the
+seed and never shown: a model has to learn them. A hash of the line decides whether it is for training, validation or
+test, so a held-out line is new.
 
 The conversation is `line` -> "the value is Answer: <last word> <answer>": of seven tokens to produce one needs thought.
 """
@@ -28,7 +30,7 @@ from tah.training.tiny import SPECIAL, TEMPLATE
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end
-STATES, FUNCTIONS, VARIABLES, CHAINS = 7, 7, 12, 3
+STATES, FUNCTIONS, VARIABLES, CHAINS, CYCLE = 7, 7, 12, 3, 8
 HELD_OUT = {0: "test", 1: "test", 2: "validation"}  # tenths of the hashes; the others are for training
 
 Draw = Callable[[random.Random, int], tuple[list[str], str]]
@@ -92,6 +94,8 @@ class Task:
         words = [*states, *variables]
         if self.name == "chain":
             words += [f"{variable}={word}" for variable in variables for word in [*variables, *states]]
+        if self.name == "hops":
+            words += [f"{one}>{other}" for one in states for other in states]
         vocabulary = {word: at for at, word in enumerate([*SPECIAL, *LEAD, *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -155,11 +159,25 @@ def compose(longest: int, fixed: random.Random) -> Draw:
     return draw
 
 
-TASKS = {"chain": chain, "fold": fold, "compose": compose}
+def hops(longest: int, fixed: random.Random) -> Draw:
+    """One cycle through all words, so that no number of steps below `CYCLE` leads back; one hop is one lookup."""
+
+    def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
+        order = rng.sample(range(CYCLE), CYCLE)
+        facts = [f"e{one}>e{order[at - CYCLE + 1]}" for at, one in enumerate(order)]
+        rng.shuffle(facts)
+        at = rng.randrange(CYCLE)
+        return [*facts, f"n{steps}", f"e{order[at]}"], f"e{order[(at + steps) % CYCLE]}"
+
+    return draw
+
+
+TASKS = {"chain": chain, "fold": fold, "compose": compose, "hops": hops}
 _WORDS = {
     "chain": (("s", STATES), ("v", VARIABLES)),
     "fold": (("s", STATES), ("v", 0)),
     "compose": (("s", STATES), ("f", FUNCTIONS)),
+    "hops": (("e", CYCLE), ("n", CYCLE)),
 }
 
 

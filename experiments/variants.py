@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Variant:
         share: of the supervised tokens that look ahead.
         loss_weights: what the output after each depth counts.
         steps: times the training of the others.
+        layers: times those of the others; their MLPs are narrower then, so that parameters stay the same.
     """
 
     method: str
@@ -66,6 +67,7 @@ class Variant:
     share: float = 1.0
     loss_weights: tuple[float, ...] | None = None
     steps: float = 1.0
+    layers: int = 1
 
     @property
     def joint(self) -> bool:
@@ -76,6 +78,7 @@ class Variant:
 VARIANTS = {
     "standard": Variant("standard"),
     "standard-x1.75": Variant("standard", steps=1.75),
+    "standard-deep": Variant("standard", layers=2),
     "lookahead": Variant("lookahead", LOOKAHEAD),
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"reembed": "topk"}),
@@ -126,18 +129,17 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Object
 
 
 def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
-    """The variant's model. `standard` gets wider layers, until it has at least as many parameters as look-ahead with
-    its maps and its decider."""
+    """The variant's model. Where it is a `standard`, its MLPs get so wide that it has at least as many parameters as
+    look-ahead with its maps and its decider."""
     inner = 3 * size.hidden
     if variant.method != "standard":
         return new_model(
             size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.method == "paper"
         )
     wanted = parameters(new_model(size, inner, LOOKAHEAD, tokenizer, seed, decides=True))
-    inner += math.ceil(
-        (wanted - parameters(new_model(size, inner, None, tokenizer, seed))) / (3 * size.hidden * size.layers)
-    )
-    return new_model(size, inner, None, tokenizer, seed)
+    size = replace(size, layers=size.layers * variant.layers)
+    missing = wanted - parameters(new_model(size, 1, None, tokenizer, seed))
+    return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, tokenizer, seed)
 
 
 def new_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import measure  # noqa: E402
 import summarise  # noqa: E402
 import tasks  # noqa: E402
 import variants  # noqa: E402
+import word_problems  # noqa: E402
 from tah.training.turns import encode  # noqa: E402
 
 VARIANTS = ["standard", "lookahead", "lookahead-entropy", "lookahead-quarter", "paper"]
@@ -47,6 +49,33 @@ def test_answers_follow_from_the_line():
         while at in value:
             at, taken = value[at], taken + 1
         assert (at, taken) == (problem.answer, problem.steps)
+
+
+def test_hops_need_as_many_lookups_as_they_say():
+    for problem in tasks.Task("hops", 0, (1, 2, 5)).take("test", 50, distinct=True):
+        *facts, count, at = problem.line.split()
+        following = dict(fact.split(">") for fact in facts)
+        passed = [at := following[at] for _ in range(int(count[1:]))]
+        assert passed[-1] == problem.answer and len(passed) == problem.steps == len(set(passed))
+
+
+def test_word_problems_are_held_out_by_kind_and_by_question():
+    found = word_problems.splits({"test": 20, "new_kinds": 10, "validation": 10, "train": 50}, seed=5)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "test": 20, "new_kinds": 10, "validation": 10, "train": 50
+    }  # fmt: skip
+    questions = [row["messages"][0]["content"] for rows in found.values() for row in rows]
+    assert len(set(questions)) == len(questions)
+    for row in (row for rows in found.values() for row in rows):
+        assert row["messages"][1]["content"].endswith(f"\nAnswer: {row['answer']}")
+    kinds = {row["messages"][0]["content"]: kind for kind, row in itertools.islice(word_problems.problems(5), 400)}
+    held = {name: {word_problems.held_out(kinds[q]) for q in map(question_of, rows) if q in kinds}
+            for name, rows in found.items()}  # fmt: skip
+    assert held == {"test": {False}, "new_kinds": {True}, "validation": {False}, "train": {False}}
+
+
+def question_of(row: dict) -> str:
+    return row["messages"][0]["content"]
 
 
 def test_a_family_that_is_too_small_says_so():
