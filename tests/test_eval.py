@@ -22,10 +22,11 @@ from tah.cli import run
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math, letter_of
 from tah.evaluation.by_row import SampleByRow
-from tah.evaluation.eval_files import Asked, Generated, Samples, alone, differences
+from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, as_markdown, compare, compared_markdown
 from tah.evaluation.evaluate import Sampling, _build, _run, evaluate
 from tah.evaluation.harness import TaHLM
+from tah.files import differences
 from tah.session import Session
 from tah.tasks import CODE, DIRECTORY, TASKS, rows
 

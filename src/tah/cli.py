@@ -56,7 +56,7 @@ def _number(help: str, kind: type[int] | type[float], low: int, high: int | None
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.", show_default=False)
+    str, typer.Argument(metavar="MODEL", help="Directory, hub id, smollm2, or smollm2-tah.", show_default=False)
 ]
 PolicyOption = Annotated[
     str | None,

@@ -44,12 +44,19 @@ def evaluate(
         typer.Option(metavar="TASK=FILE", help="Questions from a JSONL file, not the Hub; may be repeated."),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
-    temperature: Annotated[float, _number("Of the sampling.", float, 0, 100)] = 0.6,
-    top_p: Annotated[float, _number("Sample among the most probable tokens up to this mass.", float, 0, 1)] = 0.95,
-    top_k: Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)] = 20,
+    temperature: Annotated[float | None, _number("Of the sampling. [default: 0.6]", float, 0, 100)] = None,
+    top_p: Annotated[
+        float | None, _number("Sample among the most probable tokens up to this mass. [default: 0.95]", float, 0, 1)
+    ] = None,
+    top_k: Annotated[int | None, _number("Sample among this many tokens; 0 means all. [default: 20]", int, 0)] = None,
     max_new_tokens: Annotated[int, _number("Longest answer, in tokens.", int, 1)] = 4096,
     seed: Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)] = 0,
-    batch_size: Annotated[int, _number("Questions at a time.", int, 1)] = 1,
+    batch_size: Annotated[
+        int | None, _number("Questions at a time. [default: 1; with vLLM as many as it likes]", int, 1)
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="transformers, or vllm for large runs, where it is installed.")
+    ] = "transformers",
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="For the policy oracle: the model that knows better.")
     ] = None,
@@ -71,7 +78,7 @@ def evaluate(
     from .load import quiet
 
     quiet()
-    files = _files(data or [])
+    files, drawing = _files(data or []), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from .evaluation.eval_report import as_markdown
@@ -98,7 +105,7 @@ def evaluate(
             _words(tasks),
             output,
             policies=None if policy is None else _words(policy),
-            sampling=Sampling(samples, 0.0 if greedy else temperature, top_p, top_k, max_new_tokens, seed),
+            sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
             limit=limit,
             data=files,
             threshold=threshold,
@@ -106,6 +113,7 @@ def evaluate(
             reference=reference,
             raw=raw,
             batch_size=batch_size,
+            backend=backend,
             allow_code_execution=allow_code_execution,
             dtype=dtype,
             device=device,
@@ -131,6 +139,21 @@ def compare(
 
     found = run_comparison(a, b)
     typer.echo(json.dumps(found) if as_json else compared_markdown(found), nl=as_json)
+
+
+def _drawing(greedy: bool, **given: Any) -> dict[str, Any]:
+    """What was said of the sampling; `Sampling` knows the rest.
+
+    Raises:
+        BadParameter: --greedy beside it.
+    """
+    drawing = {name: value for name, value in given.items() if value is not None}
+    if greedy and drawing:
+        name = next(iter(drawing))
+        raise typer.BadParameter(
+            f"--greedy draws nothing, so --{name.replace('_', '-')} {drawing[name]:g} has no meaning; leave out one"
+        )
+    return {"temperature": 0.0} if greedy else drawing
 
 
 def _words(text: str) -> list[str]:

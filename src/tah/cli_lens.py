@@ -14,15 +14,16 @@ TRACE = "trace.jsonl"  # in the directory of a run
 # What a report is made with, in the order of their imports. None of it needs torch, but importing the package does, and
 # that takes longer than the report: so each is run without it.
 PARTS = (
-    "resample",
-    "quality",
-    "traced",
-    "trace_scores",
-    "overthinking",
-    "trace_file",
-    "lens_svg",
-    "lens",
-)  # of tracing
+    "files",
+    "tracing.resample",
+    "tracing.quality",
+    "tracing.traced",
+    "tracing.trace_scores",
+    "tracing.overthinking",
+    "tracing.trace_file",
+    "tracing.lens_svg",
+    "tracing.lens",
+)
 
 
 @app.command()
@@ -61,10 +62,11 @@ def report(
         raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
     if png is not None and png.exists() and not png.is_dir():
         raise typer.BadParameter(f"--png {png} is a file; give a directory")
-    for name in PARTS if png is None else (*PARTS, "lens_charts"):
-        if f"tah.tracing.{name}" not in sys.modules:
-            _register(f"tracing.{name}")
-    from .tracing.lens import write_lens, write_whole
+    for name in PARTS if png is None else (*PARTS, "tracing.lens_charts"):
+        if f"tah.{name}" not in sys.modules:
+            _register(name)
+    from .files import write_atomically
+    from .tracing.lens import write_lens
 
     if png is not None:  # before anything is written, since a package may be missing
         from .tracing.lens_charts import draw_charts
@@ -78,7 +80,7 @@ def report(
             _note(f"{path} is unfinished: {its.missing} of {its.header['texts']} texts are missing; tah trace goes on")
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB; open it in a browser")
     if markdown is not None:
-        write_whole(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
+        write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
         typer.echo(str(markdown))
     if png is not None:
         typer.echo("\n".join(str(path) for path in draw_charts(stats, png)))

@@ -13,6 +13,7 @@ import typer
 from .cli import JsonOption, _note, _number, app
 
 SERVER = "vllm.entrypoints.openai.api_server"  # not the command `vllm`: the CPU package's does not find its own version
+MIDDLEWARE = "tah.vllm.responses.TellDepths"
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -39,8 +40,8 @@ def serve(
         raise ValueError(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
-    arguments = [sys.executable, "-m", SERVER, "--model", path, "--served-model-name", model, *context.args]
-    os.execv(sys.executable, arguments)
+    ours = ["--model", path, "--served-model-name", model, "--middleware", MIDDLEWARE]
+    os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])
 
 
 @app.command("bench-serve")

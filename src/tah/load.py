@@ -24,17 +24,21 @@ Kind = Literal["tah", "base", "original"]
 
 
 def find(source: str) -> tuple[str, Kind]:
-    """Where a model is, and what: a directory, a hub id, or the word `smollm2`.
+    """Where a model is, and what: a directory, a hub id, or one of the words `smollm2` and `smollm2-tah`.
 
     Raises:
         ValueError: there is no such thing, or it is not a model.
     """
     if not source.strip():
-        raise ValueError("MODEL is empty; give a directory, a hub id, or smollm2")
+        raise ValueError("MODEL is empty; give a directory, a hub id, smollm2, or smollm2-tah")
     if source == "smollm2" and not Path(source).is_dir():
         from .smollm2 import smollm2_base
 
         return str(smollm2_base()), "base"
+    if source == "smollm2-tah" and not Path(source).is_dir():
+        from .smollm2 import smollm2_tah
+
+        return str(smollm2_tah()), "tah"
     directory = Path(source)
     if directory.is_dir():
         if (directory / ORIGINAL).is_file():

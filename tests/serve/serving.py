@@ -105,7 +105,7 @@ class Served:
 
     def params(self, new_tokens: int, rule: dict[str, Any] | None = None, **options: Any) -> SamplingParams:
         options = {"temperature": 0, "ignore_eos": True, "max_tokens": new_tokens, **options}
-        return SamplingParams(extra_args={"depths": True, **(rule or {})}, **options)
+        return SamplingParams(extra_args=rule, **options)
 
     def ask(self, asked: Sequence[Ids], new_tokens: int, rules: Sequence[dict[str, Any]] = ()) -> list[Answer]:
         params = [self.params(new_tokens, rule) for rule in rules or [{}] * len(asked)]
@@ -124,7 +124,7 @@ class Served:
 
 def answer(out: Any) -> Answer:
     """Of vLLM's output for one request."""
-    return Answer(list(out.outputs[0].token_ids), out.kv_transfer_params["tah"]["depths"])
+    return Answer(list(out.outputs[0].token_ids), out.outputs[0].routed_experts.tolist())
 
 
 @contextmanager

@@ -8,11 +8,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-import torch
 from checkpoints import tiny
 from serving import agree, answer, iterated, prompts, reference, serve
-
-from tah import TaHForCausalLM
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
@@ -99,26 +96,6 @@ def test_requests_come_and_go_every_step(llama, expected, batching):
         served.check_pool()
         assert not served.scheduler.logs
     assert aborted == 30 and agree(llama, MIXED, [done[at] for at in range(len(MIXED))], expected)
-
-
-@torch.no_grad()
-def test_several_answers_and_their_probabilities(llama, batching):
-    """Sampled answers of one prompt: the log-probabilities of what was said are the model's.
-
-    The prompt is longer than a step, which with a seed ends vLLM's own CPU engine.
-    """
-    prompt = max(MIXED, key=len)
-    model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    with serve(llama, max_num_batched_tokens=32, additional_config=batching) as served:
-        params = served.params(40, temperature=1.0, n=4, seed=5, logprobs=0)
-        out = served.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
-    assert len({tuple(one.token_ids) for one in out.outputs}) == 4
-    for one in out.outputs:
-        said = torch.tensor(one.token_ids)
-        logits = model(torch.tensor([prompt + list(said)])).logits[0, len(prompt) - 1 : -1]
-        want = logits.log_softmax(-1).gather(1, said[:, None]).squeeze(1)
-        got = torch.tensor([entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)])
-        assert (got - want).abs().max() < 1e-3
 
 
 def test_every_token_is_counted_once(llama, batching):

@@ -114,8 +114,7 @@ def _engine(pipe: Any, model: str, variant: str, dtype: str, longest: int) -> No
         outs = llm.generate(ask, params, use_tqdm=False)
         turn = Turn(time.process_time() - cpu, time.perf_counter() - wall, 0.0)
         if variant != "base":
-            told = [out.kv_transfer_params["tah"] for out in outs]
-            deep = sum(one["iterated_tokens"] + one["prompt_iterated_tokens"] for one in told)
+            deep = sum(int((out.outputs[0].routed_experts > 1).sum()) for out in outs)
             turn.iterated = deep / (sum(task.prompts) + sum(task.new) - len(outs))  # the last token does not run
         pipe.send(turn)
 

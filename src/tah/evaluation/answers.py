@@ -1,7 +1,7 @@
 """Whether an answer is right: math-verify for mathematics, a small extractor for letters.
 
-Both look at what follows the thoughts only. An answer in which nothing can be found is `unparsed`, and is counted as
-such beside the wrong ones.
+Both look at what follows the thoughts only. An answer in which nothing can be found is `unparsed`, and one to an item
+whose tests cannot be run is `untestable`; both are counted as such beside the wrong ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from math_verify import parse, verify
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
-Grade = Literal["right", "wrong", "unparsed"]
+Grade = Literal["right", "wrong", "unparsed", "untestable"]
 
 SECONDS = 5  # for each of parsing and comparing; an expression may be made to explode
 LETTERS = "ABCDEFGHIJ"
@@ -58,10 +58,16 @@ def grade_math(gold: str, text: str) -> Grade:
         text: the whole answer.
     """
     wanted = read_math(gold)
-    found = parse(_scientific(after_thoughts(text)), EXTRACTION, parsing_timeout=SECONDS)
+    found = parse(_scientific(_last_box(after_thoughts(text))), EXTRACTION, parsing_timeout=SECONDS)
     if not found:
         return "unparsed"
     return "right" if verify(wanted, found, timeout_seconds=SECONDS) else "wrong"
+
+
+def _last_box(text: str) -> str:
+    """What follows the last box but one: math-verify makes a set of boxes that are close to each other."""
+    boxes = list(BOXED.finditer(text))
+    return text[boxes[-2].end() :] if len(boxes) > 1 else text
 
 
 def _scientific(text: str) -> str:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from . import code_judge
 from .sandbox import Sandbox
 
-Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code"]
+Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]
 
 PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # indentation, fence, language
@@ -43,7 +43,8 @@ class Verdict:
     """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
 
     `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
-    process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run).
+    process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run), "untestable" (the
+    item's tests cannot be run, of `grade_all` only).
     """
 
     passed: bool
@@ -51,6 +52,10 @@ class Verdict:
     reason: str
     calls: int
     seconds: float
+
+
+class Untestable(ValueError):
+    """The fault is the item's: its tests cannot be run here."""
 
 
 def extract_code(text: str, entry_point: str | None = None) -> str:
@@ -101,7 +106,8 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
         sandbox: where it runs.
 
     Raises:
-        ValueError: No isolation here, or the item's tests cannot be graded; says which item and why.
+        Untestable: The item's tests cannot be graded; says which item and why.
+        ValueError: No isolation here.
         OSError: The sandbox failed to start for this answer.
     """
     entry, tests = _entry_point(item), _tests(item)
@@ -125,7 +131,7 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
     kind, reason, calls = json.loads(judged.stderr)
     reason = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
     if kind == "untestable":
-        raise ValueError(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
+        raise Untestable(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
     if kind == "lost":
         kind = "crashed" if answered.status == "ok" else answered.status
     return Verdict(kind == "passed", kind, reason, calls, judged.seconds)
@@ -137,13 +143,21 @@ def grade_all(
     """Grade answer i to item i, several at a time; verdicts come in the order of the items, each when it is known.
 
     Raises:
-        ValueError: Not as many answers as items, or what `grade_code` raises.
+        ValueError: Not as many answers as items, or no isolation here.
+        OSError: The sandbox failed to start.
     """
+
+    def grade(item: Mapping[str, Any], answer: str) -> Verdict:
+        try:
+            return grade_code(item, answer, sandbox)
+        except Untestable as error:  # the others are graded all the same
+            return Verdict(False, "untestable", str(error), 0, 0.0)
+
     if len(items) != len(answers):
         raise ValueError(f"{len(items)} items and {len(answers)} answers: give one answer for each item")
     sandbox.check()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda item, answer: grade_code(item, answer, sandbox), items, answers)
+        yield from pool.map(grade, items, answers)
 
 
 def _defines(code: str, name: str) -> bool:
@@ -165,13 +179,13 @@ def _tests(item: Mapping[str, Any]) -> str:
     """The item's tests as a program.
 
     Raises:
-        ValueError: It has none that we know.
+        Untestable: It has none that we know.
     """
     name = item.get("task_id", "an item")
     if "inputs" in item and "expected" in item:
         inputs, expected, atol = item["inputs"], item["expected"], float(item.get("atol") or 0)
         if len(inputs) != len(expected):
-            raise ValueError(f"{name}: {len(inputs)} inputs and {len(expected)} expected: give one for each")
+            raise Untestable(f"{name}: {len(inputs)} inputs and {len(expected)} expected: give one for each")
         cases = f"for given, wanted in zip({list(inputs)!r}, {list(expected)!r}):"
         check = f"    assert alike({item['entry_point']}(*given), wanted, {atol!r}), (given, wanted)"
         return "\n".join(["from math import inf, nan", inspect.getsource(code_judge.alike), cases, check])
@@ -180,7 +194,7 @@ def _tests(item: Mapping[str, Any]) -> str:
     if item.get("test_list"):
         return "\n".join([*item.get("test_imports", []), str(item.get("test_setup_code", "")), *item["test_list"]])
     hint = " (evalplus' own files: take the Hub's evalplus/humanevalplus or mbppplus)" if "base_input" in item else ""
-    raise ValueError(f"{name}: no tests: give test, test_list, or inputs and expected{hint}")
+    raise Untestable(f"{name}: no tests: give test, test_list, or inputs and expected{hint}")
 
 
 @functools.cache

@@ -21,6 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..files import differences, write_atomically
+
 LOCK = ".lock"
 FACTS = ("tah", "model", "versions", "batch_size", "started")  # of run.json: may differ when a run is continued
 
@@ -64,14 +66,6 @@ class Generated:
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """All of it, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, "utf-8")
-    os.replace(new, path)
-
-
 def open_run(directory: Path, settings: dict[str, Any]) -> None:
     """Begin a run, or continue the one that is there; within `alone`.
 
@@ -80,9 +74,9 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
     """
     path = directory / "run.json"
     if not path.exists():
-        if any(entry.suffix != ".new" and entry.name != LOCK for entry in directory.iterdir()):
+        if any(entry.suffix != ".tmp" and entry.name != LOCK for entry in directory.iterdir()):
             raise ValueError(f"{directory} is not empty and holds no evaluation; choose another directory")
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     before, after = read_run(directory), json.loads(json.dumps(settings))
     if differs := differences(before, after, without=FACTS):
@@ -137,22 +131,6 @@ def read_run(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"
         ) from error
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    """The first three entries of nested dicts that differ, with both values; empty where none does."""
-    found: list[str] = []
-
-    def walk(a: Any, b: Any, at: str) -> None:
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            for key in [*a, *(key for key in b if key not in a)]:
-                if at or key not in without:
-                    walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
-        elif a != b:
-            found.append(f"{at} {a!r} (now {b!r})")
-
-    walk(before, after, "")
-    return ", ".join(found[:3])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -262,7 +240,7 @@ class Samples:
         for (number, sample), line in self.lines.items():
             line["verdict"] = verdicts[number][sample]
         self.lines = dict(sorted(self.lines.items()))
-        write_text(self.path, "".join(map(_line, self.lines.values())))
+        write_atomically(self.path, "".join(map(_line, self.lines.values())))
 
 
 def _generated(line: Mapping[str, Any]) -> Generated:

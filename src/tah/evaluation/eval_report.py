@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..files import differences
 from ..tasks import STOCK
 from ..tracing.resample import Estimate, Resampled
-from .eval_files import Samples, differences, read_run
+from .eval_files import Samples, read_run
 
 PROTOCOL = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
 COLUMNS = {
@@ -191,8 +192,8 @@ def compare(a: str, b: str) -> dict[str, Any]:
         }
         for run in (run_a, run_b)
     )
-    if differs := differences(before, after):
-        raise ValueError(f"{a} and {b} cannot be compared: {differs}")
+    if differs := differences(before, after, now="B has"):
+        raise ValueError(f"{a} (A) and {b} (B) cannot be compared: A has {differs}")
     alone = [name for run in (run_a, run_b) for name in run["tasks"] if name not in names]
     if len(policies_a) == len(policies_b) == 1:
         pairs = [(policies_a[0], policies_b[0])]

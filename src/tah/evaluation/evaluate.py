@@ -6,7 +6,6 @@ answer in a file (`eval_files.py`) and makes the results from those files (`eval
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,53 +22,18 @@ from typing import Any
 
 from .. import __version__
 from .. import tasks as ours
+from ..files import write_atomically
 from ..session import Session
 from ..training.reference import weights_fingerprint
-from .eval_files import Samples, alone, open_run, write_text
+from .eval_files import Samples, alone, open_run
 from .eval_report import as_markdown, summarize
 from .harness import TaHLM
-from .sandbox import Sandbox
+from .request import Sampling, build, check_request, expand, vllm_version
+from .served import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
-from lm_eval.tasks import TaskManager  # isort: skip
 
-POLICIES = ("decider", "confidence", "always", "never", "random", "oracle")
 LIBRARIES = ("torch", "transformers", "lm_eval", "math_verify")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; the paper's settings (spec D.1) by default.
-
-    Args:
-        samples: answers to each question, whose mean counts (avg@k).
-        temperature: 0 takes the most probable token.
-        top_p: among the most probable tokens up to this mass.
-        top_k: among so many; 0 means all.
-        max_new_tokens: where an answer is cut off.
-        seed: with the question and the number of the sample, decides what is drawn.
-
-    Raises:
-        ValueError: several samples that would all be alike.
-    """
-
-    samples: int = 1
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 20
-    max_new_tokens: int = 4096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature < 1e-3:
-            raise ValueError(f"samples={self.samples} at temperature 0 would all be alike; give --samples 1")
-
-    def options(self) -> dict[str, Any]:
-        """As lm-eval's `generation_kwargs`."""
-        if self.temperature < 1e-3:
-            return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"max_gen_toks": self.max_new_tokens, "do_sample": True} | drawn
 
 
 def evaluate(
@@ -85,7 +49,9 @@ def evaluate(
     max_depth: int | None = None,
     reference: str | None = None,
     raw: bool = False,
-    batch_size: int = 1,
+    batch_size: int | None = None,
+    backend: str = "transformers",
+    engine: Mapping[str, Any] | None = None,
     allow_code_execution: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
@@ -103,6 +69,9 @@ def evaluate(
         data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
         reference: for the policy `oracle`.
         raw: without the chat template.
+        batch_size: answers at a time; 1, or with vLLM as many as it likes, by default.
+        backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
+        engine: options of `vllm.LLM`.
         allow_code_execution: needed for the code benchmarks; they run in a sandbox.
         told: progress: policy, task, answers done, of how many.
         note: what the user should know.
@@ -115,33 +84,39 @@ def evaluate(
     """
     sampling, output = sampling or Sampling(), Path(output)
     names, files = expand(tasks), {name: str(path) for name, path in (data or {}).items()}
-    _check_request(names, policies, files, reference, allow_code_execution)
+    check_request(names, policies, files, reference, allow_code_execution, backend, device)
     with _quiet():
-        built = _build(names, files, sampling)
+        built = build(names, files, sampling)
         place = {"dtype": dtype, "device": device}
         session = Session.open(model, **place) if isinstance(model, str) else model
         if not raw and not session.tokenizer.chat_template:
             raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
         if session.wrapped and not policies:
             note(f"{session.source} is a base model without a trained second pass; policy: confidence")
-        lm = TaHLM(
-            session,
-            threshold=threshold,
-            max_depth=max_depth,
-            seed=sampling.seed,
-            reference=None if reference is None else Session.open(reference, **place),
-            batch_size=batch_size,
-            add_bos_token=None if raw else False,  # a chat template writes it where it belongs
-        )
         chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
+        options: dict[str, Any] = {
+            "threshold": threshold,
+            "max_depth": max_depth,
+            "seed": sampling.seed,
+            "add_bos_token": None if raw else False,  # a chat template writes it where it belongs
+        }
+        if backend == "vllm":
+            _check_served(built)
+            lm: TaHLM = ServedLM(session, policies=chosen, batch_size=batch_size, engine=engine, **options)
+        else:
+            options["reference"] = None if reference is None else Session.open(reference, **place)
+            lm = TaHLM(session, batch_size=batch_size or 1, **options)
         if len(shared := [policy for policy in chosen if policy in ("decider", "confidence")]) > 1:
             note(f"{' and '.join(shared)} share the threshold {lm.rule['threshold']:.4g}, though their scales differ")
         settings = _settings(lm, chosen, built, limit) | {
             "sampling": asdict(sampling),
             "template": "none" if raw else "chat",
             "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
+            "backend": backend,
             "batch_size": batch_size,
         }
+        if backend == "vllm":
+            settings["versions"]["vllm"] = vllm_version()
         with alone(output):
             open_run(output, settings)
             for policy, (name, task) in itertools.product(chosen, built.items()):
@@ -154,97 +129,15 @@ def evaluate(
                 if not (samples.graded(of) if scores is None else scores.is_file()):
                     _run(lm, task, samples, policy=policy, limit=limit, raw=raw, scores=scores)
     results = summarize(output)
-    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(output / "results.md", as_markdown(results))
+    write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(output / "results.md", as_markdown(results))
     return results
 
 
-# -- what is asked for -----------------------------------------------------------------------------------------------
-
-
-def expand(names: Sequence[str]) -> list[str]:
-    """Names of tasks, `nine` replaced, each once.
-
-    Raises:
-        ValueError: an unknown one, with the nearest.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        if name == "nine":
-            found |= dict.fromkeys(ours.NINE)
-        elif name in ours.TASKS or name.startswith(ours.STOCK):
-            found[name] = None
-        else:
-            near = difflib.get_close_matches(name, (*ours.TASKS, "nine"), n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(
-                f"unknown task {name!r}; {hint}choose from nine, {', '.join(ours.TASKS)}, "
-                f"or {ours.STOCK}NAME for lm-eval's own"
-            )
-    if not found:
-        raise ValueError("no tasks; give --tasks nine or names")
-    return list(found)
-
-
-def _check_request(
-    names: Sequence[str],
-    policies: Sequence[str] | None,
-    data: Mapping[str, str],
-    reference: str | None,
-    allow_code_execution: bool,
-) -> None:
-    """What can be refused before anything is loaded."""
-    for policy in policies or ():
-        if policy not in POLICIES:
-            near = difflib.get_close_matches(policy, POLICIES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"unknown policy {policy!r}; {hint}choose from {', '.join(POLICIES)}")
-    if "oracle" in (policies or ()) and reference is None:
-        raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
-    for name in data:
-        if name not in names or name.startswith(ours.STOCK):
-            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
-    if code := [name for name in names if name in ours.CODE]:
-        if not allow_code_execution:
-            raise ValueError(
-                f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
-                "sandbox, or leave it out"
-            )
-        Sandbox().check()
-
-
-def _build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> dict[str, Any]:
-    """lm-eval's tasks by our names, in the order asked for."""
-    stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]
-    metadata: Any = {"data": dict(data)}
-    manager = TaskManager(include_path=str(ours.DIRECTORY), include_defaults=bool(stock), metadata=metadata)
-    for name in stock:
-        if name not in manager.all_tasks or name.startswith(ours.PREFIX):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
-            raise ValueError(f"lm-eval has no task {name!r}{hint}")
-        path = manager.task_index[name].yaml_path  # loading such a task already fetches code from the Hub
-        if path is not None and any(
-            "unsafe_code: true" in file.read_text() for file in Path(path).parent.glob("*.y*ml")
-        ):
-            raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
-    built: dict[str, Any] = {}
-    for name in names:
-        own = not name.startswith(ours.STOCK)
-        try:
-            loaded = manager.load([ours.PREFIX + name if own else name.removeprefix(ours.STOCK)])["tasks"]
-        except (OSError, ConnectionError, ImportError) as error:
-            raise ValueError(f"task {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-        for key, task in loaded.items():
-            if task.OUTPUT_TYPE == "generate_until":
-                task.set_config("generation_kwargs", sampling.options(), update=True)
-            if own:
-                task.set_config("repeats", sampling.samples)
-            if task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(1234)  # lm-eval's own
-            built[name if own else ours.STOCK + key] = task
-    return built
+def _check_served(tasks: Mapping[str, Any]) -> None:
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(f"{name} compares likelihoods, which --backend vllm does not compute; leave out --backend")
 
 
 def _settings(lm: TaHLM, policies: Sequence[str], tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
@@ -310,7 +203,7 @@ def _run(
     if scores is None:
         samples.grade({entry["doc_id"]: entry["graded"] for entry in found["samples"][task.task_name]})
     else:
-        write_text(scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
+        write_atomically(scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,9 @@ class TaHLM(HFLM):
         )
         self.session, self.seed, self.log = session, int(seed), log
         self.reference = Session.open(reference, **place) if isinstance(reference, str) else reference
+        most = session.model.config.max_depth
+        if max_depth is not None and max_depth > most and not session.wrapped:
+            raise ValueError(f"max_depth={max_depth}: {session.source} has max_depth={most}; give at most that")
         self.threshold, self.max_depth = threshold, max_depth
         self.use(policy)
 
@@ -139,11 +142,14 @@ class TaHLM(HFLM):
         self._check_lengths(wanted)
         found: list[str] = []
         for _, group in itertools.groupby(wanted, key=lambda asked: asked.options):
-            same = list(group)
-            for start in range(0, len(same), self.batch_size):
-                batch = same[start : start + self.batch_size]
+            for batch in self._batches(list(group)):
                 found += map(self._text, batch, self._answers(batch))
         return found
+
+    def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
+        """Answers that are wanted in the same way, some at a time."""
+        for start in range(0, len(asked), self.batch_size):
+            yield asked[start : start + self.batch_size]
 
     def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or generated and logged."""
@@ -170,19 +176,13 @@ class TaHLM(HFLM):
     # -- a batch -----------------------------------------------------------------------------------------------------
 
     def _generate(self, batch: Sequence[Asked]) -> list[Generated]:
-        options = normalize_gen_kwargs(batch[0].options, self.max_gen_toks)
-        stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
-        seeds = [self._seed(asked) for asked in batch] if options.pop("do_sample") else None
-        warping = {name: options.pop(name, default) for name, default in (("temperature", 1.0), ("top_p", 1.0))}
+        stop, limit, warping = self._wishes(batch[0].options)
         prompt, mask = self.tok_batch_encode([asked.prompt for asked in batch])
         prompt, mask = prompt.to(self.device), mask.to(self.device)
         B, P = prompt.shape
         processors: list[LogitsProcessor] = [RefuseNaN()]
-        top_k = options.pop("top_k", 0)
-        if seeds is not None:
-            processors.append(SampleByRow(seeds, P, limit, top_k=top_k, **warping))
-        if options:  # lm-eval leaves out `use_cache` and the like
-            raise ValueError(f"generation option {', '.join(options)}: only temperature, top_p and top_k are known")
+        if warping is not None:
+            processors.append(SampleByRow([self._seed(asked) for asked in batch], P, limit, **warping))
         ends = RowEnds(B, P, self._end_tokens(), StopStringCriteria(self.tokenizer, stop) if stop else None)
         self._begin(mask)
         start = time.perf_counter()
@@ -200,6 +200,21 @@ class TaHLM(HFLM):
         counts, lengths = out.depth_count.cpu(), ends.lengths.tolist()
         rows = zip(batch, out.sequences[:, P:].tolist(), counts, mask.bool().cpu(), lengths, strict=True)
         return [self._generated(*row, limit, seconds) for row in rows]
+
+    def _wishes(self, asked: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any] | None]:
+        """Stop strings, most tokens, and how to sample: temperature, top_p and top_k, or None for the most probable.
+
+        Raises:
+            ValueError: an option of lm-eval's that nobody here follows.
+        """
+        options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # leaves out `use_cache` and the like
+        stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
+        sampled = options.pop("do_sample")
+        warping = {"temperature": options.pop("temperature", 1.0), "top_p": options.pop("top_p", 1.0)}
+        warping["top_k"] = options.pop("top_k", 0)
+        if options:
+            raise ValueError(f"generation option {', '.join(options)}: only temperature, top_p and top_k are known")
+        return stop, limit, warping if sampled else None
 
     def _generated(
         self, asked: Asked, ids: list[int], depth_count: Tensor, mask: Tensor, length: int, limit: int, seconds: float

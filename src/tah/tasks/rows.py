@@ -96,8 +96,14 @@ def read_file(path: Path, kind: Kind) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON ({error.msg}); one question a line") from error
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path} line {number} has half of a surrogate pair, {error.object[error.start]!a}, which is no text; "
+                "remove it"
+            ) from error
         check(row, kind, f"{path} line {number}")
         rows.append(row)
     if not rows:
@@ -202,10 +208,9 @@ def choice_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]
 def code_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Run the tests of a question on the answers, in the sandbox."""
     texts = results[0]
+    grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     verdicts = grade_all([doc] * len(texts), texts, _sandbox())
-    return _metrics(
-        "right" if verdict.passed else "unparsed" if verdict.status == "no code" else "wrong" for verdict in verdicts
-    )
+    return _metrics(grades.get(verdict.status, "wrong") for verdict in verdicts)
 
 
 def count(graded: Sequence[Sequence[Grade]]) -> int:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import write_atomically
 from .lens_svg import calibration_chart, compute_chart, depth_chart, iterated_chart, pass_chart
 from .overthinking import compare, statistics
 from .trace_scores import of_nats
@@ -58,18 +57,8 @@ def write_lens(
     stats = [statistics(trace, every=every) for trace in traces]
     difference = compare(*traces) if len(traces) == 2 and not every else None
     page = render(traces, stats, difference, shown, every)
-    write_whole(Path(output), page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
+    write_atomically(output, page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
     return stats
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file has all of the content or is as it was before."""
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        new.write_bytes(content)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

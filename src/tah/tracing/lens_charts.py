@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from .lens import write_whole
+from ..files import write_atomically
 
 try:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def draw_charts(stats: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
             content = BytesIO()
             figure.savefig(content, format="png", dpi=200)
             written.append(directory / f"{name}{suffix}.png")
-            write_whole(written[-1], content.getvalue())
+            write_atomically(written[-1], content.getvalue())
     return written
 
 

@@ -176,6 +176,8 @@ def trace(
         ValueError: nothing to trace, arguments out of range, or `output` holds something else.
     """
     M = model.config.max_depth if max_depth is None else max_depth
+    if M > model.config.max_depth:
+        raise ValueError(f"max_depth={M}: the model has max_depth={model.config.max_depth}; give at most that")
     rule = Rule.of_call(model.config, model.decider, 1, policy, threshold, M)
     if isinstance(rule.threshold, Tensor):
         raise ValueError(f"threshold {threshold} must be one number")
@@ -198,6 +200,7 @@ def trace(
         "top_k": top_k,
         "policy": policy if isinstance(policy, str) else repr(policy),
         "threshold": rule.threshold,
+        "confidence_measure": model.config.confidence_measure if policy == "confidence" else None,
         "decider": asked is not None,
         "decider_threshold": rule.threshold if policy == "decider" else model.config.threshold,
         "final": "run" if follow else "approximate" if duo else "exact",

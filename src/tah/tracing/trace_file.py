@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import differences, write_atomically
 from .traced import Key, Trace, TracedText
 
 VERSION = 1
@@ -199,21 +199,12 @@ class TraceFile:
         if self.path is not None and self.path.exists() and self.path.stat().st_size:
             self._continue(self.path)
         elif self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-            try:
-                new.write_text(_plain(header) + "\n", "utf-8")
-                os.replace(new, self.path)
-            finally:
-                new.unlink(missing_ok=True)
+            write_atomically(self.path, _plain(header) + "\n")
 
     def _continue(self, path: Path) -> None:
         self.trace, size = _read(path)
-        before, after = self.trace.header, json.loads(_plain(self.header))
-        names = [name for name in {**before, **after} if name not in ABOUT and before.get(name) != after.get(name)]
-        if names:
-            what = ", ".join(f"{name} {_short(before.get(name))} (now {_short(after.get(name))})" for name in names[:3])
-            raise ValueError(f"{path} is a trace with other settings: {what}; choose another file or delete it")
+        if differs := differences(self.trace.header, json.loads(_plain(self.header)), without=ABOUT):
+            raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file or delete it")
         os.truncate(path, size)
 
     @property
@@ -240,8 +231,3 @@ class TraceFile:
         """The trace, in the order of the data."""
         self.trace.texts.sort(key=lambda text: text.key)
         return self.trace
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import TaHConfig
+from ..files import write_atomically
 from ..load import find
 
 
@@ -46,14 +45,5 @@ def write_threshold(path: Path, threshold: float) -> float:
     """Change the threshold in a config.json and nothing else, at once or not at all; returns the one before."""
     config = json.loads(path.read_text("utf-8"))
     before = float(config.get("threshold", TaHConfig.threshold))
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config | {"threshold": threshold}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(new, path.stat().st_mode & 0o7777)
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(config | {"threshold": threshold}, indent=2) + "\n")
     return before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from contextlib import suppress
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from ..files import differences, write_atomically
 from ..model import TaHForCausalLM
 from .recipe import Recipe
 from .trainer import CHECKPOINTS, Stage, last_checkpoint
@@ -95,7 +95,7 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
         return None
     if checkpoint is not None:
         before = read_facts(directory)
-        if differs := _differences(_decisive(before), _decisive(facts)):
+        if differs := differences(_decisive(before), _decisive(facts)):
             raise ValueError(f"{directory} was trained with {differs}; resume with the same, or use another --output")
     return checkpoint
 
@@ -131,21 +131,6 @@ def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
         names.append("decider")
     parts = {name: recipe[name] for name in names}
     return {"stage": facts["stage"], "recipe": parts, "data": facts["data"]}
-
-
-def _differences(before: Any, after: Any) -> str:
-    """The first few differing entries of two nested dicts, with both values."""
-    found: list[str] = []
-
-    def walk(a: Any, b: Any, at: str) -> None:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in sorted(set(a) | set(b)):
-                walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
-        elif a != b:
-            found.append(f"{at}={a!r} (now {b!r})")
-
-    walk(before, after, "")
-    return ", ".join(found[:3])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -188,10 +173,7 @@ def draw_curves(directory: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def _version(name: str) -> str | None:

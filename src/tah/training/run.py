@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from ..files import write_atomically
 from .contents import sizes_of, wrong
 from .recipe import Recipe
 
@@ -243,11 +244,8 @@ class Run:
             raise ValueError(f"{self._path(name)} is damaged; delete it and {self.result(name)}") from error
 
     def _write(self, step: Step, finished: bool, **more: Any) -> None:
-        path = self._path(step.name)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.wanted[step.name] | {"finished": finished} | more, indent=1) + "\n")
-        os.replace(temporary, path)
+        record = self.wanted[step.name] | {"finished": finished} | more
+        write_atomically(self._path(step.name), json.dumps(record, indent=1) + "\n")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

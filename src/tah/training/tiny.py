@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, ValidationError
 from transformers import PreTrainedTokenizerFast
 
+from ..files import write_atomically
 from .recipe_checks import check_training, in_words, near
 from .recipe_fields import Part, Positive, Recipe
 
@@ -102,11 +102,8 @@ def write_data(recipe: Recipe, directory: Path) -> dict[str, int]:
     drawn = distinct_rows(settings, recipe.seed, sum(sizes.values()))
     splits = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
     check_disjoint({name: splits[name] for name in SPLITS})
-    directory.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
-        temporary = directory / f".{name}.jsonl.new"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, directory / f"{name}.jsonl")
+        write_atomically(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return sizes
 
 

@@ -86,6 +86,7 @@ class TaHForCausalLM(nn.Module):
         self.choices: dict[str, Choice] = {}  # by request; kept by the worker
         self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
         self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
+        self.prompt_lengths: Callable[[], Tensor]  # of the same, [requests or more]
         self.report: StepReport | None = None  # of the latest step; for the scheduler
         self.pool: DeepPool | None = None
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
@@ -241,13 +242,15 @@ class TaHForCausalLM(nn.Module):
     def _defer(self, batch: Batch, go: Tensor, ids: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
         """Set aside the hard tokens of decoding requests; the others [M] run again in this step.
 
-        The last token of a block does not wait: once a block is full, others may find it in the prefix cache.
+        The last token of a block does not wait: once a block is full, others may find it in the prefix cache. Nor does
+        the prompt's last token, alone in its step: vLLM tells the prompt's log-probabilities in that step, or never.
         """
         counts = batch.starts[1:] - batch.starts[:-1]
         requests = self.request_ids()
         row = batch.rows(torch.arange(len(go)))
         block_size = slots_per_block(self.deep_attention[0].stock)
-        waits = go & (counts[row] == 1) & ((positions + 1) % block_size != 0)
+        decodes = (counts[row] == 1) & (positions >= self.prompt_lengths()[row])
+        waits = go & decodes & ((positions + 1) % block_size != 0)
         later = waits.nonzero().squeeze(1)
         if len(later):
             embeds = self._reembed(ids[later], hidden[later])

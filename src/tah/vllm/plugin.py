@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 ARCHITECTURE = "TaHForCausalLM"
-DEEP_KV_SHARE = 0.125  # deep entries per depth-1 slot; the paper's models iterate on 7 % of tokens
+DEEP_KV_SHARE = 0.1  # deep entries per depth-1 slot; the paper's models iterate on 7 % of tokens
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -77,23 +78,16 @@ class Choice:
 
 @dataclass
 class DepthLog:
-    """What the tokens of one request took."""
+    """The passes that the tokens of one request took, and how many of those numbers its answer has brought already."""
 
-    choice: Choice
-    prompt_tokens: int
-    depths: list[int] = field(
-        default_factory=list
-    )  # by position, of the tokens that ran; the last one produced did not
+    depths: list[int] = field(default_factory=list)  # by position, of the tokens that ran; the newest one did not
+    sent: int = 0
 
-    def summary(self) -> dict[str, Any]:
-        """For the response: the answer's tokens are counted by the token that ran to predict them."""
-        answer = self.depths[self.prompt_tokens - 1 :]
-        found: dict[str, Any] = {
-            "iterated_tokens": sum(depth > 1 for depth in answer),
-            "mean_depth": sum(answer) / max(1, len(answer)),
-            "prompt_iterated_tokens": sum(depth > 1 for depth in self.depths[: self.prompt_tokens - 1]),
-        }
-        return found | {"depths": self.depths} if self.choice.report_depths else found
+    def news(self) -> np.ndarray:
+        """What the answer lacks, [tokens] int8."""
+        new = np.array(self.depths[self.sent :], dtype=np.int8)
+        self.sent = len(self.depths)
+        return new
 
 
 class DepthParameters(LogitsProcessor):

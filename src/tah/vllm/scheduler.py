@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -20,8 +22,8 @@ from .requests import Choice, DepthLog
 class DepthScheduler(Scheduler):
     """Never schedules more tokens than there are free deep entries, so any of them may iterate.
 
-    Where that would hold requests up, entries of cached prefixes that nobody uses are given up first, and then the
-    newest request is preempted, as vLLM does when its own cache is full. No decision ever depends on room.
+    Where that would hold requests up, entries of cached prefixes that nobody uses are given up first, and then a
+    request is preempted, the one that vLLM would choose when its own cache is full. No decision ever depends on room.
     """
 
     max_num_scheduled_tokens: int
@@ -36,13 +38,14 @@ class DepthScheduler(Scheduler):
         self.config = model.hf_config
         self.usual = Choice.of(self.config, None).key
         self.logs: dict[str, DepthLog] = {}  # by request
+        self.ended: dict[str, DepthLog] = {}  # of requests that ended in the running step
         self.numbers: StepNumbers | None = None  # of the latest step, for the metrics
 
     def add_request(self, request: Request) -> None:
         """A request with a rule of its own shares cached prefixes only with its like: deep keys depend on the rule."""
         if request.request_id not in self.requests:  # else a later part of the input of one that is known
             choice = Choice.of(self.config, request.sampling_params.extra_args)
-            self.logs[request.request_id] = DepthLog(choice, request.num_prompt_tokens)
+            self.logs[request.request_id] = DepthLog()
             if choice.key != self.usual:
                 request.cache_salt = f"{request.cache_salt or ''}{choice.key}"
                 request.block_hashes = []
@@ -62,13 +65,18 @@ class DepthScheduler(Scheduler):
 
     def _make_room(self) -> list[int]:
         """Physical blocks whose deep entries are given up, so that this step's tokens may all iterate."""
+        seats = self.max_num_running_reqs - len(self.running)
         wanted = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
-        wanted = min(wanted + sum(request.num_tokens for request in self.waiting), self.max_num_scheduled_tokens)
+        wanted += sum(request.num_tokens for request in islice(self.waiting, seats))
+        wanted = min(wanted, self.max_num_scheduled_tokens)
         given_up = self._give_up(wanted)
         while self.deep_free < len(self.running) and len(self.running) > 1:
-            newest = self.running.pop()
-            self._preempt_request(newest, time.monotonic())
-            self.prev_step_scheduled_req_ids.discard(newest.request_id)
+            last = self.running[-1]
+            if self.policy == SchedulingPolicy.PRIORITY:
+                last = max(self.running, key=lambda request: (request.priority, request.arrival_time))
+            self.running.remove(last)
+            self._preempt_request(last, time.monotonic())
+            self.prev_step_scheduled_req_ids.discard(last.request_id)
             given_up += self._give_up(wanted)
         return given_up
 
@@ -102,7 +110,12 @@ class DepthScheduler(Scheduler):
             shallow = scheduler_output.total_num_scheduled_tokens - len(deferred) - len(report.taken)
             used = self.deep_capacity - report.free
             self.numbers = StepNumbers(shallow, len(report.taken), used, self.deep_capacity)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        found = super().update_from_output(scheduler_output, model_runner_output)
+        for output in (output for part in found.values() for output in part.outputs):
+            log = self.logs.get(output.request_id) or self.ended[output.request_id]
+            output.routed_experts = log.news()  # vLLM's one array per token: it puts the parts of an answer together
+        self.ended.clear()
+        return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -111,7 +124,7 @@ class DepthScheduler(Scheduler):
             self.numbers = None
         return stats
 
-    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> tuple[dict[str, Any] | None, Any]:
-        """vLLM has no field for what a model reports; `kv_transfer_params` reaches the response."""
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        log = self.ended[request.request_id] = self.logs.pop(request.request_id)
         _, ec_transfer_params = super()._free_request(request, *args, **kwargs)
-        return {"tah": self.logs.pop(request.request_id).summary()}, ec_transfer_params
+        return {"tah": {"depths": log.depths}}, ec_transfer_params

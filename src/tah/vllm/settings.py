@@ -13,7 +13,8 @@ from .model import FAMILIES
 from .plugin import DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, Choice, DepthParameters
 
-BATCHING = ("two_pass", "mixed")
+BATCHING = ("auto", "two_pass", "mixed")
+WIDE, MANY = 1024, 8  # width of a base and requests at a time from which `mixed` was measured to be ahead, or level
 
 
 def settle(vllm_config: Any) -> None:
@@ -29,7 +30,7 @@ def settle(vllm_config: Any) -> None:
     Choice.of(config, None)
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
-    vllm_config.additional_config["batching"] = _batching(vllm_config.additional_config)
+    vllm_config.additional_config["batching"] = _batching(vllm_config, config.base_config)
     vllm_config.parallel_config.worker_cls = "tah.vllm.worker.DepthCPUWorker"
     vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
     vllm_config.scheduler_config.async_scheduling = False
@@ -69,6 +70,7 @@ def _check_flags(vllm_config: Any) -> None:
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}": vllm_config.scheduler_config.scheduler_cls,
         f"the device {current_platform.device_type}": not current_platform.is_cpu(),
+        "vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
     }
     for what, asked in refused.items():
         if asked:
@@ -77,16 +79,23 @@ def _check_flags(vllm_config: Any) -> None:
 
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     """Deep entries per depth-1 slot: as asked, or else enough for the policy."""
-    default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.5 * config.random_rate))}
+    default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.4 * config.random_rate))}
     share = additional.get("deep_kv_share", default.get(config.policy, DEEP_KV_SHARE))
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
         raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number above 0, at most 1")
     return float(share)
 
 
-def _batching(additional: dict[str, Any]) -> str:
-    """How the two depths share steps."""
-    asked = additional.get("batching", "two_pass")
+def _batching(vllm_config: Any, base: Any) -> str:
+    """How the two depths share steps; answers are the same.
+
+    `auto` goes by the tables in docs/serving.md: `mixed` saves readings of the weights and pays with small operations
+    per layer, so it takes wide layers and several requests. With torch.compile its steps would run uncompiled.
+    """
+    asked = vllm_config.additional_config.get("batching", "auto")
     if asked not in BATCHING:
         raise ValueError(f"batching={asked!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    return asked
+    if asked != "auto":
+        return asked
+    saves = base.hidden_size >= WIDE and vllm_config.scheduler_config.max_num_seqs >= MANY
+    return "mixed" if saves and vllm_config.model_config.enforce_eager else "two_pass"

@@ -17,14 +17,21 @@ class DepthCPUWorker(CPUWorker):
         return self.vllm_config.additional_config["deep_kv_share"]
 
     def determine_available_memory(self) -> int:
-        """Bytes for vLLM's cache: what is left when the pool has its part."""
-        return int(super().determine_available_memory() / (1 + self.share))
+        """Bytes for vLLM's cache: what is left when the pool, which `pool.capacity` sizes, has its part.
+
+        Either the share decides, or the longest request; where that is most of the cache, both get a half.
+        """
+        whole = super().determine_available_memory()
+        slot = sum(spec.page_size_bytes / spec.block_size for spec in self.get_kv_cache_spec().values())
+        longest = self.model_config.max_model_len * slot
+        return int(min(whole / (1 + self.share), max(whole - longest, whole / 2)))
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
         model = self.model_runner.model
         model.prepare(self.share, self.model_config.max_model_len)
         model.request_ids = lambda: self.model_runner.input_batch.req_ids
+        model.prompt_lengths = lambda: self.model_runner.input_batch.num_prompt_tokens_cpu_tensor
 
     def execute_model(self, scheduler_output: Any) -> Any:
         model = self.model_runner.model

