@@ -215,13 +215,14 @@ def convert(
 
 @app.command()
 def demo(
-    max_new_tokens: TokensOption = 48,
+    max_new_tokens: TokensOption = 64,
+    problems: Annotated[int, _number("Held-out problems to answer under each policy.", int, 0, 100)] = 100,
     no_color: NoColorOption = False,
 ) -> None:
-    """Answer three questions with SmolLM2-135M."""
+    """Answer questions with the checkpoint in the box."""
     from .demo import demo as run_demo
 
-    run_demo(max_new_tokens=max_new_tokens, color=not no_color)
+    run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)
 
 
 @app.command()

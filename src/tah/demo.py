@@ -1,77 +1,86 @@
-"""`tah demo`: SmolLM2-135M answers three grade-school questions, each token coloured by the passes it took."""
+"""`tah demo`: the checkpoint in the box answers three questions, tokens coloured by depth, then held-out problems."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from typing import Any
 
+import numpy as np
+from rich.progress import track
 from rich.rule import Rule
 from rich.table import Table
 
 from .load import quiet
-from .session import CONFIDENCE_THRESHOLD as THRESHOLD
 from .session import Answer, Session
+from .smollm2 import TAH
 from .terminal import Painter, make_console, printable, summary
+from .tracing.resample import Resampled
+from .training.scores import score_answers
 
 QUESTIONS = (
-    "Tom has 3 boxes with 4 apples each. He eats 2 apples. How many apples are left?",
+    "Tom has 3 boxes with 14 apples each. He eats 2 apples. How many apples are left?",
     "A pencil costs 2 dollars and a book costs 5 dollars. How much do 3 pencils and 1 book cost?",
     "Lily reads 12 pages a day. How many pages does she read in one week?",
 )
 INTRODUCTION = (
-    "SmolLM2-135M-Instruct, wrapped by TaHForCausalLM.from_base. Every token passes the model once. Where the model is "
-    f"not sure of the next one (policy confidence, threshold {THRESHOLD}), the token at hand passes it again."
+    "SmolLM2-135M-Instruct with a second pass, trained on word problems: adapter, maps and decider only, so that depth "
+    "1 is the model as published. Every token passes the model once; where the decider says so, twice."
 )
-NOT_TRAINED = (
-    "Nothing is trained yet: the adapter of the second pass starts at zero and the decider has seen no data, so the "
-    "second pass is not expected to help, and here it often harms. This shows where it would act and what it costs."
+CAVEAT = (
+    "What the second pass adds here is mostly what any training on such problems would add: docs/results.md has the "
+    "comparison with as much training of a single pass."
 )
+POLICIES = ("never", "decider", "always")
+BATCH = 25  # problems answered at a time
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def demo(
-    *, max_new_tokens: int = 48, color: bool = True, questions: tuple[str, ...] = QUESTIONS
-) -> list[dict[str, Any]]:
-    """Print the demo; return what was measured, one entry per question and policy."""
+    *, max_new_tokens: int = 64, problems: int = 100, color: bool = True, questions: tuple[str, ...] = QUESTIONS
+) -> dict[str, Any]:
+    """Print the demo; return what was measured.
+
+    Args:
+        max_new_tokens: of an answer to one of `questions`.
+        problems: how many of the held-out ones to answer under each policy; 0 for none.
+        color: False prints brackets in place of colours.
+        questions: to answer one after another.
+    """
     start = time.perf_counter()
     quiet()
     console = make_console(color=color)
-    painter = Painter(console, THRESHOLD)
-    session = Session.open("smollm2")
+    session = Session.open("smollm2-tah")
+    painter = Painter(console, session.model.config.threshold)
     console.print(INTRODUCTION)
-    console.print(NOT_TRAINED, style="bold")
     console.print(painter.legend())
-    measured = []
+    answers = []
     for number, question in enumerate(questions, 1):
         console.print(Rule(f"{number}", style="dim"))
         console.print(question, style="bold")
-        console.print("\nconfidence: ", end="", style="dim")
-        answers = {"confidence": _answer(session, question, "confidence", max_new_tokens, painter.show)}
+        console.print("\ndecider: ", end="", style="dim")
+        given = {"decider": _answer(session, question, "decider", max_new_tokens, painter.show)}
         console.print()
-        console.print(_line(answers["confidence"]), style="dim")
+        console.print(_line(given["decider"]), style="dim")
         for policy in ("never", "always"):
-            answers[policy] = _answer(session, question, policy, max_new_tokens, lambda token: None)
-        console.print(_side_by_side(answers["never"], answers["always"]))
-        measured += [
-            {
-                "question": question,
-                "policy": policy,
-                "text": answer.text,
-                "seconds": answer.seconds,
-                "depths": answer.depths,
-            }
-            for policy, answer in answers.items()
-        ]
-    console.print(Rule(style="dim"))
-    console.print(_total(measured, time.perf_counter() - start))
-    console.print(NOT_TRAINED, style="bold")
-    return measured
+            given[policy] = _answer(session, question, policy, max_new_tokens, lambda token: None)
+        console.print(_side_by_side(given["never"], given["always"]))
+        answers += [{"question": question, "policy": policy, **answer.as_dict()} for policy, answer in given.items()]
+    scores = {}
+    if problems:
+        console.print(Rule(f"{problems} held-out problems", style="dim"))
+        scores = _score(session, _problems()[:problems], console)
+        console.print(_table(scores))
+        console.print(CAVEAT, style="bold")
+    console.print(f"{time.perf_counter() - start:.0f} s in all", style="dim")
+    return {"answers": answers, "scores": scores}
 
 
 def _answer(session: Session, question: str, policy: str, max_new_tokens: int, show: Any) -> Answer:
     ids = session.encode([{"role": "user", "content": question}])
     session.forget()  # each policy pays for the prompt
-    rule = {"policy": policy, "threshold": THRESHOLD, "max_depth": 2}
-    return session.answer(ids, show, max_new_tokens=max_new_tokens, do_sample=False, **rule)
+    return session.answer(ids, show, max_new_tokens=max_new_tokens, do_sample=False, policy=policy)
 
 
 def _line(answer: Answer) -> str:
@@ -81,18 +90,62 @@ def _line(answer: Answer) -> str:
 def _side_by_side(never: Answer, always: Answer) -> Table:
     """Two columns: the plain base model, and every token twice."""
     table = Table(expand=True, box=None, padding=(1, 2, 0, 0))
-    for header in ("never (the plain model)", "always (every token twice)"):
+    for header in ("never (SmolLM2 as published)", "always (every token twice)"):
         table.add_column(header, ratio=1, header_style="dim", overflow="fold")
     table.add_row(printable(never.text), printable(always.text))
     table.add_row(_line(never), _line(always), style="dim")
     return table
 
 
-def _total(measured: list[dict[str, Any]], seconds: float) -> str:
-    """Tokens per second of each policy over all questions."""
-    rates = []
-    for policy in ("never", "confidence", "always"):
-        runs = [run for run in measured if run["policy"] == policy]
-        tokens = sum(len(run["depths"]) for run in runs)
-        rates.append(f"{policy} {tokens / sum(run['seconds'] for run in runs):.1f} tokens/s")
-    return f"{', '.join(rates)}; {seconds:.0f} s in all"
+# -- held-out problems -------------------------------------------------------------------------------------------------
+
+
+def _problems() -> list[dict[str, Any]]:
+    """With `messages` and `answer`, of kinds that were trained on and of others, alternating."""
+    return [json.loads(line) for line in (TAH / "problems.jsonl").read_text("utf-8").splitlines()]
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, so that no answer is marked down for its form; None where there is none."""
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    value = float(found[-1].replace(",", ""))
+    return str(int(value)) if value.is_integer() else str(value)
+
+
+def _score(session: Session, rows: list[dict[str, Any]], console: Any) -> dict[str, dict[str, Any]]:
+    """By policy: `right` [R], seconds, iterated share of the tokens made."""
+    scores: dict[str, dict[str, Any]] = {}
+    work = [(policy, at) for policy in POLICIES for at in range(0, len(rows), BATCH)]
+    for policy, at in track(work, "answering", console=console, transient=True, disable=not console.is_terminal):
+        start, batch = time.perf_counter(), rows[at : at + BATCH]
+        made = score_answers(session.model, session.tokenizer, batch, read=last_number, policy=policy)
+        its = scores.setdefault(policy, {"right": [], "seconds": 0.0, "iterated": 0.0})
+        its["right"] += made.right.tolist()
+        its["seconds"] += time.perf_counter() - start
+        its["iterated"] += made.iterated_share * len(batch) / len(rows)
+    return scores
+
+
+def _table(scores: dict[str, dict[str, Any]]) -> Table:
+    """Right answers by policy, and what the decider changes, with 95 % bootstrap intervals over the problems."""
+    right = {policy: np.array(its["right"], np.float64) for policy, its in scores.items()}
+    drawn = Resampled(np.arange(len(right["never"])), seed=0)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("policy", "right", "95 %", "decider less this", "95 %", "iterated", "seconds"):
+        table.add_column(title, header_style="dim", justify="left" if title == "policy" else "right")
+    for policy, its in scores.items():
+        here, less = (
+            drawn.estimate(drawn.mean(values)) for values in (right[policy], right["decider"] - right[policy])
+        )
+        compared = ("", "") if policy == "decider" else (f"{less['value']:+.1%}", _interval(less, "+"))
+        share = (f"{here['value']:.1%}", _interval(here), *compared, f"{its['iterated']:.1%}")
+        table.add_row(policy, *share, f"{its['seconds']:.0f}")
+    return table
+
+
+def _interval(estimate: dict[str, Any], sign: str = "") -> str:
+    if estimate["low"] is None:
+        return ""
+    return f"{format(100 * estimate['low'], f'{sign}.1f')} to {format(100 * estimate['high'], f'{sign}.1f')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,21 @@ def test_what_vllm_cannot_do(model, tmp_path, capsys):
         assert run(["eval", model, *words, *more]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_engine_refuses(model, tmp_path):
+    """In one line, though vLLM says it in a page."""
+    gemma = str(tiny(tmp_path / "gemma", "gemma"))
+    with pytest.raises(ValueError, match=r"^tah serves bases of the families .*; this one is 'gemma'$"):
+        go(gemma, tmp_path / "run", "vllm")
+    deep = str(shutil.copytree(model, tmp_path / "deep"))
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    (tmp_path / "deep" / "config.json").write_text(json.dumps(config | {"max_depth": 3}))
+    with pytest.raises(ValueError, match="^max_depth=3: vLLM serves at most 2; give --max-depth 2$"):
+        go(deep, tmp_path / "run", "vllm")
+    with pytest.raises(ValueError, match="^vLLM's cache has room for 64 tokens, and a question with its answer"):
+        go(model, tmp_path / "run", "vllm", engine=SMALL | {"max_model_len": 64})
+    assert not (tmp_path / "run").exists()
+    go(deep, tmp_path / "run", "vllm", max_depth=2, policies=["always"], limit=1)
+    go(deep, tmp_path / "plain", "transformers", max_depth=2, policies=["always"], limit=1)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "plain")

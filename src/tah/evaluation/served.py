@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ..load import find
 from ..session import Session
@@ -68,13 +69,25 @@ class ServedLM(TaHLM):
 
     @functools.cached_property
     def llm(self) -> Any:
-        """The engine, `vllm.LLM`."""
-        self.session.model.to("meta")
+        """The engine, `vllm.LLM`.
+
+        Raises:
+            ValueError: it does not take such a checkpoint.
+        """
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
-        return LLM(**self.engine_options)
+        from ..vllm.requests import DEPTHS_SERVED
+
+        depth = self.rule["max_depth"]
+        if depth > DEPTHS_SERVED:
+            raise ValueError(f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}")
+        self.session.model.to("meta")
+        try:
+            return LLM(**self.engine_options, hf_overrides={"max_depth": depth})
+        except ValidationError as error:  # a ValueError of the plugin's, in a page of pydantic's
+            raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
         """All at once: the engine makes its own."""

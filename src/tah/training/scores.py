@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,13 +104,25 @@ class AnswerScores:
     iterated_share: float  # of the tokens generated
 
 
+def answer_of(text: str) -> str | None:
+    """The final answer in a text: in its last \\boxed{}, or after its last "Answer:" or "####"; None without any."""
+    found = ANSWER.findall(text)
+    return (found[-1][0] or found[-1][1]).strip() if found else None
+
+
 def score_answers(
-    model: TaHForCausalLM, tokenizer: Any, rows: Sequence[Mapping[str, Any]], **rule: Any
+    model: TaHForCausalLM,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    read: Callable[[str], str | None] = answer_of,
+    **rule: Any,
 ) -> AnswerScores:
     """Answer the question of every row: all its `messages` but the last, whose length bounds the answer's.
 
     Args:
         rows: with `messages`, the last by the assistant, and `answer`.
+        read: finds the final answer in a text.
         rule: `policy`, `threshold`, `max_depth` for `generate`; the model's own by default.
     """
     model.eval()
@@ -142,14 +154,8 @@ def score_answers(
         iterated, made = iterated + int((passes[kept] > 1).sum()), made + int(kept.sum())
         for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[place] = text
-    right = np.array([answer_of(text) == row["answer"].strip() for text, row in zip(texts, rows, strict=True)])
+    right = np.array([read(text) == row["answer"].strip() for text, row in zip(texts, rows, strict=True)])
     return AnswerScores(right, texts, iterated / made)
-
-
-def answer_of(text: str) -> str | None:
-    """The final answer in a text: in its last \\boxed{}, or after its last "Answer:" or "####"; None without any."""
-    found = ANSWER.findall(text)
-    return (found[-1][0] or found[-1][1]).strip() if found else None
 
 
 # -- uncertainty -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""The control of the checkpoint in the box: the same base, data, order, steps and rate, but no second pass.
+
+    python experiments/plain_lora.py out/smollm2 --output out/plain-lora
+
+Trains a PEFT adapter at depth 1, of a rank that gives no fewer parameters than the run's adapter, maps and decider,
+and merges it: what comes out is an ordinary model. What a second pass is worth is what it adds to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import peft
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from tah.load import find, load_base
+from tah.training.data import Collator
+from tah.training.recipe import load_recipe
+from tah.training.train import Rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished `tah run smollm2-word-problems`: its data and settings")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    recipe = load_recipe(str(given.run / "recipe.yaml"))
+    path, _ = find(str(recipe.base.model))
+    base, tokenizer = load_base(path), AutoTokenizer.from_pretrained(path)
+    linear = [m for name, m in base.named_modules() if name.endswith("_proj")]
+    per_rank = sum(module.in_features + module.out_features for module in linear)
+    width = base.config.hidden_size
+    wanted = recipe.model["lora_rank"] * per_rank + 2 * width**2 + 5 * width * recipe.model["decider"]["width"]
+    rank = math.ceil(wanted / per_rank)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, settings)
+    model.print_trainable_parameters()
+    rows = Rows.load(given.run / "labels" / "train", recipe)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(given.output / "checkpoints"),
+            **recipe.backbone.training | {"save_strategy": "no"},
+            seed=recipe.seed,
+            use_cpu=True,
+            report_to=[],
+            remove_unused_columns=False,
+        ),
+        train_dataset=rows,
+        data_collator=_Plain(tokenizer.pad_token_id, packed=rows.packed),
+    )
+    trainer.train()
+    model.merge_and_unload().save_pretrained(given.output)
+    tokenizer.save_pretrained(given.output)
+
+
+class _Plain(Collator):
+    """Batches for a stock model, which tells packed documents apart by their positions."""
+
+    def __call__(self, rows: object) -> dict:
+        return {name: value for name, value in super().__call__(rows).items() if name != "row"}
+
+
+if __name__ == "__main__":
+    main()
