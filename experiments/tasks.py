@@ -7,7 +7,9 @@ A problem is a line of words; its answer is one more word. Families (`TASKS`):
     compose   "s3 f0 f5 f2": fixed random permutations applied to a state, from left to right
     hops      "e3>e5 e1>e3 e5>e1 n2 e1": a cycle, shuffled; what is n steps after the last word? (e5)
 
-What `chain` and `hops` need is in the line, and lines hardly ever repeat. Operation and permutations are drawn with the
+    follow    "e3>e5 e5>e5 e1>e3 e1": where does one arrive, following the arrows until one leads to itself? (e5)
+
+What `chain`, `hops` and `follow` need is in the line, and lines hardly ever repeat. Operation and permutations are drawn with the
 seed and never shown: a model has to learn them. A hash of the line decides whether it is for training, validation or
 test, so a held-out line is new.
 
@@ -30,7 +32,7 @@ from tah.training.tiny import SPECIAL, TEMPLATE
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end
-STATES, FUNCTIONS, VARIABLES, CHAINS, CYCLE = 7, 7, 12, 3, 8
+STATES, FUNCTIONS, VARIABLES, CHAINS, CYCLE, PLACES, ROOTS = 7, 7, 12, 3, 8, 16, 4
 HELD_OUT = {0: "test", 1: "test", 2: "validation"}  # tenths of the hashes; the others are for training
 
 Draw = Callable[[random.Random, int], tuple[list[str], str]]
@@ -94,7 +96,7 @@ class Task:
         words = [*states, *variables]
         if self.name == "chain":
             words += [f"{variable}={word}" for variable in variables for word in [*variables, *states]]
-        if self.name == "hops":
+        if self.name in ("hops", "follow"):
             words += [f"{one}>{other}" for one in states for other in states]
         vocabulary = {word: at for at, word in enumerate([*SPECIAL, *LEAD, *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
@@ -172,12 +174,34 @@ def hops(longest: int, fixed: random.Random) -> Draw:
     return draw
 
 
-TASKS = {"chain": chain, "fold": fold, "compose": compose, "hops": hops}
+def follow(longest: int, fixed: random.Random) -> Draw:
+    """Trees of `longest` levels over `PLACES` words, as many words on each level. The line does not say how far it is:
+    after one lookup one may have arrived or not."""
+
+    def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
+        order = rng.sample(range(PLACES), PLACES)
+        width = (PLACES - ROOTS) // longest
+        levels = [order[:ROOTS], *(order[ROOTS + at * width :][:width] for at in range(longest))]
+        next_ = {root: root for root in levels[0]}
+        for above, level in zip(levels, levels[1:], strict=False):
+            next_ |= {place: rng.choice(above) for place in level}
+        facts = [f"e{place}>e{target}" for place, target in next_.items()]
+        rng.shuffle(facts)
+        start = at = rng.choice(levels[steps])
+        for _ in range(steps):
+            at = next_[at]
+        return [*facts, f"e{start}"], f"e{at}"
+
+    return draw
+
+
+TASKS = {"chain": chain, "fold": fold, "compose": compose, "hops": hops, "follow": follow}
 _WORDS = {
     "chain": (("s", STATES), ("v", VARIABLES)),
     "fold": (("s", STATES), ("v", 0)),
     "compose": (("s", STATES), ("f", FUNCTIONS)),
     "hops": (("e", CYCLE), ("n", CYCLE)),
+    "follow": (("e", PLACES), ("n", 0)),
 }
 
 

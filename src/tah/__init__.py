@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .cache import DuoCache
@@ -15,6 +18,17 @@ from .model import TaHForCausalLM, TaHOutput
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
 
 __version__ = "0.1.0"
+# What the commands call, imported when first used: some of it needs optional packages.
+_LATER = {
+    "evaluate": "evaluation.evaluate",
+    "label": "training.label",
+    "load_additions": "additions",
+    "load_recipe": "training.recipe",
+    "prune": "training.prune",
+    "save_additions": "additions",
+    "trace": "tracing.trace",
+    "train": "training.train",
+}
 __all__ = [
     "Always",
     "Confidence",
@@ -30,7 +44,21 @@ __all__ = [
     "UnsupportedBase",
     "check_base",
     "convert",
+    "evaluate",
+    "label",
+    "load_additions",
+    "load_recipe",
+    "prune",
+    "save_additions",
+    "trace",
+    "train",
 ]
 
 AutoConfig.register("tah", TaHConfig)
 AutoModelForCausalLM.register(TaHConfig, TaHForCausalLM)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'tah' has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)

@@ -19,6 +19,7 @@ FLAGS = {
     "--kv-cache-dtype fp8": {"kv_cache_dtype": "fp8"},
     "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     "prompt embeddings": {"enable_prompt_embeds": True},
+    "batching='both'": {"additional_config": {"batching": "both"}},
     "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
     "max_depth=3 cannot be served": {"hf_overrides": {"max_depth": 3}},
     "policy='oracle' cannot be served": {"hf_overrides": {"policy": "oracle"}},
@@ -34,6 +35,12 @@ def llama(tmp_path_factory):
 @pytest.mark.parametrize(("says", "flags"), FLAGS.items(), ids=FLAGS.keys())
 def test_flags(llama, says, flags):
     with pytest.raises(ValueError, match=says), serve(llama, **flags):
+        pass
+
+
+def test_the_other_model_runner(llama, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="model runner V2"), serve(llama):
         pass
 
 

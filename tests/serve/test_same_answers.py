@@ -10,8 +10,11 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 from checkpoints import tiny
 from serving import agree, iterated, prompts, reference, serve
 
+from tah.vllm import settings
+
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
+FEW = {"max_num_seqs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,27 @@ def test_any_load(llama, expected, options, batching):
     with serve(llama, additional_config={"batching": batching}, **options) as served:
         assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
         assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)  # with whatever is cached by now
+
+
+@pytest.mark.parametrize(("wide", "options", "mixed"), [(128, {}, True), (256, {}, False), (128, FEW, False)])
+def test_auto_goes_by_width_and_requests(llama, expected, monkeypatch, wide, options, mixed):
+    """Whichever it takes, nobody sees it in the answers."""
+    monkeypatch.setattr(settings, "WIDE", wide)
+    with serve(llama, **options) as served:
+        assert served.model.mixed == mixed
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
+
+
+def test_long_answers(llama):
+    """Up to the last token that fits, over many blocks; 1,600 tokens."""
+    asked = prompts(4, seed=9, longest=100)
+    want = reference(llama, asked, 400)
+    for batching in ("two_pass", "mixed"):
+        options = {"max_model_len": 512, "additional_config": {"batching": batching}}
+        with serve(llama, **options) as served:
+            assert agree(llama, asked, served.ask(asked, 400), want)
+            last = served.ask([asked[0]], 512 - len(asked[0]))[0]
+            assert len(last.depths) == 511
 
 
 def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):

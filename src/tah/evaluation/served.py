@@ -82,7 +82,9 @@ class ServedLM(TaHLM):
 
         depth = self.rule["max_depth"]
         if depth > DEPTHS_SERVED:
-            raise ValueError(f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}")
+            raise ValueError(
+                f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
+            )
         self.session.model.to("meta")
         try:
             return LLM(**self.engine_options, hf_overrides={"max_depth": depth})
