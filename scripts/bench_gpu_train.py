@@ -2,7 +2,7 @@
 
     python scripts/bench_gpu_train.py --output runs/bench-gpu
 
-The variants of `tah bench --train` (src/tah/benchmarks/bench_train.py), with and without activation checkpointing:
+The variants of `tah bench train` (src/tah/benchmarks/bench_train.py), with and without activation checkpointing:
 seconds, tokens per second, peak memory and model FLOPs utilisation, MFU = FLOPs that the step needs (`step_flops`) /
 seconds / the GPU's peak, a dense bfloat16 product without sparsity. Recomputed activations do not count as needed.
 """

@@ -178,7 +178,7 @@ def test_bench_train_is_called_with_its_options(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         tah.benchmarks.bench_train, "bench_train", lambda setup, **options: calls.append((setup, options)) or result
     )
-    out, _ = works(capsys, "bench", "some", "--train", "--dtype", "bfloat16", "--quick", "--json")
+    out, _ = works(capsys, "bench", "train", "some", "--dtype", "bfloat16", "--quick", "--json")
     assert json.loads(out) == result
     ((setup, options),) = calls
     assert (setup.model, setup.precision, options["shapes"]) == ("some", "bfloat16", ((1, 512),))

@@ -225,58 +225,6 @@ def demo(
     run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)
 
 
-@app.command()
-def bench(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="float32 or bfloat16; may be repeated. [default: both]"),
-    ] = None,
-    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
-    train: Annotated[
-        bool, typer.Option("--train", help="Measure training steps and labelling instead. [default dtype: float32]")
-    ] = False,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the cost of iterating (minutes)."""
-    for name in dtype or ():
-        if name not in ("float32", "bfloat16"):
-            raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
-    from .benchmarks.bench import bench as run_bench
-    from .benchmarks.bench import markdown, save
-    from .load import quiet
-
-    quiet()
-    if train:
-        if len(dtype or ()) > 1:
-            raise typer.BadParameter("--train takes one --dtype")
-        _bench_training(model, (dtype or ["float32"])[0], repeats, quick, output, as_json)
-        return
-    sizes: dict[str, Any] = (
-        {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
-    )
-    result = run_bench(
-        model, dtypes=tuple(dtype or ("float32", "bfloat16")), report=lambda row: _note(str(row)), **sizes
-    )
-    if output is not None:
-        save(result, output)
-    typer.echo(json.dumps(result) if as_json else markdown(result))
-
-
-def _bench_training(model: str, precision: str, repeats: int, quick: bool, output: Path | None, as_json: bool) -> None:
-    from .benchmarks.bench_train import Setup, bench_train, markdown, save
-
-    sizes: dict[str, Any] = {"repeats": repeats}
-    if quick:
-        sizes = {"repeats": min(2, repeats), "shapes": ((1, 512),), "labels": None, "memory": False}
-    result = bench_train(Setup(model, precision), report=lambda row: _note(str(row)), **sizes)
-    if output is not None:
-        save(result, output)
-    typer.echo(json.dumps(result) if as_json else markdown(result))
-
-
 def _text(prompt: str) -> str:
     """PROMPT, or standard input for -."""
     try:
@@ -307,7 +255,7 @@ def run(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
-    if arguments[:2] in (["eval", "compare"], ["bench", "serve"]):
+    if arguments[:2] in (["eval", "compare"], ["bench", "train"], ["bench", "serve"]):
         arguments[:2] = ["-".join(arguments[:2])]
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)
@@ -339,6 +287,7 @@ def _register(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+_register("cli_bench")
 _register("cli_make")
 _register("cli_see")
 _register("cli_lens")

@@ -1,4 +1,4 @@
-"""`tah bench --train`: what training with hard tokens costs, as a ratio to training the base alone.
+"""`tah bench train`: what training with hard tokens costs, as a ratio to training the base alone.
 
 A step is forward, backward, AdamW and zeroing the gradients, on random tokens that are all supervised. As in
 `bench.py`, variants take turns inside every round, ratios are medians over the rounds, and memory is measured in one
