@@ -23,7 +23,7 @@ from tah.session import Session
 from tah.tracing.resample import Resampled
 from tah.training.scores import score_answers
 
-SETS = {"test": "kinds of the training", "new_kinds": "other kinds"}
+SETS = {"sums": "sums", "test": "kinds of the training", "new_kinds": "other kinds"}
 BATCH = 25
 
 

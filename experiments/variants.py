@@ -83,6 +83,7 @@ VARIANTS = {
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"reembed": "topk"}),
     "lookahead-sum": Variant("lookahead", LOOKAHEAD | {"combine": "sum"}),
+    "lookahead-mix": Variant("lookahead", LOOKAHEAD | {"reembed": "topk", "combine": "sum"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
     "lookahead-entropy": Variant("entropy", LOOKAHEAD),
     "always": Variant("lookahead", LOOKAHEAD, loss_weights=(0.0, 1.0)),

@@ -4,12 +4,12 @@
     tah run smollm2-word-problems --output out/smollm2 data.source=out/word-problems/train.jsonl \
         data.validation=out/word-problems/validation.jsonl
 
-Four fifths are reasoning-gym's `gsm_symbolic` (100 kinds of problems after GSM8K, with new names and numbers), as they
-come but for the last line, which is "Answer: N"; the others are the written-out sums of `tah run tiny`. A kind is told
-by the names of its variables. A tenth of the kinds is never trained on:
+Half are short ones of reasoning-gym's `gsm_symbolic` (100 kinds of problems after GSM8K, with new names and numbers), as
+they come but for the last line, which is "Answer: N"; the others are the written-out sums of `tah run tiny`. A kind is
+told by the names of its variables. A tenth of the kinds is never trained on:
 
-    train.jsonl, validation.jsonl    kinds of the training
-    test.jsonl                       the same kinds, other names and numbers
+    train.jsonl, validation.jsonl    sums and kinds of the training
+    sums.jsonl, test.jsonl           other sums; the same kinds, with other names and numbers
     new_kinds.jsonl                  kinds that were not trained on
 """
 
@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,9 @@ import reasoning_gym
 from tah.training.tiny import Generate, distinct_rows
 
 SUFFIX = " Give the result as your final answer. Do not include units."
-SIZES = {"test": 200, "new_kinds": 200, "validation": 100, "train": 3000}
-LONGEST = {"question": 320, "working": 240}  # characters: what a small model on a CPU reads and says in seconds
-SUMS = 0.2  # of the rows that are trained on
+SIZES = {"test": 200, "new_kinds": 200, "sums": 200, "validation": 120, "train": 3000}
+LONGEST = {"question": 260, "working": 140}  # characters: what a small model on a CPU reads and says in seconds
+LARGEST = 200  # number in a word problem: a small model has trouble enough
 SEED = 2026
 
 
@@ -41,7 +44,9 @@ def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
             question = " ".join(entry["question"].removesuffix(SUFFIX).split())
             working = "\n".join(" ".join(line.split()) for line in entry["metadata"]["answer_cot"].split("\n"))
             steps, _, answer = working.partition("\n#### ")
+            numbers = [int(number) for number in re.findall(r"\d+", question + working)]
             fits = len(question) <= LONGEST["question"] and len(steps) <= LONGEST["working"]
+            fits &= max(numbers) <= LARGEST
             if not fits or not answer.isdigit() or question in seen:
                 continue
             seen.add(question)
@@ -61,25 +66,31 @@ def held_out(kind: str) -> bool:
     return hashlib.sha256(kind.encode()).digest()[0] < 26  # a tenth
 
 
-def splits(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split; no question is in two of them."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
-    sums = round(SUMS * sizes["train"])
-    wanted = sizes | {"train": sizes["train"] - sums}
-    for kind, row in problems(seed):
-        names = ("new_kinds",) if held_out(kind) else ("test", "validation", "train")
-        open_ones = [name for name in names if len(found[name]) < wanted[name]]
-        if open_ones:
-            found[open_ones[0]].append(row)
-        elif all(len(found[name]) == count for name, count in wanted.items()):
-            break
-    chains = Generate(
+def sums(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """`count` different sums of two to four numbers below 100, worked out."""
+    settings = Generate(
         train=1, validation=1, test=1, min_terms=2, max_terms=4, min_digits=1, max_digits=2, negative=False
     )
-    rows, every = found["train"], max(1, len(found["train"]) // max(1, sums))
-    for at, row in enumerate(distinct_rows(chains, seed, sums)):
+    for row in distinct_rows(settings, seed, count):
         question, working = (message["content"] for message in row["messages"])
-        rows.insert(at * (every + 1), chat(f"What is {question.removesuffix(' =')}?", working, row["answer"]))
+        yield chat(f"What is {question.removesuffix(' =')}?", working, row["answer"])
+
+
+def splits(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows by split; no question is in two of them."""
+    half = {name: sizes[name] // 2 for name in ("train", "validation")}
+    chains = sums(seed, sizes["sums"] + sum(half.values()))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
+    found |= {name: list(itertools.islice(chains, count)) for name, count in {"sums": sizes["sums"], **half}.items()}
+    for kind, row in problems(seed):
+        names = ("new_kinds",) if held_out(kind) else ("test", "validation", "train")
+        open_ones = [name for name in names if len(found[name]) < sizes[name]]
+        if open_ones:
+            found[open_ones[0]].append(row)
+        elif all(len(found[name]) == count for name, count in sizes.items()):
+            break
+    for name in half:
+        random.Random(seed).shuffle(found[name])
     return found
 
 

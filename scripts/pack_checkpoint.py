@@ -3,7 +3,7 @@
     python scripts/pack_checkpoint.py out/smollm2/decider out/word-problems
 
 Writes src/tah/assets/smollm2-tah: the additions in bfloat16, the recipe as it was run, and 100 held-out problems for
-`tah demo` (half of them of kinds that were not trained on). The model card beside them is written by hand.
+`tah demo`: sums, word problems of the kinds trained on, and of others. The model card beside them is written by hand.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from tah.additions import save_additions
 from tah.load import load_tah
 from tah.smollm2 import TAH
 
-HALF = 50
+COUNTS = {"sums": 34, "test": 33, "new_kinds": 33}
 
 
 def main(trained: Path, problems: Path) -> None:
     save_additions(load_tah(str(trained)), TAH)
     shutil.copyfile(trained / "run.json", TAH / "run.json")
-    rows = []
-    for name in ("test", "new_kinds"):
-        for line in (problems / f"{name}.jsonl").read_text().splitlines()[:HALF]:
-            row = json.loads(line)
-            rows.append({"kind": name, "question": row["messages"][0]["content"], "answer": row["answer"]})
-    (TAH / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    for name, count in COUNTS.items():
+        lines += [json.dumps({"set": name} | json.loads(line)) for line in open(problems / f"{name}.jsonl")][:count]
+    (TAH / "problems.jsonl").write_text("\n".join(lines) + "\n")
     for path in sorted(TAH.iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 

@@ -1,17 +1,61 @@
-"""The demo on the real model, with few tokens."""
+"""The checkpoint in the box and the demo that runs it, on the real model."""
 
 from __future__ import annotations
 
-from tah.demo import NOT_TRAINED, QUESTIONS, demo
+import json
+
+import pytest
+import torch
+
+from tah.demo import POLICIES, QUESTIONS, demo, last_number
+from tah.load import find, load_base, load_tah, parameter_counts
+from tah.smollm2 import TAH
 
 
-def test_demo_answers_and_says_that_nothing_is_trained(smollm2, monkeypatch, capsys):
+@pytest.fixture
+def in_the_box(smollm2, monkeypatch) -> str:
     monkeypatch.setenv("TAH_CACHE", str(smollm2.parent))
-    monkeypatch.setenv("COLUMNS", "80")
-    measured = demo(max_new_tokens=8, questions=QUESTIONS[:1])
-    depths = {run["policy"]: set(run["depths"]) for run in measured}
-    assert depths["never"] == {1} and depths["always"] == {2} and depths["confidence"] <= {1, 2}
+    path, kind = find("smollm2-tah")
+    assert kind == "tah"
+    return path
+
+
+def test_the_checkpoint_in_the_box_is_the_base_and_less_than_3_percent(smollm2, in_the_box):
+    model, base = load_tah(in_the_box).eval(), load_base(str(smollm2)).eval()
+    ids = torch.tensor([[1, 4093, 198, 1780, 314, 216, 34, 1232, 216, 34, 47, 2]])
+    with torch.no_grad():
+        assert torch.equal(model(ids, policy="never").logits, base(ids).logits)
+        assert not torch.equal(model(ids, policy="always").logits, base(ids).logits)
+    own = parameter_counts(model)["total"] - sum(parameter.numel() for parameter in base.parameters())
+    assert 0 < own < 0.03 * sum(parameter.numel() for parameter in base.parameters())
+    assert model.config.policy == "decider" and 0 < model.config.threshold < 1
+
+
+def test_the_checkpoint_in_the_box_says_what_it_is():
+    rows = [json.loads(line) for line in (TAH / "problems.jsonl").read_text().splitlines()]
+    assert len(rows) == 100 and {row["set"] for row in rows} == {"sums", "test", "new_kinds"}
+    assert all(last_number(row["messages"][1]["content"]) == row["answer"] for row in rows)
+    run, card = json.loads((TAH / "run.json").read_text()), (TAH / "README.md").read_text()
+    assert run["recipe"]["name"] == "smollm2-word-problems" and run["commit"] in card
+    assert sum(path.stat().st_size for path in TAH.iterdir()) < 8e6
+
+
+def test_demo_answers_and_scores(in_the_box, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    measured = demo(max_new_tokens=8, problems=2, questions=QUESTIONS[:1])
+    depths = {its["policy"]: {token["depth"] for token in its["tokens"]} for its in measured["answers"]}
+    assert depths["never"] == {1} and depths["always"] == {2} and depths["decider"] <= {1, 2}
+    assert tuple(measured["scores"]) == POLICIES
+    assert [len(its["right"]) for its in measured["scores"].values()] == [2, 2, 2]
+    assert measured["scores"]["never"]["iterated"] == 0 and measured["scores"]["always"]["iterated"] == 1
     out = capsys.readouterr().out
-    assert QUESTIONS[0] in out and "tokens/s" in out and "iterated" in out and "\x1b" not in out and "\ufffd" not in out
-    assert "".join(NOT_TRAINED.split()) in "".join(out.split())
-    assert "never" in out and "always" in out
+    assert QUESTIONS[0] in out and "tokens/s" in out and "2 held-out problems" in out and "95 %" in out
+    assert "\x1b" not in out and "\ufffd" not in out
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("so 1,204 eggs.", "1204"), ("3 * 4 = 12.0", "12"), ("-7", "-7"), ("2.50 dollars", "2.5"), ("none", None)],
+)
+def test_the_last_number_counts_whatever_its_form(text, number):
+    assert last_number(text) == number

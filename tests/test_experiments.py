@@ -60,18 +60,17 @@ def test_hops_need_as_many_lookups_as_they_say():
 
 
 def test_word_problems_are_held_out_by_kind_and_by_question():
-    found = word_problems.splits({"test": 20, "new_kinds": 10, "validation": 10, "train": 50}, seed=5)
-    assert {name: len(rows) for name, rows in found.items()} == {
-        "test": 20, "new_kinds": 10, "validation": 10, "train": 50
-    }  # fmt: skip
+    found = word_problems.splits({"test": 20, "new_kinds": 10, "sums": 5, "validation": 10, "train": 50}, seed=5)
+    sizes = {"test": 20, "new_kinds": 10, "sums": 5, "validation": 10, "train": 50}
+    assert {name: len(rows) for name, rows in found.items()} == sizes
     questions = [row["messages"][0]["content"] for rows in found.values() for row in rows]
     assert len(set(questions)) == len(questions)
     for row in (row for rows in found.values() for row in rows):
         assert row["messages"][1]["content"].endswith(f"\nAnswer: {row['answer']}")
     kinds = {row["messages"][0]["content"]: kind for kind, row in itertools.islice(word_problems.problems(5), 400)}
-    held = {name: {word_problems.held_out(kinds[q]) for q in map(question_of, rows) if q in kinds}
-            for name, rows in found.items()}  # fmt: skip
-    assert held == {"test": {False}, "new_kinds": {True}, "validation": {False}, "train": {False}}
+    told = {name: [kinds.get(question_of(row)) for row in rows] for name, rows in found.items()}
+    held = {name: {word_problems.held_out(kind) for kind in its if kind is not None} for name, its in told.items()}
+    assert held == {"test": {False}, "new_kinds": {True}, "sums": set(), "validation": {False}, "train": {False}}
 
 
 def question_of(row: dict) -> str:
