@@ -4,9 +4,9 @@
     tah run smollm2-word-problems --output out/smollm2 data.source=out/word-problems/train.jsonl \
         data.validation=out/word-problems/validation.jsonl
 
-Half are short ones of reasoning-gym's `gsm_symbolic` (100 kinds of problems after GSM8K, with new names and numbers), as
-they come but for the last line, which is "Answer: N"; the others are the written-out sums of `tah run tiny`. A kind is
-told by the names of its variables. A tenth of the kinds is never trained on:
+Half are short ones of reasoning-gym's `gsm_symbolic` (problems after GSM8K with new names and numbers; 19 of its 100
+kinds are short enough), as they come but for the last line, which is "Answer: N"; the others are the written-out sums
+of `tah run tiny`. A kind is told by the names of its variables. A tenth of the kinds is never trained on:
 
     train.jsonl, validation.jsonl    sums and kinds of the training
     sums.jsonl, test.jsonl           other sums; the same kinds, with other names and numbers

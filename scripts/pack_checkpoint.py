@@ -2,14 +2,13 @@
 
     python scripts/pack_checkpoint.py out/smollm2/decider out/word-problems
 
-Writes src/tah/assets/smollm2-tah: the additions in bfloat16, the recipe as it was run, and 100 held-out problems for
-`tah demo`: sums, word problems of the kinds trained on, and of others. The model card beside them is written by hand.
+Writes src/tah/assets/smollm2-tah: the additions in bfloat16, and 100 held-out problems for `tah demo`, which are sums,
+word problems of the kinds trained on, and of others. The model card beside them is written by hand.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +21,6 @@ COUNTS = {"sums": 34, "test": 33, "new_kinds": 33}
 
 def main(trained: Path, problems: Path) -> None:
     save_additions(load_tah(str(trained)), TAH)
-    shutil.copyfile(trained / "run.json", TAH / "run.json")
     lines = []
     for name, count in COUNTS.items():
         lines += [json.dumps({"set": name} | json.loads(line)) for line in open(problems / f"{name}.jsonl")][:count]

@@ -26,8 +26,8 @@ def test_the_checkpoint_in_the_box_is_the_base_and_less_than_3_percent(smollm2, 
     with torch.no_grad():
         assert torch.equal(model(ids, policy="never").logits, base(ids).logits)
         assert not torch.equal(model(ids, policy="always").logits, base(ids).logits)
-    own = parameter_counts(model)["total"] - sum(parameter.numel() for parameter in base.parameters())
-    assert 0 < own < 0.03 * sum(parameter.numel() for parameter in base.parameters())
+    sizes = parameter_counts(model)
+    assert 0 < sum(sizes.values()) - sizes["base"] < 0.03 * sizes["base"]
     assert model.config.policy == "decider" and 0 < model.config.threshold < 1
 
 
@@ -35,8 +35,8 @@ def test_the_checkpoint_in_the_box_says_what_it_is():
     rows = [json.loads(line) for line in (TAH / "problems.jsonl").read_text().splitlines()]
     assert len(rows) == 100 and {row["set"] for row in rows} == {"sums", "test", "new_kinds"}
     assert all(last_number(row["messages"][1]["content"]) == row["answer"] for row in rows)
-    run, card = json.loads((TAH / "run.json").read_text()), (TAH / "README.md").read_text()
-    assert run["recipe"]["name"] == "smollm2-word-problems" and run["commit"] in card
+    card = (TAH / "README.md").read_text()
+    assert all(word in card for word in ("license: apache-2.0", "smollm2-word-problems", "Limits"))
     assert sum(path.stat().st_size for path in TAH.iterdir()) < 8e6
 
 
