@@ -14,6 +14,7 @@ from tah import Confidence, DepthState, TaHForCausalLM
 from tah.training.trainer import Objective
 
 LOOKAHEAD = {"reembed": "hidden", "attention": "own", "combine": "zero_init", "lora_rank": 0}
+MIX = LOOKAHEAD | {"reembed": "topk", "combine": "sum"}  # the paper's input and output, no new weights but the decider
 PAPER = {"reembed": "topk", "attention": "duo", "combine": "sum", "lora_rank": 4, "lora_alpha": 8}
 TAU = 0.3  # nats, for the variant that trains the second pass on uncertain tokens only
 
@@ -83,7 +84,11 @@ VARIANTS = {
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"reembed": "topk"}),
     "lookahead-sum": Variant("lookahead", LOOKAHEAD | {"combine": "sum"}),
-    "lookahead-mix": Variant("lookahead", LOOKAHEAD | {"reembed": "topk", "combine": "sum"}),
+    "lookahead-mix": Variant("lookahead", MIX),
+    "lookahead-mix-duo": Variant("lookahead", MIX | {"attention": "duo"}),
+    "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),
+    "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
+    "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
     "lookahead-entropy": Variant("entropy", LOOKAHEAD),
     "always": Variant("lookahead", LOOKAHEAD, loss_weights=(0.0, 1.0)),
