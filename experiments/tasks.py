@@ -9,8 +9,8 @@ A problem is a line of words; its answer is one more word. Families (`TASKS`):
 
     follow    "e3>e5 e5>e5 e1>e3 e1": where does one arrive, following the arrows until one leads to itself? (e5)
 
-What `chain`, `hops` and `follow` need is in the line, and lines hardly ever repeat. Operation and permutations are drawn
-with the seed and never shown: a model has to learn them. A hash of the line decides whether it is for training,
+What `chain`, `hops` and `follow` need is in the line, and lines hardly ever repeat. Operation and permutations are
+drawn with the seed and never shown: a model has to learn them. A hash of the line decides whether it is for training,
 validation or test, so a held-out line is new.
 
 The conversation is `line` -> "the value is Answer: <last word> <answer>": of seven tokens to produce one needs thought.
