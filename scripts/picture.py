@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from tah.demo import QUESTIONS, THRESHOLD
+from tah.demo import QUESTIONS
 from tah.load import quiet
 from tah.session import Session
 from tah.terminal import Painter, summary
@@ -30,21 +30,17 @@ def main() -> None:
         highlight=False,
         markup=False,
     )
-    painter = Painter(console, THRESHOLD)
-    session = Session.open("smollm2")
+    session = Session.open("smollm2-tah")
+    painter = Painter(console, session.model.config.threshold)
     question = QUESTIONS[0]
     ids = session.encode([{"role": "user", "content": question}])
     answer = session.answer(
         ids,
         lambda token: None,
         max_new_tokens=60,
-        policy="confidence",
-        threshold=THRESHOLD,
-        max_depth=2,
         do_sample=False,
     )
-    console.print(f"$ tah generate smollm2 --policy confidence --threshold {THRESHOLD} \\", style="bold")
-    console.print(f'    "{question}"', style="bold")
+    console.print(f'$ tah generate smollm2-tah "{question}"', style="bold")
     text = painter.text(answer.tokens)
     text.rstrip()
     console.print(text)

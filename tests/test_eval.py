@@ -24,8 +24,9 @@ from tah.evaluation.answers import grade_choice, grade_math, letter_of
 from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, as_markdown, compare, compared_markdown
-from tah.evaluation.evaluate import Sampling, _build, _run, evaluate
+from tah.evaluation.evaluate import _run, evaluate
 from tah.evaluation.harness import TaHLM
+from tah.evaluation.request import Sampling, build
 from tah.files import differences
 from tah.session import Session
 from tah.tasks import CODE, DIRECTORY, TASKS, rows
@@ -254,6 +255,9 @@ def test_likelihoods_follow_the_policy(wild):
         ("1e-3", "\\boxed{0.001}", "right"),
         ("1e-3", "\\boxed{0.01}", "wrong"),
         ("2e", "\\boxed{2e}", "right"),  # Euler's number
+        ("2", "\\boxed{1} or \\boxed{2}", "right"),  # of several boxes the last counts, however close they are
+        ("1", "\\boxed{1} or \\boxed{2}", "wrong"),
+        ("2", "Not \\boxed{\\frac{1}{2}} but $\\boxed{\\frac{4}{2}}$.", "right"),
     ],
 )
 def test_mathematics(gold, text, grade):
@@ -319,6 +323,26 @@ def test_programs_are_graded_in_the_sandbox():
         assert found["graded"] == ["right", "wrong"]
 
 
+@boxed
+def test_an_item_whose_tests_cannot_be_run_is_counted(pupil, tmp_path):
+    """The other items are graded; the table names it."""
+    items = (ITEMS / "mbpp.jsonl").read_text() + '{"task_id": "odd", "prompt": "f?", "test_list": ["assert True"]}\n'
+    (tmp_path / "items.jsonl").write_text(items)
+    found = evaluate(
+        str(pupil),
+        ["mbpp_plus"],
+        tmp_path / "run",
+        data={"mbpp_plus": tmp_path / "items.jsonl"},
+        policies=["never"],
+        sampling=Sampling(max_new_tokens=24, temperature=0.0),
+        allow_code_execution=True,
+    )
+    (row,) = found["results"]
+    assert row["untestable"] == ["odd"] and row["answers"] == row["questions"] == 3
+    assert [line["verdict"] for line in lines_of(tmp_path / "run")["samples/never/mbpp_plus.jsonl"]][-1] == "untestable"
+    assert "never on mbpp_plus: the tests of odd cannot be run in the sandbox; answers" in as_markdown(found)
+
+
 # -- tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +367,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def test_every_task_runs_from_a_local_file(files):
-    built = _build(TASKS, files, Sampling(samples=3))
+    built = build(TASKS, files, Sampling(samples=3))
     assert list(built) == list(TASKS)
     for name, task in built.items():
         doc = task.eval_docs[0]
@@ -379,6 +403,10 @@ def test_rows_of_the_hub():
         ("{", "line 2 is not JSON"),
         ('{"question": "q"}', "line 2 has no 'answer'; a question of kind math has question, answer"),
         ("[1]", "line 2 is not an object"),
+        (
+            '{"question": "a \\ud800", "answer": "1"}',
+            r"line 2 has half of a surrogate pair, '.ud800', which is no text",
+        ),
         ('{"question": "", "answer": "1"}', "line 2 has no 'question'"),
     ],
 )
@@ -496,14 +524,15 @@ def test_a_finished_run_answers_nothing_again(pupil, done, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TaHLM, "_generate", lambda self, batch: pytest.fail("asked again"))
         again = go(pupil, directory)
+        assert go(pupil, directory, limit=9) == results  # of each task there are fewer
     assert again == results
 
 
 def test_another_evaluation_in_the_same_place_is_refused(pupil, wild, done, tmp_path):
     directory, _ = done
-    with pytest.raises(ValueError, match=r"sampling.samples 2 \(now 1\), sampling.seed 0 \(now 5\)"):
+    with pytest.raises(ValueError, match=r"sampling.samples=2 \(now 1\), sampling.seed=0 \(now 5\)"):
         go(pupil, directory, sampling=Sampling(seed=5, max_new_tokens=24, temperature=0.7))
-    with pytest.raises(ValueError, match=r"limit None \(now 2\), tasks.gsm8k.questions 5 \(now 2\)"):
+    with pytest.raises(ValueError, match=r"limit=None \(now 2\), tasks.gsm8k.questions=5 \(now 2\)"):
         go(pupil, directory, limit=2)
     with pytest.raises(ValueError, match="holds an evaluation with weights"):
         evaluate(wild, ["gsm8k"], directory, data={"gsm8k": ITEMS / "math.jsonl"}, sampling=SHORT)
@@ -684,9 +713,9 @@ def test_runs_that_cannot_be_compared(done, tmp_path):
         (target / "run.json").write_text(json.dumps(settings))
         return str(target)
 
-    with pytest.raises(ValueError, match=r"cannot be compared: sampling.temperature 0.7 \(now 1.0\)"):
+    with pytest.raises(ValueError, match=r"cannot be compared: A has sampling.temperature=0.7 \(B has 1.0\)"):
         compare(str(directory), altered("hot", sampling__temperature=1.0))
-    with pytest.raises(ValueError, match=r"cannot be compared: tasks.arc_e.data '\w+' \(now 'x'\)"):
+    with pytest.raises(ValueError, match=r"cannot be compared: A has tasks.arc_e.data='\w+' \(B has 'x'\)"):
         compare(str(directory), altered("data", tasks__arc_e__data="x"))
     with pytest.raises(ValueError, match="no task in common"):
         compare(str(directory), altered("tasks", tasks={"amc23": {}}))
@@ -708,7 +737,7 @@ def test_runs_that_cannot_be_compared(done, tmp_path):
 
 def test_differences_name_the_first_three():
     before, after = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4, "f": 5}, {"a": 1, "b": {"c": 0, "d": 0}, "e": 0, "f": 0}
-    assert differences(before, after) == "b.c 2 (now 0), b.d 3 (now 0), e 4 (now 0)"
+    assert differences(before, after) == "b.c=2 (now 0), b.d=3 (now 0), e=4 (now 0)"
     assert differences(before, after, without=("b", "e", "f")) == ""
 
 
@@ -756,6 +785,9 @@ def test_the_command(pupil, tmp_path, capsys):
             "humaneval_plus: runs programs that the model writes; give --allow-code-execution",
         ),
         (["--tasks", "gsm8k", "--greedy", "--samples", "2"], "samples=2 at temperature 0 would all be alike"),
+        (["--tasks", "gsm8k", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p 0.5 has no meaning"),
+        (["--tasks", "gsm8k", "--backend", "vlm"], "unknown backend 'vlm'; choose from transformers, vllm"),
+        (["--tasks", "lm_eval:gsm9k"], "lm-eval has no task 'gsm9k'; did you mean lm_eval:gsm8k?"),
         (["--tasks", "gsm8k", "--samples", "0"], "0 must be an integer >= 1"),
         (["--tasks", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--tasks", "gsm8k"], "task gsm8k: openai/gsm8k cannot be loaded"),
@@ -770,6 +802,17 @@ def test_what_is_refused(pupil, tmp_path, capsys, words, message):
     status, said = command(capsys, pupil, *words, "-o", tmp_path / "run")
     assert status == 2 and message in said.splitlines()[-1], said
     assert not list(tmp_path.glob("run/samples/*/*.jsonl"))
+
+
+def test_more_passes_than_the_checkpoint_has_are_refused(wild):
+    with pytest.raises(ValueError, match=f"^max_depth=4: {wild.source} has max_depth=3; give at most that$"):
+        TaHLM(wild, max_depth=4)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm(pupil, tmp_path, capsys):
+    status, said = command(capsys, pupil, "--tasks", "gsm8k", "--backend", "vllm", "-o", tmp_path / "run")
+    assert status == 2 and "make serve-env, or pip install 'tah[serve,eval]'" in said
 
 
 def test_no_chat_template(pupil, tmp_path, capsys):
@@ -818,7 +861,7 @@ def test_a_reference_with_another_tokenizer_is_refused(wild, pupil, tmp_path):
     vocabulary = table["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="has another tokenizer: '[AB]' is"):
+    with pytest.raises(ValueError, match=f"^reference {other} has another tokenizer: '[AB]' is"):
         TaHLM(wild, policy="oracle", reference=Session.open(str(other)))
 
 

@@ -240,6 +240,7 @@ def test_tokens_are_shaded_by_what_the_policy_went_by(tmp_path, measure):
     write_lens([traced], tmp_path / "page.html")
     score = Page(tmp_path / "page.html").data["traces"][0]["score"]
     assert score == ("confidence" if measure == "probability" else "entropy")
+    assert f"policy\n      confidence ({measure}) at" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def test_large_report_is_fast_and_small(files, tmp_path):
@@ -355,11 +356,11 @@ def test_failed_write_leaves_the_old_page(files, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("old")
 
-    def full(self, content):
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=f"^{page} cannot be written: No space left on device$"):
         write_lens([load_trace(files["own"])], page)
     assert page.read_text() == "old" and list(tmp_path.iterdir()) == [page]
 

@@ -208,6 +208,11 @@ def test_measure_against_sorting():
         measure(torch.tensor([[1.0, math.nan]]), torch.tensor([0]), 1)
 
 
+def test_more_passes_than_the_model_has_are_refused(words):
+    with pytest.raises(ValueError, match="^max_depth=4: the model has max_depth=3; give at most that$"):
+        trace(model_of(), words, rows(), max_depth=4)
+
+
 def test_a_model_of_one_pass(words):
     model = model_of(max_depth=1, policy="never", decider=None)
     stats = statistics(trace(model, words, rows(), own_policy=True))
@@ -284,7 +289,9 @@ def test_damaged_files_are_named(words, tmp_path, monkeypatch):
     refuses("hello\n", "trace.jsonl is no trace", load=False)
     refuses(lines[0].replace('"tah_trace":1', '"tah_trace":9') + lines[1], "of format 9; this version reads 1")
     other = lines[0].replace('"threshold":0.5', '"threshold":0.7')
-    refuses(other + lines[1], r"other settings: threshold 0.7 \(now 0.5\)", load=False)
+    refuses(other + lines[1], r"other settings: threshold=0.7 \(now 0.5\)", load=False)
+    sure = lines[0].replace('"policy":"decider"', '"policy":"confidence"').replace('"confidence_measure":null,', "")
+    refuses(sure + lines[1], "does not say how its policy measured confidence")
     with pytest.raises(ValueError, match="is a directory; give the trace a file name"):
         trace(model, words, rows(), tmp_path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
@@ -635,7 +642,9 @@ def test_compare_is_paired():
     assert values(found["difference"]["own policy"])["accuracy"] == pytest.approx(0.1)
     same = compare(one, one)["difference"]["own policy"]["loss"]
     assert (same["low"], same["high"]) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="made and made were traced with different tokenizers"):
+    with pytest.raises(
+        ValueError, match="the first trace .made. and the second trace .made. were traced with different tokenizers"
+    ):
         compare(one, made(RANK, PROB, texts=TEXTS, tokenizer="u"))
     other = made(RANK, PROB, texts=[0] * 4 + [1] * 6)
     with pytest.raises(ValueError, match="row 0 is another text"):
@@ -757,7 +766,7 @@ def test_trace_command(capsys, checkpoint, tiny_base):
     few = json.loads(works(capsys, "trace", checkpoint, "page.txt", "--max-length", "50", "--limit", "2", "--json"))
     assert few["texts"] == 2
     base = works(capsys, "trace", tiny_base, "page.txt", "--policy", "confidence", "--threshold", "0.9", "--every")
-    assert "policy confidence at 0.9" in base and 'attention "duo"' in base and "| decider" not in base
+    assert "policy confidence (probability) at 0.9" in base and 'attention "duo"' in base and "| decider" not in base
 
 
 def test_trace_refuses(capsys, checkpoint, tiny_base):

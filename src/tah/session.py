@@ -79,6 +79,7 @@ class Session:
             untrained: dict[str, Any] = {"lora_rank": 0, "decider": None}  # parts that would be random
             base = load_base(path, dtype)
             model = TaHForCausalLM.from_base(base, policy="confidence", threshold=CONFIDENCE_THRESHOLD, **untrained)
+        model.name_or_path = source  # what errors and traces call it
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:

@@ -111,12 +111,12 @@ def test_what_vllm_cannot_do(model, tmp_path, capsys):
     tiny_base("llama").save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     words = ["--tasks", "gsm8k", "--data", f"gsm8k={DATA['gsm8k']}", "--backend", "vllm", "-o", str(tmp_path / "run")]
-    for model, more, message in (
+    for asked, more, message in (
         (model, ["--policy", "never,oracle", "--reference", model], "policy oracle needs its reference to read along"),
         (model, ["--device", "cuda"], "device 'cuda': vLLM runs on what it was built for"),
         (str(tmp_path / "base"), ["--max-new-tokens", "8"], "is a plain base model; --backend vllm needs a TaH"),
     ):
-        assert run(["eval", model, *words, *more]) == 2
+        assert run(["eval", asked, *words, *more]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

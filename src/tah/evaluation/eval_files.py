@@ -126,7 +126,7 @@ def read_run(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory} holds no evaluation (its run.json is another's); give a tah eval directory")
         if found["tah"] != 1:
             raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
-        return dict(found)
+        return {"backend": "transformers"} | found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"

@@ -62,7 +62,9 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             lines = samples.lines.values()
             accuracy = _bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
             unparsed = sum(line["verdict"] == "unparsed" for line in lines)
+            untestable = sorted({line["question"] for line in lines if line["verdict"] == "untestable"})
             counts = {"questions": facts["questions"], "answers": len(lines), "unparsed": unparsed}
+            counts["untestable"] = untestable
             rows.append({"policy": policy, "task": name, "accuracy": accuracy} | counts | _costs(samples))
         if drawn:
             averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
@@ -130,13 +132,18 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     greedy = sampling["temperature"] < 1e-3
     drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
     title = f"# {results['model']}\n\navg@{sampling['samples']}, {drawn}, at most {sampling['max_new_tokens']} tokens, "
-    lines = [title + f"seed {sampling['seed']}, template {results['template']}.", ""]
+    lines = [title + f"seed {sampling['seed']}, template {results['template']}, by {results['backend']}.", ""]
     if results["results"]:
         lines += [_row(["policy", "task", "questions", *COLUMNS.values()]), "|---|---|" + "--:|" * (1 + len(COLUMNS))]
         for row in [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]:
             shown = [row["policy"], row["task"], str(row["questions"])]
             lines.append(_row([*shown, *(_shown(name, row[name]) for name in COLUMNS)]))
         lines += ["", LEGEND]
+        for row in results["results"]:
+            if row["untestable"]:
+                named = ", ".join(row["untestable"])
+                why = "cannot be run in the sandbox; answers to them count as wrong"
+                lines.append(f"\n{row['policy']} on {row['task']}: the tests of {named} {why}.")
     for row in results["lm_eval"]:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
         cost = f"; mean depth {row['mean_depth']:.3f}, cost {row['cost']:.3f}" if "cost" in row else ""

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +159,7 @@ def _settings(lm: TaHLM, policies: Sequence[str], tasks: Mapping[str, Any], limi
         "model": lm.session.source,
         "weights": weights_fingerprint(lm.session.model),
         "rule": rule | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")},
-        "limit": limit,
+        "limit": limit if any(len(task.eval_docs) > (limit or math.inf) for task in tasks.values()) else None,
         "tasks": {name: _facts(task, limit) for name, task in tasks.items()},
         "versions": {"tah": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -126,10 +126,13 @@ def check_request(
 def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> dict[str, Any]:
     """lm-eval's tasks by our names, in the order asked for."""
     stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]
-    _check_stock(stock)
+    if stock:
+        _check_stock(stock)
     metadata: Any = {"data": dict(data)}
     manager = TaskManager(include_path=str(ours.DIRECTORY), include_defaults=bool(stock), metadata=metadata)
     for name in stock:
+        if name not in manager.all_tasks or name.startswith(ours.PREFIX):
+            raise _no_stock(name, manager.all_tasks)
         path = manager.task_index[name].yaml_path  # loading such a task already fetches code from the Hub
         if path is not None and any(
             "unsafe_code: true" in file.read_text() for file in Path(path).parent.glob("*.y*ml")
@@ -155,21 +158,27 @@ def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> 
 
 
 def _check_stock(names: Sequence[str]) -> None:
-    """Whether lm-eval has such tasks. Its own index of its ten thousand files takes most of a minute, this a second.
+    """Whether lm-eval can have such tasks: a look through its files takes seconds, its own index most of a minute.
 
     Raises:
-        ValueError: it has not; names the nearest.
+        ValueError: a name is in none of them; says the nearest.
     """
-    if not names:
-        return
-    known: set[str] = set()
-    for path in (Path(lm_eval.__file__).parent / "tasks").rglob("*.yaml"):
-        known.update(STOCK_NAMES.findall(path.read_text("utf-8")))
+    known, unseen = set[str](), set(names)
+    for path in (Path(lm_eval.__file__).parent / "tasks").rglob("*"):
+        if path.suffix not in ("", ".yaml") or not path.is_file():  # what they include has no suffix
+            continue
+        text = path.read_text("utf-8")
+        known.update(STOCK_NAMES.findall(text))
+        unseen -= {name for name in unseen if name in text}
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
-            raise ValueError(f"lm-eval has no task {name!r}{hint}")
+        if name in unseen:
+            raise _no_stock(name, known)
+
+
+def _no_stock(name: str, known: Iterable[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
+    return ValueError(f"lm-eval has no task {name!r}{hint}")
 
 
 def vllm_version() -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 from ..files import write_atomically
 from .lens_svg import calibration_chart, compute_chart, depth_chart, iterated_chart, pass_chart
 from .overthinking import compare, statistics
-from .trace_scores import of_nats
 from .traced import Trace, TracedText, check_comparable
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -178,26 +177,18 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int],
     names = ("model", "max_depth", "top_k", "policy", "threshold", "decider_threshold")
     return {
         "mark": mark,
-        "score": _own_score(trace, texts),
+        "score": _own_score(header),
         **{name: header[name] for name in names},
         "exact": header["attention"] != "duo" or trace.max_depth < 2,
         "columns": {name: column(values) for name, values in columns.items()},
     }
 
 
-def _own_score(trace: Trace, texts: Sequence[TracedText]) -> str:
-    """What the trace's policy went by, or the best there is to shade its tokens with.
-
-    The policy `confidence` has two measures, and the trace does not say which: the one that agrees with its depths.
-    """
-    if trace.header["policy"] != "confidence" or trace.max_depth < 2:
-        return "decider" if trace.header["decider"] else "confidence"
-
-    def agreeing(score: str) -> int:
-        pairs = ((1 - text.max_prob[0] if score == "confidence" else of_nats(text.entropy[0]), text) for text in texts)
-        return sum(int(((said > trace.header["threshold"]) == (text.depth > 1)).sum()) for said, text in pairs)
-
-    return max(("confidence", "entropy"), key=agreeing)
+def _own_score(header: Mapping[str, Any]) -> str:
+    """What the trace's policy went by, or the best there is to shade its tokens with."""
+    if header["policy"] == "confidence":
+        return "entropy" if header["confidence_measure"] == "entropy" else "confidence"
+    return "decider" if header["decider"] else "confidence"
 
 
 def column(values: np.ndarray) -> list[str]:

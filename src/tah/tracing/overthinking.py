@@ -276,11 +276,12 @@ def as_markdown(stats: dict[str, Any]) -> str:
 
 def _about(stats: dict[str, Any]) -> list[str]:
     about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
+    measure = f" ({about['confidence_measure']})" if about.get("confidence_measure") else ""
     lines = [
         f"# {about['model']} on {about['data']}",
         "",
         f"{stats['tokens']:,} {counted} of {stats['texts']:,} texts, at most {about['max_depth']} passes, policy "
-        f"{about['policy']} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
+        f"{about['policy']}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
     ]
     if stats["missing_texts"]:
         lines += ["", f"Unfinished: {stats['missing_texts']:,} texts are missing."]

@@ -164,6 +164,8 @@ def _read(path: Path) -> tuple[Trace, int]:
             raise ValueError(f"{path} is a trace of format {header['tah_trace']}; this version reads {VERSION}")
     except (UnicodeDecodeError, json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no trace: its first line is not the header that tah trace writes") from error
+    if header.get("policy") == "confidence" and "confidence_measure" not in header:
+        raise ValueError(f"{path} does not say how its policy measured confidence; trace again into another file")
     texts: dict[Key, TracedText] = {}
     strings: dict[int, str] = {}
     size = len(content) - len(rest)

@@ -107,16 +107,16 @@ class Trace:
 
 def check_comparable(one: Trace, other: Trace) -> None:
     """Raises `ValueError` unless both traces have the same tokens for the same texts."""
-    names = [trace.header["model"] for trace in (one, other)]
+    names = [f"{which} trace ({trace.header['model']})" for which, trace in (("the first", one), ("the second", other))]
     if one.header["tokenizer"] != other.header["tokenizer"]:
         raise ValueError(f"{names[0]} and {names[1]} were traced with different tokenizers: they cannot be compared")
     texts = {text.key: text for text in one.texts}
     shared = [(text, texts[text.key]) for text in other.texts if text.key in texts]
     if not shared:
-        raise ValueError(f"the traces of {names[0]} and {names[1]} have no text in common")
+        raise ValueError(f"{names[0]} and {names[1]} have no text in common")
     for text, its in shared:
         if not (np.array_equal(text.ids, its.ids) and np.array_equal(text.supervised, its.supervised)):
-            raise ValueError(f"row {text.row} is another text in the trace of {names[0]} than in that of {names[1]}")
+            raise ValueError(f"row {text.row} is another text in {names[0]} than in {names[1]}")
 
 
 def loss_of(prob: np.ndarray) -> np.ndarray:

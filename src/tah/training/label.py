@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import write_atomically
 from ..progress import Progress
 from .data import COMPLETE, EXTRAS, form_of, tokenize_row
 from .reference import Measured, Reference, check_reference, weights_fingerprint
@@ -109,11 +109,11 @@ def label(
     todo = [index for index in range(rank, len(shards), world) if not shards[index].exists()]
     judge = None if reference is None or not todo else Reference(reference)
     (output / "data").mkdir(parents=True, exist_ok=True)
-    _write(output / SETTINGS, json.dumps(settings, indent=1).encode())
+    write_atomically(output / SETTINGS, json.dumps(settings, indent=1))
     with Progress(report if rank == 0 else None, sum(len(_places(index, settings)) for index in todo)) as progress:
         job = _Job(rows.with_format(None), tokenizer, judge, settings, tokens_per_batch, progress)
         for index in todo:
-            _write(shards[index], job.shard(index))
+            write_atomically(shards[index], job.shard(index))
     found = _counts(output, settings)
     if found["complete"] and not (output / COMPLETE).exists():
         _finish(output, settings, found)
@@ -253,19 +253,6 @@ def _parquet(columns: dict[str, Any], counts: dict[str, Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # -- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,8 +292,8 @@ def _finish(output: Path, settings: dict[str, Any], found: dict[str, Any]) -> No
             output.rmdir()
         why = ", ".join(f"{reason} ({count})" for reason, count in found["dropped"].items())
         raise ValueError(f"nothing to train on in {found['rows']} rows: {why}")
-    _write(output / CARD, _card(settings, found).encode())
-    _write(output / COMPLETE, json.dumps(found, indent=1).encode())
+    write_atomically(output / CARD, _card(settings, found))
+    write_atomically(output / COMPLETE, json.dumps(found, indent=1))
 
 
 def _card(settings: dict[str, Any], found: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ go to transformers' `TrainingArguments` unchanged, and are checked against it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..files import write_atomically
 from .recipe_checks import check_model, check_training
 
 Stage = Literal["backbone", "decider"]
@@ -327,7 +327,4 @@ class Recipe(Part):
         """Write it as YAML that `load_recipe` reads, whole or not at all."""
         import yaml
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("# Every field as it was used.\n" + yaml.safe_dump(self.resolved(), sort_keys=False))
-        os.replace(temporary, path)
+        write_atomically(path, "# Every field as it was used.\n" + yaml.safe_dump(self.resolved(), sort_keys=False))
