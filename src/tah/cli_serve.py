@@ -49,11 +49,14 @@ def bench_serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a base, hub id, or smollm2.")] = "smollm2",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
+    variants: Annotated[
+        str, typer.Option(metavar="LIST", help="base and others; each holds a model in memory.")
+    ] = "base,never,two_pass,mixed,generate",
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure serving on vLLM against the stock base in it.
+    """Measure serving on vLLM against the stock base in it, and transformers' generate beside it.
 
     Also written `tah bench serve`. 7 % of the tokens iterate, drawn beforehand.
     """
@@ -64,6 +67,7 @@ def bench_serve(
     from .benchmarks.bench_serve import decode, markdown, save
 
     sizes: dict[str, Any] = {"repeats": min(2, repeats), "tasks": (decode(8),)} if quick else {"repeats": repeats}
+    sizes["variants"] = tuple(variants.split(","))
     result = measure(model, dtype=dtype, report=lambda row: _note(str(row)), **sizes)
     if output is not None:
         save(result, output)

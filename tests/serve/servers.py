@@ -77,4 +77,8 @@ def running(model: Path, log: Path, **options: Any) -> Iterator[Server]:
         yield server
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise

@@ -1,4 +1,4 @@
-"""`tah bench --serve` on a tiny model."""
+"""`tah bench serve` on a tiny model."""
 
 from __future__ import annotations
 
@@ -23,4 +23,12 @@ def test_variants_take_turns(tmp_path):
         assert 0.03 < shares[task.name, "two_pass"] < 0.12
     assert shares[tasks[1].name, "two_pass"] == shares[tasks[1].name, "mixed"]  # the same prompts, the same draws
     assert all(row["ratio"] == 1 for row in result["rows"] if row["variant"] == "base")
-    assert len(seen) == 8 and len(markdown(result).splitlines()) == 2 + 8
+    assert shares[tasks[1].name, "generate"] == pytest.approx(shares[tasks[1].name, "mixed"])
+    assert len(seen) == 10 and len(markdown(result).splitlines()) == 2 + 10 + 2
+    assert result["memory"]["base"] == 1 < result["memory"]["mixed"] < 1.101 and len(result["memory"]) == 4
+
+
+def test_variants_need_the_base():
+    for wrong in (("mixed",), ("base", "both")):
+        with pytest.raises(ValueError, match="give base and others of base, never, two_pass, mixed, generate"):
+            bench_serve("anything", variants=wrong)

@@ -6,10 +6,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-
+import torch
 from checkpoints import tiny
 from serving import agree, iterated, prompts, reference, serve
 
+from tah import TaHForCausalLM
 from tah.vllm import settings
 
 NEW = 48
@@ -67,6 +68,31 @@ def test_long_answers(llama):
             assert agree(llama, asked, served.ask(asked, 400), want)
             last = served.ask([asked[0]], 512 - len(asked[0]))[0]
             assert len(last.depths) == 511
+
+
+@torch.no_grad()
+def test_bfloat16_flips_close_calls(llama, expected):
+    """Decisions and best tokens on given text, against float32. A flip is rounding where float32 was undecided."""
+    text = [prompt + one.tokens[:-1] for prompt, one in zip(MIXED, expected, strict=True)]
+    model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    flips, worst, tokens = {"decisions": 0, "tokens": 0, "tokens of never": 0}, 0.0, 0
+    with serve(llama, dtype="bfloat16") as served:
+        for rule, name in (({}, "tokens"), ({"policy": "never"}, "tokens of never")):
+            ask = [{"prompt_token_ids": ids} for ids in text]
+            outs = served.llm.generate(ask, served.params(1, rule, prompt_logprobs=1), use_tqdm=False)
+            for ids, out in zip(text, outs, strict=True):
+                want = model(torch.tensor([ids]), **rule)
+                best = [next(t for t, entry in found.items() if entry.rank == 1) for found in out.prompt_logprobs[1:]]
+                flips[name] += int((want.logits[0, :-1].argmax(-1) != torch.tensor(best)).sum())
+                if not rule:
+                    tokens += len(ids)
+                    other = torch.tensor(out.outputs[0].routed_experts) != want.depth_count[0]
+                    flips["decisions"] += int(other.sum())
+                    margin = (want.continue_prob[0, other, 0] - model.config.threshold).abs()
+                    worst = max([worst, *margin.tolist()])
+    print(f"of {tokens} tokens in bfloat16, flipped: {flips}; decisions up to {worst:.3f} from the threshold")
+    assert worst < 0.05 and flips["decisions"] < 0.02 * tokens
+    assert flips["tokens"] <= 2 * flips["tokens of never"] + 0.005 * tokens
 
 
 def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):

@@ -1,5 +1,7 @@
 """`tah bench serve`: what iterating costs on vLLM, as a ratio to the stock base model on the same vLLM.
 
+Beside it stands transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
+
 Each variant is an engine in a process of its own; they take turns, so that a machine whose speed drifts slows all of
 them alike. CPU seconds are counted beside the clock: with one thread they hold on a shared machine, where the clock
 does not. Prefix caching is off, so every turn does the same work.
@@ -22,13 +24,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from .bench import RATE, SEED, machine
 
 SLOTS = 32  # requests that run at a time, at most
 BATCHING = {"never": "two_pass", "two_pass": "two_pass", "mixed": "mixed"}
-VARIANTS = ("base", *BATCHING)
+VARIANTS = ("base", *BATCHING, "generate")
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the measured process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -93,8 +97,11 @@ class Row:
     tokens_per_cpu_second: float  # prompt tokens where the task is prefill
 
 
-def _engine(pipe: Any, model: str, variant: str, dtype: str, longest: int) -> None:
-    """A variant's process: answers every task it is sent with a `Turn`, until None comes."""
+Runner = Callable[[Task], Turn]
+
+
+def _vllm(model: str, variant: str, dtype: str, longest: int) -> tuple[Runner, float]:
+    """Runs tasks on vLLM; and the bytes for keys and values of both depths, to those of depth 1."""
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
@@ -106,24 +113,63 @@ def _engine(pipe: Any, model: str, variant: str, dtype: str, longest: int) -> No
         model, dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=False,
         max_num_seqs=SLOTS, max_model_len=longest, block_size=32, gpu_memory_utilization=0.05, **options,
     )  # fmt: skip
-    pipe.send(None)
-    while (task := pipe.recv()) is not None:
+
+    def run(task: Task) -> Turn:
         ask = [{"prompt_token_ids": ids} for ids in task.ids()]
         params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False) for n in task.new]
         wall, cpu = time.perf_counter(), time.process_time()
         outs = llm.generate(ask, params, use_tqdm=False)
         turn = Turn(time.process_time() - cpu, time.perf_counter() - wall, 0.0)
         if variant != "base":
-            deep = sum(int((out.outputs[0].routed_experts > 1).sum()) for out in outs)
-            turn.iterated = deep / (sum(task.prompts) + sum(task.new) - len(outs))  # the last token does not run
-        pipe.send(turn)
+            depths = np.concatenate([out.outputs[0].routed_experts for out in outs])
+            turn.iterated = float((depths > 1).mean())
+        return turn
+
+    served = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    depth_one = sum(cache.nbytes for cache in served.kv_caches)
+    pool = 0 if variant == "base" else served.model.pool.keys.nbytes + served.model.pool.values.nbytes
+    return run, 1 + pool / depth_one
+
+
+def _transformers(model: str, dtype: str) -> Runner:
+    """Runs tasks with `generate`: whole batches, each as long as its longest answer."""
+    import torch
+
+    tah = load_tah(model, dtype).eval()
+    tah.config.random_rate = RATE
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+
+    def run(task: Task) -> Turn:
+        ids, depths = torch.tensor(task.ids()), []
+        wall, cpu = time.perf_counter(), time.process_time()
+        for start in range(0, len(ids), SLOTS):
+            part, new = ids[start : start + SLOTS], max(task.new[start : start + SLOTS])
+            mask = torch.ones_like(part)
+            out = tah.generate(part, attention_mask=mask, policy="random", max_new_tokens=new, **options)
+            depths.append(out.depth_count[:, :-1].flatten())
+        turn = Turn(time.process_time() - cpu, time.perf_counter() - wall, 0.0)
+        turn.iterated = float((torch.cat(depths) > 1).float().mean())
+        return turn
+
+    return run
+
+
+def _process(pipe: Any, model: str, variant: str, dtype: str, longest: int) -> None:
+    """A variant's process: says what memory it takes, then answers every task with a `Turn`, until None comes."""
+    run, memory = (
+        (_transformers(model, dtype), None) if variant == "generate" else _vllm(model, variant, dtype, longest)
+    )
+    pipe.send(memory)
+    while (task := pipe.recv()) is not None:
+        pipe.send(run(task))
 
 
 @contextmanager
-def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[Callable[[Task], Turn]]:
-    """A function that runs a task on a fresh engine; the engine ends with the context."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_engine, args=(there, model, variant, dtype, longest))
+def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
+    """A function that runs a task on a fresh engine, and the engine's memory; it ends with the context."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_process, args=(there, model, variant, dtype, longest))
     process.start()
     there.close()
 
@@ -138,8 +184,7 @@ def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[Calla
         return receive()
 
     try:
-        receive()
-        yield run
+        yield run, receive()
         here.send(None)
         process.join(60)
     finally:
@@ -170,11 +215,14 @@ def bench_serve(
     repeats: int = 3,
     report: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Measure all variants on vLLM: `{"machine", "settings", "rows"}`. `report` is called with each row as it comes.
+    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`. `report` is called with each row as it comes.
 
     Raises:
         ImportError: there is no vLLM.
+        ValueError: a variant nobody knows, or no base to compare with.
     """
+    if "base" not in variants or set(variants) - set(VARIANTS):
+        raise ValueError(f"variants {','.join(variants)}: give base and others of {', '.join(VARIANTS)}")
     if find_spec("vllm") is None:
         raise ImportError("serving needs vLLM: pip install 'tah[serve]'")
     os.environ |= SETTINGS
@@ -184,16 +232,18 @@ def bench_serve(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         paths = checkpoints(model, dtype, folder)
         engines = {name: stack.enter_context(engine(paths[name], name, dtype, longest)) for name in variants}
+        memory = {name: ratio for name, (_, ratio) in engines.items() if ratio is not None}
         for task in tasks:
-            for row in _compare(task, engines, repeats):
+            for row in _compare(task, {name: run for name, (run, _) in engines.items()}, repeats):
                 rows.append(row)
                 report(row)
     settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats, "seed": SEED}
     settings |= {"vllm": version("vllm-cpu"), "tasks": [asdict(task) for task in tasks]}
-    return {"machine": machine() | {"threads": 1}, "settings": settings, "rows": [asdict(row) for row in rows]}
+    result = {"machine": machine() | {"threads": 1}, "settings": settings}
+    return result | {"rows": [asdict(row) for row in rows], "memory": memory}
 
 
-def _compare(task: Task, engines: dict[str, Callable[[Task], Turn]], repeats: int) -> list[Row]:
+def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
     """All variants on one task; a warm-up turn of each is not counted."""
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     for number in range(repeats + 1):
@@ -225,6 +275,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['cpu']:.2f} | {row['tokens_per_cpu_second']:.0f} | {row['ratio']:.2f} | {row['wall_ratio']:.2f}"
         )
         lines.append(f"| {row['task']} | {row['variant']} | {numbers} | {row['iterated']:.1%} |")
+    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
+    lines += ["", f"Memory for keys and values of as many tokens, to the base's: {told}."]
     return "\n".join(lines)
 
 

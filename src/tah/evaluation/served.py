@@ -107,15 +107,11 @@ class ServedLM(TaHLM):
         return [answer for answer in answers if answer]
 
     def _finished(self, batch: Sequence[Asked]) -> Iterator[list[tuple[int, Generated]]]:
-        """Answers by index, as they are finished; together they took the time that is shared out among them.
-
-        vLLM looks for stop strings outside of its engine, which then reports no depths. Those come from a second
-        request, with the answer in its prompt: a token's depth is the same there, and most of it is still cached.
-        """
+        """Answers by index, as they are finished; together they took the time that is shared out among them."""
         stop, limit, warping = self._wishes(batch[0].options)
         prompts = [self.tok_batch_encode([asked.prompt])[0][0].tolist() for asked in batch]
         self._check_room(max(map(len, prompts)) + limit)
-        engine, stopped = self.llm.llm_engine, dict[int, Any]()
+        engine = self.llm.llm_engine
         for at, asked in enumerate(batch):
             self._ask(at, prompts[at], max_tokens=limit, stop=stop, **self._drawing(asked, warping))
         try:
@@ -123,13 +119,8 @@ class ServedLM(TaHLM):
             while engine.has_unfinished_requests():
                 done: list[tuple[int, Generated]] = []
                 for out in engine.step():
-                    at = int(out.request_id)
-                    if out.kv_transfer_params is None and at not in stopped:
-                        stopped[at] = out.outputs[0]
-                        self._ask(at, prompts[at] + list(out.outputs[0].token_ids)[:-1], max_tokens=1)
-                        continue
-                    said = stopped.pop(at, out.outputs[0])
-                    ids, depths = list(said.token_ids), out.kv_transfer_params["tah"]["depths"]
+                    at, said = int(out.request_id), out.outputs[0]
+                    ids, depths = list(said.token_ids), said.routed_experts.tolist()  # of prompt and answer
                     if len(depths) != len(prompts[at]) + len(ids) - 1:
                         raise RuntimeError(f"vLLM told {len(depths)} depths of {len(prompts[at])} + {len(ids)} tokens")
                     mask = torch.ones(len(prompts[at]), dtype=torch.bool)
@@ -148,7 +139,7 @@ class ServedLM(TaHLM):
         from vllm.sampling_params import RequestOutputKind
 
         options = {"temperature": 0.0, "output_kind": RequestOutputKind.FINAL_ONLY, **options}
-        params = SamplingParams(extra_args={**self.rule, "depths": True}, **options)
+        params = SamplingParams(extra_args=self.rule, **options)
         self.llm.llm_engine.add_request(str(at), {"prompt_token_ids": prompt}, params)
 
     def _drawing(self, asked: Asked, warping: Mapping[str, Any] | None) -> dict[str, Any]:

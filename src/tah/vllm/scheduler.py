@@ -125,6 +125,5 @@ class DepthScheduler(Scheduler):
         return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        log = self.ended[request.request_id] = self.logs.pop(request.request_id)
-        _, ec_transfer_params = super()._free_request(request, *args, **kwargs)
-        return {"tah": {"depths": log.depths}}, ec_transfer_params
+        self.ended[request.request_id] = self.logs.pop(request.request_id)
+        return super()._free_request(request, *args, **kwargs)

@@ -1,0 +1,69 @@
+"""examples/serve/ cannot be run here (no container runtime), but what it says can be checked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+import yaml
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "serve"
+CONTAINER = (EXAMPLES / "Containerfile").read_text().replace("\\\n", " ")
+ENTRYPOINT = yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", CONTAINER, re.M)[1])
+
+
+def test_the_container_has_what_its_commands_need():
+    copied = [word for line in re.findall(r"^COPY (.*)$", CONTAINER, re.M) for word in line.split()[:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    assert "constraints-cpu.txt" in copied and ENTRYPOINT[:2] == ["tah", "serve"]
+    makefile = (ROOT / "Makefile").read_text()
+    pins = re.findall(r"'\w[^' ]+[=<>][^' ]+'", CONTAINER)
+    assert len(pins) == 2 and all(pin in makefile for pin in pins)  # the versions that `make serve-env` installs
+    assert "uninstall -y torchvision torchcodec torchaudio" in CONTAINER and "uninstall -y torchvision" in makefile
+
+
+def compose() -> dict:
+    service = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())["services"]["tah"]
+    assert (EXAMPLES / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+    return {"args": service["command"], "mounts": [service["volumes"][0].split(":")[-2]], "restart": service["restart"]}
+
+
+def kubernetes() -> dict:
+    documents = list(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
+    assert [one["kind"] for one in documents] == ["Deployment", "Service", "HorizontalPodAutoscaler"]
+    deployment, service, autoscaler = documents
+    pod = deployment["spec"]["template"]
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    assert autoscaler["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    container, volumes = pod["spec"]["containers"][0], {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": container["ports"][0]["containerPort"]}
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    return {"args": container["args"], "mounts": mounts, "restart": pod["spec"].get("restartPolicy", "Always").lower()}
+
+
+@pytest.mark.parametrize("example", [compose, kubernetes])
+def test_vllm_takes_the_flags(example):
+    found = example()
+    model, *flags = ENTRYPOINT[2:]
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", model, *flags, *found["args"]])
+    assert (args.host, args.port, args.served_model_name, args.max_model_len) == ("0.0.0.0", 8000, ["tah"], 4096)
+    assert model in found["mounts"] and found["restart"] == "always"  # the server ends when its engine does
+
+
+def test_the_commands_of_the_docs():
+    """Flags in docs/serving.md, as vLLM reads them."""
+    lines = re.findall(r"tah serve (?:my-tah|MODEL) (--[^\n#&`]*)", (ROOT / "docs" / "serving.md").read_text())
+    assert lines
+    for line in lines:
+        make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line))
