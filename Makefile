@@ -36,7 +36,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
-	@echo "make reproduce   make the tiny table of docs/training.md from nothing (minutes)"
+	@echo "make reproduce   make the tiny tables of docs/training.md and docs/results.md from nothing (minutes)"
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
 	@echo "make bench-serve what serving costs, in it"
 	@echo "make serve-test  tests of serving in it"
@@ -96,8 +96,12 @@ bench-serve: $(SERVE)
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
 
+# The second table has four seeds in docs/results.md; one takes ten minutes here.
 reproduce: $(DEV)
 	OMP_NUM_THREADS=2 $(BIN)/tah run tiny --output out/tiny $(ARGS)
+	OMP_NUM_THREADS=2 $(BIN)/python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 \
+		--variant lookahead-mix standard --output out/follow.jsonl
+	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
 clean:
 	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The control of the checkpoint in the box: the same base, data, order, steps and rate, but no second pass.
+"""The control of the checkpoint in the box: the same base, data, steps and rate, but no second pass.
 
     python experiments/plain_lora.py out/smollm2 --output out/plain-lora
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import peft
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from tah.load import find, load_base
+from tah.load import find, load_base, load_tah, parameter_counts
 from tah.training.data import Collator
 from tah.training.recipe import load_recipe
 from tah.training.train import Rows
@@ -31,9 +31,8 @@ def main() -> None:
     base, tokenizer = load_base(path), AutoTokenizer.from_pretrained(path)
     linear = [m for name, m in base.named_modules() if name.endswith("_proj")]
     per_rank = sum(module.in_features + module.out_features for module in linear)
-    width = base.config.hidden_size
-    wanted = recipe.model["lora_rank"] * per_rank + 2 * width**2 + 5 * width * recipe.model["decider"]["width"]
-    rank = math.ceil(wanted / per_rank)
+    sizes = parameter_counts(load_tah(str(given.run / "decider")))
+    rank = math.ceil((sum(sizes.values()) - sizes["base"]) / per_rank)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, settings)
     model.print_trainable_parameters()

@@ -1,4 +1,4 @@
-"""Exact match of generated answers to held-out word problems, greedy, whatever form the answer has.
+"""Exact match of generated answers to held-out word problems, greedy, up to 128 tokens, whatever form the answer has.
 
     python experiments/score_problems.py out/smollm2/decider --policies never decider always \
         --problems out/word-problems --count 100 --output experiments/results/word-problems.jsonl --name tah
@@ -18,23 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from tah.demo import last_number
+from tah.demo import LONGEST
 from tah.session import Session
 from tah.tracing.resample import Resampled
-from tah.training.scores import score_answers
+from tah.training.scores import last_number, score_answers
 
 SETS = {"sums": "sums", "test": "kinds of the training", "new_kinds": "other kinds"}
-BATCH = 25
 
 
 def score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
-    right, iterated, texts = [], 0.0, []
-    for at in range(0, len(rows), BATCH):
-        made = score_answers(session.model, session.tokenizer, rows[at : at + BATCH], read=last_number, policy=policy)
-        right += made.right.astype(int).tolist()
-        iterated += made.iterated_share * len(made.texts) / len(rows)
-        texts += made.texts
-    return {"right": right, "iterated": iterated, "first": texts[0]}
+    made = score_answers(
+        session.model, session.tokenizer, rows, read=last_number, max_new_tokens=LONGEST, policy=policy
+    )
+    return {"right": made.right.astype(int).tolist(), "iterated": made.iterated_share, "texts": made.texts}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -58,6 +54,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _shown(estimate: dict[str, Any]) -> str:
+    if estimate["low"] is None:
+        return ""
     return f"{100 * estimate['value']:+.1f} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
 
 

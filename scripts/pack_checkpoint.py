@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 from tah.additions import save_additions
+from tah.files import write_atomically
 from tah.load import load_tah
 from tah.smollm2 import TAH
 
@@ -21,10 +23,12 @@ COUNTS = {"sums": 34, "test": 33, "new_kinds": 33}
 
 def main(trained: Path, problems: Path) -> None:
     save_additions(load_tah(str(trained)), TAH)
-    lines = []
+    sets = []
     for name, count in COUNTS.items():
-        lines += [json.dumps({"set": name} | json.loads(line)) for line in open(problems / f"{name}.jsonl")][:count]
-    (TAH / "problems.jsonl").write_text("\n".join(lines) + "\n")
+        rows = (problems / f"{name}.jsonl").read_text().splitlines()[:count]
+        sets.append([json.dumps({"set": name} | json.loads(row)) for row in rows])
+    lines = [line for group in zip_longest(*sets) for line in group if line is not None]  # alternating
+    write_atomically(TAH / "problems.jsonl", "\n".join(lines) + "\n")
     for path in sorted(TAH.iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 

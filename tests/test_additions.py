@@ -59,10 +59,18 @@ def test_what_does_not_fit_is_refused(model, base, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_additions(base, tmp_path)
     (tmp_path / SETTINGS).write_text(json.dumps(settings))
+    other = AutoModelForCausalLM.from_config(base.config)
+    with pytest.raises(ValueError, match="a base of the same shape with other weights"):
+        load_additions(other, tmp_path)
+    load_additions(base.to(torch.bfloat16), tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="holds no additions, or damaged ones"):
+    with pytest.raises(ValueError, match="is not what additions.json was written with; copy both again"):
         load_additions(base, tmp_path)
+    for damaged in ("{", '{"base": [1]}', "[]"):
+        (tmp_path / SETTINGS).write_text(damaged)
+        with pytest.raises(ValueError, match="holds no additions, or damaged ones"):
+            load_additions(base, tmp_path)
 
 
 def test_a_plain_base_has_none(base, tmp_path):

@@ -332,7 +332,7 @@ def test_contents_of_files(tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x").write_text("hidden")
     assert contents(str(tmp_path)) == whole
-    monkeypatch.setattr(tah.contents, "LARGE", 0)  # large files: size and time
+    monkeypatch.setattr(tah.training.contents, "LARGE", 0)  # large files: size and time
     before = contents(str(file))
     os.utime(file, (2, 2))
     assert contents(str(file)) != before

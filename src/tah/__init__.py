@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +16,16 @@ from .convert import convert
 from .families import UnsupportedBase, check_base
 from .model import TaHForCausalLM, TaHOutput
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
+
+if TYPE_CHECKING:
+    from .additions import load_additions as load_additions
+    from .additions import save_additions as save_additions
+    from .evaluation.evaluate import evaluate as evaluate
+    from .tracing.trace import trace as trace
+    from .training.label import label as label
+    from .training.prune import prune as prune
+    from .training.recipe import load_recipe as load_recipe
+    from .training.train import train as train
 
 __version__ = "0.1.0"
 # What the commands call, imported when first used: some of it needs optional packages.
@@ -44,18 +54,14 @@ __all__ = [
     "UnsupportedBase",
     "check_base",
     "convert",
-    "evaluate",
-    "label",
-    "load_additions",
-    "load_recipe",
-    "prune",
-    "save_additions",
-    "trace",
-    "train",
 ]
 
 AutoConfig.register("tah", TaHConfig)
 AutoModelForCausalLM.register(TaHConfig, TaHForCausalLM)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 def __getattr__(name: str) -> Any:

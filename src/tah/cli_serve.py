@@ -67,7 +67,7 @@ def bench_serve(
     from .benchmarks.bench_serve import decode, markdown, save
 
     sizes: dict[str, Any] = {"repeats": min(2, repeats), "tasks": (decode(8),)} if quick else {"repeats": repeats}
-    sizes["variants"] = tuple(variants.split(","))
+    sizes["variants"] = tuple(name.strip() for name in variants.split(","))
     result = measure(model, dtype=dtype, report=lambda row: _note(str(row)), **sizes)
     if output is not None:
         save(result, output)

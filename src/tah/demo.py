@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.progress import track
+from rich.progress import Progress
 from rich.rule import Rule
 from rich.table import Table
 
@@ -17,7 +17,7 @@ from .session import Answer, Session
 from .smollm2 import TAH
 from .terminal import Painter, make_console, printable, summary
 from .tracing.resample import Resampled
-from .training.scores import score_answers
+from .training.scores import last_number, score_answers
 
 QUESTIONS = (
     "Tom has 3 boxes with 14 apples each. He eats 2 apples. How many apples are left?",
@@ -33,8 +33,7 @@ CAVEAT = (
     "comparison with as much training of a single pass."
 )
 POLICIES = ("never", "decider", "always")
-BATCH = 25  # problems answered at a time
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+LONGEST = 128  # tokens of an answer to a problem; SmolLM2 as published talks about 60, and some answers never end
 
 
 def demo(
@@ -105,27 +104,28 @@ def _problems() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (TAH / "problems.jsonl").read_text("utf-8").splitlines()]
 
 
-def last_number(text: str) -> str | None:
-    """The last number in a text, so that no answer is marked down for its form; None where there is none."""
-    found = NUMBER.findall(text)
-    if not found:
-        return None
-    value = float(found[-1].replace(",", ""))
-    return str(int(value)) if value.is_integer() else str(value)
-
-
 def _score(session: Session, rows: list[dict[str, Any]], console: Any) -> dict[str, dict[str, Any]]:
     """By policy: `right` [R], seconds, iterated share of the tokens made."""
     scores: dict[str, dict[str, Any]] = {}
-    work = [(policy, at) for policy in POLICIES for at in range(0, len(rows), BATCH)]
-    for policy, at in track(work, "answering", console=console, transient=True, disable=not console.is_terminal):
-        start, batch = time.perf_counter(), rows[at : at + BATCH]
-        made = score_answers(session.model, session.tokenizer, batch, read=last_number, policy=policy)
-        its = scores.setdefault(policy, {"right": [], "seconds": 0.0, "iterated": 0.0})
-        its["right"] += made.right.tolist()
-        its["seconds"] += time.perf_counter() - start
-        its["iterated"] += made.iterated_share * len(batch) / len(rows)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        for policy in POLICIES:
+            task, start = bar.add_task(policy, total=len(rows)), time.perf_counter()
+            made = score_answers(
+                session.model,
+                session.tokenizer,
+                rows,
+                read=last_number,
+                max_new_tokens=LONGEST,
+                progress=partial(_advance, bar, task),
+                policy=policy,
+            )
+            seconds = time.perf_counter() - start
+            scores[policy] = {"right": made.right.tolist(), "iterated": made.iterated_share, "seconds": seconds}
     return scores
+
+
+def _advance(bar: Progress, task: Any, done: int) -> None:
+    bar.update(task, completed=done)
 
 
 def _table(scores: dict[str, dict[str, Any]]) -> Table:

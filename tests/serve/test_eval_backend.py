@@ -71,7 +71,7 @@ def test_greedy_answers_are_those_of_generate(model, tmp_path):
 
 
 def test_stop_strings_have_their_depths(model):
-    """vLLM finds them outside of its engine, which says nothing of depths then."""
+    """vLLM finds them outside of its engine."""
     prompts = ["one", "a much longer question than the others " * 3, "two words", "why?"]
     options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     session = Session.open(model, dtype="float32")

@@ -5,7 +5,7 @@
 // The parts are one module: judge.js, text.js, token.js. Nothing is fetched; text from models only becomes textContent.
 const TYPES = { Uint8Array, Uint16Array, Uint32Array, Float32Array };
 const AROUND = 12; // tokens of context that a filter leaves on either side
-const TINY = 1e-38; // probabilities below count as this, as in tah.traced
+const TINY = 1e-38; // probabilities below count as this, as in tah.tracing.traced
 const OUTCOMES = ["kept right", "kept wrong", "corrected", "broken"];
 const RULES = {
   own: "as it ran",

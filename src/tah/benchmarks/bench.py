@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from ..policy import DepthState, Policy
@@ -279,6 +280,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write bench.json and bench.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "bench.md").write_text(markdown(result) + "\n")
+    write_atomically(folder / "bench.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder / "bench.md", markdown(result) + "\n")

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from .bench import RATE, SEED, machine
@@ -282,6 +283,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write bench_serve.json and bench_serve.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_serve.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "bench_serve.md").write_text(markdown(result) + "\n")
+    write_atomically(folder / "bench_serve.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder / "bench_serve.md", markdown(result) + "\n")

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..lora import at_depth
 from ..model import TaHForCausalLM
@@ -315,6 +316,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 def save(result: dict[str, Any], folder: Path) -> None:
     """Write bench_train.json and bench_train.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_train.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "bench_train.md").write_text(markdown(result) + "\n")
+    write_atomically(folder / "bench_train.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder / "bench_train.md", markdown(result) + "\n")

@@ -29,7 +29,7 @@ from ..training.reference import weights_fingerprint
 from .eval_files import Samples, alone, open_run
 from .eval_report import as_markdown, summarize
 from .harness import TaHLM
-from .request import Sampling, build, check_request, expand, vllm_version
+from .request import Sampling, build, check_engine, check_request, expand, vllm_version
 from .served import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -72,7 +72,7 @@ def evaluate(
         raw: without the chat template.
         batch_size: answers at a time; 1, or with vLLM as many as it likes, by default.
         backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
-        engine: options of `vllm.LLM`.
+        engine: further options of `vllm.LLM`.
         allow_code_execution: needed for the code benchmarks; they run in a sandbox.
         told: progress: policy, task, answers done, of how many.
         note: what the user should know.
@@ -86,6 +86,7 @@ def evaluate(
     sampling, output = sampling or Sampling(), Path(output)
     names, files = expand(tasks), {name: str(path) for name, path in (data or {}).items()}
     check_request(names, policies, files, reference, allow_code_execution, backend, device)
+    check_engine(backend, model, engine or {}, sampling)
     with _quiet():
         built = build(names, files, sampling)
         place = {"dtype": dtype, "device": device}
@@ -95,6 +96,7 @@ def evaluate(
         if session.wrapped and not policies:
             note(f"{session.source} is a base model without a trained second pass; policy: confidence")
         chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
+        check_request(names, chosen, files, reference, allow_code_execution, backend, device)
         options: dict[str, Any] = {
             "threshold": threshold,
             "max_depth": max_depth,
@@ -115,24 +117,45 @@ def evaluate(
             "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
             "backend": backend,
             "batch_size": batch_size,
+            "engine": dict(engine or {}),
         }
         if backend == "vllm":
             settings["versions"]["vllm"] = vllm_version()
-        with alone(output):
-            open_run(output, settings)
-            for policy, (name, task) in itertools.product(chosen, built.items()):
-                ids = [str(doc.get("id", number)) for number, doc in enumerate(list(task.eval_docs)[:limit])]
-                of = len(ids) * int(task.config.repeats)
-                samples = Samples(output, policy, name, ids, partial(told, policy, name, of=of))
-                scores = samples.path.with_suffix(".json") if name.startswith(ours.STOCK) else None
-                if samples.repaired:
-                    note(samples.repaired)
-                if not (samples.graded(of) if scores is None else scores.is_file()):
-                    _run(lm, task, samples, policy=policy, limit=limit, raw=raw, scores=scores)
+        try:
+            with alone(output):
+                _answer_all(lm, chosen, built, output, settings, limit=limit, raw=raw, told=told, note=note)
+        finally:
+            if isinstance(lm, ServedLM):
+                lm.close()
     results = summarize(output)
     write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
     write_atomically(output / "results.md", as_markdown(results))
     return results
+
+
+def _answer_all(
+    lm: TaHLM,
+    policies: Sequence[str],
+    built: Mapping[str, Any],
+    output: Path,
+    settings: dict[str, Any],
+    *,
+    limit: int | None,
+    raw: bool,
+    told: Callable[..., None],
+    note: Callable[[str], None],
+) -> None:
+    """Every task under every policy, but what is there already."""
+    open_run(output, settings)
+    for policy, (name, task) in itertools.product(policies, built.items()):
+        ids = [str(doc.get("id", number)) for number, doc in enumerate(list(task.eval_docs)[:limit])]
+        of = len(ids) * int(task.config.repeats)
+        samples = Samples(output, policy, name, ids, partial(told, policy, name, of=of))
+        scores = samples.path.with_suffix(".json") if name.startswith(ours.STOCK) else None
+        if samples.repaired:
+            note(samples.repaired)
+        if not (samples.graded(of) if scores is None else scores.is_file()):
+            _run(lm, task, samples, policy=policy, limit=limit, raw=raw, scores=scores)
 
 
 def _check_served(tasks: Mapping[str, Any]) -> None:

@@ -123,6 +123,26 @@ def check_request(
         Sandbox().check()
 
 
+def check_engine(backend: str, model: Any, engine: Mapping[str, Any], sampling: Sampling) -> None:
+    """What vLLM cannot be given.
+
+    Raises:
+        ValueError: an open model, options that are not the caller's to choose, or a temperature that vLLM would raise.
+    """
+    if backend != "vllm":
+        if engine:
+            raise ValueError(f"engine={dict(engine)!r} is for backend='vllm'")
+        return
+    if not isinstance(model, str):
+        raise ValueError(
+            "backend='vllm' loads the checkpoint itself; give its directory or hub id, not an open session"
+        )
+    if taken := sorted({"model", "dtype", "hf_overrides", "additional_config"} & engine.keys()):
+        raise ValueError(f"engine[{taken[0]!r}] follows from the other arguments; leave it out")
+    if 1e-3 <= sampling.temperature < 0.01:
+        raise ValueError(f"temperature {sampling.temperature}: vLLM draws at no less than 0.01; give that, or --greedy")
+
+
 def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> dict[str, Any]:
     """lm-eval's tasks by our names, in the order asked for."""
     stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]

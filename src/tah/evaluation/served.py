@@ -74,10 +74,6 @@ class ServedLM(TaHLM):
         Raises:
             ValueError: it does not take such a checkpoint.
         """
-        for name, value in SETTINGS.items():
-            os.environ.setdefault(name, value)
-        from vllm import LLM
-
         from ..vllm.requests import DEPTHS_SERVED
 
         depth = self.rule["max_depth"]
@@ -85,11 +81,27 @@ class ServedLM(TaHLM):
             raise ValueError(
                 f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
             )
-        self.session.model.to("meta")
+        before = {name: os.environ.get(name) for name in SETTINGS}
+        os.environ.update(SETTINGS)
         try:
+            from vllm import LLM
+
+            self.session.model.to("meta")
             return LLM(**self.engine_options, hf_overrides={"max_depth": depth})
         except ValidationError as error:  # a ValueError of the plugin's, in a page of pydantic's
             raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    def close(self) -> None:
+        """Give back the engine's memory."""
+        if self.__dict__.pop("llm", None) is not None:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
         """All at once: the engine makes its own."""
@@ -112,9 +124,9 @@ class ServedLM(TaHLM):
         prompts = [self.tok_batch_encode([asked.prompt])[0][0].tolist() for asked in batch]
         self._check_room(max(map(len, prompts)) + limit)
         engine = self.llm.llm_engine
-        for at, asked in enumerate(batch):
-            self._ask(at, prompts[at], max_tokens=limit, stop=stop, **self._drawing(asked, warping))
         try:
+            for at, asked in enumerate(batch):
+                self._ask(at, prompts[at], max_tokens=limit, stop=stop, **self._drawing(asked, warping))
             start = time.perf_counter()
             while engine.has_unfinished_requests():
                 done: list[tuple[int, Generated]] = []
@@ -138,7 +150,9 @@ class ServedLM(TaHLM):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        options = {"temperature": 0.0, "output_kind": RequestOutputKind.FINAL_ONLY, **options}
+        # Stop strings may be special tokens; the text is not used.
+        shown = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_special_tokens": False}
+        options = {"temperature": 0.0, **shown, **options}
         params = SamplingParams(extra_args=self.rule, **options)
         self.llm.llm_engine.add_request(str(at), {"prompt_token_ids": prompt}, params)
 

@@ -146,7 +146,7 @@ def trim_metrics(path: Path, checkpoint: Path | None) -> None:
     """Drop what was logged after the checkpoint that training resumes from."""
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curves(directory: Path) -> None:

@@ -22,7 +22,8 @@ from .data import Collator
 
 LOGITS = 2**27  # most entries of [B, T, V] at the same time
 TOKENS = 8192  # most tokens of a batch
-ROWS = 128  # that are answered at a time
+ROWS = 64  # that are answered at a time
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 ANSWER = re.compile(r"\\boxed\{([^{}]*)\}|(?:Answer:|####)[ \t]*([^\n]*)")
 
 
@@ -101,7 +102,12 @@ class AnswerScores:
 
     right: np.ndarray  # [R] bool, the final answer is the row's
     texts: list[str]
-    iterated_share: float  # of the tokens generated
+    tokens: int  # that were generated
+    iterated: int  # of those
+
+    @property
+    def iterated_share(self) -> float:
+        return self.iterated / self.tokens
 
 
 def answer_of(text: str) -> str | None:
@@ -110,24 +116,38 @@ def answer_of(text: str) -> str | None:
     return (found[-1][0] or found[-1][1]).strip() if found else None
 
 
+def last_number(text: str) -> str | None:
+    """The last number in a text, so that no answer is marked down for its form; None where there is none."""
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    value = float(found[-1].replace(",", ""))
+    return str(int(value)) if value.is_integer() else str(value)
+
+
 def score_answers(
     model: TaHForCausalLM,
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],
     *,
     read: Callable[[str], str | None] = answer_of,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
     **rule: Any,
 ) -> AnswerScores:
-    """Answer the question of every row: all its `messages` but the last, whose length bounds the answer's.
+    """Answer the question of every row: all its `messages` but the last.
 
     Args:
         rows: with `messages`, the last by the assistant, and `answer`.
         read: finds the final answer in a text.
+        max_new_tokens: of an answer; by default a few more than the longest of the rows' own, which is enough for a
+            model that was trained on such.
+        progress: called with how many are answered.
         rule: `policy`, `threshold`, `max_depth` for `generate`; the model's own by default.
     """
     model.eval()
     given = tokenizer([row["messages"][-1]["content"] for row in rows])["input_ids"]
-    most = max(map(len, given)) + 8
+    most = max_new_tokens or max(map(len, given)) + 8
     texts = [""] * len(rows)
     iterated = made = 0
     order = np.argsort([len(ids) for ids in given], kind="stable").tolist()  # rows of a batch end at like times
@@ -154,8 +174,9 @@ def score_answers(
         iterated, made = iterated + int((passes[kept] > 1).sum()), made + int(kept.sum())
         for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[place] = text
+        progress(start + len(places))
     right = np.array([read(text) == row["answer"].strip() for text, row in zip(texts, rows, strict=True)])
-    return AnswerScores(right, texts, iterated / made)
+    return AnswerScores(right, texts, made, iterated)
 
 
 # -- uncertainty -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 @dataclass
-class Answer:
+class AnswerDepths:
     """One answer that has ended. Its tokens are counted by the token that ran to predict them."""
 
     prompt: np.ndarray  # depths of the prompt's tokens but the last
@@ -49,7 +49,7 @@ class Answers:
     prompts: int = 0  # handed to the engine so far
     each: int = 1  # answers to each prompt
     in_full: bool = False
-    ended: dict[int, Answer] = field(default_factory=dict)
+    ended: dict[int, AnswerDepths] = field(default_factory=dict)
 
     def listen(self, outputs: AsyncGenerator[RequestOutput], params: SamplingParams) -> AsyncGenerator[RequestOutput]:
         """What the engine says to the next prompt, as it comes; the depths of answers that end are kept."""
@@ -62,7 +62,7 @@ class Answers:
                     for one in output.outputs:
                         if one.routed_experts is not None:
                             start = len(output.prompt_token_ids or ()) - 1
-                            self.ended[first + one.index] = Answer(*np.split(one.routed_experts, [start]))
+                            self.ended[first + one.index] = AnswerDepths(*np.split(one.routed_experts, [start]))
                             one.routed_experts = None  # which the server would give out in its own way
                     yield output
 
@@ -130,7 +130,7 @@ class Telling:
             events = message.get("body", b"").split(b"\n\n")
             return await self.send(message | {"body": b"\n\n".join(map(self._event, events))})
         elif message.get("more_body"):
-            self.body += message["body"]
+            self.body += message.get("body", b"")
         else:
             body = self._told(self.body + message.get("body", b""))
             MutableHeaders(raw=self.start["headers"])["content-length"] = str(len(body))

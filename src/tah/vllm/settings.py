@@ -70,6 +70,7 @@ def _check_flags(vllm_config: Any) -> None:
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}": vllm_config.scheduler_config.scheduler_cls,
         f"the device {current_platform.device_type}": not current_platform.is_cpu(),
+        "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
         "vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
     }
     for what, asked in refused.items():
