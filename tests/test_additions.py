@@ -47,7 +47,10 @@ def test_by_default_they_are_bfloat16_and_without_the_base(model, tmp_path):
     assert 2 * own <= (tmp_path / WEIGHTS).stat().st_size < 2 * own + 20_000
 
 
-def test_what_does_not_fit_is_refused(model, base, tmp_path):
+def test_what_does_not_fit_is_refused(model, tiny_base, tmp_path):
+    def load_onto_a_base(**options):
+        return load_additions(AutoModelForCausalLM.from_pretrained(tiny_base, **options), tmp_path)
+
     save_additions(model, tmp_path)
     settings = json.loads((tmp_path / SETTINGS).read_text())
     wrong = {
@@ -57,20 +60,20 @@ def test_what_does_not_fit_is_refused(model, base, tmp_path):
     for message, change in wrong.items():
         (tmp_path / SETTINGS).write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=message):
-            load_additions(base, tmp_path)
+            load_onto_a_base()
     (tmp_path / SETTINGS).write_text(json.dumps(settings))
-    other = AutoModelForCausalLM.from_config(base.config)
+    other = AutoModelForCausalLM.from_config(model.base.config)
     with pytest.raises(ValueError, match="a base of the same shape with other weights"):
         load_additions(other, tmp_path)
-    load_additions(base.to(torch.bfloat16), tmp_path)
+    assert load_onto_a_base(dtype=torch.bfloat16).dtype == torch.bfloat16
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="is not what additions.json was written with; copy both again"):
-        load_additions(base, tmp_path)
+        load_onto_a_base()
     for damaged in ("{", '{"base": [1]}', "[]"):
         (tmp_path / SETTINGS).write_text(damaged)
         with pytest.raises(ValueError, match="holds no additions, or damaged ones"):
-            load_additions(base, tmp_path)
+            load_onto_a_base()
 
 
 def test_a_plain_base_has_none(base, tmp_path):

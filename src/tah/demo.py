@@ -29,8 +29,8 @@ INTRODUCTION = (
     "1 is the model as published. Every token passes the model once; where the decider says so, twice."
 )
 CAVEAT = (
-    "What the second pass adds here is mostly what any training on such problems would add: docs/results.md has the "
-    "comparison with as much training of a single pass."
+    "This shows where a second pass acts on top of an untouched base, not that it is the way to teach one: a plain "
+    "adapter of the same size, with the same training and a single pass, learns these problems better (docs/results.md)."
 )
 POLICIES = ("never", "decider", "always")
 LONGEST = 128  # tokens of an answer to a problem; SmolLM2 as published talks about 60, and some answers never end
