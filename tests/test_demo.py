@@ -43,6 +43,7 @@ def test_the_checkpoint_in_the_box_says_what_it_is():
 
 def test_demo_answers_and_scores(in_the_box, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("tah.demo.LONGEST", 8)
     measured = demo(max_new_tokens=8, problems=2, questions=QUESTIONS[:1])
     depths = {its["policy"]: {token["depth"] for token in its["tokens"]} for its in measured["answers"]}
     assert depths["never"] == {1} and depths["always"] == {2} and depths["decider"] <= {1, 2}
