@@ -30,10 +30,10 @@ INTRODUCTION = (
 )
 CAVEAT = (
     "This shows where a second pass acts on top of an untouched base, not that it is the way to teach one: a plain "
-    "adapter of the same size, trained alike with a single pass, learns these problems better (docs/results.md)."
+    "adapter of the same size, trained alike with a single pass, learns such problems faster (docs/results.md)."
 )
 POLICIES = ("never", "decider", "always")
-LONGEST = 128  # tokens of an answer to a problem; SmolLM2 as published talks about 60, and some answers never end
+LONGEST = 96  # tokens of an answer to a problem; most end after 60, some never would
 
 
 def demo(

@@ -22,7 +22,7 @@ from .data import Collator
 
 LOGITS = 2**27  # most entries of [B, T, V] at the same time
 TOKENS = 8192  # most tokens of a batch
-ROWS = 64  # that are answered at a time
+ROWS = 128  # that are answered at a time
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 ANSWER = re.compile(r"\\boxed\{([^{}]*)\}|(?:Answer:|####)[ \t]*([^\n]*)")
 
