@@ -11,6 +11,7 @@ from checkpoints import tiny
 from tah.benchmarks.bench_serve import VARIANTS, bench_serve, markdown, prefill, stream
 
 
+@pytest.mark.timeout(900)  # engines start one after another, minutes each on a busy machine
 def test_variants_take_turns(tmp_path):
     model = tiny(tmp_path / "model", "llama")
     seen = []

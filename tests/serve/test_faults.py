@@ -16,6 +16,7 @@ from checkpoints import tiny
 from servers import running
 
 
+@pytest.mark.timeout(900)  # engines start one after another, minutes each on a busy machine
 def test_an_engine_that_is_killed(tmp_path):
     model = tiny(tmp_path / "llama", "llama")
     with running(model, tmp_path / "log.txt") as server:
