@@ -68,7 +68,7 @@ def demo(
         answers += [{"question": question, "policy": policy, **answer.as_dict()} for policy, answer in given.items()]
     scores = {}
     if problems:
-        console.print(Rule(f"{problems} held-out problems", style="dim"))
+        console.print(Rule(f"{problems} held-out problems, under each policy (minutes)", style="dim"))
         scores = _score(session, _problems()[:problems], console)
         console.print(_table(scores))
         console.print(CAVEAT, style="bold")
