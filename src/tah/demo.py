@@ -33,7 +33,7 @@ CAVEAT = (
     "adapter of the same size, trained alike with a single pass, learns such problems faster (docs/results.md)."
 )
 POLICIES = ("never", "decider", "always")
-LONGEST = 96  # tokens of an answer to a problem; most end after 60, some never would
+LONGEST = 72  # tokens of an answer to a problem: as many as the longest worked one; some would never end
 
 
 def demo(
