@@ -80,7 +80,8 @@ def train(
         if trainer.stopped:
             raise SystemExit("stopped by SIGTERM; the unfinished variant is not in the results")
         metrics = Path(directory, "metrics.jsonl").read_text().splitlines()
-    shares = [line["iterated_share"] for line in map(json.loads, metrics) if "loss_depth_1" in line]
+    lines = map(json.loads, metrics)
+    shares = [line["iterated_share"] for line in lines if "iterated_share" in line and "train_runtime" not in line]
     return sum(shares) / max(1, len(shares))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tah.training.tiny import SPECIAL, TEMPLATE
+from tah.training.tiny import SPECIAL, as_fast
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end
@@ -102,14 +102,7 @@ class Task:
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.add_special_tokens(list(SPECIAL))
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token=SPECIAL[0],
-            eos_token=SPECIAL[-1],
-            chat_template=TEMPLATE,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-        )
+        return as_fast(tokenizer)
 
 
 def split_of(line: str, steps: int) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 from rich.rule import Rule
 from rich.table import Table
 
@@ -107,25 +105,15 @@ def _problems() -> list[dict[str, Any]]:
 def _score(session: Session, rows: list[dict[str, Any]], console: Any) -> dict[str, dict[str, Any]]:
     """By policy: `right` [R], seconds, iterated share of the tokens made."""
     scores: dict[str, dict[str, Any]] = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        for policy in POLICIES:
-            task, start = bar.add_task(policy, total=len(rows)), time.perf_counter()
+    for number, policy in enumerate(POLICIES, 1):
+        start = time.perf_counter()
+        with console.status(f"answering, policy {number} of {len(POLICIES)}: {policy}"):
             made = score_answers(
-                session.model,
-                session.tokenizer,
-                rows,
-                read=last_number,
-                max_new_tokens=LONGEST,
-                progress=partial(_advance, bar, task),
-                policy=policy,
+                session.model, session.tokenizer, rows, read=last_number, max_new_tokens=LONGEST, policy=policy
             )
-            seconds = time.perf_counter() - start
-            scores[policy] = {"right": made.right.tolist(), "iterated": made.iterated_share, "seconds": seconds}
+        seconds = time.perf_counter() - start
+        scores[policy] = {"right": made.right.tolist(), "iterated": made.iterated_share, "seconds": seconds}
     return scores
-
-
-def _advance(bar: Progress, task: Any, done: int) -> None:
-    bar.update(task, completed=done)
 
 
 def _table(scores: dict[str, dict[str, Any]]) -> Table:

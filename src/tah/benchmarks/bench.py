@@ -164,6 +164,11 @@ def peak_memory(model: str, dtype: str, variant: str, length: int) -> float:
     """MiB that a fresh process takes for the weights and one prefill: peak resident memory (on a GPU: allocated)
     during the prefill, less what the libraries take before the model is loaded."""
     call = f"from tah.benchmarks.bench import _peak; _peak({model!r}, {dtype!r}, {variant!r}, {length})"
+    return in_fresh_process(call, variant)
+
+
+def in_fresh_process(call: str, variant: str) -> float:
+    """The number that a piece of Python prints last."""
     done = subprocess.run(
         [sys.executable, "-c", call], capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
     )

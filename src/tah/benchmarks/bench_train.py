@@ -21,10 +21,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,7 +38,7 @@ from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..lora import at_depth
 from ..model import TaHForCausalLM
-from .bench import SEED, Row, _high_water, _resident, interleave, machine, prompts, sync
+from .bench import SEED, Row, _high_water, _resident, in_fresh_process, interleave, machine, prompts, sync
 
 VARIANTS = ("plain", "standard", "stage 1", "plain, LoRA", "stage 1, LoRA")
 LABELLING = ("prefill", "prefill, logits", "labelling", "labelling, half")
@@ -160,12 +157,7 @@ def peak_memory(variant: str, setup: Setup, batch: int, length: int) -> float:
     """MiB that a fresh process takes for weights, gradients, optimiser and a step: peak resident memory (on a GPU:
     allocated) during a second step, less what the libraries take before the model is loaded."""
     call = f"from tah.benchmarks.bench_train import _peak; _peak({variant!r}, {asdict(setup)!r}, {batch}, {length})"
-    done = subprocess.run(
-        [sys.executable, "-c", call], capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
-    )
-    if done.returncode:
-        raise RuntimeError(f"measuring memory of {variant} failed: {done.stderr.strip().splitlines()[-1]}")
-    return float(done.stdout.strip().splitlines()[-1])
+    return in_fresh_process(call, variant)
 
 
 def _peak(variant: str, setup: dict[str, Any], batch: int, length: int) -> None:

@@ -132,7 +132,6 @@ def score_answers(
     *,
     read: Callable[[str], str | None] = answer_of,
     max_new_tokens: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
     **rule: Any,
 ) -> AnswerScores:
     """Answer the question of every row: all its `messages` but the last.
@@ -142,7 +141,6 @@ def score_answers(
         read: finds the final answer in a text.
         max_new_tokens: of an answer; by default a few more than the longest of the rows' own, which is enough for a
             model that was trained on such.
-        progress: called with how many are answered.
         rule: `policy`, `threshold`, `max_depth` for `generate`; the model's own by default.
     """
     model.eval()
@@ -174,7 +172,6 @@ def score_answers(
         iterated, made = iterated + int((passes[kept] > 1).sum()), made + int(kept.sum())
         for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[place] = text
-        progress(start + len(places))
     right = np.array([read(text) == row["answer"].strip() for text, row in zip(texts, rows, strict=True)])
     return AnswerScores(right, texts, made, iterated)
 

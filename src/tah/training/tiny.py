@@ -187,6 +187,11 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return as_fast(tokenizer)
+
+
+def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of `tokenizers` that knows `SPECIAL`, with the chat template, as transformers takes it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
