@@ -31,10 +31,12 @@ def parts(tied: bool, padding: int | None, dtype: torch.dtype) -> tuple[RunningO
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dense", [0, mixing.DENSE])
 def test_gradient_equals_autograds(
-    monkeypatch: pytest.MonkeyPatch, tied: bool, padding: int | None, k: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, tied: bool, padding: int | None, k: int, dtype: torch.dtype, dense: int
 ) -> None:
     found = []
+    monkeypatch.setattr(mixing, "DENSE", dense)  # rows are picked, or the whole matrix is multiplied
     for plain in (True, False):
         total, embed, hidden = parts(tied, padding, dtype)
         monkeypatch.setattr(mixing, "_is_plain", lambda embed, plain=plain: plain)

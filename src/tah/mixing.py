@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from .outputs import CHUNK, RunningOutput
 
+DENSE = 12  # times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token
+
 
 def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module, k: int) -> Tensor:
     """Softmax over the `k` highest accumulated logits of each token, times their embedding rows: [M] -> [M, D].
@@ -75,7 +77,8 @@ class _Mix(torch.autograd.Function):
         """hidden [M, D], matrix and table [V, D], weights and ids [M, k] -> [M, D]"""
         ctx.save_for_backward(hidden, matrix, table, weights, ids)
         ctx.scale, ctx.padding, ctx.tied = scale, padding, matrix is table
-        return torch.cat([weighted(weights[part], table[ids[part]]) for part in _parts(len(ids))])
+        mixed = [_weighted_rows(weights[part], table, ids[part]) for part in _parts(len(ids))]
+        return torch.cat(mixed).to(table.dtype)
 
     @staticmethod
     @once_differentiable
@@ -88,20 +91,51 @@ class _Mix(torch.autograd.Function):
             to_matrix = to_table
         for part in _parts(len(ids)):
             w, best, g, h = weights[part], ids[part], grad[part].float(), hidden[part].float()
-            to_w = torch.einsum("nkd,nd->nk", table[best].float(), g)
+            to_w = _dots_with_rows(g, table, best)
             to_z = w * (to_w - (w * to_w).sum(-1, keepdim=True)) * ctx.scale
             if to_hidden is not None:
-                to_hidden[part] = torch.einsum("nk,nkd->nd", to_z, matrix[best].float()).to(hidden.dtype)
+                to_hidden[part] = _weighted_rows(to_z, matrix, best).to(hidden.dtype)
             if to_matrix is not None:
-                to_matrix.index_add_(0, best.flatten(), (to_z[..., None] * h[:, None]).flatten(0, 1))
+                _add_to_rows(to_matrix, best, to_z, h)
             if to_table is not None:
                 w = w if ctx.padding is None else w.masked_fill(best == ctx.padding, 0)  # as nn.Embedding has it
-                to_table.index_add_(0, best.flatten(), (w[..., None] * g[:, None]).flatten(0, 1))
+                _add_to_rows(to_table, best, w, g)
         if ctx.tied:
             to_matrix = None
         matrix_grad = None if to_matrix is None else to_matrix.to(matrix.dtype)
         table_grad = None if to_table is None else to_table.to(table.dtype)
         return to_hidden, matrix_grad, table_grad, None, None, None, None
+
+
+def _dots_with_rows(x: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
+    """Products of x [n, D] with the rows `ids` [n, k] of matrix [V, D]: [n, k] float32"""
+    if _is_small(matrix, ids):
+        return (x @ matrix.float().T).gather(1, ids)
+    return torch.einsum("nkd,nd->nk", matrix[ids].float(), x)
+
+
+def _weighted_rows(weights: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
+    """Sums of the rows `ids` [n, k] of matrix [V, D], weighted [n, k]: [n, D] float32"""
+    if _is_small(matrix, ids):
+        return _spread(weights, ids, len(matrix)) @ matrix.float()
+    return torch.einsum("nk,nkd->nd", weights, matrix[ids].float())
+
+
+def _add_to_rows(total: Tensor, ids: Tensor, weights: Tensor, x: Tensor) -> None:
+    """Add x [n, D], weighted [n, k], to the rows `ids` [n, k] of total [V, D] float32."""
+    if _is_small(total, ids):
+        total.addmm_(_spread(weights, ids, len(total)).T, x)
+    else:
+        total.index_add_(0, ids.flatten(), (weights[..., None] * x[:, None]).flatten(0, 1))
+
+
+def _is_small(matrix: Tensor, ids: Tensor) -> bool:
+    return len(matrix) <= DENSE * ids.shape[1]
+
+
+def _spread(weights: Tensor, ids: Tensor, size: int) -> Tensor:
+    """[n, k] -> [n, size], zero but at `ids` [n, k], which differ within a token."""
+    return weights.new_zeros(len(ids), size).scatter_(1, ids, weights)
 
 
 def _zeros(like: Tensor) -> Tensor:
