@@ -136,12 +136,15 @@ def label(rows: Rows, size: Size, tokenizer: Any, task: Task, seed: int) -> None
 def run(task: Task, size: Size, name: str) -> dict[str, Any]:
     """Train a variant and score it: one line of results."""
     variant, seed, tokenizer = VARIANTS[name], task.seed, task.tokenizer()
-    steps = round(size.steps * variant.steps)
-    rows = Rows(task.take("train", steps * size.batch, distinct=False), tokenizer)
+    first, steps = round(size.steps * variant.first), round(size.steps * variant.steps)
+    problems = task.take("train", (first + steps) * size.batch, distinct=False)
+    earlier, rows = (Rows(its, tokenizer) for its in (problems[: first * size.batch], problems[first * size.batch :]))
     model, second = build(size, variant, tokenizer, seed), None
     if variant.method == "paper":
         label(rows, size, tokenizer, task, seed)
     before = time.process_time()
+    if first:
+        train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed)
     share = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed)
     if variant.method == "paper":  # its decider is trained afterwards, on the frozen model
         model.requires_grad_(False)
@@ -152,15 +155,16 @@ def run(task: Task, size: Size, name: str) -> dict[str, Any]:
     body = sum(p.numel() for n, p in model.base.named_parameters() if "embed" not in n and "lm_head" not in n)
     head, maps = len(tokenizer) * size.hidden, parameters(model) - parameters(model.base)
     # Per weight and token 2 operations, with gradients 6; attention itself and the optimiser are not counted.
-    made = MADE * (1 + share)  # supervised tokens whose output is computed, over both depths
-    per_row = body * float(rows.lengths.mean()) + (body + maps) * MADE * share + head * made
+    again = MADE * share * (variant.depth - 1)  # supervised tokens of deeper passes
+    one = body * float(rows.lengths.mean()) + head * MADE
+    flops = 6 * size.batch * (one * (first + steps) + (body + maps + head) * again * steps)
     return {
         "training": {
-            "steps": steps,
+            "steps": first + steps,
             "decider_steps": second,
             "batch": size.batch,
             "iterated": share,
-            "flops": 6 * per_row * size.batch * steps,
+            "flops": flops,
             "cpu_seconds": seconds,
         },
         "parameters": parameters(model),

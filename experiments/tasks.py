@@ -211,7 +211,7 @@ class Rows(Dataset):
             line = [ids[word] for word in problem.line.split()]
             rows.append([user, *line, assistant, *lead, line[-1], ids[problem.answer], end])
         self.lengths = np.array([len(row) for row in rows])
-        self.ids = np.zeros((len(rows), int(self.lengths.max())), np.int16)
+        self.ids = np.zeros((len(rows), int(self.lengths.max(initial=0))), np.int16)
         for at, row in enumerate(rows):
             self.ids[at, : len(row)] = row
         self.depth_labels: np.ndarray | None = None  # [rows, T], where a reference has labelled them

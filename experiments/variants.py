@@ -61,6 +61,7 @@ class Variant:
         loss_weights: what the output after each depth counts.
         steps: times the training of the others.
         layers: times those of the others; their MLPs are narrower then, so that parameters stay the same.
+        first: times the training of the others that the model is trained as `standard` before, from start to end.
     """
 
     method: str
@@ -69,6 +70,11 @@ class Variant:
     loss_weights: tuple[float, ...] | None = None
     steps: float = 1.0
     layers: int = 1
+    first: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        return 1 if self.method == "standard" else self.model.get("max_depth", 2)
 
     @property
     def joint(self) -> bool:
@@ -87,6 +93,10 @@ VARIANTS = {
     "lookahead-mix": Variant("lookahead", MIX),
     "lookahead-mix-duo": Variant("lookahead", MIX | {"attention": "duo"}),
     "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),
+    "lookahead-mix-entropy": Variant("entropy", MIX),
+    "lookahead-mix-3": Variant("lookahead", MIX | {"max_depth": 3}),
+    "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
+    "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
@@ -122,7 +132,7 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Object
     return kind(
         stage=stage,
         method="lookahead" if variant.method == "entropy" else variant.method,
-        max_depth=1 if variant.method == "standard" else 2,
+        max_depth=variant.depth,
         loss_weights=variant.loss_weights,
         share=variant.share,
         tau=TAU,
