@@ -3,24 +3,29 @@
 Shapes: B rows of the cache, R rows in this pass, P packed columns, S visible slots, H key/value heads, K head width,
 M (token, depth) pairs written by this pass, W slots of the deeper depths, n depth-1 slots.
 
-`DuoCache` knows which slot holds which (position, depth); `DuoStep` is what the base gets as `past_key_values` for one
-pass. The tensors themselves lie in `storage.DuoLayer`, which has the picture.
+`DuoCache` knows which slot holds which (position, depth); `DuoStep` is what the base gets as its cache for one pass.
+The tensors themselves lie in `storage.DuoLayer`, which has the picture.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .masks import NEVER, depth_masks
 from .packing import Packed, unpack
 from .storage import DuoLayer, Log, room, writable
+
+# What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
+_known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _known else "past_key_values"
 
 
 class DuoCache(Cache):
@@ -202,7 +207,7 @@ class DeepWrite:
 
 
 class DuoStep(Cache):
-    """The `past_key_values` of one pass: reads keys of depths up to its own, writes its own.
+    """The base's cache during one pass: reads keys of depths up to its own, writes its own.
 
     With gradients, nothing is written in place and a layer may be replayed (activation checkpointing): a replay
     starts from the state the step was opened on and leaves the cache as it is.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import few_rows
-from .cache import DuoCache
+from .cache import CACHE, DuoCache
 from .lora import DepthLoRA
 from .packing import pack
 
@@ -131,7 +131,7 @@ def check_facts(base: PreTrainedModel) -> None:
     name, config = type(base).__name__, base.config.get_text_config(decoder=True)
     decoder = decoder_of(base)
     parameters = inspect.signature(decoder.forward).parameters
-    for needed in ("inputs_embeds", "position_ids", "past_key_values"):
+    for needed in ("inputs_embeds", "position_ids", CACHE):
         if needed not in parameters:
             raise UnsupportedBase(f"{name} cannot be wrapped: its forward takes no {needed}")
     if getattr(base.config, "is_encoder_decoder", False):
@@ -199,7 +199,7 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     def depth_one(length: int) -> tuple[DuoCache, Any]:
         cache, where = DuoCache(), positions[:, :length]
         step = cache.step(where, torch.ones_like(where, dtype=torch.bool), padded=False)
-        given = {"past_key_values": step, "position_ids": where, "use_cache": False}
+        given = {CACHE: step, "position_ids": where, "use_cache": False}
         return cache, decoder(inputs_embeds=embeds[:, :length].clone(), **given).last_hidden_state
 
     cache, hidden = depth_one(PROBE_TOKENS)
@@ -215,7 +215,7 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     hidden = decoder(
         inputs_embeds=embeds[:, -late:],
         position_ids=last[None],
-        past_key_values=deep,
+        **{CACHE: deep},
         attention_mask=deep.masks(config, last[None], "duo", decoder.dtype),
         use_cache=False,
     ).last_hidden_state

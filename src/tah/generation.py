@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .cache import DuoCache
+from .cache import CACHE, DuoCache
 
 RULE_ARGUMENTS = ("policy", "threshold", "max_depth")
 KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again
@@ -97,7 +97,7 @@ class TaHGeneration:
         The rows of the cache are the sequences, except after beam search; running the finished sequences at once
         gives the same depths as generating them did.
         """
-        cache, sequences = getattr(out, "past_key_values", None), out.sequences
+        cache, sequences = getattr(out, CACHE, None), out.sequences
         given, (rows, length) = _model_kwargs.get(), sequences.shape
         beams = getattr(out, "beam_indices", None) is not None or hasattr(out, "sequences_scores")
         if isinstance(cache, DuoCache) and not beams and cache.continue_logits is not None:
@@ -142,8 +142,8 @@ class TaHGeneration:
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={wanted!r} is not supported; a TaH model uses its own DuoCache")
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DuoCache()
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = DuoCache()
         _model_kwargs.get().update(model_kwargs)
 
 

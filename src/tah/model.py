@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .cache import DuoCache, DuoStep
+from .cache import CACHE, DuoCache, DuoStep
 from .checkpoint import SafeCheckpoint
 from .config import TaHConfig
 from .decider import build_decider
@@ -54,7 +54,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
 
     def __init__(self, config: TaHConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -101,6 +101,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         follow_labels: bool = False,
         loss_weights: Sequence[float] | None = None,
         idle: bool | None = None,
+        cache: DuoCache | None = None,
         **kwargs: Any,
     ) -> TaHOutput:
         """Run every token once and the hard ones again.
@@ -109,7 +110,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             input_ids: [B, T].
             attention_mask: [B, >= T], 0 at padding (left or right); only the last T columns are read.
             position_ids: [B, T]; counted from the attention mask when not given. The same at every depth.
-            past_key_values: the `DuoCache` of earlier tokens of the same batch.
+            past_key_values, cache: the `DuoCache` of earlier tokens of the same batch (transformers 5.24 renamed it).
             inputs_embeds: [B, T, D] instead of `input_ids`.
             labels: [B, T] like `input_ids`, -100 where not supervised; shifted inside.
             depth_labels: [B, T] passes each token should take, for the `oracle` policy; not shifted.
@@ -128,12 +129,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
         """
-        tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        past = past_key_values if cache is None else cache
+        tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
         B, T = tokens.valid.shape
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
         rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth, follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
-        cache = past_key_values
+        cache = past
         if cache is None and (use_cache or rule.max_depth > 1):
             cache = DuoCache()
         if cache is not None and rule.max_depth > 1:
@@ -187,14 +189,14 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if cache is not None and self.config.attention != "duo":
             cache.drop_deep()
         continue_logits = continue_logits.view(B, T, columns)
-        if cache is not None and (use_cache or past_key_values is not None):
+        if cache is not None and (use_cache or past is not None):
             cache.record(depth_count, continue_logits.detach())
         no_logits = logits_to_keep is None and self.training and loss is not None
         logits = None if no_logits else self._logits(total, B, T, 0 if logits_to_keep is None else logits_to_keep)
         return TaHOutput(
             loss=None if loss is None else loss.value(total, kwargs.get("num_items_in_batch")),
             logits=logits,
-            past_key_values=cache if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             depth_count=depth_count,
             continue_logits=continue_logits,
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
@@ -211,7 +213,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             raise ValueError(f"the policy reads hidden states {list(wanted)}; the base has 0..{num_layers}")
         with at_depth(depth), record(decoder_layers(decoder, num_layers), wanted) as seen:
             # use_cache only says whether to create a cache; the step is used either way.
-            hidden = decoder(past_key_values=step, use_cache=False, **inputs).last_hidden_state
+            hidden = decoder(**{CACHE: step}, use_cache=False, **inputs).last_hidden_state
         if num_layers in wanted:
             seen[num_layers] = hidden
         return hidden, seen

@@ -30,7 +30,7 @@ class TaHOutput(CausalLMOutputWithPast):
     Args:
         loss: next-token cross-entropy of the accumulated logits, where labels are given.
         logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
-        past_key_values: the `DuoCache`, where a cache is used.
+        past_key_values, since transformers 5.24 cache: the `DuoCache`, where a cache is used.
         depth_count: [B, T] int64, passes each token took (1 at padding).
         continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
             was not asked.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .cache import DuoCache
+from .cache import CACHE, DuoCache
 from .load import find, first_line, load_base, load_tah
 from .model import TaHForCausalLM
 from .terminal import Token, TokenStreamer
@@ -120,7 +120,7 @@ class Session:
         self.model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
+            **{CACHE: cache},
             streamer=streamer,
             max_new_tokens=max_new_tokens,
             pad_token_id=self._end,

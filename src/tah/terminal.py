@@ -75,7 +75,7 @@ class TokenStreamer:
     A token is predicted at the position before its own, so its cost is the depth of that position.
 
     Args:
-        cache: the `DuoCache` that is also given to `generate` as `past_key_values`; of one row.
+        cache: the `DuoCache` that is also given to `generate`; of one row.
         decode: from token ids to text.
         show: called with each `Token`.
     """

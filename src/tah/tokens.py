@@ -49,7 +49,7 @@ class Tokens:
         if B == 0 or T == 0:
             raise ValueError(f"the input is empty (shape [{B}, {T}]); give at least one token")
         if cache is not None and not isinstance(cache, DuoCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; a TaH model needs a tah.DuoCache, or none")
+            raise ValueError(f"the cache is a {type(cache).__name__}; a TaH model needs a tah.DuoCache, or none")
         device = (ids if ids is not None else embeds).device  # type: ignore[union-attr]
         valid, padded = torch.ones(B, T, dtype=torch.bool, device=device), False
         if attention_mask is not None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from ..cache import DuoCache
+from ..cache import CACHE, DuoCache
 from ..generation import RefuseNaN
 from ..outputs import CHUNK
 from ..policy import DepthState, Policy
@@ -301,6 +301,6 @@ class ReferenceOracle(Policy):
         ids, start, found = ids.to(self.reference.device), self.mask.shape[1] - new.shape[1], []
         for part in ids.split(CHUNK, dim=1):  # of a long prompt, so that no [B, P, V] exists
             start += part.shape[1]
-            given = {"attention_mask": self.mask[:, :start].long(), "past_key_values": self.cache, "use_cache": True}
+            given = {"attention_mask": self.mask[:, :start].long(), CACHE: self.cache, "use_cache": True}
             found.append(self.reference(part, **given, **self.rule).logits.argmax(-1))
         return torch.cat(found, dim=1)[new]
