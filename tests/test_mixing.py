@@ -16,7 +16,7 @@ from tah.outputs import CHUNK, RunningOutput
 V, D = 50, 12
 
 
-def parts(tied: bool, padding: int | None, dtype: torch.dtype) -> tuple[RunningOutput, nn.Embedding, Tensor]:
+def parts(tied: bool, padding: int | None, dtype: torch.dtype, k: int) -> tuple[RunningOutput, nn.Embedding, Tensor]:
     """An output head with a scale, an embedding, and hidden states of more tokens than a chunk."""
     torch.manual_seed(0)
     embed = nn.Embedding(V, D, padding_idx=padding, dtype=dtype)
@@ -24,7 +24,7 @@ def parts(tied: bool, padding: int | None, dtype: torch.dtype) -> tuple[RunningO
     if tied:
         linear.weight = embed.weight
     hidden = torch.randn(1, CHUNK + 9, D, dtype=dtype, requires_grad=True)
-    return RunningOutput(Head(linear, scale=0.7, divide=1.3), hidden, None), embed, hidden
+    return RunningOutput(Head(linear, scale=0.7, divide=1.3), hidden, None, num_best=k), embed, hidden
 
 
 @pytest.mark.parametrize("k", [7, V + 1])
@@ -38,10 +38,10 @@ def test_gradient_equals_autograds(
     found = []
     monkeypatch.setattr(mixing, "DENSE", dense)  # rows are picked, or the whole matrix is multiplied
     for plain in (True, False):
-        total, embed, hidden = parts(tied, padding, dtype)
+        total, embed, hidden = parts(tied, padding, dtype, k)
         monkeypatch.setattr(mixing, "_is_plain", lambda embed, plain=plain: plain)
         tokens = torch.randperm(CHUNK + 9, generator=torch.Generator().manual_seed(1))[: CHUNK + 5]
-        out = mixed_embedding(total, tokens, embed, k)
+        out = mixed_embedding(total, tokens, embed)
         seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         (out * seen).sum().backward()
         found.append((out.detach(), hidden.grad, total.head.linear.weight.grad, embed.weight.grad))
@@ -53,11 +53,11 @@ def test_gradient_equals_autograds(
 
 @pytest.mark.parametrize("frozen", ["matrix", "table", "hidden"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
-    total, embed, hidden = parts(False, None, torch.float32)
+    total, embed, hidden = parts(False, None, torch.float32, 4)
     leaves = {"matrix": total.head.linear.weight, "table": embed.weight, "hidden": hidden}
     leaves[frozen].requires_grad_(False)
     total.total = hidden.flatten(0, 1)
-    mixed_embedding(total, torch.arange(5), embed, 4).square().sum().backward()
+    mixed_embedding(total, torch.arange(5), embed).square().sum().backward()
     assert {name for name, leaf in leaves.items() if leaf.grad is None} == {frozen}
 
 

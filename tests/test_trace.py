@@ -16,13 +16,15 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import tah.cli_see  # noqa: F401  # registers its commands
-from families import VOCAB
-from models import tah, token_ids
+from families import VOCAB, tiny
+from models import shake, tah, token_ids
 from reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import throughput
 from tah.cli import run
-from tah.policy import DepthState
+from tah.families import Head
+from tah.outputs import RunningOutput
+from tah.policy import DepthState, Policy
 from tah.tracing.overthinking import as_markdown, compare, statistics
 from tah.tracing.quality import threshold_for_loss
 from tah.tracing.recorder import measure
@@ -184,6 +186,52 @@ def test_batched_equals_single(words):
             assert (getattr(one, name) == getattr(other, name)).all()
         for name in ("prob", "entropy", "max_prob", "decider", "final_prob"):
             assert getattr(one, name) == pytest.approx(getattr(other, name), rel=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_look_ahead_gives_what_a_look_of_its_own_does(family):
+    """The next inputs from the logits a policy looked at, also where only some tokens go on: bit for bit, and one
+    product with the head less for each pass that is not the last."""
+    torch.manual_seed(0)
+    model = shake(TaHForCausalLM.from_base(tiny(family, "eager"), max_depth=3, mix_topk=9, lora_rank=4)).eval()
+    products = []
+    model.head.linear.register_forward_hook(lambda *call: products.append(len(call[1][0])))
+    ids = token_ids(2, 70)
+
+    def run(ahead, chosen):
+        class Looks(Policy):
+            def __call__(self, state):
+                top = state.map_logits(lambda logits: logits.zero_()[:, 0], ahead=ahead)  # it may spoil them
+                return chosen(state.positions) & (top == 0)
+
+        products.clear()
+        with torch.no_grad():
+            out = model(ids, policy=Looks(), logits_to_keep=0)
+        return out, sum(products)
+
+    for chosen in (lambda positions: positions >= 0, lambda positions: positions % 3 > 0):
+        (one, more), (other, fewer) = run(False, chosen), run(True, chosen)
+        assert torch.equal(one.logits, other.logits) and torch.equal(one.depth_count, other.depth_count)
+        per_deep_token = 1 if model.head.is_linear else 2  # a head that is not linear runs on every pass by itself
+        went_on = (one.depth_count > 1).sum() + per_deep_token * (one.depth_count > 2).sum()
+        assert more - fewer == went_on > 0
+
+
+def test_a_trace_looks_once_at_each_pass(words, monkeypatch):
+    """And its numbers are those of separate looks."""
+    model = model_of("own", max_depth=3)
+    count, product = [], Head.__call__
+    monkeypatch.setattr(
+        Head, "__call__", lambda *call, **options: count.append(len(call[1])) or product(*call, **options)
+    )
+    shared = trace(model, words, rows())
+    assert sum(count) == 3 * sum(len(text.ids) - 1 for text in shared.texts)
+    alone = RunningOutput.map_logits
+    monkeypatch.setattr(RunningOutput, "map_logits", lambda self, tokens, f, ahead=False: alone(self, tokens, f))
+    for one, other in zip(shared.texts, trace(model, words, rows()).texts, strict=True):
+        for name in ("rank", "prob", "entropy", "max_prob", "top_ids", "top_probs", "decider", "depth", "final_prob"):
+            assert (getattr(one, name) == getattr(other, name)).all()
+    assert sum(count) == 8 * sum(len(text.ids) - 1 for text in shared.texts)
 
 
 def test_measure_against_sorting():

@@ -16,37 +16,25 @@ from .outputs import CHUNK, RunningOutput
 DENSE = 12  # times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token
 
 
-def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module, k: int) -> Tensor:
-    """Softmax over the `k` highest accumulated logits of each token, times their embedding rows: [M] -> [M, D].
+def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> Tensor:
+    """Softmax over the highest accumulated logits of each token, times their embedding rows: [M] -> [M, D].
 
-    While training, the gradient of a head that is one matrix and of a plain embedding touches those k rows only;
+    While training, the gradient of a head that is one matrix and of a plain embedding touches those rows only;
     autograd would make several dense [V, D] of it.
 
     Args:
         total: what the passes of the tokens add up to so far.
         tokens: [M] flat indices.
         embed: the base's input embedding.
-        k: how many tokens take part; at most V.
     """
-    if not (torch.is_grad_enabled() and total.head.is_single_matrix and _is_plain(embed)):
-
-        def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            weights, ids = best(logits, k)
-            return weighted(weights, embed(ids))
-
-        return total.map_logits(tokens, mix)
-    with torch.no_grad():
-        found = [best(total.logits(chunk, exact=False), k) for chunk in tokens.split(CHUNK)]
-    weights, ids = (torch.cat(part) for part in zip(*found, strict=True))
+    sparse = torch.is_grad_enabled() and total.head.is_single_matrix and _is_plain(embed)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
+        weights, ids = total.best(tokens)
+    if not sparse:
+        return torch.cat([weighted(weights[part], embed(ids[part])) for part in _parts(len(ids))])
     scale = total.head.scale / total.head.divide
     matrix, padding = total.head.linear.weight, embed.padding_idx
     return _Mix.apply(total.total[tokens], matrix, embed.weight, weights, ids, scale, padding)
-
-
-def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
-    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    return top.float().softmax(-1), ids
 
 
 def weighted(weights: Tensor, rows: Tensor) -> Tensor:

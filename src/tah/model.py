@@ -144,7 +144,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         # Depth 1: every token through the untouched base.
         step = None if cache is None else tokens.open_step(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
-        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map)
+        num_best = 0 if self.reembed_map is not None else self.config.mix_topk
+        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
@@ -267,7 +268,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         if self.reembed_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
             return own.flatten(0, 1)[active] + self.reembed_map(hidden)
-        return mixed_embedding(total, active, embed, self.config.mix_topk)
+        return mixed_embedding(total, active, embed)
 
     def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""

@@ -60,14 +60,18 @@ class RunningOutput:
         head: hidden states to logits.
         hidden: [B, T, D] final hidden states of depth 1.
         zero_init: the map Z for `combine="zero_init"`, None for `combine="sum"`.
+        num_best: how many of the best tokens make the next input; 0 where it is not made of logits.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, zero_init: nn.Module | None) -> None:
-        self.head, self.zero_init = head, zero_init
+    def __init__(self, head: Head, hidden: Tensor, zero_init: nn.Module | None, num_best: int = 0) -> None:
+        self.head, self.zero_init, self.num_best = head, zero_init, num_best
         self.total = hidden.flatten(0, 1)  # [B*T, D]
         self.deeper: list[tuple[Tensor, Tensor]] = []  # (tokens [M], hidden [M, D]) where sums are not allowed
         self.memo: Tensor | None = None  # [B*T, V] while decoding, so that no token's head runs twice
         self.stale: list[Tensor] = []
+        self.ahead: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # tokens [N], and their `best`, till a pass adds to them
+        )
 
     def add(self, tokens: Tensor, hidden: Tensor) -> None:
         """Add a deeper pass of `tokens` [M] with final hidden states [M, D]."""
@@ -78,11 +82,12 @@ class RunningOutput:
         else:
             self.deeper.append((tokens, hidden))
         self.stale.append(tokens)
+        self.ahead = None
 
     def so_far(self) -> RunningOutput:
         """A view that later passes do not change."""
         now = copy.copy(self)
-        now.deeper, now.memo, now.stale = list(self.deeper), None, []
+        now.deeper, now.memo, now.stale, now.ahead = list(self.deeper), None, [], None
         return now
 
     def logits(self, tokens: Tensor, exact: bool = True) -> Tensor:
@@ -108,9 +113,40 @@ class RunningOutput:
             logits = logits.index_add(0, hit, self.head(hidden[place[hit]], exact))
         return logits
 
-    def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """f applied to the accumulated logits of `tokens`, `CHUNK` of them at a time: [n, V] -> [n, ...]."""
-        return torch.cat([f(self.logits(chunk, exact=False)) for chunk in tokens.split(CHUNK)])
+    def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
+        """f applied to the accumulated logits of `tokens`, `CHUNK` of them at a time: [n, V] -> [n, ...].
+
+        With `ahead`, the same logits also tell the `best` of these tokens: where most of them run another pass, that
+        saves the product with the head that `best` would need.
+        """
+        if not ahead or not self.num_best or torch.is_grad_enabled():
+            return torch.cat([f(self.logits(chunk, exact=False)) for chunk in tokens.split(CHUNK)])
+        mapped, found = [], []
+        for chunk in tokens.split(CHUNK):
+            logits = self.logits(chunk, exact=False)
+            found.append(best(logits, self.num_best))
+            mapped.append(f(logits))  # which may overwrite them
+        self.ahead = (tokens, *_joined(found))
+        return torch.cat(mapped)
+
+    def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities among the `num_best` highest accumulated logits of `tokens` [N], and their ids: [N, k]."""
+        if self.ahead is None:
+            return _joined([best(self.logits(chunk, exact=False), self.num_best) for chunk in tokens.split(CHUNK)])
+        seen, weights, ids = self.ahead
+        at = torch.searchsorted(seen, tokens).to(ids.device)  # of the tokens seen, in order, some go on
+        return weights[at], ids[at]
+
+
+def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
+    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return top.float().softmax(-1), ids
+
+
+def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    weights, ids = zip(*found, strict=True)
+    return torch.cat(weights), torch.cat(ids)
 
 
 @contextmanager

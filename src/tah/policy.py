@@ -35,9 +35,10 @@ class DepthState:
     positions: Tensor  # [N] position ids
     hidden: dict[int, Tensor]  # hidden state k -> [N, D], for the k in the policy's `layers`
     depth_labels: Tensor | None  # [N] passes each token should take, where known
-    map_logits: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    map_logits: Callable[..., Tensor]
     """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that
-    no [N, V] needs to exist. Only while the policy runs: later passes add to the same sums."""
+    no [N, V] needs to exist. Only while the policy runs: later passes add to the same sums. With `ahead=True` it also
+    prepares the next input of these tokens: for a policy that lets most of them go on."""
 
 
 class Policy:

@@ -18,8 +18,8 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..config import TaHConfig
 from ..decider import build_decider
-from ..mixing import best, weighted
-from ..outputs import CHUNK
+from ..mixing import weighted
+from ..outputs import CHUNK, best
 from ..policy import DepthState, Rule, build_policy
 from .attention import Current, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
