@@ -23,7 +23,7 @@ from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math, letter_of
 from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
-from tah.evaluation.eval_report import _bounded, as_markdown, compare, compared_markdown
+from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown
 from tah.evaluation.evaluate import _run, evaluate
 from tah.evaluation.harness import TaHLM
 from tah.evaluation.request import Sampling, build
@@ -558,6 +558,24 @@ def test_intervals_where_all_answers_are_alike():
     assert _bounded({"value": 1.0, "low": 1.0, "high": 1.0}, 24)["low"] == pytest.approx(1 - 0.1425, abs=1e-4)
     some = {"value": 0.5, "low": 0.2, "high": 0.8}
     assert _bounded(some, 24) == some
+    one = {"value": 1.0, "low": None, "high": None}  # a single question: there is nothing to resample
+    assert _bounded(one, 1) == {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}
+    assert _bounded(one | {"value": 0.0}, 1) == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.975)}
+
+
+def test_the_average_is_not_surer_than_its_tasks():
+    """A task without a right answer says little about the average of it and another."""
+    nothing = _bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
+    alone = _widened({"value": 0.0, "low": 0.0, "high": 0.0}, [nothing])
+    assert alone == nothing
+    some = {"value": 0.5, "low": 0.2, "high": 0.8}
+    both = _widened({"value": 0.25, "low": 0.1, "high": 0.4}, [nothing, some])
+    assert both == {"value": 0.25, "low": 0.1, "high": pytest.approx(0.4 + nothing["high"] / 2)}
+    assert _widened(dict(some), [some]) == some
+    single = _bounded({"value": 1.0, "low": None, "high": None}, 1)
+    assert _widened({"value": 1.0, "low": None, "high": None}, [single] * 2) == single
+    unknown = {"value": 0.75, "low": None, "high": None}  # of one question, answered twice
+    assert _widened(dict(unknown), [single, unknown | {"value": 0.5}]) == unknown
 
 
 def test_a_refused_evaluation_leaves_nothing(wild, tmp_path):

@@ -317,6 +317,7 @@ def test_mistakes_are_named(capsys, files, here):
     )
     assert "give a file name" in fails(capsys, files["own"], "-o", ".")
     assert "--png text.txt is a file" in fails(capsys, files["own"], "--png", "text.txt")
+    assert "--png /proc/none cannot be made: " in fails(capsys, files["own"], "--png", "/proc/none")
     before = Path(files["own"]).read_bytes()
     for options in (["-o", files["own"]], ["--markdown", files["own"]], ["-o", "a.html", "--markdown", "./a.html"]):
         assert "would be overwritten" in fails(capsys, files["own"], *options)

@@ -20,7 +20,7 @@ from families import VOCAB, tiny
 from models import shake, tah, token_ids
 from reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
-from tah.benchmarks.bench_trace import throughput
+from tah.benchmarks.bench_trace import markdown, throughput
 from tah.cli import run
 from tah.families import Head
 from tah.outputs import RunningOutput
@@ -829,7 +829,16 @@ def test_trace_refuses(capsys, checkpoint, tiny_base):
         ("one.jsonl", '{"text": ""}\n', "nothing to trace in the 1 rows of one.jsonl: no assistant tokens"),
         ("form.jsonl", '{"words": "a"}\n', "has the columns words; needed: messages"),
         ("page.pdf", "%PDF", "a .pdf file is not one of .jsonl, .json, .parquet, .csv, .txt, .md"),
-        ("cut.jsonl", '{"text": "a"}\n{"text": "b', "data 'cut.jsonl' cannot be read"),
+        (
+            "cut.jsonl",
+            '{"text": "a"}\n{"text": "b',
+            "data 'cut.jsonl' cannot be read: line 2 is not JSON (Unterminated string",
+        ),
+        (
+            "half.jsonl",
+            '\n{"text": "a \\ud800 b"}\n',
+            "'half.jsonl' cannot be read: line 2 has half of a surrogate pair",
+        ),
         ("other.jsonl", '{"input_ids": [1, 9999], "supervised": [false, true]}\n', "made for another tokenizer"),
     ):
         Path(name).write_text(content)
@@ -896,8 +905,9 @@ def test_tune_confidence(capsys, checkpoint, measure):
 
 def test_throughput_is_measured(words):
     found = throughput(model_of("duo", max_depth=2), words, (20, 30), repeats=1, tokens_per_batch=32)
-    assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, no own policy"}
+    assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, run again"}
     assert all(rate > 0 for rate in found["tokens_per_second"].values())
+    assert "| run | tokens/s | ratio to 2 plain passes |" in markdown(found) and "| trace | " in markdown(found)
 
 
 def test_help_needs_no_torch():

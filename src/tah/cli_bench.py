@@ -1,4 +1,4 @@
-"""The commands that measure what iterating costs: bench, bench-train. Registered on the `tah` command by `cli.py`."""
+"""The commands that measure what iterating costs: bench, bench-train, bench-trace. `cli.py` registers them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bench(
 ) -> None:
     """Measure the cost of iterating (minutes).
 
-    tah bench train: of training; tah bench serve: of serving.
+    tah bench train: of training; tah bench trace: of tracing; tah bench serve: of serving.
     """
     for name in dtype or ():
         if name not in ("float32", "bfloat16"):
@@ -70,4 +70,22 @@ def bench_train(
     result = run_bench(setup, report=lambda row: _note(str(row)), **sizes)
     if output is not None:
         save(result, output)
+    typer.echo(json.dumps(result) if as_json else markdown(result))
+
+
+@app.command("bench-trace")
+def bench_trace(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
+    texts: Annotated[int, _number("How many, of 512 tokens each.", int, 1)] = 8,
+    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the cost of tracing against as many plain passes (minutes)."""
+    from .benchmarks.bench_trace import markdown, throughput
+    from .load import quiet
+    from .session import Session
+
+    quiet()
+    session = Session.open(model, dtype="float32")
+    result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats)
     typer.echo(json.dumps(result) if as_json else markdown(result))

@@ -60,8 +60,6 @@ def report(
     places = [path.resolve() for path in (*paths, *written)]
     if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
         raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
-    if png is not None and png.exists() and not png.is_dir():
-        raise typer.BadParameter(f"--png {png} is a file; give a directory")
     for name in PARTS if png is None else (*PARTS, "tracing.lens_charts"):
         if f"tah.{name}" not in sys.modules:
             _register(name)
@@ -74,6 +72,8 @@ def report(
     from .tracing.trace_file import load_trace
 
     loaded = [load_trace(path) for path in paths]
+    if png is not None:
+        _make_directory(png)
     stats = write_lens(loaded, output, shown=shown, every=every)
     for path, its in zip(paths, loaded, strict=True):
         if its.missing:
@@ -103,6 +103,20 @@ def _trace_of(path: Path) -> Path:
     test = path / "data" / "test.jsonl"
     data = test if test.is_file() else "DATA"
     raise typer.BadParameter(f"{path} holds no {TRACE}; make one: tah trace {model} {data} -o {path / TRACE}")
+
+
+def _make_directory(path: Path) -> None:
+    """Before the page is written, so that all is written or nothing.
+
+    Raises:
+        BadParameter: it cannot be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"--png {path} is a file; give a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--png {path} cannot be made: {error.strerror}; choose another directory") from error
 
 
 def _check_file(path: Path) -> None:

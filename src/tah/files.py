@@ -5,6 +5,7 @@ Imports nothing of torch, so that `tah report` stays quick.
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,36 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             new.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def parse_json(line: str | bytes) -> Any:
+    """A line of a JSONL file.
+
+    Raises:
+        ValueError: it is none, or holds what is no text; why, to be put after `line 3`.
+    """
+    try:
+        found = json.loads(line)
+        json.dumps(found, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"has half of a surrogate pair, {half!a}, which is no text; remove it") from error
+    return found
+
+
+def bad_line(path: Path) -> str | None:
+    """Which line of a .jsonl file cannot be read, and why; None where all can, or it is no such file."""
+    if path.suffix == ".jsonl" and path.is_file():
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            try:
+                parse_json(line.strip() or b"0")
+            except ValueError as error:
+                return f"line {number} {error}"
+    return None
 
 
 def differences(

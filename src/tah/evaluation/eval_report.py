@@ -75,8 +75,20 @@ def _bounded(accuracy: Estimate, questions: int) -> Estimate:
     """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
     bound = 1 - 0.025 ** (1 / questions)
     if accuracy["value"] == 0:
-        return accuracy | {"high": bound}
-    return accuracy | {"low": 1 - bound} if accuracy["value"] == 1 else accuracy
+        return accuracy | {"low": 0.0, "high": bound}
+    return accuracy | {"low": 1 - bound, "high": 1.0} if accuracy["value"] == 1 else accuracy
+
+
+def _widened(average: Estimate, tasks: Sequence[Estimate]) -> Estimate:
+    """A macro average, to whose width tasks whose answers are all alike add nothing: their exact bounds are added."""
+    alike = [its for its in tasks if its["value"] in (0, 1)]
+    if len(alike) == len(tasks):
+        average |= {"low": average["value"], "high": average["value"]}
+    if average["low"] is None:
+        return average
+    below = sum(its["value"] - its["low"] for its in alike) / len(tasks)
+    above = sum(its["high"] - its["value"] for its in alike) / len(tasks)
+    return average | {"low": average["low"] - below, "high": average["high"] + above}
 
 
 def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
@@ -111,7 +123,8 @@ def _average(
     """Macro average over tasks: each counts the same."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("mean_depth", "iterated_share", "cost")}
     sums = {name: sum(row[name] for row in rows) for name in ("unparsed", "cut_off", "tokens", "seconds")}
-    return {"policy": policy, "tasks": len(rows), "accuracy": macro(drawn)} | means | sums
+    accuracy = _widened(macro(drawn), [row["accuracy"] for row in rows])
+    return {"policy": policy, "tasks": len(rows), "accuracy": accuracy} | means | sums
 
 
 def macro(drawn: Sequence[tuple[Resampled, np.ndarray]]) -> Estimate:

@@ -10,7 +10,6 @@ One schema for each kind of task, the same in memory and in a file (`id` is opti
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from datasets import Dataset, load_dataset
 from ..evaluation.answers import LETTERS, Grade, grade_choice, grade_math, read_math
 from ..evaluation.code_tasks import grade_all
 from ..evaluation.sandbox import Sandbox
+from ..files import parse_json
 from ..load import first_line
 
 Kind = Literal["math", "choice", "code"]
@@ -95,15 +95,9 @@ def read_file(path: Path, kind: Kind) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); one question a line") from error
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{path} line {number} has half of a surrogate pair, {error.object[error.start]!a}, which is no text; "
-                "remove it"
-            ) from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} {error}") from error
         check(row, kind, f"{path} line {number}")
         rows.append(row)
     if not rows:

@@ -26,9 +26,11 @@ def draw_charts(stats: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
 
     Args:
         stats: of one trace, or of two: the files of the second are named accuracy-B.png, ...
-        directory: made if needed.
+        directory: for the files; made if needed.
+
+    Raises:
+        OSError: a file cannot be written; names it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     written = []
     for its, suffix in zip(stats, ("", "-B"), strict=False):
         charts: dict[str, Callable[..., None]] = {"accuracy": _accuracy, "loss": _loss}

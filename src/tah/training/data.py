@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import bad_line
 from ..load import first_line, hub_reachable
 from ..loss import IGNORE
 from .turns import Unusable, encode
@@ -120,7 +121,8 @@ def _open(source: str, split: str) -> Dataset:
     except StopIteration:  # a file without a row
         return datasets.Dataset.from_dict({})
     except Exception as error:
-        raise ValueError(f"data {source!r} cannot be read: {first_line(error.__cause__ or error)}") from error
+        why = bad_line(path) or first_line(error.__cause__ or error)
+        raise ValueError(f"data {source!r} cannot be read: {why}") from error
 
 
 def _open_directory(path: Path, split: str) -> Dataset:
