@@ -79,16 +79,16 @@ def _bounded(accuracy: Estimate, questions: int) -> Estimate:
     return accuracy | {"low": 1 - bound, "high": 1.0} if accuracy["value"] == 1 else accuracy
 
 
-def _widened(average: Estimate, tasks: Sequence[Estimate]) -> Estimate:
+def _widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
     """A macro average, to whose width tasks whose answers are all alike add nothing: their exact bounds are added."""
     alike = [its for its in tasks if its["value"] in (0, 1)]
+    found: dict[str, Any] = dict(average)
     if len(alike) == len(tasks):
-        average |= {"low": average["value"], "high": average["value"]}
-    if average["low"] is None:
-        return average
-    below = sum(its["value"] - its["low"] for its in alike) / len(tasks)
-    above = sum(its["high"] - its["value"] for its in alike) / len(tasks)
-    return average | {"low": average["low"] - below, "high": average["high"] + above}
+        found |= {"low": found["value"], "high": found["value"]}
+    if found["low"] is not None:
+        found["low"] -= sum(its["value"] - its["low"] for its in alike) / len(tasks)
+        found["high"] += sum(its["high"] - its["value"] for its in alike) / len(tasks)
+    return found
 
 
 def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
