@@ -133,8 +133,8 @@ def label(rows: Rows, size: Size, tokenizer: Any, task: Task, seed: int) -> None
 # -- the experiment --------------------------------------------------------------------------------------------------
 
 
-def run(task: Task, size: Size, name: str) -> dict[str, Any]:
-    """Train a variant and score it: one line of results."""
+def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str, Any]:
+    """Train a variant and score it: one line of results. With `save`, the model is kept there."""
     variant, seed, tokenizer = VARIANTS[name], task.seed, task.tokenizer()
     first, steps = round(size.steps * variant.first), round(size.steps * variant.steps)
     problems = task.take("train", (first + steps) * size.batch, distinct=False)
@@ -158,6 +158,12 @@ def run(task: Task, size: Size, name: str) -> dict[str, Any]:
     again = MADE * share * (variant.depth - 1)  # supervised tokens of deeper passes
     one = body * float(rows.lengths.mean()) + head * MADE
     flops = 6 * size.batch * (one * (first + steps) + (body + maps + head) * again * steps)
+    scores = evaluate(model, tokenizer, task, size.test, size.validation)
+    if save is not None:
+        if model.decider is not None:
+            model.config.update({"policy": "decider", "threshold": scores["test"]["policies"]["decider"]["threshold"]})
+        model.save_pretrained(save)
+        tokenizer.save_pretrained(save)
     return {
         "training": {
             "steps": first + steps,
@@ -168,7 +174,7 @@ def run(task: Task, size: Size, name: str) -> dict[str, Any]:
             "cpu_seconds": seconds,
         },
         "parameters": parameters(model),
-        **evaluate(model, tokenizer, task, size.test, size.validation),
+        **scores,
     }
 
 
@@ -183,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--schedule", choices=("warmup_stable_decay", "cosine"), help="instead of the size's")
     parser.add_argument("--operations", type=int, nargs="+", help="instead of the size's")
     parser.add_argument("--output", type=Path, help="results; by default experiments/results/TASK-SIZE.jsonl")
+    parser.add_argument("--save", type=Path, help="keep the trained models in SAVE/VARIANT-SEED")
     given = parser.parse_args(arguments)
     output = given.output or RESULTS / f"{given.task}-{given.size}.jsonl"
     names = (*CHANGEABLE, "schedule", "operations")
@@ -194,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             line["settings"] = asdict(size) | {"operations": list(size.operations)}
             if _is_there(line, output):
                 continue
-            line |= {"made_with": _made_with()} | run(task, size, variant)
+            save = given.save and given.save / f"{variant}-{seed}"
+            line |= {"made_with": _made_with()} | run(task, size, variant, save)
             output.parent.mkdir(parents=True, exist_ok=True)
             with open(output, "a") as file:  # a single write of a whole line
                 file.write(json.dumps(line) + "\n")

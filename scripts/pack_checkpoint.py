@@ -1,37 +1,47 @@
-"""Put what a run trained beside its frozen base into the package: the checkpoint in the box.
+"""Put what was trained into the package: the two checkpoints in the box.
 
-    python scripts/pack_checkpoint.py out/smollm2/decider out/word-problems
+    python scripts/pack_checkpoint.py smollm2 out/smollm2/decider       # of `tah run smollm2-word-problems`
+    python scripts/pack_checkpoint.py follow out/follow/lookahead-mix-0 # of experiments/lookahead.py --save out/follow
 
-Writes src/tah/assets/smollm2-tah: the additions in bfloat16, and 100 held-out problems for `tah demo`, which are sums,
-word problems of the kinds trained on, and of others. The model card beside them is written by hand.
+Writes src/tah/assets/smollm2-tah, the additions in bfloat16, or src/tah/assets/follow-tah, the whole model and 100
+problems that it has not seen. The model cards beside them are written by hand.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from itertools import zip_longest
 from pathlib import Path
 
 from tah.additions import save_additions
 from tah.files import write_atomically
-from tah.load import load_tah
+from tah.load import FOLLOW, load_tah
 from tah.smollm2 import TAH
 
-COUNTS = {"sums": 34, "test": 33, "new_kinds": 33}
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+from tasks import Task, question  # noqa: E402
+
+PROBLEMS = 100
 
 
-def main(trained: Path, problems: Path) -> None:
-    save_additions(load_tah(str(trained)), TAH)
-    sets = []
-    for name, count in COUNTS.items():
-        rows = (problems / f"{name}.jsonl").read_text().splitlines()[:count]
-        sets.append([json.dumps({"set": name} | json.loads(row)) for row in rows])
-    lines = [line for group in zip_longest(*sets) for line in group if line is not None]  # alternating
-    write_atomically(TAH / "problems.jsonl", "\n".join(lines) + "\n")
-    for path in sorted(TAH.iterdir()):
+def pack_follow(trained: Path) -> None:
+    task = Task("follow", seed=0, steps=(1, 1, 2))
+    rows = [question(problem) | {"arrows": problem.steps} for problem in task.take("test", PROBLEMS, distinct=True)]
+    for path in trained.iterdir():
+        shutil.copy(path, FOLLOW / path.name)
+    write_atomically(FOLLOW / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main(which: str, trained: Path) -> None:
+    if which == "follow":
+        pack_follow(trained)
+    else:
+        save_additions(load_tah(str(trained)), TAH)
+    for path in sorted((FOLLOW if which == "follow" else TAH).iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

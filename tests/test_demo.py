@@ -1,4 +1,4 @@
-"""The checkpoint in the box and the demo that runs it, on the real model."""
+"""The two checkpoints in the box and the demo that runs them, on the real models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tah.demo import POLICIES, QUESTIONS, demo
-from tah.load import find, load_base, load_tah, parameter_counts
+from tah.load import FOLLOW, find, load_base, load_tah, parameter_counts
+from tah.session import Session
 from tah.smollm2 import TAH
-from tah.training.scores import last_number
+from tah.training.scores import last_number, score_answers
 
 
 @pytest.fixture
@@ -32,26 +33,42 @@ def test_the_checkpoint_in_the_box_is_the_base_and_less_than_3_percent(smollm2, 
     assert model.config.policy == "decider" and 0 < model.config.threshold < 1
 
 
-def test_the_checkpoint_in_the_box_says_what_it_is():
-    rows = [json.loads(line) for line in (TAH / "problems.jsonl").read_text().splitlines()]
-    assert len(rows) == 100 and {row["set"] for row in rows[:3]} == {"sums", "test", "new_kinds"}
-    assert all(last_number(row["messages"][1]["content"]) == row["answer"] for row in rows)
-    card = (TAH / "README.md").read_text()
-    assert all(word in card for word in ("license: apache-2.0", "smollm2-word-problems", "Limits"))
-    assert sum(path.stat().st_size for path in TAH.iterdir()) < 8e6
+def test_the_checkpoints_in_the_box_say_what_they_are():
+    for directory, facts in ((TAH, "smollm2-word-problems"), (FOLLOW, "experiments/lookahead.py")):
+        card = (directory / "README.md").read_text()
+        assert all(word in card for word in ("license: apache-2.0", "Limits", facts))
+        assert sum(path.stat().st_size for path in directory.iterdir()) < 8e6
+
+
+def test_the_small_model_in_the_box_follows_arrows_that_one_pass_does_not():
+    session = Session.open("follow-tah")
+    rows = [json.loads(line) for line in (FOLLOW / "problems.jsonl").read_text().splitlines()]
+    for row in rows:
+        *facts, at = row["messages"][0]["content"].split()
+        following = dict(fact.split(">") for fact in facts)
+        assert row["answer"].split()[0] == at
+        while following[at] != at:
+            at = following[at]
+        assert row["answer"].split()[1] == at
+    scored = {
+        policy: score_answers(session.model, session.tokenizer, rows, policy=policy)
+        for policy in ("never", "decider", "random")
+    }
+    right = {policy: its.right.mean() for policy, its in scored.items()}
+    assert len(rows) == 100 and right["decider"] > 0.9 and right["never"] < 0.8 and right["random"] < 0.85
+    assert scored["decider"].iterated_share < 0.15
 
 
 def test_demo_answers_and_scores(in_the_box, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("tah.demo.LONGEST", 8)
-    measured = demo(max_new_tokens=8, problems=2, questions=QUESTIONS[:1])
+    measured = demo(max_new_tokens=8, problems=4, questions=QUESTIONS[:1])
     depths = {its["policy"]: {token["depth"] for token in its["tokens"]} for its in measured["answers"]}
     assert depths["never"] == {1} and depths["always"] == {2} and depths["decider"] <= {1, 2}
     assert tuple(measured["scores"]) == POLICIES
-    assert [len(its["right"]) for its in measured["scores"].values()] == [2, 2, 2]
+    assert [len(its["right"]) for its in measured["scores"].values()] == [4, 4, 4]
     assert measured["scores"]["never"]["iterated"] == 0 and measured["scores"]["always"]["iterated"] == 1
     out = capsys.readouterr().out
-    assert QUESTIONS[0] in out and "tokens/s" in out and "2 held-out problems" in out and "95 %" in out
+    assert QUESTIONS[0] in out and "tokens/s" in out and "4 new problems" in out and "95 %" in out
     assert "\x1b" not in out and "\ufffd" not in out
 
 

@@ -56,7 +56,8 @@ def _number(help: str, kind: type[int] | type[float], low: int, high: int | None
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory, hub id, smollm2, or smollm2-tah.", show_default=False)
+    str,
+    typer.Argument(metavar="MODEL", help="Directory, hub id, smollm2, smollm2-tah, or follow-tah.", show_default=False),
 ]
 PolicyOption = Annotated[
     str | None,
@@ -216,10 +217,10 @@ def convert(
 @app.command()
 def demo(
     max_new_tokens: TokensOption = 64,
-    problems: Annotated[int, _number("Held-out problems to answer under each policy.", int, 0, 100)] = 100,
+    problems: Annotated[int, _number("Held-out problems that the small model answers.", int, 0, 100)] = 100,
     no_color: NoColorOption = False,
 ) -> None:
-    """Answer questions with the checkpoint in the box."""
+    """Run the two checkpoints in the box."""
     from .demo import demo as run_demo
 
     run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)

@@ -1,4 +1,5 @@
-"""`tah demo`: the checkpoint in the box answers three questions, tokens coloured by depth, then held-out problems."""
+"""`tah demo`: the two checkpoints in the box. SmolLM2 with a second pass answers three questions, tokens coloured by
+depth; a small model, in which a second pass helps, answers problems it has not seen."""
 
 from __future__ import annotations
 
@@ -7,16 +8,17 @@ import time
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
-from .load import quiet
+from .load import FOLLOW, quiet
 from .session import Answer, Session
-from .smollm2 import TAH
 from .terminal import Painter, make_console, printable, summary
 from .tracing.resample import Resampled
-from .training.scores import last_number, score_answers
+from .training.scores import score_answers
 
+LONGEST = 12  # tokens of an answer to a problem
 QUESTIONS = (
     "Tom has 3 boxes with 14 apples each. He eats 2 apples. How many apples are left?",
     "A pencil costs 2 dollars and a book costs 5 dollars. How much do 3 pencils and 1 book cost?",
@@ -24,14 +26,14 @@ QUESTIONS = (
 )
 INTRODUCTION = (
     "SmolLM2-135M-Instruct with a second pass, trained on word problems: adapter, maps and decider only, so that depth "
-    "1 is the model as published. Every token passes the model once; where the decider says so, twice."
+    "1 is the model as published. Every token passes the model once; where the decider says so, twice. It shows where "
+    "a second pass acts, not that it is the way to teach this model: a plain adapter learns such problems faster."
 )
-CAVEAT = (
-    "This shows where a second pass acts on top of an untouched base, not that it is the way to teach one: a plain "
-    "adapter of the same size, trained alike with a single pass, learns such problems faster (docs/results.md)."
+TASK = (
+    "A small model made for one question: what does a second pass add? Follow the arrows from the last word until one "
+    "leads to itself. One pass finds one arrow; how many there are, the line does not say."
 )
 POLICIES = ("never", "decider", "always")
-LONGEST = 72  # tokens of an answer to a problem: as many as the longest worked one; some would never end
 
 
 def demo(
@@ -41,9 +43,9 @@ def demo(
 
     Args:
         max_new_tokens: of an answer to one of `questions`.
-        problems: how many of the held-out ones to answer under each policy; 0 for none.
+        problems: how many held-out ones the small model is to answer under each policy; 0 for none.
         color: False prints brackets in place of colours.
-        questions: to answer one after another.
+        questions: to SmolLM2, one after another.
     """
     start = time.perf_counter()
     quiet()
@@ -64,12 +66,7 @@ def demo(
             given[policy] = _answer(session, question, policy, max_new_tokens, lambda token: None)
         console.print(_side_by_side(given["never"], given["always"]))
         answers += [{"question": question, "policy": policy, **answer.as_dict()} for policy, answer in given.items()]
-    scores = {}
-    if problems:
-        console.print(Rule(f"{problems} held-out problems, under each policy (minutes)", style="dim"))
-        scores = _score(session, _problems()[:problems], console)
-        console.print(_table(scores))
-        console.print(CAVEAT, style="bold")
+    scores = _follow(console, problems) if problems else {}
     console.print(f"{time.perf_counter() - start:.0f} s in all", style="dim")
     return {"answers": answers, "scores": scores}
 
@@ -94,26 +91,36 @@ def _side_by_side(never: Answer, always: Answer) -> Table:
     return table
 
 
-# -- held-out problems -------------------------------------------------------------------------------------------------
+# -- where it helps ----------------------------------------------------------------------------------------------------
 
 
-def _problems() -> list[dict[str, Any]]:
-    """With `messages` and `answer`, of kinds that were trained on and of others, alternating."""
-    return [json.loads(line) for line in (TAH / "problems.jsonl").read_text("utf-8").splitlines()]
-
-
-def _score(session: Session, rows: list[dict[str, Any]], console: Any) -> dict[str, dict[str, Any]]:
-    """By policy: `right` [R], seconds, iterated share of the tokens made."""
-    scores: dict[str, dict[str, Any]] = {}
-    for number, policy in enumerate(POLICIES, 1):
-        start = time.perf_counter()
-        with console.status(f"answering, policy {number} of {len(POLICIES)}: {policy}"):
-            made = score_answers(
-                session.model, session.tokenizer, rows, read=last_number, max_new_tokens=LONGEST, policy=policy
-            )
-        seconds = time.perf_counter() - start
-        scores[policy] = {"right": made.right.tolist(), "iterated": made.iterated_share, "seconds": seconds}
+def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
+    """The small model answers problems that it has not seen: one of a single arrow and two of two to look at, then
+    all of them under each policy."""
+    session = Session.open("follow-tah")
+    painter = Painter(console, session.model.config.threshold)
+    console.print(Rule(f"{problems} new problems, under each policy", style="dim"))
+    console.print(TASK)
+    rows = [json.loads(line) for line in (FOLLOW / "problems.jsonl").read_text("utf-8").splitlines()][:problems]
+    single, double = ([row for row in rows if row["arrows"] == count] for count in (1, 2))
+    for row in single[:1] + double[:2]:
+        question = row["messages"][0]["content"]
+        console.print(f"\n{question}", style="bold")
+        for policy in ("never", "decider"):
+            console.print(f"{policy + ':':<9}", end="", style="dim")
+            _answer(session, question, policy, LONGEST, painter.show)
+            console.print(f" (right: {row['answer']}; arrows: {row['arrows']})", style="dim")
+    console.print()
+    scores = {policy: _score(session, rows, policy) for policy in POLICIES}
+    console.print(_table(scores))
+    console.print("The same, over four seeds and against a model without a second pass: docs/results.md", style="dim")
     return scores
+
+
+def _score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
+    """`right` [R], iterated share of the tokens made."""
+    made = score_answers(session.model, session.tokenizer, rows, policy=policy)
+    return {"right": made.right.tolist(), "iterated": made.iterated_share}
 
 
 def _table(scores: dict[str, dict[str, Any]]) -> Table:
@@ -121,7 +128,7 @@ def _table(scores: dict[str, dict[str, Any]]) -> Table:
     right = {policy: np.array(its["right"], np.float64) for policy, its in scores.items()}
     drawn = Resampled(np.arange(len(right["never"])), seed=0)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("policy", "right", "95 %", "decider less this", "95 %", "iterated", "seconds"):
+    for title in ("policy", "right", "95 %", "decider less it", "95 %", "iterated"):
         table.add_column(title, header_style="dim", justify="left" if title == "policy" else "right")
     for policy, its in scores.items():
         here, less = (
@@ -129,7 +136,7 @@ def _table(scores: dict[str, dict[str, Any]]) -> Table:
         )
         compared = ("", "") if policy == "decider" else (f"{less['value']:+.1%}", _interval(less, "+"))
         share = (f"{here['value']:.1%}", _interval(here), *compared, f"{its['iterated']:.1%}")
-        table.add_row(policy, *share, f"{its['seconds']:.0f}")
+        table.add_row(policy, *share)
     return table
 
 

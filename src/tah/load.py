@@ -18,19 +18,22 @@ from transformers.utils import logging
 from .families import UnsupportedBase, check_base
 from .model import TaHForCausalLM
 
+FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
 ORIGINAL = "tah_config.json"  # only checkpoints of the original implementation have this file
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Kind = Literal["tah", "base", "original"]
 
 
 def find(source: str) -> tuple[str, Kind]:
-    """Where a model is, and what: a directory, a hub id, or one of the words `smollm2` and `smollm2-tah`.
+    """Where a model is, and what: a directory, a hub id, or a word: `smollm2`, `smollm2-tah`, `follow-tah`.
 
     Raises:
         ValueError: there is no such thing, or it is not a model.
     """
     if not source.strip():
-        raise ValueError("MODEL is empty; give a directory, a hub id, smollm2, or smollm2-tah")
+        raise ValueError("MODEL is empty; give a directory, a hub id, smollm2, smollm2-tah, or follow-tah")
+    if source == "follow-tah" and not Path(source).is_dir():
+        return str(FOLLOW), "tah"
     if source == "smollm2" and not Path(source).is_dir():
         from .smollm2 import smollm2_base
 

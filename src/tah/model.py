@@ -144,8 +144,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         # Depth 1: every token through the untouched base.
         step = None if cache is None else tokens.open_step(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
-        num_best = 0 if self.reembed_map is not None else self.config.mix_topk
-        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map, num_best)
+        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map, self._num_best)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
@@ -269,6 +268,11 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
             return own.flatten(0, 1)[active] + self.reembed_map(hidden)
         return mixed_embedding(total, active, embed)
+
+    @property
+    def _num_best(self) -> int:
+        """Of how many tokens the next input is mixed."""
+        return 0 if self.reembed_map is not None else self.config.mix_topk
 
     def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""
