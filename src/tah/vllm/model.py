@@ -19,11 +19,12 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 from ..config import TaHConfig
 from ..decider import build_decider
 from ..mixing import weighted
-from ..outputs import CHUNK, best
+from ..outputs import best
 from ..policy import DepthState, Rule, build_policy
 from .attention import Current, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
+from .logits import StepLogits
 from .pool import DeepPool, capacity
 from .requests import Choice
 
@@ -91,6 +92,7 @@ class TaHForCausalLM(nn.Module):
         self.pool: DeepPool | None = None
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
         self.deferred: dict[str, Deferred] = {}  # by request
+        self.sampler_logits: Tensor | None = None  # [requests, V], where the running step has made them already
         self.current = Current()
         self.deep_layers: list[nn.Module] = []
         self.deep_attention: list[DuoAttention] = []
@@ -102,7 +104,7 @@ class TaHForCausalLM(nn.Module):
                 self.adapters.append(adapter)
                 self.adapted[number][name] = adapter
                 parent = f"base.model.layers.{number}.{name.rpartition('.')[0]}"
-                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.rows}
+                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.places}
 
     @property
     def decoder(self) -> Any:
@@ -149,7 +151,12 @@ class TaHForCausalLM(nn.Module):
         return self.base.embed_input_ids(input_ids)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.base.compute_logits(hidden_states)
+        """The sampler asks first after a pass, for the last token of each request; others may ask after it."""
+        made, self.sampler_logits = self.sampler_logits, None
+        if made is None:
+            return self.base.compute_logits(hidden_states)
+        assert len(made) == len(hidden_states)
+        return made
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: None = None
@@ -172,17 +179,19 @@ class TaHForCausalLM(nn.Module):
             hidden, aux = out if isinstance(out, tuple) else (out, [])
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
-        go = self._judge(batch, input_ids, positions, hidden[:T], features) & fresh
-        index = self._defer(batch, go, input_ids, positions, hidden) if self.mixed else go.nonzero().squeeze(1)
+        logits = StepLogits(self.base.compute_logits, hidden[:T], keep=len(batch.starts) - 1 == T)
+        go = self._judge(batch, input_ids, positions, logits, features) & fresh
+        index = self._defer(batch, go, input_ids, positions, logits) if self.mixed else go.nonzero().squeeze(1)
         if len(index):
-            hidden = self._run_again(batch, index, input_ids, positions, hidden)
+            hidden = self._run_again(batch, index, input_ids, positions, logits)
+        self.sampler_logits = logits.kept
         taken = torch.cat([batch.slots[again], batch.slots[index]]).tolist()
         depths = self._depths(batch, positions)
         self.report = StepReport(pool.free, taken, released.tolist(), depths, list(self.deferred))
         return hidden
 
     def _judge(
-        self, batch: Batch, ids: Tensor, positions: Tensor, hidden: Tensor, features: dict[int, Tensor]
+        self, batch: Batch, ids: Tensor, positions: Tensor, logits: StepLogits, features: dict[int, Tensor]
     ) -> Tensor:
         """Which tokens iterate, [T] bool; each request by its own policy and threshold (spec A.2)."""
         choices = [self.choices[request] for request in self.request_ids()]
@@ -198,25 +207,21 @@ class TaHForCausalLM(nn.Module):
                 positions=positions[index],
                 hidden={k: x[index] for k, x in features.items()},
                 depth_labels=None,
-                map_logits=partial(self._map_logits, hidden[index]),
+                map_logits=partial(logits.map, index),
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
             _, go[index] = Rule(policy, threshold, max_depth=2, row_depth=None).judge(state, row[index])
         return go
 
-    def _map_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """`f` of the logits of hidden states [N, D], `CHUNK` of them at a time."""
-        return torch.cat([f(self.base.compute_logits(part)) for part in hidden.split(CHUNK)])
-
-    def _run_again(self, batch: Batch, index: Tensor, ids: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+    def _run_again(self, batch: Batch, index: Tensor, ids: Tensor, positions: Tensor, logits: StepLogits) -> Tensor:
         """The pass at depth 2 of the tokens `index` [M]; hidden states [T, D] with theirs added."""
-        assert self.pool is not None
-        first = hidden[index]
         self._open(batch, index, positions)
-        x, residual, places = self._reembed(ids[index], first), None, positions[index]
+        x, residual, places = self._reembed(ids, index, logits), None, positions[index]
         for layer in self.deep_layers:
             x, residual = layer(places, x, residual)
-        return hidden.index_add(0, index, self._finish(x, residual))
+        hidden = logits.hidden.index_add(0, index, self._finish(x, residual))
+        logits.update(index, hidden[index])
+        return hidden
 
     def _open(self, batch: Batch, index: Tensor, positions: Tensor, rows: Tensor | None = None) -> None:
         """Begin a pass in which the tokens `index` [M] run at depth 2."""
@@ -239,7 +244,7 @@ class TaHForCausalLM(nn.Module):
         rows = [row for row, request in enumerate(self.request_ids()) if request in self.deferred]
         return batch.starts[torch.tensor(rows, dtype=torch.long)]
 
-    def _defer(self, batch: Batch, go: Tensor, ids: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+    def _defer(self, batch: Batch, go: Tensor, ids: Tensor, positions: Tensor, logits: StepLogits) -> Tensor:
         """Set aside the hard tokens of decoding requests; the others [M] run again in this step.
 
         The last token of a block does not wait: once a block is full, others may find it in the prefix cache. Nor does
@@ -253,9 +258,10 @@ class TaHForCausalLM(nn.Module):
         waits = go & decodes & ((positions + 1) % block_size != 0)
         later = waits.nonzero().squeeze(1)
         if len(later):
-            embeds = self._reembed(ids[later], hidden[later])
+            embeds = self._reembed(ids, later, logits)
             for at, (token, number) in enumerate(zip(later.tolist(), row[later].tolist(), strict=True)):
-                self.deferred[requests[number]] = Deferred(int(positions[token]), hidden[token].clone(), embeds[at])
+                first = logits.hidden[token].clone()
+                self.deferred[requests[number]] = Deferred(int(positions[token]), first, embeds[at])
         return (go & ~waits).nonzero().squeeze(1)
 
     def _run_mixed(
@@ -277,16 +283,16 @@ class TaHForCausalLM(nn.Module):
         second = hidden[again] if self.combine_map is None else self.combine_map(hidden[again])
         return hidden.index_copy(0, again, torch.stack([one.hidden for one in waited]) + second), features
 
-    def _reembed(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Inputs [M, D] of depth 2, from what depth 1 ended in (spec A.3)."""
+    def _reembed(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
+        """Inputs [M, D] at depth 2 of the tokens `index`, from what depth 1 ended in (spec A.3)."""
         if self.reembed_map is not None:
-            return self.embed_input_ids(ids) + self.reembed_map(hidden)
+            return self.embed_input_ids(ids[index]) + self.reembed_map(logits.hidden[index])
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best(logits, self.config.mix_topk)
             return weighted(weights, self.embed_input_ids(tokens))
 
-        return self._map_logits(hidden, mix)
+        return logits.map(index, mix)
 
     # -- around it -------------------------------------------------------------------------------------------------
 
