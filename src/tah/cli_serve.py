@@ -6,7 +6,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,8 +50,11 @@ def bench_serve(
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
     variants: Annotated[
-        str, typer.Option(metavar="LIST", help="base and others; each holds a model in memory.")
+        str, typer.Option(metavar="LIST", help="base and others; base, generate and the rest each hold a model.")
     ] = "base,never,two_pass,mixed,generate",
+    tasks: Annotated[
+        str, typer.Option(metavar="LIST", help="Requests that decode at a time, stream (96 through 32), prefill.")
+    ] = "1,8,32,stream,prefill",
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")] = None,
     as_json: JsonOption = False,
@@ -63,12 +66,20 @@ def bench_serve(
     _need_vllm()
     import json
 
+    from .benchmarks.bench_serve import TASKS, markdown, save
     from .benchmarks.bench_serve import bench_serve as measure
-    from .benchmarks.bench_serve import decode, markdown, save
 
-    sizes: dict[str, Any] = {"repeats": min(2, repeats), "tasks": (decode(8),)} if quick else {"repeats": repeats}
-    sizes["variants"] = tuple(name.strip() for name in variants.split(","))
-    result = measure(model, dtype=dtype, report=lambda row: _note(str(row)), **sizes)
+    names = [name.strip() for name in ("8" if quick else tasks).split(",")]
+    if unknown := sorted(set(names) - set(TASKS)):
+        raise ValueError(f"--tasks {','.join(unknown)}: choose from {', '.join(TASKS)}")
+    result = measure(
+        model,
+        dtype=dtype,
+        variants=tuple(name.strip() for name in variants.split(",")),
+        tasks=tuple(TASKS[name] for name in names),
+        repeats=min(2, repeats) if quick else repeats,
+        report=lambda row: _note(str(row)),
+    )
     if output is not None:
         save(result, output)
     typer.echo(json.dumps(result) if as_json else markdown(result))

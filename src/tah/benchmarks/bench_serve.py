@@ -2,9 +2,9 @@
 
 Beside it stands transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
 
-Each variant is an engine in a process of its own; they take turns, so that a machine whose speed drifts slows all of
-them alike. CPU seconds are counted beside the clock: with one thread they hold on a shared machine, where the clock
-does not. Prefix caching is off, so every turn does the same work.
+Base, TaH model and `generate` are engines in processes of their own; variants take turns, so that a machine whose speed
+drifts slows all of them alike. CPU seconds are counted beside the clock: with one thread they hold on a shared machine,
+where the clock does not. Prefix caching is off, so every turn does the same work.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ..model import TaHForCausalLM
 from .bench import RATE, SEED, machine
 
 SLOTS = 32  # requests that run at a time, at most
-BATCHING = {"never": "two_pass", "two_pass": "two_pass", "mixed": "mixed"}
-VARIANTS = ("base", *BATCHING, "generate")
+OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
+VARIANTS = ("base", *OF_TAH, "generate")
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the measured process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -50,6 +50,7 @@ class Task:
     name: str
     prompts: list[int]  # lengths
     new: list[int]  # tokens asked for
+    steady: bool = False  # measured while all requests run: from their first tokens until all are said in sum
 
     def ids(self) -> list[list[int]]:
         """Token ids, the same for every variant."""
@@ -58,7 +59,8 @@ class Task:
 
 
 def decode(batch: int, new: int = 32) -> Task:
-    return Task(f"decode, batch {batch}", [8] * batch, [new] * batch)
+    """A server that always has as many requests: no one's end leaves a seat empty, which is another task's."""
+    return Task(f"decode, batch {batch}", [8] * batch, [new] * batch, steady=True)
 
 
 def stream(requests: int = 96, new: int = 32) -> Task:
@@ -72,15 +74,15 @@ def prefill(requests: int = 8, length: int = 128) -> Task:
     return Task(f"prefill, {requests} x {length} tokens", [length] * requests, [1] * requests)
 
 
-TASKS = (decode(1), decode(8), decode(32), stream(), prefill())
+TASKS = {"1": decode(1), "8": decode(8), "32": decode(32), "stream": stream(), "prefill": prefill()}
 
 
 @dataclass
 class Turn:
     """One task run once by one variant."""
 
-    cpu: float  # seconds, of all threads
-    wall: float  # seconds
+    cpu: float  # seconds of all threads, by tokens said, or by those of the prompts where the task is prefill
+    wall: float  # seconds, the same
     iterated: float  # share of the tokens that ran
 
 
@@ -90,46 +92,72 @@ class Row:
 
     task: str
     variant: str
-    cpu: float  # seconds
-    wall: float  # seconds
-    ratio: float  # of CPU seconds to the base's in the same round
+    cpu: float  # seconds a token
+    wall: float  # seconds a token
+    ratio: float  # of CPU seconds a token to the base's in the same round
     wall_ratio: float
     iterated: float
-    tokens_per_cpu_second: float  # prompt tokens where the task is prefill
 
 
-Runner = Callable[[Task], Turn]
+Runner = Callable[[Task, str], Turn]
 
 
-def _vllm(model: str, variant: str, dtype: str, longest: int) -> tuple[Runner, float]:
+def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, float]:
     """Runs tasks on vLLM; and the bytes for keys and values of both depths, to those of depth 1."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     options: dict[str, Any] = {}
-    if variant != "base":
-        policy = "never" if variant == "never" else "random"
-        options["hf_overrides"] = {"policy": policy, "random_rate": RATE}
-        options["additional_config"] = {"batching": BATCHING[variant]}
+    if tah:
+        options["hf_overrides"] = {"policy": "random", "random_rate": RATE}
     llm = LLM(
         model, dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=False,
         max_num_seqs=SLOTS, max_model_len=longest, block_size=32, gpu_memory_utilization=0.05, **options,
     )  # fmt: skip
+    engine = llm.llm_engine
+    served = engine.model_executor.driver_worker.worker.model_runner
 
-    def run(task: Task) -> Turn:
-        ask = [{"prompt_token_ids": ids} for ids in task.ids()]
-        params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n, detokenize=False) for n in task.new]
-        wall, cpu = time.perf_counter(), time.process_time()
-        outs = llm.generate(ask, params, use_tqdm=False)
-        turn = Turn(time.process_time() - cpu, time.perf_counter() - wall, 0.0)
-        if variant != "base":
-            depths = np.concatenate([out.outputs[0].routed_experts for out in outs])
-            turn.iterated = float((depths > 1).mean())
-        return turn
+    def run(task: Task, variant: str) -> Turn:
+        if tah:
+            served.model.mixed = variant == "mixed"
+        return _turn(engine, task, variant)
 
-    served = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     depth_one = sum(cache.nbytes for cache in served.kv_caches)
-    pool = 0 if variant == "base" else served.model.pool.keys.nbytes + served.model.pool.values.nbytes
+    pool = served.model.pool.keys.nbytes + served.model.pool.values.nbytes if tah else 0
     return run, 1 + pool / depth_one
+
+
+def _turn(engine: Any, task: Task, variant: str) -> Turn:
+    """One task on one of vLLM's engines, step by step."""
+    from vllm import SamplingParams
+
+    rule = {"extra_args": {"policy": "never"}} if variant == "never" else {}
+    for number, (ids, new) in enumerate(zip(task.ids(), task.new, strict=True)):
+        most = 2 * new if task.steady else new
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=most, detokenize=False, **rule)
+        engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+    said: dict[str, int] = {}
+    depths: list[Any] = []  # arrays, of answers
+
+    def step() -> None:
+        for out in engine.step():
+            said[out.request_id] = len(out.outputs[0].token_ids)
+            if out.finished and variant != "base":
+                depths.append(out.outputs[0].routed_experts)
+
+    while task.steady and len(said) < len(task.prompts):
+        step()
+    before, wall, cpu = sum(said.values()), time.perf_counter(), time.process_time()
+    while engine.has_unfinished_requests() and (not task.steady or sum(said.values()) - before < sum(task.new)):
+        step()
+    tokens = sum(task.prompts) if set(task.new) == {1} else sum(said.values()) - before
+    turn = Turn((time.process_time() - cpu) / tokens, (time.perf_counter() - wall) / tokens, 0.0)
+    if variant != "base":
+        depths += [log.depths for log in engine.engine_core.engine_core.scheduler.logs.values()]
+        turn.iterated = float((np.concatenate(depths) > 1).mean())
+    engine.abort_request(list(said))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return turn
 
 
 def _transformers(model: str, dtype: str) -> Runner:
@@ -140,7 +168,7 @@ def _transformers(model: str, dtype: str) -> Runner:
     tah.config.random_rate = RATE
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
 
-    def run(task: Task) -> Turn:
+    def run(task: Task, _: str) -> Turn:
         ids, depths = torch.tensor(task.ids()), []
         wall, cpu = time.perf_counter(), time.process_time()
         for start in range(0, len(ids), SLOTS):
@@ -148,29 +176,31 @@ def _transformers(model: str, dtype: str) -> Runner:
             mask = torch.ones_like(part)
             out = tah.generate(part, attention_mask=mask, policy="random", max_new_tokens=new, **options)
             depths.append(out.depth_count[:, :-1].flatten())
-        turn = Turn(time.process_time() - cpu, time.perf_counter() - wall, 0.0)
+        tokens = sum(task.prompts) if set(task.new) == {1} else sum(task.new)
+        turn = Turn((time.process_time() - cpu) / tokens, (time.perf_counter() - wall) / tokens, 0.0)
         turn.iterated = float((torch.cat(depths) > 1).float().mean())
         return turn
 
     return run
 
 
-def _process(pipe: Any, model: str, variant: str, dtype: str, longest: int) -> None:
-    """A variant's process: says what memory it takes, then answers every task with a `Turn`, until None comes."""
+def _process(pipe: Any, model: str, kind: str, dtype: str, longest: int) -> None:
+    """An engine's process: says what memory it takes, then answers every task with a `Turn`, until None comes."""
     run, memory = (
-        (_transformers(model, dtype), None) if variant == "generate" else _vllm(model, variant, dtype, longest)
+        (_transformers(model, dtype), None) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
     )
     pipe.send(memory)
-    while (task := pipe.recv()) is not None:
-        pipe.send(run(task))
+    while (asked := pipe.recv()) is not None:
+        pipe.send(run(*asked))
 
 
 @contextmanager
-def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """A function that runs a task on a fresh engine, and the engine's memory; it ends with the context."""
+def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
+    """A function that runs a task on a fresh engine (`base`, `tah` or `generate`), and the engine's memory; it ends
+    with the context."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=_process, args=(there, model, variant, dtype, longest))
+    process = spawn.Process(target=_process, args=(there, model, kind, dtype, longest))
     process.start()
     there.close()
 
@@ -178,10 +208,10 @@ def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[tuple
         try:
             return here.recv()
         except EOFError as error:
-            raise RuntimeError(f"the engine of {variant} ended; its own message is above") from error
+            raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
 
-    def run(task: Task) -> Turn:
-        here.send(task)
+    def run(task: Task, variant: str) -> Turn:
+        here.send((task, variant))
         return receive()
 
     try:
@@ -193,18 +223,16 @@ def engine(model: str, variant: str, dtype: str, longest: int) -> Iterator[tuple
         process.join()
 
 
-def checkpoints(model: str, dtype: str, folder: Path) -> dict[str, str]:
-    """Directory of each variant's model; what is missing of base and TaH checkpoint is made in `folder`."""
+def checkpoints(model: str, dtype: str, folder: Path) -> tuple[str, str]:
+    """Directories of the base and of the TaH checkpoint; the one that `model` is not is made in `folder`."""
     path, kind = find(model)
     if kind == "tah":
-        base, tah = str(folder), path
         inner = load_tah(path, dtype).base
         weights = {name: tensor for name, tensor in inner.state_dict().items() if ".lora_" not in name}
         inner.save_pretrained(folder, state_dict=weights)
-    else:
-        base, tah = path, str(folder)
-        TaHForCausalLM.from_base(load_base(path, dtype)).save_pretrained(folder)
-    return {variant: base if variant == "base" else tah for variant in VARIANTS}
+        return str(folder), path
+    TaHForCausalLM.from_base(load_base(path, dtype)).save_pretrained(folder)
+    return path, str(folder)
 
 
 def bench_serve(
@@ -212,7 +240,7 @@ def bench_serve(
     *,
     dtype: str = "float32",
     variants: tuple[str, ...] = VARIANTS,
-    tasks: tuple[Task, ...] = TASKS,
+    tasks: tuple[Task, ...] = tuple(TASKS.values()),
     repeats: int = 3,
     report: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, Any]:
@@ -228,14 +256,18 @@ def bench_serve(
         raise ImportError("serving needs vLLM: pip install 'tah[serve]'")
     os.environ |= SETTINGS
     rows: list[Row] = []
-    longest = max(p + n for task in tasks for p, n in zip(task.prompts, task.new, strict=True))
+    longest = max(p + 2 * n for task in tasks for p, n in zip(task.prompts, task.new, strict=True))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        paths = checkpoints(model, dtype, folder)
-        engines = {name: stack.enter_context(engine(paths[name], name, dtype, longest)) for name in variants}
-        memory = {name: ratio for name, (_, ratio) in engines.items() if ratio is not None}
+        base, tah = checkpoints(model, dtype, folder)
+        kinds = {name: "tah" if name in OF_TAH else name for name in variants}
+        engines = {
+            kind: stack.enter_context(engine(base if kind == "base" else tah, kind, dtype, longest))
+            for kind in dict.fromkeys(kinds.values())
+        }
+        memory = {kind: ratio for kind, (_, ratio) in engines.items() if ratio is not None}
         for task in tasks:
-            for row in _compare(task, {name: run for name, (run, _) in engines.items()}, repeats):
+            for row in _compare(task, {name: engines[kind][0] for name, kind in kinds.items()}, repeats):
                 rows.append(row)
                 report(row)
     settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats, "seed": SEED}
@@ -250,10 +282,9 @@ def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
     for number in range(repeats + 1):
         first = number % len(engines)
         for name in [*list(engines)[first:], *list(engines)[:first]]:
-            turn = engines[name](task)
+            turn = engines[name](task, name)
             if number:
                 turns[name].append(turn)
-    work = sum(task.prompts) if set(task.new) == {1} else sum(task.new)
     rows = []
     for name, took in turns.items():
         pairs = list(zip(took, turns["base"], strict=True))
@@ -261,21 +292,19 @@ def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
         wall = statistics.median(turn.wall for turn in took)
         ratio = statistics.median(turn.cpu / base.cpu for turn, base in pairs)
         wall_ratio = statistics.median(turn.wall / base.wall for turn, base in pairs)
-        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, took[0].iterated, work / cpu))
+        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, took[0].iterated))
     return rows
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as the table of docs/serving.md."""
     lines = [
-        "| task | variant | CPU s | tokens per CPU s | ratio to base | by the clock | iterated |",
+        "| task | variant | tokens per CPU second | per second | cost to base, CPU | by the clock | iterated |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        numbers = (
-            f"{row['cpu']:.2f} | {row['tokens_per_cpu_second']:.0f} | {row['ratio']:.2f} | {row['wall_ratio']:.2f}"
-        )
-        lines.append(f"| {row['task']} | {row['variant']} | {numbers} | {row['iterated']:.1%} |")
+        speed = f"{1 / row['cpu']:.1f} | {1 / row['wall']:.1f} | {row['ratio']:.2f} | {row['wall_ratio']:.2f}"
+        lines.append(f"| {row['task']} | {row['variant']} | {speed} | {row['iterated']:.1%} |")
     told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
     lines += ["", f"Memory for keys and values of as many tokens, to the base's: {told}."]
     return "\n".join(lines)

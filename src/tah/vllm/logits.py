@@ -18,8 +18,8 @@ Head = Callable[[Tensor], Tensor]
 class StepLogits:
     """Logits made when somebody asks, and kept where the sampler will ask for all of them anyway.
 
-    While decoding, the head is a large part of what a step reads, and reading it for two hard tokens costs about as much
-    as for all of them.
+    While decoding, the head is a large part of what a step reads, and reading it for two hard tokens costs about as
+    much as for all of them.
 
     Args:
         head: hidden states [n, D] to logits [n, V].
