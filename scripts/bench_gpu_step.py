@@ -4,7 +4,7 @@
 
 Qwen3-1.7B's shape, random bfloat16 weights, rank-16 adapters, 1,024 tokens seen per request, batches of 1 to 256. For
 each batch the milliseconds of a **base** step, of a **deep** pass over the rows that iterate (next input from the top
-100 logits, adapter, keys of both depths), and of a **mixed** step, in which those rows run at depth 2 beside the others.
+100 logits, adapter, keys of both depths), and of a **mixed** step, in which those rows run at depth 2 beside the rest.
 From them the cost per token, base = 1, at a share f of tokens that iterate:
 
     two_pass = (base + p * deep) / base         p = 1 - (1 - f)^batch: the steps in which any row iterates

@@ -5,7 +5,8 @@
 
 Every client asks one request after another: prompts and answers of mixed length, streamed, each with one of several
 rules for iterating; one in five leaves in the middle. Fails (exit code 1) on any error, on requests that still run at
-the end, and where the memory of the second half of the time exceeds that of the first by more than 5 %. Needs `openai`.
+the end, and where the memory of the second half of the time exceeds that of the first by more than 5 %. With `--stock`
+the server is vLLM's own with a model of its own, for comparison: no rules, no pool. Needs `openai`.
 """
 
 from __future__ import annotations
@@ -44,18 +45,19 @@ class Seen:
     tokens: int = 0
     first: list[float] = field(default_factory=list)  # seconds to the first token
     whole: list[float] = field(default_factory=list)  # seconds to the last token, of those that stayed
-    memory: list[float] = field(default_factory=list)  # MiB of the server and its engine
+    memory: list[dict[str, float]] = field(default_factory=list)  # MiB of the server and of what it started
     pool: list[float] = field(default_factory=list)  # share of the deep entries in use
 
 
-async def client(api: AsyncOpenAI, model: str, longest: int, seed: int, end: float, seen: Seen) -> None:
+async def client(api: AsyncOpenAI, model: str, options: argparse.Namespace, seed: int, end: float, seen: Seen) -> None:
+    longest: int = options.longest
     draw = random.Random(seed)
     while time.monotonic() < end:
         prompt = "".join(draw.choices(string.ascii_lowercase + " ", k=draw.randint(1, longest // 2)))
         new = draw.randint(1, longest // 2 - 1)
         stay = new if draw.random() > LEAVE else draw.randint(0, new)
         start, got = time.monotonic(), 0
-        extra = {"ignore_eos": True, "vllm_xargs": draw.choice(RULES)}
+        extra = {"ignore_eos": True, "vllm_xargs": {} if options.stock else draw.choice(RULES)}
         try:
             stream = await api.completions.create(
                 model=model,
@@ -90,20 +92,22 @@ def metrics(url: str) -> dict[str, float]:
     }
 
 
-def resident(pid: int) -> float:
-    """MiB of a process and those it started."""
+def resident(pid: int, name: str = "server") -> dict[str, float]:
+    """MiB of a process and of those it started, by name."""
     status = Path(f"/proc/{pid}/status").read_text()
-    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return own + sum(resident(int(child)) for child in children)
+    found = {name: next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024}
+    for number, child in enumerate(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        found |= resident(int(child), f"{name}.{number}")
+    return found
 
 
-async def watch(url: str, pid: int | None, end: float, seen: Seen) -> None:
+async def watch(options: argparse.Namespace, end: float, seen: Seen) -> None:
     while time.monotonic() < end:
         await asyncio.sleep(SAMPLE)
-        seen.pool.append((await asyncio.to_thread(metrics, url))["vllm:tah_deep_kv_usage_perc"])
-        if pid is not None:
-            seen.memory.append(resident(pid))
+        if not options.stock:
+            seen.pool.append((await asyncio.to_thread(metrics, options.url))["vllm:tah_deep_kv_usage_perc"])
+        if options.pid is not None:
+            seen.memory.append(resident(options.pid))
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -116,16 +120,17 @@ async def load(options: argparse.Namespace) -> bool:
     model = (await api.models.list()).data[0].id
     seen, start = Seen(), time.monotonic()
     end = start + 60 * options.minutes
-    everyone = [client(api, model, options.longest, seed, end, seen) for seed in range(options.clients)]
-    await asyncio.gather(*everyone, watch(options.url, options.pid, end, seen))
+    everyone = [client(api, model, options, seed, end, seen) for seed in range(options.clients)]
+    await asyncio.gather(*everyone, watch(options, end, seen))
     seconds = time.monotonic() - start
     for _ in range(30):  # those who left take a step or two to be noticed
         running = metrics(options.url)["vllm:num_requests_running"]
         if not running:
             break
         await asyncio.sleep(1)
-    half = len(seen.memory) // 2
-    growth = max(seen.memory[half:]) / max(seen.memory[:half]) if half else 1.0
+    whole = [sum(one.values()) for one in seen.memory]
+    half = len(whole) // 2
+    growth = max(whole[half:]) / max(whole[:half]) if half else 1.0
     result = {
         "clients": options.clients,
         "seconds": round(seconds, 1),
@@ -135,7 +140,7 @@ async def load(options: argparse.Namespace) -> bool:
         "tokens_per_second": round(seen.tokens / seconds, 1),
         "first_token_seconds": percentiles(seen.first),
         "answer_seconds": percentiles(seen.whole),
-        "memory_mib": [round(value) for value in seen.memory],
+        "memory_mib": [{name: round(value, 1) for name, value in one.items()} for one in seen.memory],
         "memory_growth": round(growth, 3),
         "pool": [round(value, 3) for value in seen.pool],
         "still_running": running,
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--longest", type=int, default=200, help="tokens of prompt and answer together [%(default)s]")
     parser.add_argument("--pid", type=int, help="process of the server, on this machine: its memory is watched")
+    parser.add_argument("--stock", action="store_true", help="the model is not a TaH model")
     parser.add_argument("--api-key", default="none")
     raise SystemExit(0 if asyncio.run(load(parser.parse_args())) else 1)
 

@@ -12,7 +12,7 @@ import typer
 
 from .cli import JsonOption, _note, _number, app
 
-SERVER = "vllm.entrypoints.openai.api_server"  # not the command `vllm`: the CPU package's does not find its own version
+SERVER = "tah.vllm.launch"
 MIDDLEWARE = "tah.vllm.responses.TellDepths"
 
 
@@ -40,7 +40,7 @@ def serve(
         raise ValueError(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
-    ours = ["--model", path, "--served-model-name", model, "--middleware", MIDDLEWARE]
+    ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
     os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])
 
 

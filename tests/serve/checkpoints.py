@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_base(family: str) -> torch.nn.Module:
+def tiny_base(family: str, key_heads: int = 2) -> torch.nn.Module:
     """A random base of three layers, whose head width vLLM's CPU kernels take."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -42,7 +42,7 @@ def tiny_base(family: str) -> torch.nn.Module:
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_heads,
         head_dim=32,
         max_position_embeddings=512,
         sliding_window=None,
@@ -88,9 +88,9 @@ def save(model: TaHForCausalLM, directory: Path) -> Path:
     return directory
 
 
-def tiny(directory: Path, family: str = "llama", **config) -> Path:
+def tiny(directory: Path, family: str = "llama", key_heads: int = 2, **config) -> Path:
     """Directory of a tiny TaH checkpoint."""
     options = {"lora_rank": 4, "mix_topk": 16, "decider": {"kind": "lean", "width": 32}, **config}
-    model = TaHForCausalLM.from_base(tiny_base(family), **options)
+    model = TaHForCausalLM.from_base(tiny_base(family, key_heads), **options)
     ids = torch.randint(3, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2))
     return save(shake(model, ids), directory)

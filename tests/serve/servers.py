@@ -65,7 +65,9 @@ def running(model: Path, log: Path, **options: Any) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"dtype": "float32", "gpu_memory_utilization": 0.05, "served_model_name": "tiny", **options}
-    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
     command = [sys.executable, "-m", "tah_cli", "serve", str(model), "--enforce-eager", *flags]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as out:

@@ -111,7 +111,10 @@ def test_what_vllm_cannot_do(model, tmp_path, capsys):
     tiny_base("llama").save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     words = ["--tasks", "gsm8k", "--data", f"gsm8k={DATA['gsm8k']}", "--backend", "vllm", "-o", str(tmp_path / "run")]
+    biased = shutil.copytree(model, tmp_path / "biased")
+    (biased / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "no_repeat_ngram_size": 3}))
     for asked, more, message in (
+        (str(biased), [], "has no_repeat_ngram_size=3, which vLLM is not told; leave it out, or use"),
         (model, ["--policy", "never,oracle", "--reference", model], "policy oracle needs its reference to read along"),
         (model, ["--device", "cuda"], "device 'cuda': vLLM runs on what it was built for"),
         (str(tmp_path / "base"), ["--max-new-tokens", "8"], "is a plain base model; --backend vllm needs a TaH"),

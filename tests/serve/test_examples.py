@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,16 @@ def test_the_commands_of_the_docs():
     assert lines
     for line in lines:
         make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_cluster_script(rank):
+    """What it would run on each of two machines, as vLLM reads it."""
+    given = {"NODES": "2", "RANK": str(rank), "HEAD": "10.0.0.1", "ENGINES": "3", "TP": "4", "TAH": "echo"}
+    command = ["sh", str(EXAMPLES / "cluster.sh"), "my-tah", "--port", "9000"]
+    said = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, check=True).stdout.split()
+    assert said[:2] == ["serve", "my-tah"]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(said[2:])
+    assert (args.data_parallel_size, args.data_parallel_size_local, args.tensor_parallel_size) == (6, 3, 4)
+    assert (args.data_parallel_address, args.port) == ("10.0.0.1", 9000)
+    assert (args.headless, args.data_parallel_start_rank) == ((True, 3) if rank else (False, None))

@@ -14,7 +14,6 @@ from tah.vllm import compat
 FLAGS = {
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
-    "tensor parallelism": {"tensor_parallel_size": 2},
     "LoRA adapters of vLLM": {"enable_lora": True},
     "--kv-cache-dtype fp8": {"kv_cache_dtype": "fp8"},
     "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

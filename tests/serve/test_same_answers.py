@@ -58,6 +58,16 @@ def test_auto_goes_by_width_and_requests(llama, expected, monkeypatch, wide, opt
         assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
 
 
+@pytest.mark.timeout(900)  # compiling takes minutes on a busy machine
+@pytest.mark.parametrize(("asked", "mixed"), [("auto", False), ("mixed", True)])
+def test_compiled(llama, expected, asked, mixed):
+    """Depth 1 compiled, by vLLM's defaults; a pass of mixed depths is not, which is why `auto` leaves it."""
+    options = {"enforce_eager": False, "additional_config": {"batching": asked}}
+    with serve(llama, **options) as served:
+        assert served.model.mixed == mixed and served.model.decoder.do_not_compile is False
+        assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
+
+
 def test_long_answers(llama):
     """Up to the last token that fits, over many blocks; 1,600 tokens."""
     asked = prompts(4, seed=9, longest=100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -29,7 +30,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    with running(model, log, max_model_len=LONGEST, max_num_seqs=8, api_key="secret") as server:
+    with running(model, log, max_model_len=LONGEST, max_num_seqs=8, api_key="secret", enable_scale_out=True) as server:
         yield server
 
 
@@ -147,6 +148,11 @@ def test_beam_search_and_other_paths_work_untold(client, server):
     beams = chat(client, n=2, extra_body={"use_beam_search": True})
     assert len(beams.choices) == 2 and not hasattr(beams.choices[0], "tah") and not hasattr(beams.usage, "tah")
     assert client.responses.create(model="tiny", input="hello", max_output_tokens=8).output
+    ask = {"token_ids": [72, 80, 90], "sampling_params": {"max_tokens": 4, "ignore_eos": True}}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+    asked = Request(f"{server.url}/inference/v1/generate", json.dumps(ask).encode(), headers)
+    said = json.load(urlopen(asked))["choices"][0]
+    assert len(said["token_ids"]) == 4 and said["routed_experts"] is None
 
 
 @pytest.mark.parametrize("stream", [False, True])

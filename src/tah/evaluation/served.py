@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from transformers import GenerationConfig
 
 from ..load import find
 from ..session import Session
@@ -23,6 +24,12 @@ from .eval_files import Asked, Generated
 from .harness import TaHLM
 
 ROOMY = ("always", "random")  # policies whose depth-2 keys may need more room than the plugin plans for a decider's
+NOT_HANDED_OVER = (  # entries of generation_config.json that change what `generate` says
+    "bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "max_time",
+    "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "sequence_bias",
+    "stop_strings", "suppress_tokens", "watermarking_config",
+)  # fmt: skip
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process vLLM's schedule depends on nothing but the requests
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -40,7 +47,7 @@ class ServedLM(TaHLM):
         options: of `TaHLM`.
 
     Raises:
-        ValueError: the session is of a plain base model.
+        ValueError: the session is of a plain base model, or of one whose generation_config.json vLLM would not follow.
     """
 
     def __init__(
@@ -54,6 +61,14 @@ class ServedLM(TaHLM):
     ) -> None:
         if session.wrapped:
             raise ValueError(f"{session.source} is a plain base model; --backend vllm needs a TaH checkpoint")
+        given, usual = session.model.generation_config, GenerationConfig()
+        for name in NOT_HANDED_OVER:
+            value = getattr(given, name, None)
+            if value not in (None, getattr(usual, name, None)):
+                raise ValueError(
+                    f"generation_config.json of {session.source} has {name}={value!r}, which vLLM is not told; "
+                    "leave it out, or use --backend transformers"
+                )
         super().__init__(session, batch_size=1, **options)
         self.engine_options: dict[str, Any] = {
             "model": find(session.source)[0],

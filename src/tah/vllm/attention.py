@@ -17,6 +17,7 @@ from .compat import Batch, read_blocks
 from .pool import DeepPool
 
 QUERIES = 256  # of one request, attended at a time: bounds the memory for scores
+SHORT = 7  # below 2^7 tokens the operations of another group cost more than padding does
 
 
 @dataclass
@@ -66,10 +67,10 @@ def plan(
         by_request[request].append(token)
     together: dict[int, list[list[int]]] = defaultdict(list)
     groups: list[list[list[int]]] = []
-    last = (positions // block_size).tolist()
+    last = positions.tolist()
     for tokens in by_request.values():
         if len(tokens) == 1:  # requests of about the same length are padded to one
-            together[last[tokens[0]].bit_length()].append(tokens)
+            together[max(SHORT, last[tokens[0]].bit_length())].append(tokens)
         else:
             groups += [[tokens[at : at + QUERIES]] for at in range(0, len(tokens), QUERIES)]
     groups += together.values()
@@ -133,6 +134,9 @@ class DuoAttention(nn.Module):
         pool.keys[self.layer, deep.entries] = key.view(M, H, K)
         pool.values[self.layer, deep.entries] = value.view(M, H, K)
         query = query.view(M, H, -1, K)
+        if len(deep.groups) == 1:  # of all tokens, in their order
+            (group,) = deep.groups
+            return self._attend(query.view(*group.tokens.shape, *query.shape[1:]), group, pool).reshape(M, -1)
         out = torch.empty_like(query)
         for group in deep.groups:
             out[group.tokens] = self._attend(query[group.tokens], group, pool)

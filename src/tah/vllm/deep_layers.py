@@ -10,45 +10,62 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
 from .attention import Current, DuoAttention
 
 
+class Share(NamedTuple):
+    """A process's part of a weight that tensor parallelism splits: number `number` of `of` equal ones."""
+
+    number: int
+    of: int
+
+    def __call__(self, weight: Tensor, dim: int) -> Tensor:
+        size = weight.shape[dim] // self.of
+        return weight.narrow(dim, self.number * size, size)
+
+
 class Adapter(nn.Module):
-    """The LoRA of one of vLLM's linear layers, of all the checkpoint's layers that it fuses.
+    """The LoRA of one of vLLM's linear layers, of all the checkpoint's layers that it fuses; this process's part of it.
 
     Args:
-        parts: name in the checkpoint and output width of each of the n fused layers.
+        parts: name in the checkpoint, output width and share of the outputs of each of the n fused layers.
         inputs: I.
+        share: of the inputs.
         rank: r.
         scale: of the update; part of the loaded weights from then on.
     """
 
-    def __init__(self, parts: dict[str, int], inputs: int, rank: int, scale: float) -> None:
+    def __init__(self, parts: dict[str, tuple[int, Share]], inputs: int, share: Share, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale, self.places, start = scale, {}, 0
-        for number, (name, width) in enumerate(parts.items()):
+        self.scale, self.share, self.places, start = scale, share, {}, 0
+        self.shares = {name: part for name, (_, part) in parts.items()}
+        for number, (name, (width, _)) in enumerate(parts.items()):
             self.places[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
             start += width
         self.A = nn.Parameter(torch.zeros(len(parts) * rank, inputs), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, start), requires_grad=False)  # transposed: faster for few tokens
 
     def load(self, part: str, matrix: str, weight: Tensor) -> None:
-        """Copy `lora_A` [r, I] or `lora_B` [O, r] of one fused layer into its place."""
+        """Copy `lora_A` [r, I] or `lora_B` [O, r] of one fused layer, whole, into its place."""
         low, out = self.places[part]
         if matrix == "lora_A":
-            self.A.data[low].copy_(weight)
+            self.A.data[low].copy_(self.share(weight, 1))
         else:
-            self.B.data[:, out].copy_((weight * self.scale).t())
+            self.B.data[:, out].copy_((self.shares[part](weight, 0) * self.scale).t())
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, I] -> [M, O]"""
         y = x @ self.A.t()  # one product for all parts, which read the same input
+        if self.share.of > 1:
+            y = tensor_model_parallel_all_reduce(y)
         parts = [y[:, low] @ self.B[:, out] for low, out in self.places.values()]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
@@ -76,9 +93,18 @@ def adapters_of(
         if not isinstance(module, LinearBase):
             continue
         leaf = name.rpartition(".")[2]
-        parts = dict(zip(fused.get(leaf, [leaf]), getattr(module, "output_sizes", [module.output_size]), strict=True))
-        if targets is None or set(targets) & set(parts):
-            yield name, Adapter(parts, module.input_size, rank, scale)
+        names, mine = fused.get(leaf, [leaf]), Share(module.tp_rank, module.tp_size)
+        if targets is not None and not set(targets) & set(names):
+            continue
+        whole = Share(0, 1)
+        if isinstance(module, RowParallelLinear):
+            parts = {names[0]: (module.output_size, whole)}
+            yield name, Adapter(parts, module.input_size_per_partition, mine, rank, scale)
+            continue
+        copies = getattr(module, "num_kv_head_replicas", 1)  # processes that hold the same key/value heads
+        shares = [mine, *[Share(mine.number // copies, mine.of // copies)] * (len(names) - 1)]
+        parts = dict(zip(names, zip(module.output_partition_sizes, shares, strict=True), strict=True))
+        yield name, Adapter(parts, module.input_size, whole, rank, scale)
 
 
 def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: Current, prefix: str = "") -> nn.Module:

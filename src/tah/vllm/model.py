@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
@@ -211,7 +212,7 @@ class TaHForCausalLM(nn.Module):
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
             _, go[index] = Rule(policy, threshold, max_depth=2, row_depth=None).judge(state, row[index])
-        return go
+        return get_tp_group().broadcast(go.byte()).bool()  # processes must not differ by a rounding
 
     def _run_again(self, batch: Batch, index: Tensor, ids: Tensor, positions: Tensor, logits: StepLogits) -> Tensor:
         """The pass at depth 2 of the tokens `index` [M]; hidden states [T, D] with theirs added."""

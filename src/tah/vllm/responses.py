@@ -2,7 +2,8 @@
 
 vLLM carries one array per token from the engine to each answer, `CompletionOutput.routed_experts`; of a TaH model it
 holds the depths [T] of prompt and answer, once the answer has ended. The server's responses have no field for them, so
-here each choice gets `tah` beside its text, and the request's usage gets the sums, in streams too.
+here each choice gets `tah` beside its text, and the request's usage gets the sums, in streams too. On other paths the
+array is dropped: what the server says in that field there is not experts.
 """
 
 from __future__ import annotations
@@ -90,12 +91,13 @@ class TellDepths:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith(PATHS):
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
         listen(scope["app"].state.engine_client)
         answers = Answers()
         RUNNING.set(answers)
-        return await self.app(scope, receive, Telling(send, answers))
+        telling = scope["path"].endswith(PATHS)
+        return await self.app(scope, receive, Telling(send, answers) if telling else send)
 
 
 def listen(engine: Any) -> None:

@@ -61,7 +61,6 @@ def _check_flags(vllm_config: Any) -> None:
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
         "LoRA adapters of vLLM": vllm_config.lora_config is not None,
         "KV transfer": vllm_config.kv_transfer_config is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",

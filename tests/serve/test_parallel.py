@@ -1,0 +1,46 @@
+"""Processes that split the weights between them (`--tensor-parallel-size 2`) answer as one does."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+from checkpoints import tiny
+from serving import agree, answer, iterated, prompts, reference
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+NEW = 48
+MIXED = prompts(22, seed=1)  # 1,056 tokens
+
+
+@pytest.mark.timeout(900)  # three processes start, on a busy machine
+@pytest.mark.parametrize(
+    ("family", "batching", "heads"),
+    [("llama", "mixed", 2), ("qwen3", "two_pass", 1)],
+    ids=["a key head each", "one key head in both"],
+)
+def test_two_processes(tmp_path, family, batching, heads):
+    """Chunked prompts, then requests that are preempted for want of blocks."""
+    model = tiny(tmp_path / "model", family, key_heads=heads)
+    want = reference(model, MIXED, NEW)
+    assert 0.05 < iterated(want) < 0.3
+    llm = LLM(
+        str(model), dtype="float32", max_model_len=256, max_num_seqs=8, block_size=32, enforce_eager=True,
+        gpu_memory_utilization=0.05, num_gpu_blocks_override=16, max_num_batched_tokens=48, tensor_parallel_size=2,
+        additional_config={"batching": batching},
+    )  # fmt: skip
+    try:
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW)
+        outs = llm.generate([{"prompt_token_ids": prompt} for prompt in MIXED], params, use_tqdm=False)
+        assert agree(model, MIXED, [answer(out) for out in outs], want)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler.deep_free + sum(scheduler.deep_in_block.values()) == scheduler.deep_capacity
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
