@@ -44,7 +44,7 @@ def tiny_base(family: str, key_heads: int = 2) -> torch.nn.Module:
         num_attention_heads=4,
         num_key_value_heads=key_heads,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         sliding_window=None,
         tie_word_embeddings=family == "llama",
         bos_token_id=1,

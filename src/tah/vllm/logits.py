@@ -1,6 +1,6 @@
 """The logits of a step's tokens, for all who ask: the policy, the next input of hard tokens, and vLLM's sampler.
 
-Shapes: T tokens of the step, N tokens asked for, D width, V vocabulary.
+Shapes: T tokens of the step, R requests, N tokens asked for, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..outputs import CHUNK
 
-Head = Callable[[Tensor], Tensor]
-
 
 class StepLogits:
-    """Logits made when somebody asks, and kept where the sampler will ask for all of them anyway.
+    """Logits made when somebody asks, and kept where the sampler will ask anyway: for each request's last token.
 
     While decoding, the head is a large part of what a step reads, and reading it for two hard tokens costs about as
     much as for all of them.
@@ -24,22 +22,33 @@ class StepLogits:
     Args:
         head: hidden states [n, D] to logits [n, V].
         hidden: [T, D] final hidden states.
-        keep: every token is the one that the sampler draws for, so [T, V] exists in any case.
+        last: [R] each request's last token in the step.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, keep: bool) -> None:
-        self.head, self.hidden, self.keep = head, hidden, keep
-        self.kept: Tensor | None = None  # [T, V]
+    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor, last: Tensor) -> None:
+        self.head, self.hidden, self.last = head, hidden, last
+        self.request = torch.full((len(hidden),), -1, device=last.device)  # [T] whose last token it is, or -1
+        self.request[last] = torch.arange(len(last), device=last.device)
+        self.kept: Tensor | None = None  # [R, V]
 
     def map(self, index: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """`f`: [n, V] -> [n, ...] of the logits of the tokens `index` [N], `CHUNK` of them at a time."""
-        if not self.keep:
-            return torch.cat([f(self.head(part)) for part in self.hidden[index].split(CHUNK)])
-        if self.kept is None:
-            self.kept = self.head(self.hidden)
-        return torch.cat([f(self.kept[part]) for part in index.split(CHUNK)])
+        request = self.request[index]
+        is_last = request >= 0
+        parts = []  # of the last tokens, of the others
+        if is_last.any():
+            if self.kept is None:
+                self.kept = self.head(self.hidden[self.last])
+            parts += [f(self.kept[part]) for part in request[is_last].split(CHUNK)]
+        if not is_last.all():
+            parts += [f(self.head(part)) for part in self.hidden[index[~is_last]].split(CHUNK)]
+        found = torch.cat(parts)
+        back = (~is_last).long().argsort(stable=True).argsort()  # from the two kinds apart to the order asked for
+        return found[back]
 
     def update(self, index: Tensor, hidden: Tensor) -> None:
         """The tokens `index` [N] have other final hidden states [N, D] since their second pass."""
-        if self.kept is not None:
-            self.kept[index] = self.head(hidden)
+        request = self.request[index]
+        is_last = request >= 0
+        if self.kept is not None and is_last.any():
+            self.kept[request[is_last]] = self.head(hidden[is_last])

@@ -180,7 +180,7 @@ class TaHForCausalLM(nn.Module):
             hidden, aux = out if isinstance(out, tuple) else (out, [])
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
-        logits = StepLogits(self.base.compute_logits, hidden[:T], keep=len(batch.starts) - 1 == T)
+        logits = StepLogits(self.base.compute_logits, hidden[:T], last=batch.starts[1:] - 1)
         go = self._judge(batch, input_ids, positions, logits, features) & fresh
         index = self._defer(batch, go, input_ids, positions, logits) if self.mixed else go.nonzero().squeeze(1)
         if len(index):

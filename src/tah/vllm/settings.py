@@ -14,7 +14,7 @@ from .plugin import DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, Choice, DepthParameters
 
 BATCHING = ("auto", "two_pass", "mixed")
-WIDE, MANY = 1024, 8  # width of a base and requests at a time from which `mixed` was measured to be ahead, or level
+MANY = 8  # requests at a time from which `mixed` was measured to be ahead; with one it is level
 
 
 def settle(vllm_config: Any) -> None:
@@ -30,7 +30,7 @@ def settle(vllm_config: Any) -> None:
     Choice.of(config, None)
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
-    vllm_config.additional_config["batching"] = _batching(vllm_config, config.base_config)
+    vllm_config.additional_config["batching"] = _batching(vllm_config)
     vllm_config.parallel_config.worker_cls = "tah.vllm.worker.DepthCPUWorker"
     vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
     vllm_config.scheduler_config.async_scheduling = False
@@ -86,16 +86,16 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     return float(share)
 
 
-def _batching(vllm_config: Any, base: Any) -> str:
+def _batching(vllm_config: Any) -> str:
     """How the two depths share steps; answers are the same.
 
-    `auto` goes by the tables in docs/serving.md: `mixed` saves readings of the weights and pays with small operations
-    per layer, so it takes wide layers and several requests. With torch.compile its steps would run uncompiled.
+    `auto` goes by the tables in docs/serving.md: `mixed` saves readings of the weights, so it takes several requests.
+    With torch.compile its steps would run uncompiled.
     """
     asked = vllm_config.additional_config.get("batching", "auto")
     if asked not in BATCHING:
         raise ValueError(f"batching={asked!r} in --additional-config is not one of {', '.join(BATCHING)}")
     if asked != "auto":
         return asked
-    saves = base.hidden_size >= WIDE and vllm_config.scheduler_config.max_num_seqs >= MANY
-    return "mixed" if saves and vllm_config.model_config.enforce_eager else "two_pass"
+    several = vllm_config.scheduler_config.max_num_seqs >= MANY
+    return "mixed" if several and vllm_config.model_config.enforce_eager else "two_pass"
