@@ -9,6 +9,7 @@ problems that it has not seen. The model cards beside them are written by hand.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -29,7 +30,7 @@ PROBLEMS = 100
 def pack_follow(trained: Path) -> None:
     task = Task("follow", seed=0, steps=(1, 1, 2))
     rows = [question(problem) | {"arrows": problem.steps} for problem in task.take("test", PROBLEMS, distinct=True)]
-    for path in trained.iterdir():
+    for path in filter(Path.is_file, trained.iterdir()):
         shutil.copy(path, FOLLOW / path.name)
     write_atomically(FOLLOW / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -44,4 +45,7 @@ def main(which: str, trained: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("smollm2", "follow"))
+    parser.add_argument("trained", type=Path)
+    main(**vars(parser.parse_args()))

@@ -131,6 +131,11 @@ def test_cache_of_another_batch_or_kind(model):
     assert cache.get_seq_length() == 12  # nothing was written
     with pytest.raises(ValueError, match="DynamicCache; a TaH model needs a tah.DuoCache"):
         model(token_ids(), past_key_values=DynamicCache())
+    next_ids, again = token_ids(rows=2, length=1), model(token_ids(rows=2)).past_key_values
+    one, other = model(next_ids, cache=cache), model(next_ids, past_key_values=again)  # `cache` since transformers 5.24
+    assert torch.equal(one.logits, other.logits)
+    with pytest.raises(ValueError, match="two names for one argument"):
+        model(token_ids(rows=2, length=1), past_key_values=cache, cache=cache)
     with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
         model.generate(token_ids(), cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match=r"crop\(5\)"):

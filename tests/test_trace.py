@@ -216,6 +216,20 @@ def test_a_look_ahead_gives_what_a_look_of_its_own_does(family):
         went_on = (one.depth_count > 1).sum() + per_deep_token * (one.depth_count > 2).sum()
         assert more - fewer == went_on > 0
 
+    class NoGrad(Policy):  # as `Confidence` is
+        ahead = False
+
+        @torch.no_grad()
+        def __call__(self, state):
+            return torch.ones_like(state.map_logits(lambda logits: logits[:, 0], ahead=self.ahead))
+
+    gradients = []
+    for NoGrad.ahead in (False, True):
+        model.zero_grad()
+        model(ids, policy=NoGrad(), labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
 
 def test_a_trace_looks_once_at_each_pass(words, monkeypatch):
     """And its numbers are those of separate looks."""

@@ -8,7 +8,7 @@
 set -eu
 : "${NODES:?machines}" "${RANK:?this machine, from 0}" "${HEAD:?address of the first machine}"
 ENGINES=${ENGINES:-1} TP=${TP:-1}
-MODEL=$1
+MODEL=${1:?model}
 shift
 set -- --data-parallel-size "$((NODES * ENGINES))" --data-parallel-size-local "$ENGINES" \
     --data-parallel-address "$HEAD" --data-parallel-rpc-port "${RPC_PORT:-13345}" --tensor-parallel-size "$TP" "$@"

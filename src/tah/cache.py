@@ -28,6 +28,17 @@ _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parame
 CACHE = "cache" if "cache" in _known else "past_key_values"
 
 
+def given_cache(past_key_values: DuoCache | None, cache: DuoCache | None) -> DuoCache | None:
+    """The one that a call was given under either name.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names for one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
 class DuoCache(Cache):
     """Keys and values of every token at every depth it ran.
 

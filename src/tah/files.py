@@ -57,6 +57,8 @@ def parse_json(line: str | bytes) -> Any:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"has half of a surrogate pair, {half!a}, which is no text; remove it") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands of brackets
+        raise ValueError("is no JSON that can be read: a number too long, or too many brackets") from error
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .cache import CACHE, DuoCache, DuoStep
+from .cache import CACHE, DuoCache, DuoStep, given_cache
 from .checkpoint import SafeCheckpoint
 from .config import TaHConfig
 from .decider import build_decider
@@ -54,7 +54,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
-    _skip_keys_device_placement = [CACHE]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def __init__(self, config: TaHConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -129,7 +129,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
         """
-        past = past_key_values if cache is None else cache
+        past = given_cache(past_key_values, cache)
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
         B, T = tokens.valid.shape
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)

@@ -69,9 +69,8 @@ class RunningOutput:
         self.deeper: list[tuple[Tensor, Tensor]] = []  # (tokens [M], hidden [M, D]) where sums are not allowed
         self.memo: Tensor | None = None  # [B*T, V] while decoding, so that no token's head runs twice
         self.stale: list[Tensor] = []
-        self.ahead: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # tokens [N], and their `best`, till a pass adds to them
-        )
+        # Tokens [N] and their `best`, where a policy's look at the logits told them; till a pass adds to them.
+        self.ahead: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, tokens: Tensor, hidden: Tensor) -> None:
         """Add a deeper pass of `tokens` [M] with final hidden states [M, D]."""
@@ -124,21 +123,21 @@ class RunningOutput:
         mapped, found = [], []
         for chunk in tokens.split(CHUNK):
             logits = self.logits(chunk, exact=False)
-            found.append(best(logits, self.num_best))
+            found.append(best_of(logits, self.num_best))
             mapped.append(f(logits))  # which may overwrite them
         self.ahead = (tokens, *_joined(found))
         return torch.cat(mapped)
 
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities among the `num_best` highest accumulated logits of `tokens` [N], and their ids: [N, k]."""
-        if self.ahead is None:
-            return _joined([best(self.logits(chunk, exact=False), self.num_best) for chunk in tokens.split(CHUNK)])
+        if self.ahead is None or torch.is_grad_enabled():  # what was told ahead has no gradient
+            return _joined([best_of(self.logits(chunk, exact=False), self.num_best) for chunk in tokens.split(CHUNK)])
         seen, weights, ids = self.ahead
         at = torch.searchsorted(seen, tokens).to(ids.device)  # of the tokens seen, in order, some go on
         return weights[at], ids[at]
 
 
-def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
     top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     return top.float().softmax(-1), ids

@@ -18,12 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .config import CONFIDENCE_MEASURES, POLICIES, TaHConfig, check_max_depth, check_threshold
+
+
+class MapLogits(Protocol):
+    def __call__(self, f: Callable[[Tensor], Tensor], /, ahead: bool = False) -> Tensor: ...
 
 
 @dataclass
@@ -35,7 +39,7 @@ class DepthState:
     positions: Tensor  # [N] position ids
     hidden: dict[int, Tensor]  # hidden state k -> [N, D], for the k in the policy's `layers`
     depth_labels: Tensor | None  # [N] passes each token should take, where known
-    map_logits: Callable[..., Tensor]
+    map_logits: MapLogits
     """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that
     no [N, V] needs to exist. Only while the policy runs: later passes add to the same sums. With `ahead=True` it also
     prepares the next input of these tokens: for a policy that lets most of them go on."""

@@ -112,7 +112,9 @@ def test_what_vllm_cannot_do(model, tmp_path, capsys):
     tokenizer().save_pretrained(tmp_path / "base")
     words = ["--tasks", "gsm8k", "--data", f"gsm8k={DATA['gsm8k']}", "--backend", "vllm", "-o", str(tmp_path / "run")]
     biased = shutil.copytree(model, tmp_path / "biased")
-    (biased / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "no_repeat_ngram_size": 3}))
+    (biased / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "num_beams": 1, "no_repeat_ngram_size": 3})
+    )
     for asked, more, message in (
         (str(biased), [], "has no_repeat_ngram_size=3, which vLLM is not told; leave it out, or use"),
         (model, ["--policy", "never,oracle", "--reference", model], "policy oracle needs its reference to read along"),

@@ -15,28 +15,38 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
+MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
 
 
 @pytest.mark.timeout(900)  # three processes start, on a busy machine
 @pytest.mark.parametrize(
-    ("family", "batching", "heads"),
-    [("llama", "mixed", 2), ("qwen3", "two_pass", 1)],
-    ids=["a key head each", "one key head in both"],
+    ("family", "batching", "heads", "config", "rules"),
+    [
+        ("llama", "mixed", 2, {}, [{}]),
+        ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.8}]),
+    ],
+    ids=["a key head each", "one key head in both, policies that look at logits"],
 )
-def test_two_processes(tmp_path, family, batching, heads):
+def test_two_processes(tmp_path, family, batching, heads, config, rules):
     """Chunked prompts, then requests that are preempted for want of blocks."""
-    model = tiny(tmp_path / "model", family, key_heads=heads)
-    want = reference(model, MIXED, NEW)
-    assert 0.05 < iterated(want) < 0.3
+    model = tiny(tmp_path / "model", family, key_heads=heads, **config)
+    parts = [MIXED[at :: len(rules)] for at in range(len(rules))]
+    want = [reference(model, part, NEW, **rule) for part, rule in zip(parts, rules, strict=True)]
+    assert all(0.02 < iterated(answers) < 0.6 for answers in want)
     llm = LLM(
         str(model), dtype="float32", max_model_len=256, max_num_seqs=8, block_size=32, enforce_eager=True,
         gpu_memory_utilization=0.05, num_gpu_blocks_override=16, max_num_batched_tokens=48, tensor_parallel_size=2,
         additional_config={"batching": batching},
     )  # fmt: skip
     try:
-        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW)
+        params = [
+            SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW, extra_args=rules[at % len(rules)])
+            for at in range(len(MIXED))
+        ]
         outs = llm.generate([{"prompt_token_ids": prompt} for prompt in MIXED], params, use_tqdm=False)
-        assert agree(model, MIXED, [answer(out) for out in outs], want)
+        for at, (part, rule) in enumerate(zip(parts, rules, strict=True)):
+            got = [answer(out) for out in outs[at :: len(rules)]]
+            assert agree(model, part, got, want[at], **rule)
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         assert scheduler.deep_free + sum(scheduler.deep_in_block.values()) == scheduler.deep_capacity
     finally:

@@ -161,7 +161,8 @@ def _turn(engine: Any, task: Task, variant: str) -> Turn:
 
 
 def _transformers(model: str, dtype: str) -> Runner:
-    """Runs tasks with `generate`: whole batches, each as long as its longest answer."""
+    """Runs tasks with `generate`: whole batches, each as long as its longest answer. The time for prompts, of 8 tokens
+    where answers are what counts, is in."""
     import torch
 
     tah = load_tah(model, dtype).eval()

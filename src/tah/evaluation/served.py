@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import GenerationConfig
 
 from ..load import find
 from ..session import Session
@@ -24,12 +23,16 @@ from .eval_files import Asked, Generated
 from .harness import TaHLM
 
 ROOMY = ("always", "random")  # policies whose depth-2 keys may need more room than the plugin plans for a decider's
-NOT_HANDED_OVER = (  # entries of generation_config.json that change what `generate` says
-    "bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "max_time",
-    "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "sequence_bias",
-    "stop_strings", "suppress_tokens", "watermarking_config",
-)  # fmt: skip
+# Entries of generation_config.json that change what greedy `generate` says and that vLLM is not told, where they differ
+# from these, which change nothing.
+NOT_HANDED_OVER: dict[str, Any] = {
+    "bad_words_ids": None, "begin_suppress_tokens": None, "constraints": None, "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "exponential_decay_length_penalty": None,
+    "force_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1.0,
+    "max_time": None, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "num_beams": 1,
+    "penalty_alpha": 0.0, "sequence_bias": None, "stop_strings": None, "suppress_tokens": None, "token_healing": False,
+    "watermarking_config": None,
+}  # fmt: skip
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process vLLM's schedule depends on nothing but the requests
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -61,10 +64,9 @@ class ServedLM(TaHLM):
     ) -> None:
         if session.wrapped:
             raise ValueError(f"{session.source} is a plain base model; --backend vllm needs a TaH checkpoint")
-        given, usual = session.model.generation_config, GenerationConfig()
-        for name in NOT_HANDED_OVER:
-            value = getattr(given, name, None)
-            if value not in (None, getattr(usual, name, None)):
+        for name, neutral in NOT_HANDED_OVER.items():
+            value = getattr(session.model.generation_config, name, None)
+            if value not in (None, neutral):
                 raise ValueError(
                     f"generation_config.json of {session.source} has {name}={value!r}, which vLLM is not told; "
                     "leave it out, or use --backend transformers"

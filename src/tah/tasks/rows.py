@@ -97,7 +97,7 @@ def read_file(path: Path, kind: Kind) -> list[Row]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} {error}") from error
+            raise ValueError(f"{path} line {number} {error}; one question a line") from error
         check(row, kind, f"{path} line {number}")
         rows.append(row)
     if not rows:

@@ -31,8 +31,11 @@ class StepLogits:
         self.request[last] = torch.arange(len(last), device=last.device)
         self.kept: Tensor | None = None  # [R, V]
 
-    def map(self, index: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """`f`: [n, V] -> [n, ...] of the logits of the tokens `index` [N], `CHUNK` of them at a time."""
+    def map(self, index: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
+        """`f`: [n, V] -> [n, ...] of the logits of the tokens `index` [N], `CHUNK` of them at a time.
+
+        `ahead`, a hint of a policy (`DepthState.map_logits`), changes nothing here.
+        """
         request = self.request[index]
         is_last = request >= 0
         parts = []  # of the last tokens, of the others

@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 from ..config import TaHConfig
 from ..decider import build_decider
 from ..mixing import weighted
-from ..outputs import best
+from ..outputs import best_of
 from ..policy import DepthState, Rule, build_policy
 from .attention import Current, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
@@ -156,7 +156,8 @@ class TaHForCausalLM(nn.Module):
         made, self.sampler_logits = self.sampler_logits, None
         if made is None:
             return self.base.compute_logits(hidden_states)
-        assert len(made) == len(hidden_states)
+        if len(made) != len(hidden_states):
+            raise RuntimeError(f"logits of {len(made)} tokens are ready, but {len(hidden_states)} are asked for")
         return made
 
     def forward(
@@ -199,7 +200,8 @@ class TaHForCausalLM(nn.Module):
         row = batch.rows(torch.arange(len(ids)))
         threshold = torch.tensor([choice.threshold for choice in choices])
         go = torch.zeros(len(ids), dtype=torch.bool)
-        for name in {choice.policy for choice in choices if choice.iterates}:
+        # In one order in all processes: a policy that looks at logits has them gathered from all.
+        for name in sorted({choice.policy for choice in choices if choice.iterates}):
             asked = torch.tensor([choice.iterates and choice.policy == name for choice in choices])
             index = asked[row].nonzero().squeeze(1)
             state = DepthState(
@@ -290,7 +292,7 @@ class TaHForCausalLM(nn.Module):
             return self.embed_input_ids(ids[index]) + self.reembed_map(logits.hidden[index])
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            weights, tokens = best(logits, self.config.mix_topk)
+            weights, tokens = best_of(logits, self.config.mix_topk)
             return weighted(weights, self.embed_input_ids(tokens))
 
         return logits.map(index, mix)

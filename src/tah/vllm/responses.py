@@ -93,7 +93,8 @@ class TellDepths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        listen(scope["app"].state.engine_client)
+        if (engine := getattr(scope["app"].state, "engine_client", None)) is not None:
+            listen(engine)
         answers = Answers()
         RUNNING.set(answers)
         telling = scope["path"].endswith(PATHS)
