@@ -16,7 +16,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
-START = 240  # seconds that a start may take on a busy machine
+START = 600  # seconds that a start may take on a busy machine; half a minute on an idle one
 
 
 @dataclass

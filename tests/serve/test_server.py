@@ -18,6 +18,8 @@ from servers import running
 
 from tah import TaHForCausalLM
 
+pytestmark = pytest.mark.timeout(900)  # a start of the server is part of a test's time
+
 HELLO = [{"role": "user", "content": "hello"}]
 LONGEST = 256
 
