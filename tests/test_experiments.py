@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(ROOT))
@@ -20,9 +21,18 @@ import summarise  # noqa: E402
 import tasks  # noqa: E402
 import variants  # noqa: E402
 import word_problems  # noqa: E402
+from tah import TaHForCausalLM  # noqa: E402
 from tah.training.turns import encode  # noqa: E402
 
-VARIANTS = ["standard", "lookahead", "lookahead-entropy", "lookahead-quarter", "paper"]
+VARIANTS = [
+    "standard",
+    "lookahead",
+    "lookahead-entropy",
+    "lookahead-quarter",
+    "paper",
+    "lookahead-mix-3",
+    "continued-mix",
+]
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -111,6 +121,19 @@ def test_lines_hold_what_the_table_needs(results):
     assert 0.05 < lines["lookahead-quarter", 0]["training"]["iterated"] < 0.5
     assert standard["training"]["flops"] < look["training"]["flops"]
     assert lines["paper", 0]["training"]["decider_steps"] > 0
+    once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
+    assert once < again < 3 * once
+    assert lines["continued-mix", 0]["training"]["steps"] == 6 + 2 > standard["training"]["steps"]
+
+
+def test_a_trained_model_is_kept_with_its_rule(tmp_path):
+    given = ["--task", "follow", "--size", "test", "--operations", "1", "2", "--variant", "lookahead-mix"]
+    lookahead.main([*given, "--output", str(tmp_path / "results.jsonl"), "--save", str(tmp_path)])
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    model = TaHForCausalLM.from_pretrained(tmp_path / "lookahead-mix-0")
+    assert model.config.policy == "decider"
+    assert model.config.threshold == line["test"]["policies"]["decider"]["threshold"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "lookahead-mix-0").chat_template
 
 
 def test_table_and_intervals(results):
