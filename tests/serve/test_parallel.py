@@ -23,7 +23,7 @@ MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
     ("family", "batching", "heads", "config", "rules"),
     [
         ("llama", "mixed", 2, {}, [{}]),
-        ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.8}]),
+        ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.94}]),
     ],
     ids=["a key head each", "one key head in both, policies that look at logits"],
 )
@@ -32,7 +32,7 @@ def test_two_processes(tmp_path, family, batching, heads, config, rules):
     model = tiny(tmp_path / "model", family, key_heads=heads, **config)
     parts = [MIXED[at :: len(rules)] for at in range(len(rules))]
     want = [reference(model, part, NEW, **rule) for part, rule in zip(parts, rules, strict=True)]
-    assert all(0.02 < iterated(answers) < 0.6 for answers in want)
+    assert all(0.05 < iterated(answers) < 0.5 for answers in want)
     llm = LLM(
         str(model), dtype="float32", max_model_len=256, max_num_seqs=8, block_size=32, enforce_eager=True,
         gpu_memory_utilization=0.05, num_gpu_blocks_override=16, max_num_batched_tokens=48, tensor_parallel_size=2,
