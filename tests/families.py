@@ -158,7 +158,9 @@ NO_POSITIONS = Reason(
     "takes no position_ids", "its forward takes no `position_ids`, so a token cannot run again in place"
 )
 NO_EMBEDS = Reason("takes no inputs_embeds", "its forward takes no `inputs_embeds`, so no mixed input can be given")
-NO_CACHE = Reason("takes no past_key_values", "its forward takes no cache")
+NO_CACHE = Reason(
+    "takes no (past_key_values|cache)|fails on our cache", "its forward takes no cache"
+)  # as transformers has it
 ENCODER = Reason("has no list of its", "it is an encoder: it adds position offsets or looks ahead")
 LOOPED = Reason("has no list of its", "it runs its layers several times per pass, under a cache layout of its own")
 SHARED = Reason("of its 4 layers keep their past in the cache", "later layers share the keys of earlier ones")

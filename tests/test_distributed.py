@@ -16,7 +16,7 @@ from models import distance
 HERE = Path(__file__).parent
 
 
-def torchrun(*command: str, timeout: float = 180) -> subprocess.CompletedProcess:
+def torchrun(*command: str, timeout: float = 280) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *command]
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
