@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from models import tah, token_ids
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
@@ -25,18 +22,19 @@ def test_links(page):
     assert all((ROOT / name).exists() for name in named if "*" not in name), named
 
 
-def test_python_of_the_readme_runs(tmp_path):
+def test_python_of_the_readme_runs(tmp_path, tiny_base):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    tah().base.save_pretrained(tmp_path / "base")
-    code = "\n".join(blocks).replace('"Qwen/Qwen3-0.6B"', repr(str(tmp_path / "base"))).replace("=256", "=8")
-    scope = {"inputs": {"input_ids": token_ids(), "attention_mask": torch.ones(2, 12, dtype=torch.long)}}
+    code = "\n".join(blocks).replace('"Qwen/Qwen3-0.6B"', repr(str(tiny_base))).replace("=256", "=8")
+    scope: dict = {}
     here = Path.cwd()
     os.chdir(tmp_path)
     try:
         exec(code, scope)
     finally:
         os.chdir(here)
-    assert scope["out"].depth_count.shape == (2, 20) and (tmp_path / "my-tah" / "config.json").exists()
+    prompt = scope["inputs"]["input_ids"].shape[1]
+    assert scope["out"].sequences.shape == scope["out"].depth_count.shape == (1, prompt + 8)
+    assert (tmp_path / "my-tah" / "config.json").exists()
 
 
 def test_the_design_names_tests_that_exist():

@@ -101,6 +101,7 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
     painter = Painter(console, session.model.config.threshold)
     console.print(Rule(f"{problems} new problems, under each policy", style="dim"))
     console.print(TASK)
+    console.print(painter.legend())
     rows = [json.loads(line) for line in (FOLLOW / "problems.jsonl").read_text("utf-8").splitlines()][:problems]
     single, double = ([row for row in rows if row["arrows"] == count] for count in (1, 2))
     for row in single[:1] + double[:2]:
@@ -128,7 +129,7 @@ def _table(scores: dict[str, dict[str, Any]]) -> Table:
     right = {policy: np.array(its["right"], np.float64) for policy, its in scores.items()}
     drawn = Resampled(np.arange(len(right["never"])), seed=0)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("policy", "right", "95 %", "decider less it", "95 %", "iterated"):
+    for title in ("policy", "right", "95 %", "decider minus it", "95 %", "iterated"):
         table.add_column(title, header_style="dim", justify="left" if title == "policy" else "right")
     for policy, its in scores.items():
         here, less = (

@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass
 class Objective:
-    """What a stage trains, and on which tokens (spec B.3, B.4; design/science.md for `lookahead`).
+    """What a stage trains, and on which tokens (spec B.3, B.4; docs/training.md).
 
     Args:
         stage: `backbone` (base, adapter, maps) or `decider`.
