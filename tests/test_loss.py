@@ -93,6 +93,7 @@ class Largest(TorchDispatchMode):
 
 def test_training_makes_no_full_logits(monkeypatch):
     monkeypatch.setattr("tah.loss.CHUNK", 16)
+    monkeypatch.setattr("tah.outputs.CHUNK", 16)
     vocab, base = 5000, tiny("llama", "sdpa", vocab_size=5000)
     model, ids = TaHForCausalLM.from_base(base, policy="oracle", mix_topk=16, lora_rank=4).train(), token_ids(2, 200)
     with Largest() as seen:

@@ -11,7 +11,7 @@ from models import labels, shake, token_ids
 from tah import TaHForCausalLM, mixing
 from tah.families import Head
 from tah.mixing import mixed_embedding
-from tah.outputs import CHUNK, RunningOutput
+from tah.outputs import CHUNK, RunningOutput, highest
 
 V, D = 50, 12
 
@@ -49,6 +49,27 @@ def test_gradient_equals_autograds(
     for name, ours, autograds in zip(("output", "hidden", "matrix", "table"), *found, strict=True):
         error = (ours - autograds).float().norm() / autograds.float().norm()
         assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_next_input_is_the_same(dtype: torch.dtype) -> None:
+    total, embed, _ = parts(True, None, dtype, 7)
+    tokens = torch.arange(CHUNK + 9)
+    with torch.no_grad():
+        found = mixed_embedding(total, tokens, embed)
+    want = mixed_embedding(total, tokens, embed).detach()
+    assert found.dtype == dtype
+    assert (found - want).float().norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * want.float().norm()
+
+
+def test_highest_equals_topk() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, k in ((97, 5), (1000, 5), (1000, 61), (1000, 62), (1003, 1), (163, 10)):
+        x = torch.randn(9, size, generator=generator)
+        x[3, 5:] = -torch.inf
+        top, ids = highest(x, k)
+        assert torch.equal(top, x.topk(k).values) and torch.equal(x.gather(1, ids), top)
+        assert all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("frozen", ["matrix", "table", "hidden"])

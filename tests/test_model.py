@@ -504,6 +504,42 @@ def test_flash_kernels_keep_depth_one_and_leave_ready_masks_to_sdpa():
     assert calls == [LENGTH] * model.config.get_text_config().num_hidden_layers  # depth 1 alone
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo3", "deepseek_v3"])
+@pytest.mark.parametrize("attention", ["duo", "own", "blind"])
+def test_attention_by_block_equals_attention_at_once(monkeypatch, family, attention):
+    """Padded, continued, packed, and with gradients; by block with fewer keys than there are."""
+    model = tah(family, attention=attention, max_depth=3)
+    ids, depth_labels = token_ids(2, 23), labels(2, 23, depth=3)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    packed, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
+    keys, plain = [], F.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        keys.append(key.shape[2])
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    found = []
+    for queries in (2, 10**9):
+        monkeypatch.setattr("tah.masks.QUERIES", queries)
+        model.zero_grad()
+        keys.clear()
+        with torch.enable_grad():
+            out = model(ids, attention_mask=mask, depth_labels=depth_labels, labels=ids.masked_fill(mask == 0, -100))
+            out.loss.backward()
+        calls = list(keys)
+        start = model(ids[:, :12], depth_labels=depth_labels[:, :12])
+        rest = model(ids[:, 12:], depth_labels=depth_labels[:, 12:], past_key_values=start.past_key_values)
+        several = model(packed, position_ids=positions, depth_labels=labels(1, sum(LENGTHS)))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append(([out.logits[mask > 0], start.logits, rest.logits, several.logits, *grads], calls))
+    (by_block, block_calls), (at_once, whole_calls) = found
+    assert len(block_calls) > len(whole_calls) and min(block_calls) < min(whole_calls)
+    assert len(by_block) == len(at_once) > 10
+    assert max(map(distance, by_block, at_once)) < 1e-4
+
+
 def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     base = tiny("llama", attn_implementation="sdpa", rope_parameters=rope, max_position_embeddings=10)

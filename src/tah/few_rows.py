@@ -15,11 +15,16 @@ FEW_ROWS = 48
 
 
 def applies_to(x: Tensor, linear: nn.Module) -> bool:
-    """Whether `linear` of `x` [..., I] is a case for `product`; not where hooks must see the call (offloading)."""
-    if linear.training or hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks:
+    """Whether `linear` of `x` [..., I] is a case for `product`."""
+    if linear.training or is_watched(linear):
         return False
     few = 1 < x.numel() // x.shape[-1] <= FEW_ROWS
     return few and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks must see a call (offloading, sharding), so that its weights may not be used without one."""
+    return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def product(x: Tensor, weight: Tensor, A: Tensor | None = None, B: Tensor | None = None, scale: float = 1.0) -> Tensor:

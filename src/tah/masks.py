@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 DOCUMENT = 2**32
+QUERIES, BLOCKS = 128, 8  # of a block of attention, at least; of one call, at most
 NEVER = 2**62  # place of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
 
@@ -119,7 +120,59 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
     if implementation != "sdpa":
         _send_ready_masks_to_sdpa(implementation)
-    return visible[:, None]
+    mask = visible[:, None]
+    if implementation == "sdpa" and visible.device.type == "cpu" and visible.shape[1] >= 2 * QUERIES:
+        _attend_by_block()
+        mask.blocks = _blocks(visible, dtype)  # type: ignore[attr-defined]
+    return mask
+
+
+def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
+    """Queries, the range of the keys that they see, and its float mask [R, 1, n, s], block by block."""
+    found, N = [], visible.shape[1]
+    size = max(QUERIES, -(-N // BLOCKS))
+    for start in range(0, N, size):
+        queries = slice(start, min(start + size, N))
+        part = visible[:, queries]
+        seen = part.any(dim=1).any(dim=0).nonzero().squeeze(1).tolist() or [0]
+        keys = slice(seen[0], seen[-1] + 1)
+        part = part[:, None, :, keys]
+        found.append((queries, keys, torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, -torch.inf)))
+    return found
+
+
+def _attend_by_block() -> None:
+    """A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
+    with their early keys in the middle (`cache.py`): block by block, with the range of keys that a block of queries
+    sees, it takes a third less time.
+
+    Only calls with a mask from `encode_mask` change.
+    """
+    if "sdpa" in _sent:
+        return
+    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def dispatch(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        blocks = getattr(attention_mask, "blocks", None)
+        if blocks is None or args or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
+            return kernel(module, query, key, value, attention_mask, *args, **kwargs)
+        options = {
+            "dropout_p": kwargs.get("dropout", 0.0),
+            "scale": kwargs.get("scaling"),
+            "enable_gqa": key.shape[1] != query.shape[1],
+        }
+        out = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, queries], key[:, :, keys], value[:, :, keys], mask.to(query.dtype), **options
+            )
+            for queries, keys, mask in blocks
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sdpa", dispatch)
+    _sent.add("sdpa")
 
 
 _sent: set[str] = set()

@@ -33,6 +33,8 @@ def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> T
     with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
         weights, ids = total.best(tokens)
     if not sparse:
+        if _is_plain(embed) and not torch.is_grad_enabled():
+            return _mixed(weights, embed.weight, ids)  # type: ignore[arg-type]
         return torch.cat([weighted(weights[part], embed(ids[part])) for part in _parts(len(ids))])
     scale = total.head.scale / total.head.divide
     matrix, padding = total.head.linear.weight, embed.padding_idx
@@ -67,8 +69,7 @@ class _Mix(torch.autograd.Function):
         """hidden [M, D], matrix and table [V, D], weights and ids [M, k] -> [M, D]"""
         ctx.save_for_backward(hidden, matrix, table, weights, ids)
         ctx.scale, ctx.padding, ctx.tied = scale, padding, matrix is table
-        mixed = [_weighted_rows(weights[part], table, ids[part]) for part in _parts(len(ids))]
-        return torch.cat(mixed).to(table.dtype)
+        return _mixed(weights, table, ids)
 
     @staticmethod
     @once_differentiable
@@ -97,6 +98,11 @@ class _Mix(torch.autograd.Function):
         return to_hidden, matrix_grad, table_grad, None, None, None, None
 
 
+def _mixed(weights: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    """weights and ids [M, k], table [V, D] -> [M, D] of its type"""
+    return torch.cat([_weighted_rows(weights[part], table, ids[part]) for part in _parts(len(ids))]).to(table.dtype)
+
+
 def _dots_with_rows(x: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
     """Products of x [n, D] with the rows `ids` [n, k] of matrix [V, D]: [n, k] float32"""
     if _is_small(matrix, ids):
@@ -108,6 +114,8 @@ def _weighted_rows(weights: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
     """Sums of the rows `ids` [n, k] of matrix [V, D], weighted [n, k]: [n, D] float32"""
     if _is_small(matrix, ids):
         return _spread(weights, ids, len(matrix)) @ matrix.float()
+    if matrix.dtype == torch.float32:  # else it would round the weights
+        return nn.functional.embedding_bag(ids, matrix, per_sample_weights=weights, mode="sum")
     return torch.einsum("nk,nkd->nd", weights, matrix[ids].float())
 
 

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .families import Head
 
 _recording: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_recording", default=None)
-CHUNK = 64  # tokens whose logits [CHUNK, V] exist at the same time
+CHUNK = 128  # tokens whose logits [CHUNK, V] exist at the same time (at 64 a CPU's head costs a fifth more)
+BLOCK = 16  # logits of which one maximum is taken
 
 
 @dataclass
@@ -139,8 +140,28 @@ class RunningOutput:
 
 def best_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
-    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    top, ids = highest(logits, min(k, logits.shape[-1]))
     return top.float().softmax(-1), ids
+
+
+def highest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`x.topk(k)` of x [n, V], for a large V at half the price on a CPU: values and ids [n, k], falling.
+
+    They lie in the k blocks with the largest maxima. A block takes every (V // BLOCK)-th value, so that the maxima
+    of all are taken side by side.
+    """
+    n, V = x.shape
+    blocks = V // BLOCK
+    if blocks <= k:
+        return x.topk(k)
+    whole = blocks * BLOCK
+    best = x[:, :whole].view(n, BLOCK, blocks).amax(1).topk(k, sorted=False).indices  # [n, k]
+    starts = torch.arange(0, whole, blocks, device=x.device)
+    places = (starts[:, None] + best[:, None]).flatten(1)  # [n, BLOCK * k]
+    rest = torch.arange(whole, V, device=x.device).expand(n, -1)
+    places = torch.cat([places, rest], dim=1)
+    top, at = x.gather(1, places).topk(k)
+    return top, places.gather(1, at)
 
 
 def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import accumulate, cycle, islice
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..model import TaHForCausalLM
 from ..tracing.trace import trace
 from ..training.reference import batches
-from .bench import SEED, interleave, machine
+from .bench import interleave, machine
 
 
 def throughput(
@@ -32,10 +33,10 @@ def throughput(
     repeats: int = 5,
     **options: Any,
 ) -> dict[str, Any]:
-    """Tokens per second of tracing random texts, and of M plain passes of `model.base` with all logits.
+    """Tokens per second of tracing English texts, and of M plain passes of `model.base` with all logits.
 
-    With `attention="duo"` a trace by default runs the model a second time, under its policy. The texts are random, so
-    what a policy would choose in them means nothing: `trace, run again` is that of one which iterates 7 % of them.
+    With `attention="duo"` a trace by default runs the model a second time, under its policy: `trace, run again` is
+    that of one which iterates 7 % of the tokens.
 
     Args:
         lengths: tokens of each text.
@@ -43,9 +44,7 @@ def throughput(
         repeats: rounds.
         options: of `trace`.
     """
-    generator = np.random.default_rng(SEED)
-    size = min(len(tokenizer), model.config.get_text_config(decoder=True).vocab_size)
-    ids = [generator.integers(3, size, length).tolist() for length in lengths]
+    ids = _texts(tokenizer, lengths)
     rows = [{"input_ids": row, "supervised": [False] + [True] * (len(row) - 1)} for row in ids]
     M = options.get("max_depth") or model.config.max_depth
     inputs = []
@@ -81,6 +80,15 @@ def throughput(
             for name, each in seconds.items()
         },
     }
+
+
+def _texts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """As many tokens of Python's own help: what a true next token's rank costs depends on how likely the text is."""
+    help_texts = "\n".join(text for _, text in sorted(topics.items()))
+    ids = tokenizer(help_texts[: 16 * sum(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = list(islice(cycle(ids), sum(lengths)))
+    stops = accumulate(lengths)
+    return [ids[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..outputs import highest
 from ..policy import DepthState, Policy, Rule
 
-BLOCK = 64  # logits of which one maximum is taken
 ROWS = 16  # measured at a time, so that they stay in a CPU's cache over the dozen operations on each
 
 
@@ -117,9 +117,9 @@ def measure(logits: Tensor, target: Tensor, k: int) -> Tensor:
         for at in (torch.eq(x, mine, out=each).sum(1) > 1).nonzero().squeeze(1).tolist():
             rank[rest[at]] += (x[at, : int(target[rest[at]])] == mine[at]).sum()
     peak = top[:, :1]
-    z.sub_(peak).clamp_(min=-100)  # what is ruled out (-inf) adds nothing to the entropy
-    mass = torch.exp(z, out=p).sum(1, keepdim=True)
-    entropy = (mass.log() - p.mul_(z).sum(1, keepdim=True) / mass).clamp(min=0)
+    mass = torch.exp(z.sub_(peak), out=p).sum(1, keepdim=True)
+    # What is ruled out (-inf) adds nothing to the entropy, though 0 * -inf is not a number.
+    entropy = (mass.log() - p.mul_(z).nansum(1, keepdim=True) / mass).clamp(min=0)
     chosen, mine = (top - peak).exp() / mass, (own - peak).exp() / mass
     found = torch.cat([rank[:, None].float(), mine, entropy, chosen[:, :1], ids.float(), chosen], dim=1)
     if not found.isfinite().all():
@@ -128,22 +128,8 @@ def measure(logits: Tensor, target: Tensor, k: int) -> Tensor:
 
 
 def most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of `z` [n, V] and their ids, [n, k], falling; of equal ones the lower id first.
-
-    They lie in the k blocks with the largest maxima, and a maximum costs a twentieth of a top-k.
-    """
-    n, V = z.shape
-    blocks = V // BLOCK
-    if blocks <= k:
-        top, ids = z.topk(k)
-    else:
-        whole = z[:, : blocks * BLOCK].view(n, blocks, BLOCK)
-        best = whole.amax(2).topk(k).indices  # [n, k]
-        places = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
-        tail = torch.arange(blocks * BLOCK, V, device=z.device).expand(n, -1)
-        places = torch.cat([places, tail], dim=1)
-        top, at = z.gather(1, places).topk(k)
-        ids = places.gather(1, at)
+    """The k largest of `z` [n, V] and their ids, [n, k], falling; of equal ones the lower id first."""
+    top, ids = highest(z, k)
     ids, order = ids.sort()
     top, order = top.gather(1, order).sort(descending=True, stable=True)
     return top, ids.gather(1, order)
