@@ -20,7 +20,7 @@ from families import VOCAB, tiny
 from models import shake, tah, token_ids
 from reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
-from tah.benchmarks.bench_trace import markdown, throughput
+from tah.benchmarks.bench_trace import save, throughput
 from tah.cli import run
 from tah.families import Head
 from tah.outputs import RunningOutput
@@ -917,11 +917,14 @@ def test_tune_confidence(capsys, checkpoint, measure):
     assert stats["policies"]["own policy"]["iterated"]["value"] == pytest.approx(0.3, abs=0.01)
 
 
-def test_throughput_is_measured(words):
+def test_throughput_is_measured(words, tmp_path):
     found = throughput(model_of("duo", max_depth=2), words, (20, 30), repeats=1, tokens_per_batch=32)
     assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, run again"}
     assert all(rate > 0 for rate in found["tokens_per_second"].values())
-    assert "| run | tokens/s | ratio to 2 plain passes |" in markdown(found) and "| trace | " in markdown(found)
+    save(found, tmp_path)
+    assert json.loads((tmp_path / "bench_trace.json").read_text()) == found
+    table = (tmp_path / "bench_trace.md").read_text()
+    assert "| run | tokens/s | ratio to 2 plain passes |" in table and "| trace | " in table
 
 
 def test_help_needs_no_torch():

@@ -78,14 +78,17 @@ def bench_trace(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
     texts: Annotated[int, _number("How many, of 512 tokens each.", int, 1)] = 8,
     repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
+    output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the cost of tracing against as many plain passes (minutes)."""
-    from .benchmarks.bench_trace import markdown, throughput
+    from .benchmarks.bench_trace import markdown, save, throughput
     from .load import quiet
     from .session import Session
 
     quiet()
     session = Session.open(model, dtype="float32")
     result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats)
+    if output is not None:
+        save(result, output)
     typer.echo(json.dumps(result) if as_json else markdown(result))

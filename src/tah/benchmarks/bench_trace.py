@@ -7,6 +7,7 @@ above 1 the trace is faster.
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from ..model import TaHForCausalLM
 from ..tracing.trace import trace
 from ..training.reference import batches
@@ -74,6 +76,7 @@ def throughput(
     return {
         "machine": machine(),
         "settings": {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch, "repeats": repeats, "passes": M},
+        "seconds": seconds,
         "tokens_per_second": {name: tokens / statistics.median(each) for name, each in seconds.items()},
         "ratio": {
             name: statistics.median(p / s for p, s in zip(seconds["plain"], each, strict=True))
@@ -98,6 +101,12 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     passes = result["settings"]["passes"]
     return "\n".join([f"| run | tokens/s | ratio to {passes} plain passes |", "| --- | --- | --- |", *rows])
+
+
+def save(result: dict[str, Any], folder: Path) -> None:
+    """Write bench_trace.json and bench_trace.md."""
+    write_atomically(folder / "bench_trace.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(folder / "bench_trace.md", markdown(result) + "\n")
 
 
 @torch.no_grad()
