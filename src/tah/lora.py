@@ -62,7 +62,8 @@ class DepthLoRA(nn.Module):
             return y
         x = x.to(self.lora_A.weight.dtype)  # adapters may be float32 beside a half-precision base, as in PEFT
         low = self.lora_A(self.lora_dropout(x) if self.training else x)
-        if y.dtype == low.dtype and not torch.is_grad_enabled() and not few_rows.is_watched(self.lora_B):
+        alike = y.dtype == low.dtype == self.lora_B.weight.dtype  # not under autocast, which must see the call
+        if alike and not torch.is_grad_enabled() and not few_rows.is_watched(self.lora_B):
             # In place: a product of its own and a sum cost a tenth of the layer.
             y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_B.weight.t(), alpha=self.lora_scale)
             return y
