@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from families import tiny
 from models import labels, shake, token_ids
 from tah import TaHForCausalLM, mixing
 from tah.families import Head
+from tah.lora import add_lora, at_depth
 from tah.mixing import mixed_embedding
 from tah.outputs import CHUNK, RunningOutput, highest
 
@@ -57,9 +59,49 @@ def test_without_gradients_the_next_input_is_the_same(dtype: torch.dtype) -> Non
     tokens = torch.arange(CHUNK + 9)
     with torch.no_grad():
         found = mixed_embedding(total, tokens, embed)
-    want = mixed_embedding(total, tokens, embed).detach()
+        weights, ids = total.best(tokens)
+        want = (weights[:, :, None] * embed.weight[ids].float()).sum(1)
     assert found.dtype == dtype
-    assert (found - want).float().norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * want.float().norm()
+    assert (found - want).float().norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * want.norm()
+
+
+def test_hooks_of_the_embedding_see_the_next_input() -> None:
+    total, embed, _ = parts(True, None, torch.float32, 7)
+    tokens = torch.arange(9)
+    with torch.no_grad():
+        want = 2 * mixed_embedding(total, tokens, embed)
+        embed.register_forward_hook(lambda module, args, out: 2 * out)
+        assert torch.allclose(mixed_embedding(total, tokens, embed), want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("types", ["float32", "bfloat16", "mixed"])
+def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool, types: str) -> None:
+    """On more rows than `few_rows` takes, on one, and where a hook must see the call."""
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 20, bias=bias) if kind is nn.Linear else Conv1D(20, 12)
+    add_lora(holder := nn.ModuleList([layer]), rank=4, alpha=6)
+    nn.init.normal_(layer.lora_B.weight)
+    holder.to(torch.float32 if types == "float32" else torch.bfloat16)
+    if types == "mixed":
+        layer.lora_A.float(), layer.lora_B.float()
+    for shape in ((12,), (1, 12), (3, 30, 12)):
+        x = torch.randn(shape, dtype=layer.weight.dtype)
+        plain = layer(x).detach().float()
+        update = 1.5 * layer.lora_B(layer.lora_A(x.to(layer.lora_A.weight.dtype))).detach().float()
+        with at_depth(2):
+            want = layer(x).detach()
+            with torch.no_grad():
+                found = [layer(x)]
+                handle = layer.lora_B.register_forward_hook(lambda module, args, out: 0 * out)
+                silent = layer(x)
+                handle.remove()
+        assert torch.equal(silent.float(), plain)
+        for out in (want, *found):
+            assert out.dtype == x.dtype and out.shape == plain.shape
+            error = (out.float() - plain - update).norm() / update.norm()
+            assert error < (1e-6 if types == "float32" else 2e-2)
 
 
 def test_highest_equals_topk() -> None:
@@ -67,9 +109,10 @@ def test_highest_equals_topk() -> None:
     for size, k in ((97, 5), (1000, 5), (1000, 61), (1000, 62), (1003, 1), (163, 10)):
         x = torch.randn(9, size, generator=generator)
         x[3, 5:] = -torch.inf
-        top, ids = highest(x, k)
-        assert torch.equal(top, x.topk(k).values) and torch.equal(x.gather(1, ids), top)
-        assert all(len(set(row)) == k for row in ids.tolist())
+        for its in (x, x.bfloat16()):  # which has ties
+            top, ids = highest(its, k)
+            assert torch.equal(top, its.topk(k).values) and torch.equal(its.gather(1, ids), top)
+            assert all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("frozen", ["matrix", "table", "hidden"])

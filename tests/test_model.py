@@ -186,14 +186,16 @@ def test_batch_row_equals_single_row(policy):
 @pytest.mark.parametrize("max_depth", [2, 3])
 def test_decisions_of_a_decider_equal_reference(decider, max_depth):
     model = tah(policy="decider", decider=decider, max_depth=max_depth)
-    ids = token_ids(rows=3, seed=1)  # seed 0 makes an input that a deeper pass amplifies tenfold, rounding included
+    ids = token_ids(rows=3)
     model.config.threshold = middle(model(ids).continue_prob[:, :, 0])
     out = model(ids)
     assert out.depth_count.unique().numel() > 1
     for row in range(3):
         want = reference(model, ids[row], by_policy(model.decider, model.config.threshold))
         assert torch.equal(out.depth_count[row], want.depth_count)
-        assert distance(out.logits[row], want.logits) < EXACT
+        # The third pass of one input amplifies rounding: against float64 the reference is off by 0.3e-5, we by 0.8 to
+        # 2.5e-5, by the order in which the next input is summed up.
+        assert distance(out.logits[row], want.logits) < (EXACT if max_depth == 2 else 2 * EXACT)
 
 
 def test_confidence_and_random_equal_reference():
@@ -539,6 +541,35 @@ def test_attention_by_block_equals_attention_at_once(monkeypatch, family, attent
     assert len(block_calls) > len(whole_calls) and min(block_calls) < min(whole_calls)
     assert len(by_block) == len(at_once) > 10
     assert max(map(distance, by_block, at_once)) < 1e-4
+
+
+def test_depth_one_of_packed_rows_is_computed_as_the_base_computes_it(monkeypatch):
+    """To the last bit, however long: blocks are for deeper passes."""
+    model = tah()
+    ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
+    found = []
+    for queries in (2, 10**9):
+        monkeypatch.setattr("tah.masks.QUERIES", queries)
+        found.append(model(ids, position_ids=positions, policy="never").logits)
+    assert torch.equal(*found)
+
+
+def test_a_mask_of_another_length_is_refused(monkeypatch):
+    """By block as at once: slices would hide that keys are missing from the mask."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setattr("tah.masks.QUERIES", 2)
+    model, masks = tah(policy="always"), []
+    layer = model.base.model.layers[0].self_attn
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(token_ids(1, 9))
+    handle.remove()
+    assert hasattr(masks[-1], "blocks")
+    query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 19, 8)
+    with pytest.raises(ValueError, match=r"a mask for \(9, 18\) queries and keys, but there are \(9, 19\)"):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, key, masks[-1])
 
 
 def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():

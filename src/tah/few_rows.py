@@ -23,7 +23,8 @@ def applies_to(x: Tensor, linear: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks must see a call (offloading, sharding), so that its weights may not be used without one."""
+    """Whether hooks of the module must see a call (offloading, sharding), so that its weights may not be used without
+    one. Hooks of all modules, as counters of operations have them, are not asked for."""
     return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
 
 

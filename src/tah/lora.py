@@ -65,7 +65,8 @@ class DepthLoRA(nn.Module):
         alike = y.dtype == low.dtype == self.lora_B.weight.dtype  # not under autocast, which must see the call
         if alike and not torch.is_grad_enabled() and not few_rows.is_watched(self.lora_B):
             # In place: a product of its own and a sum cost a tenth of the layer.
-            y.flatten(0, -2).addmm_(low.flatten(0, -2), self.lora_B.weight.t(), alpha=self.lora_scale)
+            rows = low.reshape(-1, low.shape[-1])
+            y.view(-1, y.shape[-1]).addmm_(rows, self.lora_B.weight.t(), alpha=self.lora_scale)
             return y
         return torch.add(y, self.lora_B(low).to(y.dtype), alpha=self.lora_scale)
 

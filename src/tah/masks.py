@@ -61,7 +61,7 @@ def depth_masks(
     visible_deep = visible_deep & (deep_depths <= depth)[:, None]
     visible_base = base[:, None] <= (q if attention != "blind" else -1)
     visible = torch.cat([visible_deep, visible_base.expand(*query.shape, -1)], dim=2)  # [R, N, S]
-    return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents)
+    return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents, deeper=True)
 
 
 def document_masks(config: PreTrainedConfig, places: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
@@ -71,7 +71,13 @@ def document_masks(config: PreTrainedConfig, places: Tensor, valid: Tensor, dtyp
 
 
 def ready_masks(
-    config: PreTrainedConfig, q: Tensor, key: Tensor, visible: Tensor, dtype: torch.dtype, documents: bool
+    config: PreTrainedConfig,
+    q: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    dtype: torch.dtype,
+    documents: bool,
+    deeper: bool = False,
 ) -> Any:
     """Restrict `visible` [R, N, S] to the document and to what each layer type reaches, from the places of queries
     [R, N, 1] and keys [R, 1, S], and put it into the form the base takes."""
@@ -80,7 +86,7 @@ def ready_masks(
         q, key = q % DOCUMENT, key % DOCUMENT
 
     def build(layer_type: str) -> Any:
-        return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype)
+        return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype, deeper)
 
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -106,8 +112,9 @@ def within_reach(config: PreTrainedConfig, layer_type: str, query: Tensor, key: 
     return True
 
 
-def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """visible [R, N, S] bool in the form of the configured attention implementation."""
+def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype, deeper: bool) -> Any:
+    """visible [R, N, S] bool in the form of the configured attention implementation; depth 1 is computed as the base
+    computes it, to the last bit."""
     implementation = config._attn_implementation
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -121,14 +128,17 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
     if implementation != "sdpa":
         _send_ready_masks_to_sdpa(implementation)
     mask = visible[:, None]
-    if implementation == "sdpa" and visible.device.type == "cpu" and visible.shape[1] >= 2 * QUERIES:
+    if deeper and implementation == "sdpa" and visible.device.type == "cpu" and visible.shape[1] >= 2 * QUERIES:
         _attend_by_block()
-        mask.blocks = _blocks(visible, dtype)  # type: ignore[attr-defined]
+        mask.blocks = _blocks(visible, dtype)  # type: ignore[attr-defined]  # a base that copies the mask loses them
     return mask
 
 
 def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
-    """Queries, the range of the keys that they see, and its float mask [R, 1, n, s], block by block."""
+    """Queries, the range from their first key to their last, and its float mask [R, 1, n, s], block by block.
+
+    All masks together are as large as the one that SDPA would make of `visible` in every layer, or smaller.
+    """
     found, N = [], visible.shape[1]
     size = max(QUERIES, -(-N // BLOCKS))
     for start in range(0, N, size):
@@ -137,16 +147,16 @@ def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Ten
         seen = part.any(dim=1).any(dim=0).nonzero().squeeze(1).tolist() or [0]
         keys = slice(seen[0], seen[-1] + 1)
         part = part[:, None, :, keys]
-        found.append((queries, keys, torch.zeros(part.shape, dtype=dtype).masked_fill_(~part, -torch.inf)))
+        found.append((queries, keys, torch.zeros_like(part, dtype=dtype).masked_fill_(~part, -torch.inf)))
     return found
 
 
 def _attend_by_block() -> None:
     """A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
     with their early keys in the middle (`cache.py`): block by block, with the range of keys that a block of queries
-    sees, it takes a third less time.
+    sees, it takes a quarter less time.
 
-    Only calls with a mask from `encode_mask` change.
+    Goes around whatever "sdpa" is in this process; only calls with a mask of a deeper pass change.
     """
     if "sdpa" in _sent:
         return
@@ -156,20 +166,16 @@ def _attend_by_block() -> None:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         blocks = getattr(attention_mask, "blocks", None)
-        if blocks is None or args or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
+        if blocks is None or kwargs.get("position_bias") is not None:
             return kernel(module, query, key, value, attention_mask, *args, **kwargs)
-        options = {
-            "dropout_p": kwargs.get("dropout", 0.0),
-            "scale": kwargs.get("scaling"),
-            "enable_gqa": key.shape[1] != query.shape[1],
-        }
+        if attention_mask.shape[-2:] != (query.shape[2], key.shape[2]):
+            given = query.shape[2], key.shape[2]
+            raise ValueError(f"a mask for {tuple(attention_mask.shape[-2:])} queries and keys, but there are {given}")
         out = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], mask.to(query.dtype), **options
-            )
-            for queries, keys, mask in blocks
+            kernel(module, query[:, :, rows], key[:, :, its], value[:, :, its], mask.to(query.dtype), *args, **kwargs)
+            for rows, its, mask in blocks
         ]
-        return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+        return torch.cat([part for part, _ in out], dim=1), None
 
     AttentionInterface.register("sdpa", dispatch)
     _sent.add("sdpa")

@@ -21,6 +21,7 @@ from .families import Head
 
 _recording: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_recording", default=None)
 CHUNK = 128  # tokens whose logits [CHUNK, V] exist at the same time (at 64 a CPU's head costs a fifth more)
+MEMO = 64  # tokens of a call whose logits are kept, at most
 BLOCK = 16  # logits of which one maximum is taken
 
 
@@ -93,7 +94,7 @@ class RunningOutput:
     def logits(self, tokens: Tensor, exact: bool = True) -> Tensor:
         """Accumulated logits [N, V] of `tokens` [N]; with `exact`, what the base's own head gives."""
         everyone = len(self.total)
-        if torch.is_grad_enabled() or everyone > CHUNK or (self.memo is None and len(tokens) < everyone):
+        if torch.is_grad_enabled() or everyone > MEMO or (self.memo is None and len(tokens) < everyone):
             return self._logits(tokens, exact)
         if self.memo is None:
             self.memo = self._logits(torch.arange(everyone, device=tokens.device))
@@ -145,14 +146,15 @@ def best_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def highest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)` of x [n, V], for a large V at half the price on a CPU: values and ids [n, k], falling.
+    """`x.topk(k)` of x [n, V], for a large V at half the price on a CPU: values and ids [n, k], falling. Of equal
+    values it may take others.
 
     They lie in the k blocks with the largest maxima. A block takes every (V // BLOCK)-th value, so that the maxima
     of all are taken side by side.
     """
     n, V = x.shape
     blocks = V // BLOCK
-    if blocks <= k:
+    if blocks <= k or x.device.type != "cpu":  # elsewhere it is not measured
         return x.topk(k)
     whole = blocks * BLOCK
     best = x[:, :whole].view(n, BLOCK, blocks).amax(1).topk(k, sorted=False).indices  # [n, k]

@@ -89,6 +89,8 @@ def _texts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
     """As many tokens of Python's own help: what a true next token's rank costs depends on how likely the text is."""
     help_texts = "\n".join(text for _, text in sorted(topics.items()))
     ids = tokenizer(help_texts[: 16 * sum(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError("the tokenizer makes no tokens of an English text")
     ids = list(islice(cycle(ids), sum(lengths)))
     stops = accumulate(lengths)
     return [ids[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]

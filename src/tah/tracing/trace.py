@@ -237,9 +237,7 @@ def _facts(model: TaHForCausalLM, tokenizer: Any, texts: list[Text]) -> dict[str
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of which id stands for which token."""
-    vocab = tokenizer.get_vocab()
-    names = sorted(vocab, key=lambda name: (vocab[name], name))
-    return _hash(json.dumps(names).encode(), np.array([vocab[name] for name in names], np.int64).tobytes())
+    return _hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
 def _hash(*parts: bytes) -> str:
