@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from tah import Confidence, DepthState, TaHForCausalLM
+from tah import TaHForCausalLM
 from tah.training.trainer import Objective
 
 LOOKAHEAD = {"reembed": "hidden", "attention": "own", "combine": "zero_init", "lora_rank": 0}
@@ -55,9 +53,10 @@ class Variant:
     """What is trained.
 
     Args:
-        method: of `Objective`, or `entropy`: look-ahead on supervised tokens of more than `TAU` nats only.
+        method: of `Objective`.
         model: fields of `TaHConfig`.
         share: of the supervised tokens that look ahead.
+        uncertain: only those of more than `TAU` nats do.
         loss_weights: what the output after each depth counts.
         steps: times the training of the others.
         layers: times those of the others; their MLPs are narrower then, so that parameters stay the same.
@@ -67,6 +66,7 @@ class Variant:
     method: str
     model: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    uncertain: bool = False
     loss_weights: tuple[float, ...] | None = None
     steps: float = 1.0
     layers: int = 1
@@ -79,7 +79,7 @@ class Variant:
     @property
     def joint(self) -> bool:
         """Whether a decider is trained along."""
-        return self.method in ("lookahead", "blind") and self.loss_weights is None
+        return self.method in ("lookahead", "blind") and self.loss_weights is None and not self.uncertain
 
 
 VARIANTS = {
@@ -93,49 +93,29 @@ VARIANTS = {
     "lookahead-mix": Variant("lookahead", MIX),
     "lookahead-mix-duo": Variant("lookahead", MIX | {"attention": "duo"}),
     "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),
-    "lookahead-mix-entropy": Variant("entropy", MIX),
+    "lookahead-mix-entropy": Variant("lookahead", MIX, uncertain=True),
     "lookahead-mix-3": Variant("lookahead", MIX | {"max_depth": 3}),
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
-    "lookahead-entropy": Variant("entropy", LOOKAHEAD),
+    "lookahead-entropy": Variant("lookahead", LOOKAHEAD, uncertain=True),
     "always": Variant("lookahead", LOOKAHEAD, loss_weights=(0.0, 1.0)),
     "blind": Variant("blind", LOOKAHEAD | {"attention": "blind"}),
     "paper": Variant("paper", PAPER),
 }
 
 
-class UncertainSupervised(Confidence):
-    """Entropy, among tokens whose depth labels allow more: prompts are uncertain too, but nobody has to say them."""
-
-    def __init__(self) -> None:
-        super().__init__("entropy")
-
-    def __call__(self, state: DepthState) -> Tensor:
-        assert state.depth_labels is not None
-        return torch.where(state.depth_labels > state.depth, super().__call__(state), -math.inf)
-
-
-class EntropyObjective(Objective):
-    """Look-ahead where the model is uncertain after depth 1."""
-
-    def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
-        given = super().arguments(batch, step, depth, shared)
-        chosen = {"policy": UncertainSupervised(), "threshold": 1 - math.exp(-self.tau), "follow_labels": False}
-        return given | chosen
-
-
 def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Objective:
-    kind = EntropyObjective if variant.method == "entropy" else Objective
-    return kind(
+    return Objective(
         stage=stage,
-        method="lookahead" if variant.method == "entropy" else variant.method,
+        method=variant.method,
         max_depth=variant.depth,
         loss_weights=variant.loss_weights,
         share=variant.share,
         tau=TAU,
+        uncertain=variant.uncertain,
         joint=variant.joint,
         seed=seed,
     )

@@ -175,8 +175,16 @@ def test_only_uncertain_supervised_tokens_look_ahead():
     with torch.no_grad():
         out = model(**objective.arguments(batch, 0, 2))
     supervised = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], policy="never").logits
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    objective.tau = float(entropy[supervised].median()) + 1e-4
+    with torch.no_grad():
+        few = model(**objective.arguments(batch, 0, 2))
     assert (out.depth_count[supervised] == 2).all()  # untrained, so uncertain everywhere
     assert (out.depth_count[~supervised] == 1).all()
+    assert torch.equal(few.depth_count == 2, supervised & (entropy > objective.tau))
+    assert 0.3 < (few.depth_count[supervised] == 2).float().mean() < 0.7
 
 
 def test_a_schedule_reaches_both_optimisers():

@@ -177,6 +177,7 @@ def test_sections_are_not_shared_between_recipes():
         ("label.rule=prob<2", ["prob<2", "prob<P"]),
         ("label.reference=trained", ["label.reference=trained", "base.scratch"]),
         ("backbone.share=0.5", ["backbone.share=0.5", "lookahead"]),
+        ("backbone.uncertain=true", ["backbone.uncertain=true is for lookahead, blind, not paper"]),
         ("backbone.share=0", ["backbone.share=0", "greater than 0"]),
         ("backbone.method=random decider=null", ["backbone.share", "always"]),
         ("backbone.train=lora model.lora_rank=0", ["lora_rank=0", "nothing to train"]),

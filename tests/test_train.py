@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -129,6 +130,20 @@ def test_every_method_trains_and_loads(method, run, recipe_of):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     out = model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert out.shape[1] > 3
+
+
+def test_lookahead_on_uncertain_tokens(run, recipe_of):
+    """Of the supervised ones; the decider's stage reads all of them."""
+    section = {"method": "lookahead", "uncertain": True, "tau": 2.0, "training": SECTION}
+    recipe = recipe_of("lookahead", backbone=section)
+    lines = (train(recipe, "backbone", run) / "metrics.jsonl").read_text().splitlines()
+    shares = [line["iterated_share"] for line in map(json.loads, lines) if "iterated_share" in line]
+    assert 0 < np.mean(shares) < 1
+    model = AutoModelForCausalLM.from_pretrained(run / "backbone")
+    assert model.config.policy == "confidence" and model.config.threshold == pytest.approx(1 - math.exp(-2.0))
+    lines = (train(recipe, "decider", run) / "metrics.jsonl").read_text().splitlines()
+    shares = [line["iterated_share"] for line in map(json.loads, lines) if "iterated_share" in line]
+    assert set(shares) == {1}
 
 
 def test_stages_train_their_own_parts(run, recipe_of, tiny_base):

@@ -104,6 +104,8 @@ class Backbone(Part):
             all alike (`lookahead`, `blind`).
         share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
         tau: `confidence` iterates where the entropy exceeds this, in nats.
+        uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate, which costs
+            little more than `standard`. Not with `decider.joint`, which learns from all of them.
         depth_schedule: (share of training done, most passes from then on), both rising, the first at share 0 and
             depth 2: with one pass nothing would train adapter, maps and a joint decider.
         init: TaH or base checkpoint to continue from, instead of `base.model`.
@@ -116,6 +118,7 @@ class Backbone(Part):
     loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     tau: Annotated[float, Field(ge=0)] = 0.3
+    uncertain: bool = False
     depth_schedule: list[Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Positive], Field(strict=False)]] = []
     init: str | None = None
     training: dict[str, Any] = {}
@@ -259,6 +262,8 @@ class Recipe(Part):
             )
         if decider.joint and not self.by_gain:
             raise ValueError(f"decider.joint works with backbone.method={' or '.join(BY_GAIN)}, not {method}")
+        if decider.joint and self.backbone.uncertain:
+            raise ValueError("decider.joint learns from all tokens and backbone.uncertain trains few; drop one of them")
         if decider.joint and 0 in (self.backbone.loss_weights or ()):
             raise ValueError("decider.joint needs every depth's loss, so no 0 in backbone.loss_weights")
         if decider.target == "share" and decider.target_share is None:
@@ -268,6 +273,8 @@ class Recipe(Part):
         backbone = self.backbone
         if backbone.share < 1 and backbone.method not in BY_SHARE:
             raise ValueError(f"backbone.share={backbone.share} is for {', '.join(BY_SHARE)}, not {backbone.method}")
+        if backbone.uncertain and not self.by_gain:
+            raise ValueError(f"backbone.uncertain=true is for {', '.join(BY_GAIN)}, not {backbone.method}")
         if backbone.share == 1 and backbone.method == "random":
             raise ValueError("backbone.method=random needs backbone.share below 1; iterating all tokens is `always`")
         if backbone.train == "lora" and self.model.get("lora_rank") == 0:

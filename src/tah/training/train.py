@@ -242,6 +242,7 @@ def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows
         loss_weights=backbone.loss_weights,
         share=backbone.share,
         tau=backbone.tau,
+        uncertain=backbone.uncertain,
         joint=stage == "backbone" and decider is not None and decider.joint,
         gain=decider.gain if decider is not None else 0.05,
         pos_weight=pos_weight,

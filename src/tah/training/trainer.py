@@ -22,11 +22,23 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..loss import IGNORE, decider_loss, shift
 from ..model import TaHForCausalLM, TaHOutput
-from ..policy import Confidence, Random
+from ..policy import Confidence, DepthState, Random
 
 Stage = Literal["backbone", "decider"]
 METHODS = ("paper", "lookahead", "standard", "always", "random", "confidence", "blind")
 CHECKPOINTS = "checkpoints"
+
+
+class _UncertainOf(Confidence):
+    """Entropy, among tokens whose depth labels allow more: nobody has to say a prompt's, however uncertain."""
+
+    def __init__(self) -> None:
+        super().__init__("entropy")
+
+    def __call__(self, state: DepthState) -> Tensor:
+        """[N]"""
+        assert state.depth_labels is not None
+        return torch.where(state.depth_labels > state.depth, super().__call__(state), -math.inf)
 
 
 @dataclass
@@ -46,6 +58,8 @@ class Objective:
             alike for `lookahead` and `blind`.
         share: `lookahead`: of the supervised tokens, those that run more than one pass; `random`: of all tokens.
         tau: `confidence` iterates where the entropy exceeds this, in nats.
+        uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate (while the
+            backbone is trained).
         joint: train the decider along with the backbone (`lookahead`, `blind`).
         gain: a token is worth a pass that lowers its cross-entropy by more than this, in nats (`lookahead`, `blind`).
         pos_weight: weight of the hard tokens in the decider's loss (`paper`).
@@ -59,6 +73,7 @@ class Objective:
     loss_weights: Sequence[float] | None = None
     share: float = 1.0
     tau: float = 0.3
+    uncertain: bool = False
     joint: bool = False
     gain: float = 0.05
     pos_weight: float | None = None
@@ -102,6 +117,8 @@ class Objective:
             given |= {"depth_labels": torch.where(chosen, depth, 1), "follow_labels": True}
             asks = self.joint or self.stage == "decider"
             given["policy"] = "decider" if asks else "oracle"
+            if self.uncertain and self.stage == "backbone":
+                given |= {"policy": _UncertainOf(), "threshold": self._threshold, "follow_labels": False}
             return given | {"loss_weights": self.weights(depth) if self.stage == "backbone" else [1 / depth] * depth}
         given["loss_weights"] = self.weights(depth)
         given["policy"] = {
@@ -114,8 +131,12 @@ class Objective:
         if self.method == "standard":
             given["max_depth"] = 1
         if self.method == "confidence":
-            given["threshold"] = 1 - math.exp(-self.tau)  # 1 - exp(-entropy) > 1 - exp(-tau)
+            given["threshold"] = self._threshold
         return given
+
+    @property
+    def _threshold(self) -> float:
+        return 1 - math.exp(-self.tau)  # 1 - exp(-entropy) > 1 - exp(-tau)
 
     def _sample(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """[B, T] bool, a share of all tokens; another one at every step, the same on any machine."""
