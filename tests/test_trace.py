@@ -23,6 +23,7 @@ from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import save, throughput
 from tah.cli import run
 from tah.families import Head
+from tah.load import FOLLOW
 from tah.outputs import RunningOutput
 from tah.policy import DepthState, Policy
 from tah.tracing.overthinking import as_markdown, compare, statistics
@@ -900,6 +901,9 @@ def test_tune_writes_the_threshold_and_nothing_else(capsys, checkpoint, monkeypa
 def test_tune_refuses(capsys, checkpoint, tiny_base):
     assert "target 'share=7' is not one of" in fails(capsys, "tune", checkpoint, "page.txt", "--target", "share=7")
     assert "is not a TaH checkpoint" in fails(capsys, "tune", tiny_base, "page.txt", "--target", "loss")
+    in_the_box = (FOLLOW / "config.json").read_bytes()
+    assert "follow-tah is no directory of yours" in fails(capsys, "tune", "follow-tah", "page.txt", "--target", "loss")
+    assert (FOLLOW / "config.json").read_bytes() == in_the_box
     config = checkpoint / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"policy": "always"}))
     message = fails(capsys, "tune", checkpoint, "page.txt", "--target", "loss")
