@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -54,7 +49,7 @@ def ask(url: str) -> list[Answer]:
 def tokens_by_engine(url: str) -> dict[str, float]:
     """That ran at depth 2, by the engine's number."""
     text = urlopen(f"{url}/metrics", timeout=5).read().decode()
-    found = re.findall(r'^vllm:tah_tokens_total\{(.*)\} (\S+)$', text, re.M)
+    found = re.findall(r"^vllm:tah_tokens_total\{(.*)\} (\S+)$", text, re.M)
     return {re.search(r'engine="(\d+)"', labels)[1]: float(count) for labels, count in found if 'depth="2"' in labels}
 
 
