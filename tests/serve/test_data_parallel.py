@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import openai
 from checkpoints import tiny
-from servers import running
+from servers import TAH, free_port, running, started
 from serving import Answer, agree, prompts, reference
 
 pytestmark = pytest.mark.timeout(900)  # servers start, two engines each
@@ -58,4 +58,19 @@ def test_one_machine(model, tmp_path):
     with running(model, tmp_path / "log.txt", max_model_len=256, max_num_seqs=8, data_parallel_size=2) as server:
         assert agree(model, ASKED, ask(server.url), reference(model, ASKED, NEW))
         told = tokens_by_engine(server.url)
+    assert set(told) == {"0", "1"} and all(told.values())
+
+
+def test_the_cluster_script(model, tmp_path):
+    """The two machines that it is for are this one twice: the first with the API, the second with an engine only."""
+    both = {"NODES": "2", "HEAD": "127.0.0.1", "RPC_PORT": str(free_port()), "TAH": " ".join(TAH)}
+    script, options = ["sh", str(CLUSTER)], {"max_model_len": 256, "max_num_seqs": 8}
+    first, second = both | {"RANK": "0"}, both | {"RANK": "1"}
+    with (
+        started([*script, str(model)], tmp_path / "second.txt", second, **options) as engine,
+        running(model, tmp_path / "first.txt", script, first, **options) as server,
+    ):
+        assert agree(model, ASKED, ask(server.url), reference(model, ASKED, NEW))
+        told = tokens_by_engine(server.url)
+        assert engine.poll() is None
     assert set(told) == {"0", "1"} and all(told.values())
