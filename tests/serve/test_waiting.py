@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 from checkpoints import tiny
 from serving import agree, answer, prompts, reference, serve
 
+from tah import TaHForCausalLM
+
 NEW = 24
 PROMPT = prompts(1, seed=5, longest=1, shared=95)[0]  # three blocks, the last token ends the third
-LONGER = PROMPT + prompts(1, seed=6, longest=40)[0]
+LONGER = PROMPT + prompts(1, seed=6, longest=1, shared=39)[0]  # of its own 40 the first 32 end a block
 RULE = {"policy": "always"}
 
 
@@ -44,8 +47,22 @@ def begin(served, **asked):
 def finish(served):
     done = {}
     while served.engine.has_unfinished_requests():
-        done |= {out.request_id: answer(out) for out in served.engine.step() if out.finished}
+        done |= {out.request_id: out for out in served.engine.step() if out.finished}
     return done
+
+
+def watch_left(served, monkeypatch):
+    """How many tokens each request that is gone had left, for every pass that runs them."""
+    waiting, seen = served.model.waiting, []
+    every = waiting.all
+
+    def watched():
+        if waiting.left:
+            seen.append([len(one.positions) for one in waiting.left])
+        return every()
+
+    monkeypatch.setattr(waiting, "all", watched)
+    return seen
 
 
 def cached(served, llama, expected, prompt):
@@ -56,9 +73,10 @@ def cached(served, llama, expected, prompt):
     return agree(llama, [prompt], [answer(out)], expected[len(prompt)], **RULE)
 
 
-@pytest.mark.parametrize("other", [None, "a", "b"])
-def test_aborted_in_between(served, llama, expected, other):
+@pytest.mark.parametrize(("other", "left"), [(None, [96, 32]), ("a", [32]), ("b", [96])])
+def test_aborted_in_between(served, llama, expected, monkeypatch, other, left):
     """The one that is aborted, and another that is not, or is as well; both prompts begin alike."""
+    seen = watch_left(served, monkeypatch)
     begin(served, a=PROMPT, b=LONGER)
     assert len(served.model.waiting.by_request) == 2
     assert [len(one.positions) for one in served.model.waiting.by_request.values()] == [96, len(LONGER) - 96]
@@ -67,9 +85,27 @@ def test_aborted_in_between(served, llama, expected, other):
     done = finish(served)
     if other is not None:
         prompt = PROMPT if other == "a" else LONGER
-        assert agree(llama, [prompt], [done[other]], expected[len(prompt)], **RULE)
+        assert agree(llama, [prompt], [answer(done[other])], expected[len(prompt)], **RULE)
     assert cached(served, llama, expected, LONGER) and cached(served, llama, expected, PROMPT)
     assert not served.model.waiting.by_request and not served.model.waiting.left
+    assert seen == [left]
+
+
+def test_blocks_of_an_aborted_one_go_to_another_at_once(llama, monkeypatch):
+    """Its tokens run before their entries are freed; whoever gets the blocks has keys of its own there."""
+    other = prompts(1, seed=9, longest=1, shared=129)[0]
+    want = {len(prompt): reference(llama, [prompt], NEW, **RULE) for prompt in (PROMPT, other)}
+    options = {"num_gpu_blocks_override": 6, "max_model_len": 160}  # one is vLLM's own
+    with serve(llama, additional_config={"batching": "mixed"}, hf_overrides=RULE, **options) as served:
+        seen = watch_left(served, monkeypatch)
+        begin(served, a=PROMPT)
+        served.engine.abort_request(["a"])
+        done = {}
+        begin(served, other=other)
+        done = finish(served)
+        assert seen == [[96]]
+        assert agree(llama, [other], [answer(done["other"])], want[len(other)], **RULE)
+        assert agree(llama, [PROMPT], served.ask([PROMPT], NEW), want[len(PROMPT)], **RULE)
 
 
 def test_control_without_those_that_were_left(served, llama, expected, monkeypatch):
@@ -80,7 +116,8 @@ def test_control_without_those_that_were_left(served, llama, expected, monkeypat
     assert not cached(served, llama, expected, LONGER)
 
 
-def test_preempted_in_between(served, llama, expected):
+def test_preempted_in_between(served, llama, expected, monkeypatch):
+    seen = watch_left(served, monkeypatch)
     names = begin(served, a=PROMPT, b=LONGER)
     for name in names.values():
         request = served.scheduler.requests[name]
@@ -89,7 +126,8 @@ def test_preempted_in_between(served, llama, expected):
         served.scheduler.prev_step_scheduled_req_ids.discard(name)
     done = finish(served)
     for name, prompt in (("a", PROMPT), ("b", LONGER)):
-        assert agree(llama, [prompt], [done[name]], expected[len(prompt)], **RULE)
+        assert agree(llama, [prompt], [answer(done[name])], expected[len(prompt)], **RULE)
+    assert seen == [[96, 32]]
     assert served.preempted == 2 and cached(served, llama, expected, LONGER)
 
 
@@ -109,22 +147,37 @@ def test_left_out_of_a_step(served, llama, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "schedule", without_a)
         begin(served, b=LONGER)
+        a = served.model.waiting.by_request[next(iter(served.model.waiting.by_request))]
+        assert a.hidden is not None and a.positions.tolist() == [95]  # all others have run
         served.engine.step()
     done = finish(served)
     for name, prompt in (("a", PROMPT), ("b", LONGER)):
-        assert agree(llama, [prompt], [done[name]], expected[len(prompt)], **RULE)
+        assert agree(llama, [prompt], [answer(done[name])], expected[len(prompt)], **RULE)
+    assert done["b"].num_cached_tokens == 96
+    served.check_pool()
 
 
-def test_a_prompts_probabilities_beside_others(llama):
-    """Where somebody asks for them nobody's tokens wait in that step; answers are the same."""
+@torch.no_grad()
+def test_a_prompts_probabilities_beside_others(llama, monkeypatch):
+    """Where somebody asks for them nobody's tokens wait in that step; answers are the same, and so are they."""
     asked = prompts(12, seed=7, longest=60, shared=40)
     want = reference(llama, asked, NEW)
+    model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with serve(llama, max_num_batched_tokens=64, additional_config={"batching": "mixed"}) as served:
+        may_wait, waited = served.model._may_wait, set()
+        monkeypatch.setattr(served.model, "_may_wait", lambda *given: waited.add(its := may_wait(*given)) or its)
         params = [served.params(NEW, prompt_logprobs=0 if at % 3 == 0 else None) for at in range(len(asked))]
         for _ in range(2):
             outs = served.llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
             served.check_pool()
             assert agree(llama, asked, [answer(out) for out in outs], want)
+            for prompt, out in list(zip(asked, outs, strict=True))[::3]:
+                probs = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+                got = [entry[token].logprob for token, entry in zip(prompt[1:], out.prompt_logprobs[1:], strict=True)]
+                assert torch.allclose(
+                    torch.tensor(got), probs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0], atol=1e-3
+                )
+        assert waited == {True, False}
 
 
 def test_answers_of_one_token(llama):

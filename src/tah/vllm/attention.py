@@ -81,7 +81,9 @@ def plan(tokens: DeepTokens, pool: DeepPool, block_size: int, own: bool) -> Deep
             groups += [[mine[at : at + QUERIES]] for at in range(0, len(mine), QUERIES)]
     groups += together.values()
     made = [_group(tokens, torch.tensor(group), pool, block_size, own) for group in groups]
-    return DeepPass(pool, pool.entry_of_slot[tokens.slots], made)
+    entries = pool.entry_of_slot[tokens.slots]
+    assert bool((entries >= 0).all()), "a token at depth 2 has lost its entry"  # -1 would write another token's keys
+    return DeepPass(pool, entries, made)
 
 
 def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, own: bool) -> Group:

@@ -5,7 +5,7 @@ Shapes: T tokens of a step, M of them that iterate, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -71,7 +71,9 @@ class TaHForCausalLM(nn.Module):
         self.choices: dict[str, Choice] = {}  # by request; kept by the worker
         self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
         self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
-        self.silent: Callable[[], Tensor]  # of the same, [requests or more] bool: whose next token is not asked for yet
+        self.silent: Callable[
+            [], Sequence[bool]
+        ]  # of the same, [requests or more] bool: whose next token is not asked for yet
         self.tell_prompts: Callable[[], Container[str]]  # requests that ask for their prompt's log-probabilities
         self.report: StepReport | None = None  # of the latest step; for the scheduler
         self.pool: DeepPool | None = None
@@ -251,7 +253,7 @@ class TaHForCausalLM(nn.Module):
     def _may_wait(self, batch: Batch, index: Tensor) -> bool:
         """Not where vLLM asks for the log-probabilities of a prompt: it tells them in the step of its tokens, or never.
 
-        Then no hard token of the step waits, since those of other requests may be in the same cached prefix.
+        Then no hard token of the step waits: one pass runs all of them.
         """
         requests, told = self.request_ids(), self.tell_prompts()
         return self.mixed and not any(requests[row] in told for row in batch.rows(index).unique().tolist())
@@ -285,6 +287,8 @@ class TaHForCausalLM(nn.Module):
         places = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
         wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
         again = torch.tensor(list(due.values()), dtype=torch.long)
+        newest = [int(self.waiting.by_request[request].positions[-1]) for request in due]
+        assert positions[again].tolist() == newest, "a request that waits was given another token"
         with without_writing(self.deep_attention[0].stock, again):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:

@@ -62,18 +62,19 @@ class WaitingTokens:
     def all(self) -> tuple[DeepTokens, Tensor]:
         """For one pass, those of requests that are gone first, and their inputs [M, D]."""
         waiting: Sequence[Waiting] = [*self.left, *self.by_request.values()]
-        owners = [number for number, one in enumerate(waiting) for _ in one.positions]
+        owners = [number for number, one in enumerate(waiting) for _ in range(len(one.positions))]
         positions, slots = torch.cat([one.positions for one in waiting]), torch.cat([one.slots for one in waiting])
         tables = pad_sequence([one.blocks for one in waiting], batch_first=True)
         return DeepTokens(owners, positions, slots, tables), torch.cat([one.embeds for one in waiting])
 
     def rows(self, due: dict[str, int], step: int) -> list[int]:
-        """Where the tokens of `all` go in a mixed pass.
+        """Where the tokens of `all` go in a mixed pass; none are left of requests that are gone.
 
         Args:
             due: the row of the step that a request's newest token has.
             step: T; all others come behind its rows.
         """
+        assert not self.left
         rows: list[int] = []
         more = step
         for request, one in self.by_request.items():

@@ -40,7 +40,8 @@ class DepthCPUWorker(CPUWorker):
             model.choices[request.req_id] = Choice.of(model.config, request.sampling_params.extra_args)
             model.fresh.add(request.req_id)
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        for request in gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+        # In one order in all processes, which add up their parts of each row.
+        for request in sorted(gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids):
             model.waiting.leave(request)
         model.given_up += scheduler_output.given_up
         model.report = None
