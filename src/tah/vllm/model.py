@@ -71,9 +71,7 @@ class TaHForCausalLM(nn.Module):
         self.choices: dict[str, Choice] = {}  # by request; kept by the worker
         self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
         self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
-        self.silent: Callable[
-            [], Sequence[bool]
-        ]  # of the same, [requests or more] bool: whose next token is not asked for yet
+        self.silent: Callable[[], Sequence[bool]]  # of the same, or more: whose next token is not asked for yet
         self.tell_prompts: Callable[[], Container[str]]  # requests that ask for their prompt's log-probabilities
         self.report: StepReport | None = None  # of the latest step; for the scheduler
         self.pool: DeepPool | None = None
