@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,25 +58,26 @@ class Server:
         return int(next(named))
 
 
-@contextmanager
-def running(model: Path, log: Path, **options: Any) -> Iterator[Server]:
-    """A server of `model`, in float32, that answers; ended with the context."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@contextmanager
+def started(
+    command: Sequence[str], log: Path, environment: dict[str, str], **options: Any
+) -> Iterator[subprocess.Popen]:
+    """`command` with flags for a small server in float32; ended with the context."""
     options = {"dtype": "float32", "gpu_memory_utilization": 0.05, "served_model_name": "tiny", **options}
-    flags = []
+    flags = ["--enforce-eager"]
     for name, value in options.items():
         flags += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
-    command = [sys.executable, "-m", "tah_cli", "serve", str(model), "--enforce-eager", *flags]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
     with log.open("w") as out:
-        where = ["--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen([*command, *where], env=environment, stdout=out, stderr=subprocess.STDOUT)
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+        process = subprocess.Popen([*command, *flags], env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
-        server.wait()
-        yield server
+        yield process
     finally:
         process.terminate()
         try:
@@ -84,3 +85,22 @@ def running(model: Path, log: Path, **options: Any) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+
+
+TAH = [sys.executable, "-m", "tah_cli"]
+
+
+@contextmanager
+def running(
+    model: Path,
+    log: Path,
+    command: Sequence[str] = (*TAH, "serve"),
+    environment: dict[str, str] | None = None,
+    **options: Any,
+) -> Iterator[Server]:
+    """A server of `model` that answers."""
+    options |= {"host": "127.0.0.1", "port": free_port()}
+    with started([*command, str(model)], log, environment or {}, **options) as process:
+        server = Server(f"http://127.0.0.1:{options['port']}", process, log)
+        server.wait()
+        yield server

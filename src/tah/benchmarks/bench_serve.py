@@ -2,8 +2,9 @@
 
 Beside it stands transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
 
-Base, TaH model and `generate` are engines in processes of their own; variants take turns, so that a machine whose speed
-drifts slows all of them alike. CPU seconds are counted beside the clock: with one thread they hold on a shared machine,
+Base, TaH model and `generate` are engines in processes of their own. Each variant runs together with the base, one step
+of the one and one step of the other, so that a machine whose speed drifts slows both alike (`generate` has no steps: it
+runs after the base's first). CPU seconds are counted beside the clock: with one thread they hold on a shared machine,
 where the clock does not. Prefix caching is off, so every turn does the same work.
 """
 
@@ -51,6 +52,7 @@ class Task:
     prompts: list[int]  # lengths
     new: list[int]  # tokens asked for
     steady: bool = False  # measured while all requests run: from their first tokens until all are said in sum
+    of_prompts: bool = False  # the prompts' tokens are what counts
 
     def ids(self) -> list[list[int]]:
         """Token ids, the same for every variant."""
@@ -71,7 +73,8 @@ def stream(requests: int = 96, new: int = 32) -> Task:
 
 
 def prefill(requests: int = 8, length: int = 128) -> Task:
-    return Task(f"prefill, {requests} x {length} tokens", [length] * requests, [1] * requests)
+    """Until the second token of each answer, since hard tokens of a prompt may run with the step after it."""
+    return Task(f"prefill, {requests} x {length} tokens", [length] * requests, [2] * requests, of_prompts=True)
 
 
 TASKS = {"1": decode(1), "8": decode(8), "32": decode(32), "stream": stream(), "prefill": prefill()}
@@ -99,7 +102,8 @@ class Row:
     iterated: float
 
 
-Runner = Callable[[Task, str], Turn]
+Steps = Iterator[Turn | None]  # of a task: None after each step but the last
+Runner = Callable[[Task, str], Steps]
 
 
 def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, float]:
@@ -116,7 +120,7 @@ def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, floa
     engine = llm.llm_engine
     served = engine.model_executor.driver_worker.worker.model_runner
 
-    def run(task: Task, variant: str) -> Turn:
+    def run(task: Task, variant: str) -> Steps:
         if tah:
             served.model.mixed = variant == "mixed"
         return _turn(engine, task, variant)
@@ -126,7 +130,7 @@ def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, floa
     return run, 1 + pool / depth_one
 
 
-def _turn(engine: Any, task: Task, variant: str) -> Turn:
+def _turn(engine: Any, task: Task, variant: str) -> Steps:
     """One task on one of vLLM's engines, step by step."""
     from vllm import SamplingParams
 
@@ -137,27 +141,34 @@ def _turn(engine: Any, task: Task, variant: str) -> Turn:
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
     said: dict[str, int] = {}
     depths: list[Any] = []  # arrays, of answers
+    took = Turn(0.0, 0.0, 0.0)
 
     def step() -> None:
-        for out in engine.step():
+        wall, cpu = time.perf_counter(), time.process_time()
+        outs = engine.step()
+        took.wall += time.perf_counter() - wall
+        took.cpu += time.process_time() - cpu
+        for out in outs:
             said[out.request_id] = len(out.outputs[0].token_ids)
             if out.finished and variant != "base":
                 depths.append(out.outputs[0].routed_experts)
 
     while task.steady and len(said) < len(task.prompts):
         step()
-    before, wall, cpu = sum(said.values()), time.perf_counter(), time.process_time()
+        yield None
+    before, took.wall, took.cpu = sum(said.values()), 0.0, 0.0
     while engine.has_unfinished_requests() and (not task.steady or sum(said.values()) - before < sum(task.new)):
         step()
-    tokens = sum(task.prompts) if set(task.new) == {1} else sum(said.values()) - before
-    turn = Turn((time.process_time() - cpu) / tokens, (time.perf_counter() - wall) / tokens, 0.0)
+        yield None
+    tokens = sum(task.prompts) if task.of_prompts else sum(said.values()) - before
+    turn = Turn(took.cpu / tokens, took.wall / tokens, 0.0)
     if variant != "base":
         depths += [log.depths for log in engine.engine_core.engine_core.scheduler.logs.values()]
         turn.iterated = float((np.concatenate(depths) > 1).mean())
     engine.abort_request(list(said))
     while engine.has_unfinished_requests():
         engine.step()
-    return turn
+    yield turn
 
 
 def _transformers(model: str, dtype: str) -> Runner:
@@ -169,7 +180,7 @@ def _transformers(model: str, dtype: str) -> Runner:
     tah.config.random_rate = RATE
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
 
-    def run(task: Task, _: str) -> Turn:
+    def run(task: Task, _: str) -> Steps:
         ids, depths = torch.tensor(task.ids()), []
         wall, cpu = time.perf_counter(), time.process_time()
         for start in range(0, len(ids), SLOTS):
@@ -177,27 +188,31 @@ def _transformers(model: str, dtype: str) -> Runner:
             mask = torch.ones_like(part)
             out = tah.generate(part, attention_mask=mask, policy="random", max_new_tokens=new, **options)
             depths.append(out.depth_count[:, :-1].flatten())
-        tokens = sum(task.prompts) if set(task.new) == {1} else sum(task.new)
+        tokens = sum(task.prompts if task.of_prompts else task.new)
         turn = Turn((time.process_time() - cpu) / tokens, (time.perf_counter() - wall) / tokens, 0.0)
         turn.iterated = float((torch.cat(depths) > 1).float().mean())
-        return turn
+        yield turn
 
     return run
 
 
 def _process(pipe: Any, model: str, kind: str, dtype: str, longest: int) -> None:
-    """An engine's process: says what memory it takes, then answers every task with a `Turn`, until None comes."""
+    """An engine's process: says what memory it takes, then goes a step further each time that it is asked, with a task
+    of its own at its first, until None comes."""
     run, memory = (
         (_transformers(model, dtype), None) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
     )
     pipe.send(memory)
+    steps: Steps = iter(())
     while (asked := pipe.recv()) is not None:
-        pipe.send(run(*asked))
+        if asked:
+            steps = run(*asked)
+        pipe.send(next(steps))
 
 
 @contextmanager
 def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """A function that runs a task on a fresh engine (`base`, `tah` or `generate`), and the engine's memory; it ends
+    """What runs a task, step by step, on a fresh engine (`base`, `tah` or `generate`), and the engine's memory; it ends
     with the context."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
@@ -211,9 +226,12 @@ def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Ru
         except EOFError as error:
             raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
 
-    def run(task: Task, variant: str) -> Turn:
+    def run(task: Task, variant: str) -> Steps:
         here.send((task, variant))
-        return receive()
+        while (turn := receive()) is None:
+            yield None
+            here.send(())
+        yield turn
 
     try:
         yield run, receive()
@@ -278,23 +296,36 @@ def bench_serve(
 
 
 def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
-    """All variants on one task; a warm-up turn of each is not counted."""
+    """All variants on one task, each beside the base; a warm-up round is not counted."""
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
+    pairs: dict[str, list[tuple[Turn, Turn]]] = {name: [] for name in engines}  # with the base's beside it
     for number in range(repeats + 1):
-        first = number % len(engines)
-        for name in [*list(engines)[first:], *list(engines)[:first]]:
-            turn = engines[name](task, name)
+        for name in [name for name in engines if name != "base"] or ["base"]:
+            took = _beside_each_other(task, {one: engines[one] for one in ("base", name)})
             if number:
-                turns[name].append(turn)
+                for one, turn in took.items():
+                    turns[one].append(turn)
+                    pairs[one].append((turn, took["base"]))
     rows = []
-    for name, took in turns.items():
-        pairs = list(zip(took, turns["base"], strict=True))
-        cpu = statistics.median(turn.cpu for turn in took)
-        wall = statistics.median(turn.wall for turn in took)
-        ratio = statistics.median(turn.cpu / base.cpu for turn, base in pairs)
-        wall_ratio = statistics.median(turn.wall / base.wall for turn, base in pairs)
-        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, took[0].iterated))
+    for name, mine in turns.items():
+        cpu = statistics.median(turn.cpu for turn in mine)
+        wall = statistics.median(turn.wall for turn in mine)
+        ratio = statistics.median(turn.cpu / base.cpu for turn, base in pairs[name])
+        wall_ratio = statistics.median(turn.wall / base.wall for turn, base in pairs[name])
+        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, mine[0].iterated))
     return rows
+
+
+def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn]:
+    """One turn of each, step by step in alternation."""
+    steps = {name: run(task, name) for name, run in engines.items()}
+    turns: dict[str, Turn] = {}
+    while steps:
+        for name in list(steps):
+            if (turn := next(steps[name])) is not None:
+                turns[name] = turn
+                del steps[name]
+    return turns
 
 
 def markdown(result: dict[str, Any]) -> str:

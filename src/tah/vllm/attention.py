@@ -1,7 +1,7 @@
 """Attention of depth 2 over vLLM's paged depth-1 keys and the pool's depth-2 keys (spec A.4).
 
-Shapes: M tokens of the pass, R rows of a group with P queries each, N blocks of S slots, E deep entries,
-H key/value heads, G query heads per key/value head, K head width.
+Shapes: T tokens of the step, M tokens at depth 2, R rows of a group with P queries each, N blocks of S slots, E deep
+entries, H key/value heads, G query heads per key/value head, K head width.
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.model_executor.layers.attention import Attention
 
-from .compat import Batch, read_blocks
+from .compat import read_blocks
 from .pool import DeepPool
 
 QUERIES = 256  # of one request, attended at a time: bounds the memory for scores
 SHORT = 7  # below 2^7 tokens the operations of another group cost more than padding does
+
+
+@dataclass
+class DeepTokens:
+    """The tokens of a pass at depth 2, which have their entries in the pool."""
+
+    owners: list[int]  # [M] whose they are, by row of `tables`; tokens of one request in their order
+    positions: Tensor  # [M]
+    slots: Tensor  # [M] where their depth-1 keys are
+    tables: Tensor  # [requests, longest] physical blocks
 
 
 @dataclass
@@ -37,7 +48,8 @@ class DeepPass:
     pool: DeepPool
     entries: Tensor  # [M] the tokens' own
     groups: list[Group]
-    rows: Tensor | None = None  # [M] the tokens among those of a mixed pass, whose others are at depth 1
+    rows: Tensor | None = None  # [M] the tokens among those of a mixed pass: the step's T, then more of depth 2
+    step: int = 0  # T, in a mixed pass
 
 
 @dataclass
@@ -47,46 +59,38 @@ class Current:
     deep: DeepPass | None = None
 
 
-def plan(
-    batch: Batch, pool: DeepPool, index: Tensor, positions: Tensor, entries: Tensor, block_size: int, own: bool
-) -> DeepPass:
-    """Group the tokens of a pass by request and look up what they see; once per step.
+def plan(tokens: DeepTokens, pool: DeepPool, block_size: int, own: bool) -> DeepPass:
+    """Group the tokens of a pass by request and look up what they see; once per pass.
 
     Args:
-        batch: of the step.
-        pool: in which the tokens have their entries already.
-        index: [M] the tokens, as indices into the step, ascending.
-        positions: [M] of the tokens.
-        entries: [M] of the tokens.
+        tokens: of the pass.
+        pool: in which they have their entries already.
         block_size: S.
         own: whether a query sees no deep key but its own (`attention="own"`).
     """
-    row = batch.rows(index)
     by_request: dict[int, list[int]] = defaultdict(list)
-    for token, request in enumerate(row.tolist()):
-        by_request[request].append(token)
+    for token, owner in enumerate(tokens.owners):
+        by_request[owner].append(token)
     together: dict[int, list[list[int]]] = defaultdict(list)
     groups: list[list[list[int]]] = []
-    last = positions.tolist()
-    for tokens in by_request.values():
-        if len(tokens) == 1:  # requests of about the same length are padded to one
-            together[max(SHORT, last[tokens[0]].bit_length())].append(tokens)
+    last = tokens.positions.tolist()
+    for mine in by_request.values():
+        if len(mine) == 1:  # requests of about the same length are padded to one
+            together[max(SHORT, last[mine[0]].bit_length())].append(mine)
         else:
-            groups += [[tokens[at : at + QUERIES]] for at in range(0, len(tokens), QUERIES)]
+            groups += [[mine[at : at + QUERIES]] for at in range(0, len(mine), QUERIES)]
     groups += together.values()
-    made = [
-        _group(batch, pool, torch.tensor(tokens, device=index.device), row, positions, block_size, own)
-        for tokens in groups
-    ]
+    made = [_group(tokens, torch.tensor(group), pool, block_size, own) for group in groups]
+    entries = pool.entry_of_slot[tokens.slots]
+    assert bool((entries >= 0).all()), "a token at depth 2 has lost its entry"  # -1 would write another token's keys
     return DeepPass(pool, entries, made)
 
 
-def _group(
-    batch: Batch, pool: DeepPool, tokens: Tensor, row: Tensor, positions: Tensor, block_size: int, own: bool
-) -> Group:
-    query = positions[tokens]  # [R, P]
+def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, own: bool) -> Group:
+    """Of the tokens `group` [R, P]."""
+    query = tokens.positions[group]  # [R, P]
     N = int(query.max()) // block_size + 1
-    blocks = batch.block_table[row[tokens[:, 0]], :N].long()
+    blocks = tokens.tables[[tokens.owners[token] for token in group[:, 0].tolist()], :N].long()
     place = torch.arange(N * block_size, device=query.device)
     slots = (blocks[:, :, None] * block_size + place[:block_size]).flatten(1)  # [R, N * S]
     entry = pool.entry_of_slot[slots].masked_fill(place > query.amax(1, keepdim=True), -1)
@@ -100,7 +104,7 @@ def _group(
     see_deep = deep[:, None] == query if own else deep[:, None] <= query
     seen = torch.cat([(place <= query), see_deep], dim=-1)
     mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, float("-inf"))
-    return Group(tokens, blocks, entries, mask[:, None, None])
+    return Group(group, blocks, entries, mask[:, None, None])
 
 
 class DuoAttention(nn.Module):
@@ -120,12 +124,15 @@ class DuoAttention(nn.Module):
         self.layer, self.current = layer, current
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[T, G * H * K], [T, H * K], [T, H * K] -> [T, G * H * K]; T is M unless the pass is mixed."""
+        """[M, G * H * K], [M, H * K], [M, H * K] -> [M, G * H * K]; a mixed pass has more than the M."""
         deep = self.current.deep
         assert deep is not None
         if deep.rows is None:
             return self._duo(query, key, value, deep)
-        out = self.stock(query, key, value)
+        T, more = deep.step, len(query) - deep.step
+        out = self.stock(query[:T], key[:T], value[:T])
+        if more:  # which vLLM knows nothing of
+            out = functional.pad(out, (0, 0, 0, more))
         out[deep.rows] = self._duo(query[deep.rows], key[deep.rows], value[deep.rows], deep)
         return out
 

@@ -50,7 +50,7 @@ class DepthStatLogger(PrometheusStatLogger):
             documentation="Tokens that ran, prompts included, by the depth they reached.",
             labelnames=[*labels, "depth"],
         )
-        self.iterating = self._gauge("vllm:tah_iterating_tokens", "Tokens that reached depth 2 in the latest step.")
+        self.iterating = self._gauge("vllm:tah_iterating_tokens", "Tokens of the latest step that go on to depth 2.")
         self.usage = self._gauge("vllm:tah_deep_kv_usage_perc", "Deep entries in use. 1 means 100 percent usage.")
         threshold = self._gauge("vllm:tah_threshold", "The checkpoint's threshold of the decider.")
         for engine in threshold.values():

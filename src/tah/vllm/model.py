@@ -5,13 +5,14 @@ Shapes: T tokens of a step, M of them that iterate, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
@@ -22,12 +23,14 @@ from ..decider import build_decider
 from ..mixing import weighted
 from ..outputs import best_of
 from ..policy import DepthState, Rule, build_policy
-from .attention import Current, DuoAttention, plan
+from .attention import Current, DeepTokens, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
 from .pool import DeepPool, capacity
 from .requests import Choice
+from .scheduler import StepReport
+from .waiting import Waiting, WaitingTokens
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -37,33 +40,13 @@ FAMILIES = {
 }
 
 
-@dataclass
-class StepReport:
-    """What the scheduler is told about one step."""
-
-    free: int  # deep entries
-    taken: list[int]  # slots that have an entry since this step
-    released: list[int]  # slots whose entry is gone since this step
-    depths: dict[str, tuple[int, list[int]]]  # by request: its first position in this step, the depths from there
-    deferred: list[str]  # requests whose newest token runs again in the next step
-
-
-@dataclass
-class Deferred:
-    """A token between its two passes (`mixed`)."""
-
-    position: int
-    hidden: Tensor  # [D] what depth 1 ended in
-    embeds: Tensor  # [D] its input at depth 2
-
-
 class TaHForCausalLM(nn.Module):
     """A vLLM model: depth 1 is the stock model, untouched; then the hard tokens run its layers again.
 
     Nothing of depth 2 reaches depth 1, so a step needs no more than one pass of each: all of its tokens at depth 1, the
     hard ones at depth 2. The sum of both hidden states goes to the sampler, whose head is linear (spec A.1 step 5).
-    With `batching="mixed"` a hard token of a decoding request waits for the next step instead, and runs at depth 2 in
-    the same pass as the others' depth 1; its request says nothing in the first of the two steps.
+    With `batching="mixed"` hard tokens wait for the next step instead, and run at depth 2 in the same pass as that
+    step's tokens at depth 1. A request whose next token hangs on one that waits says nothing in the first of the two.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -88,11 +71,14 @@ class TaHForCausalLM(nn.Module):
         self.choices: dict[str, Choice] = {}  # by request; kept by the worker
         self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
         self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
-        self.prompt_lengths: Callable[[], Tensor]  # of the same, [requests or more]
+        self.silent: Callable[[], Sequence[bool]]  # of the same, or more: whose next token is not asked for yet
+        self.tell_prompts: Callable[[], Container[str]]  # requests that ask for their prompt's log-probabilities
         self.report: StepReport | None = None  # of the latest step; for the scheduler
         self.pool: DeepPool | None = None
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
-        self.deferred: dict[str, Deferred] = {}  # by request
+        self.waiting = WaitingTokens()
+        self.given_up: list[int] = []  # physical blocks whose deep entries are freed before the next pass
+        self.shares_prefixes = vllm_config.cache_config.enable_prefix_caching
         self.sampler_logits: Tensor | None = None  # [requests, V], where the running step has made them already
         self.current = Current()
         self.deep_layers: list[nn.Module] = []
@@ -111,6 +97,10 @@ class TaHForCausalLM(nn.Module):
     def decoder(self) -> Any:
         """The stock model without its head."""
         return self.base.model
+
+    @property
+    def block_size(self) -> int:
+        return slots_per_block(self.deep_attention[0].stock)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -171,25 +161,34 @@ class TaHForCausalLM(nn.Module):
         T, pool = batch.tokens, self.pool
         assert pool is not None
         input_ids, positions = input_ids[:T], positions[:T]
-        again = self._due(batch)
+        if self.waiting.left:  # with all that wait: those that share a prefix may rely on each other's keys
+            self._run_deep(*self.waiting.all())
+            self.waiting.ran()
+        pool.release(self._slots(self.given_up))
+        self.given_up.clear()
+        due = self._due(batch)
+        again = torch.tensor(list(due.values()), dtype=torch.long)
         fresh = torch.ones(T, dtype=torch.bool).index_fill_(0, again, False)
         released = pool.release(batch.slots[fresh])
-        if len(again):
-            hidden, features = self._run_mixed(batch, again, input_ids, positions)
+        if self.waiting.by_request:
+            hidden, features = self._run_mixed(batch, due, input_ids, positions)
         else:
             out = self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
             hidden, aux = out if isinstance(out, tuple) else (out, [])
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
         logits = StepLogits(self.base.compute_logits, hidden[:T], last=batch.starts[1:] - 1)
-        go = self._judge(batch, input_ids, positions, logits, features) & fresh
-        index = self._defer(batch, go, input_ids, positions, logits) if self.mixed else go.nonzero().squeeze(1)
+        index = (self._judge(batch, input_ids, positions, logits, features) & fresh).nonzero().squeeze(1)
+        pool.take(batch.slots[index])
         if len(index):
-            hidden = self._run_again(batch, index, input_ids, positions, logits)
+            embeds = self._reembed(input_ids, index, logits)
+            if self._may_wait(batch, index):
+                self._set_aside(batch, index, positions, embeds, logits)
+            else:
+                hidden = self._run_again(batch, index, positions, embeds, logits)
         self.sampler_logits = logits.kept
-        taken = torch.cat([batch.slots[again], batch.slots[index]]).tolist()
-        depths = self._depths(batch, positions)
-        self.report = StepReport(pool.free, taken, released.tolist(), depths, list(self.deferred))
+        told = self._depths(batch, positions), len(due), self.waiting.deferred()
+        self.report = StepReport(pool.free, batch.slots[index].tolist(), released.tolist(), *told)
         return hidden
 
     def _judge(
@@ -216,75 +215,90 @@ class TaHForCausalLM(nn.Module):
             _, go[index] = Rule(policy, threshold, max_depth=2, row_depth=None).judge(state, row[index])
         return get_tp_group().broadcast(go.byte()).bool()  # processes must not differ by a rounding
 
-    def _run_again(self, batch: Batch, index: Tensor, ids: Tensor, positions: Tensor, logits: StepLogits) -> Tensor:
+    def _run_again(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> Tensor:
         """The pass at depth 2 of the tokens `index` [M]; hidden states [T, D] with theirs added."""
-        self._open(batch, index, positions)
-        x, residual, places = self._reembed(ids, index, logits), None, positions[index]
-        for layer in self.deep_layers:
-            x, residual = layer(places, x, residual)
-        hidden = logits.hidden.index_add(0, index, self._finish(x, residual))
+        owners = batch.rows(index).tolist()
+        second = self._run_deep(DeepTokens(owners, positions[index], batch.slots[index], batch.block_table), embeds)
+        hidden = logits.hidden.index_add(0, index, second)
         logits.update(index, hidden[index])
         return hidden
 
-    def _open(self, batch: Batch, index: Tensor, positions: Tensor, rows: Tensor | None = None) -> None:
-        """Begin a pass in which the tokens `index` [M] run at depth 2."""
-        assert self.pool is not None
-        entries = self.pool.take(batch.slots[index])
-        block_size = slots_per_block(self.deep_attention[0].stock)
-        own = self.config.attention == "own"
-        deep = plan(batch, self.pool, index, positions[index], entries, block_size, own)
-        self.current.deep = replace(deep, rows=rows)
+    def _run_deep(self, tokens: DeepTokens, x: Tensor) -> Tensor:
+        """A pass of nothing else; what it adds to the final hidden states [M, D]."""
+        self._open(tokens)
+        residual = None
+        for layer in self.deep_layers:
+            x, residual = layer(tokens.positions, x, residual)
+        return self._finish(self.decoder.norm(x, residual)[0])
 
-    def _finish(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """What a pass at depth 2 adds to the final hidden states."""
-        second, _ = self.decoder.norm(x, residual)
+    def _open(self, tokens: DeepTokens, rows: Tensor | None = None, step: int = 0) -> None:
+        """Begin a pass in which `tokens` run at depth 2."""
+        assert self.pool is not None
+        deep = plan(tokens, self.pool, self.block_size, own=self.config.attention == "own")
+        self.current.deep = replace(deep, rows=rows, step=step)
+
+    def _finish(self, second: Tensor) -> Tensor:
+        """What normed hidden states of depth 2 add to those of depth 1."""
         return second if self.combine_map is None else self.combine_map(second)
 
     # -- depths mixed in one pass ----------------------------------------------------------------------------------
 
-    def _due(self, batch: Batch) -> Tensor:
-        """[M] tokens of this step that were deferred in an earlier one."""
-        rows = [row for row, request in enumerate(self.request_ids()) if request in self.deferred]
-        return batch.starts[torch.tensor(rows, dtype=torch.long)]
+    def _due(self, batch: Batch) -> dict[str, int]:
+        """The tokens of this step that are here for the second time, for what their requests say next."""
+        waiting, starts = set(self.waiting.deferred()), batch.starts.tolist()
+        return {request: starts[row] for row, request in enumerate(self.request_ids()) if request in waiting}
 
-    def _defer(self, batch: Batch, go: Tensor, ids: Tensor, positions: Tensor, logits: StepLogits) -> Tensor:
-        """Set aside the hard tokens of decoding requests; the others [M] run again in this step.
+    def _may_wait(self, batch: Batch, index: Tensor) -> bool:
+        """Not where vLLM asks for the log-probabilities of a prompt: it tells them in the step of its tokens, or never.
 
-        The last token of a block does not wait: once a block is full, others may find it in the prefix cache. Nor does
-        the prompt's last token, alone in its step: vLLM tells the prompt's log-probabilities in that step, or never.
+        Then no hard token of the step waits: one pass runs all of them.
         """
-        counts = batch.starts[1:] - batch.starts[:-1]
-        requests = self.request_ids()
-        row = batch.rows(torch.arange(len(go)))
-        block_size = slots_per_block(self.deep_attention[0].stock)
-        decodes = (counts[row] == 1) & (positions >= self.prompt_lengths()[row])
-        waits = go & decodes & ((positions + 1) % block_size != 0)
-        later = waits.nonzero().squeeze(1)
-        if len(later):
-            embeds = self._reembed(ids, later, logits)
-            for at, (token, number) in enumerate(zip(later.tolist(), row[later].tolist(), strict=True)):
-                first = logits.hidden[token].clone()
-                self.deferred[requests[number]] = Deferred(int(positions[token]), first, embeds[at])
-        return (go & ~waits).nonzero().squeeze(1)
+        requests, told = self.request_ids(), self.tell_prompts()
+        return self.mixed and not any(requests[row] in told for row in batch.rows(index).unique().tolist())
+
+    def _set_aside(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> None:
+        """Keep the tokens `index` [M], whose inputs are `embeds` [M, D], for the next step."""
+        requests, silent, size = self.request_ids(), self.silent(), self.block_size
+        row = batch.rows(index)
+        for number in row.unique().tolist():
+            mine = index[row == number]
+            last = int(batch.starts[number + 1]) - 1
+            stop = int(positions[last]) + 1
+            self.waiting.by_request[requests[number]] = Waiting(
+                positions[mine],
+                batch.slots[mine],
+                embeds[row == number],
+                batch.block_table[number, : -(-stop // size)].clone(),
+                stop // size * size if self.shares_prefixes else 0,
+                logits.hidden[last].clone() if int(mine[-1]) == last and not silent[number] else None,
+            )
 
     def _run_mixed(
-        self, batch: Batch, again: Tensor, ids: Tensor, positions: Tensor
+        self, batch: Batch, due: dict[str, int], ids: Tensor, positions: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One pass in which the tokens `again` [M] run at depth 2 and all others at depth 1."""
-        requests = self.request_ids()
-        waited = [self.deferred.pop(requests[row]) for row in batch.rows(again).tolist()]
-        assert [one.position for one in waited] == positions[again].tolist()
-        self._open(batch, again, positions, rows=again)
-        x, residual = self.embed_input_ids(ids).index_copy(0, again, torch.stack([one.embeds for one in waited])), None
-        wanted, features = self.decoder.aux_hidden_state_layers, {}
+        """One pass of the step's tokens at depth 1, but for those `due`, and of all tokens that wait at depth 2."""
+        T, (tokens, embeds) = batch.tokens, self.waiting.all()
+        rows = torch.tensor(self.waiting.rows(due, T))
+        more = len(rows) - len(due)
+        self._open(tokens, rows=rows, step=T)
+        x = functional.pad(self.embed_input_ids(ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
+        places = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
+        wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
+        again = torch.tensor(list(due.values()), dtype=torch.long)
+        newest = [int(self.waiting.by_request[request].positions[-1]) for request in due]
+        assert positions[again].tolist() == newest, "a request that waits was given another token"
         with without_writing(self.deep_attention[0].stock, again):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
-                    features[number] = x if residual is None else x + residual
-                x, residual = layer(positions, x, residual)
-        hidden, _ = self.decoder.norm(x, residual)
-        second = hidden[again] if self.combine_map is None else self.combine_map(hidden[again])
-        return hidden.index_copy(0, again, torch.stack([one.hidden for one in waited]) + second), features
+                    features[number] = (x if residual is None else x + residual)[:T]
+                x, residual = layer(places, x, residual)
+        hidden = self.decoder.norm(x, residual)[0][:T]
+        if due:
+            known = self.waiting.hidden()
+            first = torch.stack([known[request] for request in due])
+            hidden = hidden.index_copy(0, again, first + self._finish(hidden[again]))
+        self.waiting.ran(said=due)
+        return hidden, features
 
     def _reembed(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
         """Inputs [M, D] at depth 2 of the tokens `index`, from what depth 1 ended in (spec A.3)."""
@@ -318,24 +332,22 @@ class TaHForCausalLM(nn.Module):
         entries, heads = capacity(slots, share, longest), stock[0].num_kv_heads
         self.pool = DeepPool(len(stock), entries, heads, stock[0].head_size, slots, cache.dtype, cache.device)
 
-    def give_up(self, blocks: list[int]) -> None:
-        """Free the deep entries of physical blocks that hold nothing anybody will read."""
-        if blocks and self.pool is not None:
-            size = slots_per_block(self.deep_attention[0].stock)
-            self.pool.release((torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten())
-
     def _depths(self, batch: Batch, positions: Tensor) -> dict[str, tuple[int, list[int]]]:
         """Depths of the tokens of this step, by request, and of those that a cached prefix spared it."""
         assert self.pool is not None
-        size, found = slots_per_block(self.deep_attention[0].stock), {}
+        size, found = self.block_size, {}
         starts, depths = batch.starts.tolist(), (1 + (self.pool.entry_of_slot[batch.slots] >= 0).long()).tolist()
         for number, request in enumerate(self.request_ids()):
             start, end = starts[number : number + 2]
             first, took = int(positions[start]), depths[start:end]
             if request in self.fresh and first:
-                blocks = batch.block_table[number, : -(-first // size)].long()
-                slots = (blocks[:, None] * size + torch.arange(size)).flatten()[:first]
+                slots = self._slots(batch.block_table[number, : -(-first // size)].tolist())[:first]
                 first, took = 0, (1 + (self.pool.entry_of_slot[slots] >= 0).long()).tolist() + took
             found[request] = (first, took)
         self.fresh.clear()
         return found
+
+    def _slots(self, blocks: list[int]) -> Tensor:
+        """Of physical blocks."""
+        places = torch.arange(self.block_size)
+        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + places).flatten()

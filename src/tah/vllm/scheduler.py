@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,18 @@ from vllm.v1.request import Request
 from .metrics import StepNumbers
 from .pool import capacity
 from .requests import Choice, DepthLog
+
+
+@dataclass
+class StepReport:
+    """What the model tells the scheduler about one step."""
+
+    free: int  # deep entries
+    taken: list[int]  # slots that have an entry since this step
+    released: list[int]  # slots whose entry is gone since this step
+    depths: dict[str, tuple[int, list[int]]]  # by request: its first position in this step, the depths from there
+    repeated: int  # tokens of this step that an earlier one had already, and counted
+    deferred: list[str]  # requests that say nothing before their newest token has run again, in the next step
 
 
 class DepthScheduler(Scheduler):
@@ -96,7 +109,7 @@ class DepthScheduler(Scheduler):
         return blocks
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
-        report = getattr(model_runner_output, "report", None)
+        report: StepReport | None = getattr(model_runner_output, "report", None)
         if report is not None:
             self.deep_free = report.free
             self.deep_in_block.update(slot // self.block_size for slot in report.taken)
@@ -107,7 +120,7 @@ class DepthScheduler(Scheduler):
             deferred = set(report.deferred) & set(scheduler_output.num_scheduled_tokens)
             for request in deferred & set(self.requests):
                 self.requests[request].num_computed_tokens -= 1  # its newest token is run again
-            shallow = scheduler_output.total_num_scheduled_tokens - len(deferred) - len(report.taken)
+            shallow = scheduler_output.total_num_scheduled_tokens - report.repeated - len(report.taken)
             used = self.deep_capacity - report.free
             self.numbers = StepNumbers(shallow, len(report.taken), used, self.deep_capacity)
         found = super().update_from_output(scheduler_output, model_runner_output)

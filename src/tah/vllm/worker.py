@@ -31,7 +31,8 @@ class DepthCPUWorker(CPUWorker):
         model = self.model_runner.model
         model.prepare(self.share, self.model_config.max_model_len)
         model.request_ids = lambda: self.model_runner.input_batch.req_ids
-        model.prompt_lengths = lambda: self.model_runner.input_batch.num_prompt_tokens_cpu_tensor
+        model.silent = lambda: self.model_runner.discard_request_mask.np
+        model.tell_prompts = lambda: self.model_runner.num_prompt_logprobs
 
     def execute_model(self, scheduler_output: Any) -> Any:
         model = self.model_runner.model
@@ -39,9 +40,10 @@ class DepthCPUWorker(CPUWorker):
             model.choices[request.req_id] = Choice.of(model.config, request.sampling_params.extra_args)
             model.fresh.add(request.req_id)
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        for request in gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            model.deferred.pop(request, None)  # it runs from the start, or never
-        model.give_up(scheduler_output.given_up)
+        # In one order in all processes, which add up their parts of each row.
+        for request in sorted(gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids):
+            model.waiting.leave(request)
+        model.given_up += scheduler_output.given_up
         model.report = None
         out = super().execute_model(scheduler_output)
         for request in scheduler_output.finished_req_ids:
@@ -49,14 +51,14 @@ class DepthCPUWorker(CPUWorker):
         return out
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Nothing is said in this step for a token that runs again in the next.
+        """Nothing is said in this step for a token that waits for the next.
 
         vLLM has a mask for requests that say nothing, those in the middle of their prompt. It then puts the generator
         of a seed back by a step, which generators on CPUs cannot do; so a silent request's generator is left alone.
         """
         model, batch = self.model_runner.model, self.model_runner.input_batch
         silent = self.model_runner.discard_request_mask.np
-        for request in model.deferred:
+        for request in model.report.deferred if model.report is not None else ():
             if request in batch.req_id_to_index:
                 silent[batch.req_id_to_index[request]] = True
         kept = {row: batch.generators.pop(row) for row in list(batch.generators) if silent[row]}
