@@ -107,7 +107,7 @@ def _open(source: str, split: str) -> Dataset:
         if path.is_file():
             if path.suffix not in READERS:
                 raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
-            if path.stat().st_size == 0:
+            if path.stat().st_size < 2**16 and not path.read_bytes().strip():
                 return datasets.Dataset.from_dict({})
             return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         if path.is_dir():
