@@ -1,7 +1,7 @@
 """Exact match of generated answers to held-out word problems, greedy, up to 128 tokens, whatever form the answer has.
 
     python experiments/score_problems.py out/smollm2/decider --policies never decider always \
-        --problems out/word-problems --count 100 --output experiments/results/word-problems.jsonl --name tah
+        --problems out/word-problems --count 60 --output experiments/results/word-problems.jsonl --name tah
     python experiments/score_problems.py out/plain-lora --policies never --name plain-lora ...
     python experiments/score_problems.py --output experiments/results/word-problems.jsonl     # the table
 

@@ -52,7 +52,7 @@ def options(verb: Any) -> list[str]:
             name = parameter.metavar
         else:
             value = "" if parameter.is_flag else f" {parameter.metavar}"
-            name = ", ".join(parameter.opts) + value
+            name = ", ".join([*parameter.opts, *parameter.secondary_opts]) + value
         shown = (
             parameter.default is not None
             and parameter.default is not False

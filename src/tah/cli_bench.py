@@ -25,7 +25,7 @@ def bench(
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the cost of iterating (minutes).
+    """Measure the cost of iterating (many minutes).
 
     tah bench train: of training; tah bench trace: of tracing; tah bench serve: of serving.
     """

@@ -1,7 +1,7 @@
 """Linear layers on a few rows, faster: what a deeper pass has while decoding a batch.
 
-A CPU's float32 kernels take up to twice as long for x W^T than for (W x^T)^T when x has few rows
-(docs/benchmarks.md). Only deeper passes use this: depth 1 keeps the base's own products, bit for bit.
+A CPU's float32 kernels take longer for x W^T than for (W x^T)^T when x has few rows (docs/benchmarks.md). Only
+deeper passes use this: depth 1 keeps the base's own products, bit for bit.
 
 Shapes: n rows, I input width, O output width.
 """

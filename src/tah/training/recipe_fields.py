@@ -105,7 +105,7 @@ class Backbone(Part):
         share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
         tau: `confidence` iterates where the entropy exceeds this, in nats.
         uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate, which costs
-            little more than `standard`. Not with `decider.joint`, which learns from all of them.
+            about as much as `standard`. Not with `decider.joint`, which learns from all of them.
         depth_schedule: (share of training done, most passes from then on), both rising, the first at share 0 and
             depth 2: with one pass nothing would train adapter, maps and a joint decider.
         init: TaH or base checkpoint to continue from, instead of `base.model`.
