@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import tah
 from measure import evaluate
+from optimiser import MuonAdamW
 from tah import TaHForCausalLM
 from tah.training.data import Collator, depth_labels
 from tah.training.reference import Reference
@@ -36,7 +37,7 @@ from tasks import MADE, TASKS, Rows, Task
 from variants import SIZES, VARIANTS, Size, build, new_model, objective_of, parameters
 
 RESULTS = Path(__file__).parent / "results"
-MUON = 0.02  # peak learning rate of matrices
+LOSSES = ("loss", "loss_depth_1", "loss_depth_2", "loss_depth_3")
 LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
 CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
 
@@ -46,8 +47,8 @@ CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
 
 def train(
     model: TaHForCausalLM, objective: Objective, rows: Rows, tokenizer: Any, steps: int, size: Size, seed: int
-) -> float:
-    """Train and return the mean share of supervised tokens that ran a second pass."""
+) -> tuple[float, list[dict[str, float]]]:
+    """Train; the mean share of supervised tokens that ran a second pass, and losses by depth after each tenth."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=os.path.join(directory, "checkpoints"),
@@ -76,43 +77,23 @@ def train(
             optimizers=(MuonAdamW(model, size.rate), None),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Progress)
         trainer.train()
         if trainer.stopped:
             raise SystemExit("stopped by SIGTERM; the unfinished variant is not in the results")
         metrics = Path(directory, "metrics.jsonl").read_text().splitlines()
-    lines = map(json.loads, metrics)
-    shares = [line["iterated_share"] for line in lines if "iterated_share" in line and "train_runtime" not in line]
-    return sum(shares) / max(1, len(shares))
+    lines = [line for line in map(json.loads, metrics) if "iterated_share" in line and "train_runtime" not in line]
+    curve = [{name: line[name] for name in ("step", *LOSSES) if name in line} for line in lines]
+    return sum(line["iterated_share"] for line in lines) / max(1, len(lines)), curve
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the matrices within the model, AdamW for the rest; one schedule scales both.
+class Progress(TrainerCallback):
+    """A line for each tenth of a training."""
 
-    Args:
-        rate: of AdamW.
-    """
-
-    def __init__(self, model: TaHForCausalLM, rate: float) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inner = [
-            p for name, p in trained.items() if p.ndim == 2 and "embed_tokens" not in name and "decider" not in name
-        ]
-        rest = [p for p in trained.values() if all(p is not other for other in inner)]
-        super().__init__(list(trained.values()), {})
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01)]
-        if inner:
-            self.parts.append(torch.optim.Muon(inner, MUON, weight_decay=0.01))
-        self.param_groups = self._inner()  # what a schedule changes; accelerate replaces them by copies
-
-    def _inner(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group, inner in zip(self.param_groups, self._inner(), strict=True):
-            inner["lr"] = group["lr"]
-        for part in self.parts:
-            part.step()
+    def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            told = [f"{name} {logs[name]:.3f}" for name in (*LOSSES, "iterated_share") if name in logs]
+            print(f"    step {state.global_step} of {state.max_steps}: {', '.join(told)}", flush=True)
 
 
 def label(rows: Rows, size: Size, tokenizer: Any, task: Task, seed: int) -> None:
@@ -145,7 +126,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     before = time.process_time()
     if first:
         train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed)
-    share = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed)
+    share, curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed)
     if variant.method == "paper":  # its decider is trained afterwards, on the frozen model
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
@@ -172,6 +153,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
             "iterated": share,
             "flops": flops,
             "cpu_seconds": seconds,
+            "curve": curve,
         },
         "parameters": parameters(model),
         **scores,

@@ -1,6 +1,7 @@
 """Results of `lookahead.py` as a Markdown table.
 
-    python experiments/summarise.py experiments/results/chain-small.jsonl
+    python experiments/summarise.py experiments/results/follow-small.jsonl
+    python experiments/summarise.py experiments/results/follow-small.jsonl --against always-mix:always
 
 Exact match of generated answers is the mean over seeds. A difference is paired: same seed, so same problems, same
 order. Its interval is Student's t over the seeds' differences, 95 %: weights, task and test problems change with the
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from scipy.stats import t
 
 CONTROLS = ("random", "second_choice", "hindsight")  # of the model's own two depths, not policies that generate
-TITLES = ("variant", "policy", "seeds", "parameters", "training TFLOP", "CPU s", "iterated", "exact match")
+TITLES = ("variant", "policy", "seeds", "parameters", "training, CPU s (TFLOP)", "trained", "iterated", "new", "seen")
 
 Line = dict[str, Any]
 
@@ -64,35 +65,47 @@ def _right(lines: list[Line], variant: str, policy: str, seed: int) -> np.ndarra
     return np.unpackbits(np.frombuffer(bytes.fromhex(told), np.uint8))[: line["problems"]].astype(float)
 
 
-def table(lines: list[Line]) -> str:
-    """One row per variant and policy, in the order in which they were made."""
+def table(lines: list[Line], against: Sequence[tuple[str, str]] | None = None) -> str:
+    """One row per variant and policy, in the order in which they were made.
+
+    Args:
+        against: (variant, policy) to subtract, in exact match of new problems; by default each `standard`.
+    """
     names = list(dict.fromkeys(line["variant"] for line in lines))
-    against = [name for name in names if name.startswith("standard")]
-    titles = [*TITLES, *(f"minus {name}" for name in against), "minus own never", "minus own always"]
+    if against is None:
+        against = [(name, "never") for name in names if "standard" in name]
+    titles = [*TITLES, *(f"less {name}" + (f", {policy}" if policy != "never" else "") for name, policy in against)]
     rows = [titles, ["---"] * len(titles)]
     for name in names:
         its = [line for line in lines if line["variant"] == name]
-        for policy in its[0]["policies"]:
-            rows.append(_row(lines, its, name, policy, against))
+        rows += [_row(lines, its, (name, policy), against) for policy in its[0]["test"]["policies"]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(lines: list[Line], its: list[Line], name: str, policy: str, against: list[str]) -> list[str]:
-    scored = [line["policies"][policy]["exact_match"] for line in its]
-    here = (name, policy)
-    compared = [difference(lines, here, (other, "never")) if other != name else None for other in against]
-    own = [difference(lines, here, (name, other)) if policy != other else None for other in ("never", "always")]
+def _row(lines: list[Line], its: list[Line], here: tuple[str, str], against: Sequence[tuple[str, str]]) -> list[str]:
+    name, policy = here
+    new = [line | line["test"] for line in lines]
+    training = [line["training"] for line in its]
     return [
         name,
         f"({policy})" if policy in CONTROLS else policy,
         str(len(its)),
         f"{its[0]['parameters']:,}",
-        f"{np.mean([line['training']['flops'] for line in its]) / 1e12:.2f}",
-        f"{np.mean([line['training']['cpu_seconds'] for line in its]):.0f}",
-        f"{np.mean([line['policies'][policy]['iterated'] for line in its]):.1%}",
-        f"{np.mean(scored):.3f}" + (f" ({min(scored):.3f} to {max(scored):.3f})" if len(scored) > 1 else ""),
-        *(_shown(found) for found in (*compared, *own)),
+        f"{_mean(its['cpu_seconds'] for its in training):.0f} ({_mean(its['flops'] for its in training) / 1e12:.2f})",
+        f"{_mean(its['iterated'] for its in training):.0%}",
+        f"{_mean(line['test']['policies'][policy]['iterated'] for line in its):.1%}",
+        _scores([line["test"]["policies"][policy]["exact_match"] for line in its]),
+        f"{_mean(line['seen']['policies'][policy]['exact_match'] for line in its):.3f}",
+        *(_shown(difference(new, here, other) if here != other else None) for other in against),
     ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _scores(scored: list[float]) -> str:
+    return f"{np.mean(scored):.3f}" + (f" ({min(scored):.3f} to {max(scored):.3f})" if len(scored) > 1 else "")
 
 
 def _shown(found: dict[str, float | None] | None) -> str:
@@ -105,24 +118,33 @@ def _shown(found: dict[str, float | None] | None) -> str:
 
 
 def operations(lines: list[Line]) -> str:
-    """Exact match by the problem's operations, under `never` and `always`."""
-    steps = list(lines[0]["by_operations"]["never"])
-    rows = [["variant", "policy", *(f"{count} operations" for count in steps)], ["---"] * (2 + len(steps))]
+    """Exact match of new problems by their operations, and how well scores find the tokens that a pass improves."""
+    steps = list(lines[0]["test"]["by_operations"]["never"])
+    titles = ["variant", "policy", *(f"{count} operations" for count in steps), "AUROC for a gain"]
+    rows = [titles, ["---"] * len(titles)]
     for name in dict.fromkeys(line["variant"] for line in lines):
-        its = [line["by_operations"] for line in lines if line["variant"] == name]
-        for policy in [policy for policy in ("never", "always") if policy in its[0]]:
-            rows.append([name, policy, *(f"{np.mean([row[policy][count] for row in its]):.3f}" for count in steps)])
+        its = [line["test"] for line in lines if line["variant"] == name]
+        for policy in its[0]["by_operations"]:
+            right = [f"{_mean(row['by_operations'][policy][count] for row in its):.3f}" for count in steps]
+            found = [row["finding"][policy]["auroc"] for row in its if policy in row.get("finding", {})]
+            rows.append([name, policy, *right, f"{_mean(found):.3f}" if found else ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+")
-    for path in parser.parse_args(arguments).results:
+    parser.add_argument("results", type=Path, nargs="+", help="of lookahead.py; other files are passed over")
+    parser.add_argument("--against", nargs="+", metavar="VARIANT[:POLICY]", help="what to subtract")
+    given = parser.parse_args(arguments)
+    against = given.against and [
+        (name, policy or "never") for name, _, policy in (a.partition(":") for a in given.against)
+    ]
+    for path in given.results:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for problems, title in (("test", "new problems"), ("seen", "problems of the training")):
-            scored = [line | line[problems] for line in lines]
-            print(f"{path.name}: {title}\n\n{table(scored)}\n\n{operations(scored)}\n")
+        if not all("test" in line for line in lines):
+            print(f"{path.name}: not made by lookahead.py\n")
+            continue
+        print(f"{path.name}\n\n{table(lines, against)}\n\n{operations(lines)}\n")
 
 
 if __name__ == "__main__":

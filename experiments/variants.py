@@ -94,6 +94,7 @@ VARIANTS = {
     "lookahead-mix-duo": Variant("lookahead", MIX | {"attention": "duo"}),
     "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),
     "lookahead-mix-entropy": Variant("lookahead", MIX, uncertain=True),
+    "lookahead-mix-entropy-late": Variant("lookahead", MIX, uncertain=True, loss_weights=(0.2, 0.8)),
     "lookahead-mix-3": Variant("lookahead", MIX | {"max_depth": 3}),
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import lookahead  # noqa: E402
 import measure  # noqa: E402
+import optimiser  # noqa: E402
 import summarise  # noqa: E402
 import tasks  # noqa: E402
 import variants  # noqa: E402
@@ -120,6 +121,10 @@ def test_lines_hold_what_the_table_needs(results):
     assert look["training"]["iterated"] == 1 and standard["training"]["iterated"] == 0
     assert 0.05 < lines["lookahead-quarter", 0]["training"]["iterated"] < 0.5
     assert standard["training"]["flops"] < look["training"]["flops"]
+    curve = look["training"]["curve"]
+    assert [tenth["step"] for tenth in curve] == [1, 2, 3, 4, 5, 6]
+    assert curve[-1]["loss"] == pytest.approx((curve[-1]["loss_depth_1"] + curve[-1]["loss_depth_2"]) / 2, rel=1e-3)
+    assert curve[-1]["loss"] < curve[0]["loss"]
     assert lines["paper", 0]["training"]["decider_steps"] > 0
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
     assert once < again < 3 * once
@@ -137,13 +142,17 @@ def test_a_trained_model_is_kept_with_its_rule(tmp_path):
 
 
 def test_table_and_intervals(results):
-    lines = [line | line["test"] for line in map(json.loads, results.read_text().splitlines())]
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
     table = summarise.table(lines)
     assert "| lookahead | decider | 2 |" in table and "| paper | decider | 1 |" in table
+    assert "| less standard | less continued-standard |" not in table and table.splitlines()[0].count("less") == 1
+    assert "less lookahead, always" in summarise.table(lines, [("lookahead", "always")])
+    assert "| paper | entropy |" in summarise.operations(lines)
     found = summarise.estimate([0.1, 0.2, 0.3, 0.4])
     assert found["value"] == pytest.approx(0.25)
     assert found["high"] - found["value"] == pytest.approx(3.182 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2, rel=1e-3)
     assert summarise.estimate([0.1])["low"] is None
+    lines = [line | line["test"] for line in lines]
     assert summarise.difference(lines, ("lookahead", "never"), ("paper", "nothing")) is None
 
 
@@ -191,7 +200,7 @@ def test_a_schedule_reaches_both_optimisers():
     """accelerate replaces an optimiser's groups by copies, which the inner optimisers do not see by themselves."""
     task = tasks.Task("fold", 0, (1, 2))
     model = variants.build(variants.SIZES["test"], variants.VARIANTS["lookahead"], task.tokenizer(), seed=0)
-    optimizer = lookahead.MuonAdamW(model, 1e-3)
+    optimizer = optimiser.MuonAdamW(model, 1e-3)
     optimizer.load_state_dict(optimizer.state_dict())
     muon = {id(p) for p in optimizer.parts[1].param_groups[0]["params"]}
     assert id(model.reembed_map.weight) in muon and id(model.get_input_embeddings().weight) not in muon
@@ -203,3 +212,28 @@ def test_a_schedule_reaches_both_optimisers():
         before = [p.clone() for p in model.parameters()]
         optimizer.step()
         assert all((a != b).any() == moves for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_is_torchs_with_more_digits():
+    """torch's rounds to bfloat16, 8 bits, in between."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 24), (72, 24), (24, 72)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = optimiser.Muon(ours, 0.02, weight_decay=0.01), torch.optim.Muon(theirs, 0.02, weight_decay=0.01)
+    for _ in range(10):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        moved = (other - 1).norm()
+        assert moved > 0.05 and (one - other).norm() < 0.01 * moved
+
+
+def test_muon_moves_along_directions_not_sizes():
+    """The singular values of the update are near 1 whatever those of the gradient."""
+    gradient = torch.randn(24, 72, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 24)[:, None]
+    for matrix in (gradient, gradient.T):
+        values = torch.linalg.svdvals(optimiser.orthogonal(matrix))
+        assert 0.6 < values.min() and values.max() < 1.3

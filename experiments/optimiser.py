@@ -1,0 +1,84 @@
+"""Muon for the matrices within a model, AdamW for the rest.
+
+`torch.optim.Muon` orthogonalises in bfloat16, which processors without instructions for it emulate: at width 192, two
+layers, 1.6 s of a step where float32 takes 0.08 s (AVX2). Hence `Muon` here, the same update in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tah import TaHForCausalLM
+
+MUON = 0.02  # peak learning rate of matrices
+A, B, C, STEPS = 3.4445, -4.7750, 2.0315, 5  # of the iteration, as in torch.optim.Muon
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` with its defaults, in the parameters' own precision."""
+
+    def __init__(
+        self, parameters: Iterable[Parameter], rate: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(parameters, {"lr": rate, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+
+    def _move(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        mean.lerp_(gradient, 1 - group["momentum"])
+        update = orthogonal(gradient.lerp(mean, group["momentum"]))
+        rows, columns = parameter.shape
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns (Newton-Schulz iteration of degree five)."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Both; one schedule scales both.
+
+    Args:
+        rate: of AdamW.
+    """
+
+    def __init__(self, model: TaHForCausalLM, rate: float) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = [
+            p for name, p in trained.items() if p.ndim == 2 and "embed_tokens" not in name and "decider" not in name
+        ]
+        rest = [p for p in trained.values() if all(p is not other for other in inner)]
+        super().__init__(list(trained.values()), {})
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01)]
+        if inner:
+            self.parts.append(Muon(inner, MUON, weight_decay=0.01))
+        self.param_groups = self._inner()  # what a schedule changes; accelerate replaces them by copies
+
+    def _inner(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, inner in zip(self.param_groups, self._inner(), strict=True):
+            inner["lr"] = group["lr"]
+        for part in self.parts:
+            part.step()
