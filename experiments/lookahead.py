@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,37 @@ class Progress(TrainerCallback):
             print(f"    step {state.global_step} of {state.max_steps}: {', '.join(told)}", flush=True)
 
 
-def label(rows: Rows, size: Size, tokenizer: Any, task: Task, seed: int) -> None:
-    """Depth labels as in the paper: what a larger model, trained on the same problems in another order, gets wrong."""
-    larger = Size(size.layers + 1, 2 * size.hidden, size.operations, size.steps, size.batch, size.rate)
+@cache
+def hard_tokens(task: Task, size: Size) -> tuple[Rows, np.ndarray]:
+    """Rows of the training, and labels as in the paper: which of their tokens a larger model, trained on the same
+    problems in another order, gets wrong (2), or not (1); [rows, T] int8."""
+    tokenizer, seed = task.tokenizer(), task.seed
+    problems = task.take("train", size.steps * size.batch, distinct=False)
+    larger = replace(size, layers=size.layers + 1, hidden=2 * size.hidden)
     teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
-    other = Rows(task.take("train", len(rows), distinct=False)[::-1], tokenizer)
+    other = Rows(problems[::-1], tokenizer)
     train(teacher, Objective("backbone", "standard", 1), other, tokenizer, size.steps, larger, seed + 1000)
+    rows = Rows(problems, tokenizer)
+    every = [rows[at] for at in range(len(rows))]
     judged = Reference(teacher).measure(
-        [rows[at]["input_ids"] for at in range(len(rows))], [rows[at]["supervised"] for at in range(len(rows))], 16384
+        [row["input_ids"] for row in every], [row["supervised"] for row in every], 16384
     )
-    rows.depth_labels = np.ones(rows.ids.shape, np.int8)
+    labels = np.ones(rows.ids.shape, np.int8)
     for at, its in enumerate(judged):
-        found = depth_labels(its.rank, its.prob, rows[at]["supervised"], "top1", 2, seed)
-        rows.depth_labels[at, : len(found)] = found
+        found = depth_labels(its.rank, its.prob, every[at]["supervised"], "top1", 2, seed)
+        labels[at, : len(found)] = found
+    return rows, labels
+
+
+def shuffled(labels: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarray:
+    """Labels, those of a share `noise` of the tokens that predict a supervised one dealt out among them anew."""
+    rng = np.random.default_rng(seed)
+    at = np.arange(labels.shape[1])
+    last = rows.lengths[:, None] - 1  # predicts nothing
+    chosen = (at >= last - MADE) & (at < last) & (rng.random(labels.shape) < noise)
+    noisy = labels.copy()
+    noisy[chosen] = rng.permutation(labels[chosen])
+    return noisy
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
@@ -122,7 +141,8 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     earlier, rows = (Rows(its, tokenizer) for its in (problems[: first * size.batch], problems[first * size.batch :]))
     model, second = build(size, variant, tokenizer, seed), None
     if variant.method == "paper":
-        label(rows, size, tokenizer, task, seed)
+        rows, labels = hard_tokens(task, size)
+        rows.depth_labels = shuffled(labels, rows, variant.noise, seed)
     before = time.process_time()
     if first:
         train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed)
@@ -141,8 +161,12 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     flops = 6 * size.batch * (one * (first + steps) + (body + maps + head) * again * steps)
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
-        if model.decider is not None:
-            model.config.update({"policy": "decider", "threshold": scores["test"]["policies"]["decider"]["threshold"]})
+        if model.config.max_depth > 1:
+            rule = "decider" if model.decider is not None else "entropy"
+            policy = (
+                {"policy": "decider"} if rule == "decider" else {"policy": "confidence", "confidence_measure": rule}
+            )
+            model.config.update(policy | {"threshold": scores["test"]["policies"][rule]["threshold"]})
         model.save_pretrained(save)
         tokenizer.save_pretrained(save)
     return {
@@ -174,10 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, help="keep the trained models in SAVE/VARIANT-SEED")
     given = parser.parse_args(arguments)
     output = given.output or RESULTS / f"{given.task}-{given.size}.jsonl"
-    names = (*CHANGEABLE, "schedule", "operations")
-    size = replace(SIZES[given.size], **{name: getattr(given, name) for name in names if getattr(given, name)})
+    names = (*CHANGEABLE, "schedule")
+    changed: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name)}
+    if given.operations:
+        changed["operations"] = tuple(given.operations)
+    size = replace(SIZES[given.size], **changed)
     for seed in given.seed:
-        task = Task(given.task, seed, tuple(size.operations))
+        task = Task(given.task, seed, size.operations)
         for variant in given.variant:
             line: dict[str, Any] = {"task": given.task, "size": given.size, "variant": variant, "seed": seed}
             line["settings"] = asdict(size) | {"operations": list(size.operations)}

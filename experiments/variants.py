@@ -57,6 +57,8 @@ class Variant:
         model: fields of `TaHConfig`.
         share: of the supervised tokens that look ahead.
         uncertain: only those of more than `TAU` nats do.
+        noise: `paper`: share of the supervised tokens whose labels are shuffled among them, so that being iterated
+            says less about the first choice.
         loss_weights: what the output after each depth counts.
         steps: times the training of the others.
         layers: times those of the others; their MLPs are narrower then, so that parameters stay the same.
@@ -67,6 +69,7 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
     uncertain: bool = False
+    noise: float = 0.0
     loss_weights: tuple[float, ...] | None = None
     steps: float = 1.0
     layers: int = 1
@@ -95,16 +98,21 @@ VARIANTS = {
     "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),
     "lookahead-mix-entropy": Variant("lookahead", MIX, uncertain=True),
     "lookahead-mix-entropy-late": Variant("lookahead", MIX, uncertain=True, loss_weights=(0.2, 0.8)),
+    "lookahead-mix-entropy-late-3": Variant(
+        "lookahead", MIX | {"max_depth": 3}, uncertain=True, loss_weights=(0.1, 0.2, 0.7)
+    ),
     "lookahead-mix-3": Variant("lookahead", MIX | {"max_depth": 3}),
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
+    "blind-mix-late": Variant("blind", MIX | {"attention": "blind"}, uncertain=True, loss_weights=(0.2, 0.8)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
     "lookahead-entropy": Variant("lookahead", LOOKAHEAD, uncertain=True),
     "always": Variant("lookahead", LOOKAHEAD, loss_weights=(0.0, 1.0)),
     "blind": Variant("blind", LOOKAHEAD | {"attention": "blind"}),
     "paper": Variant("paper", PAPER),
+    "paper-noisy": Variant("paper", PAPER, noise=0.5),
 }
 
 

@@ -30,7 +30,9 @@ VARIANTS = [
     "lookahead",
     "lookahead-entropy",
     "lookahead-quarter",
+    "lookahead-mix-entropy-late-3",
     "paper",
+    "paper-noisy",
     "lookahead-mix-3",
     "continued-mix",
 ]
@@ -121,9 +123,10 @@ def test_lines_hold_what_the_table_needs(results):
     assert look["training"]["iterated"] == 1 and standard["training"]["iterated"] == 0
     assert 0.05 < lines["lookahead-quarter", 0]["training"]["iterated"] < 0.5
     assert standard["training"]["flops"] < look["training"]["flops"]
-    curve = look["training"]["curve"]
+    curve = lines["lookahead-mix-entropy-late-3", 0]["training"]["curve"]
     assert [tenth["step"] for tenth in curve] == [1, 2, 3, 4, 5, 6]
-    assert curve[-1]["loss"] == pytest.approx((curve[-1]["loss_depth_1"] + curve[-1]["loss_depth_2"]) / 2, rel=1e-3)
+    weighted = sum(weight * curve[-1][f"loss_depth_{depth}"] for depth, weight in ((1, 0.1), (2, 0.2), (3, 0.7)))
+    assert curve[-1]["loss"] == pytest.approx(weighted, rel=1e-3)
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert lines["paper", 0]["training"]["decider_steps"] > 0
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
@@ -139,6 +142,28 @@ def test_a_trained_model_is_kept_with_its_rule(tmp_path):
     assert model.config.policy == "decider"
     assert model.config.threshold == line["test"]["policies"]["decider"]["threshold"]
     assert AutoTokenizer.from_pretrained(tmp_path / "lookahead-mix-0").chat_template
+
+
+def test_a_model_without_a_decider_is_kept_with_its_entropy_rule(tmp_path):
+    given = ["--task", "follow", "--size", "test", "--operations", "1", "2", "--variant", "lookahead-mix-entropy-late"]
+    lookahead.main([*given, "--output", str(tmp_path / "results.jsonl"), "--save", str(tmp_path)])
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    config = TaHForCausalLM.from_pretrained(tmp_path / "lookahead-mix-entropy-late-0").config
+    assert (config.policy, config.confidence_measure) == ("confidence", "entropy")
+    assert config.threshold == line["test"]["policies"]["entropy"]["threshold"]
+
+
+def test_noise_deals_labels_out_among_the_tokens_that_may_have_one():
+    task = tasks.Task("chain", 0, (1, 2))
+    rows = tasks.Rows(task.take("train", 400, distinct=False), task.tokenizer())
+    at = np.arange(rows.ids.shape[1])
+    may = (at >= rows.lengths[:, None] - 1 - tasks.MADE) & (at < rows.lengths[:, None] - 1)
+    answers = at == rows.lengths[:, None] - 3  # predicts the answer
+    labels = np.where(answers, 2, 1)
+    assert (lookahead.shuffled(labels, rows, 0.0, 0) == labels).all()
+    noisy = lookahead.shuffled(labels, rows, 0.5, 0)
+    assert (noisy == 2).sum() == len(rows) and (noisy[~may] == 1).all()
+    assert 0.5 < (noisy[answers] == 2).mean() < 0.65  # half keep theirs, a seventh of the others gets one again
 
 
 def test_table_and_intervals(results):
