@@ -1,7 +1,7 @@
 """Does a second pass help a policy that knows no labels? Trains variants of one small model and scores them.
 
-    python experiments/lookahead.py --task chain --size small --seed 0 1 2 3 --variant standard lookahead always
-    python experiments/summarise.py experiments/results/chain-small.jsonl
+    python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 1 2 3 --variant standard lookahead-mix
+    python experiments/summarise.py out/follow-small.jsonl
 
 Every (variant, seed) becomes one line of the results, whole or not at all; lines that are there are not made again.
 Training, policies, thresholds and generation are the package's own. With a seed everything changes: what is fixed in
@@ -17,8 +17,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import tah
 from measure import evaluate
-from optimiser import MuonAdamW
+from optimiser import OPTIMISER, MuonAdamW
 from tah import TaHForCausalLM
 from tah.training.data import Collator, depth_labels
 from tah.training.reference import Reference
 from tah.training.trainer import Objective, TaHTrainer
 from tasks import MADE, TASKS, Rows, Task
-from variants import SIZES, VARIANTS, Size, build, new_model, objective_of, parameters
+from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective_of, parameters
 
-RESULTS = Path(__file__).parent / "results"
 LOSSES = ("loss", "loss_depth_1", "loss_depth_2", "loss_depth_3")
 LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
 CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
@@ -47,9 +46,22 @@ CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
 
 
 def train(
-    model: TaHForCausalLM, objective: Objective, rows: Rows, tokenizer: Any, steps: int, size: Size, seed: int
-) -> tuple[float, list[dict[str, float]]]:
-    """Train; the mean share of supervised tokens that ran a second pass, and losses by depth after each tenth."""
+    model: TaHForCausalLM,
+    objective: Objective,
+    rows: Rows,
+    tokenizer: Any,
+    steps: int,
+    size: Size,
+    seed: int,
+    what: str,
+) -> list[dict[str, float]]:
+    """Train and return means over each tenth of it: losses, `iterated_share` of the supervised tokens.
+
+    A loss by depth is over the tokens that have one: in a `paper` variant, at depth 1, those that stop there.
+
+    Args:
+        what: is trained, for the lines that tell how far it is.
+    """
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=os.path.join(directory, "checkpoints"),
@@ -78,56 +90,79 @@ def train(
             optimizers=(MuonAdamW(model, size.rate), None),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Progress)
+        trainer.add_callback(Progress(what))
         trainer.train()
         if trainer.stopped:
             raise SystemExit("stopped by SIGTERM; the unfinished variant is not in the results")
         metrics = Path(directory, "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, metrics) if "iterated_share" in line and "train_runtime" not in line]
-    curve = [{name: line[name] for name in ("step", *LOSSES) if name in line} for line in lines]
-    return sum(line["iterated_share"] for line in lines) / max(1, len(lines)), curve
+    return [{name: line[name] for name in ("step", *LOSSES, "iterated_share") if name in line} for line in lines]
 
 
 class Progress(TrainerCallback):
     """A line for each tenth of a training."""
 
+    def __init__(self, what: str) -> None:
+        self.what = what
+
     def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
             told = [f"{name} {logs[name]:.3f}" for name in (*LOSSES, "iterated_share") if name in logs]
-            print(f"    step {state.global_step} of {state.max_steps}: {', '.join(told)}", flush=True)
+            print(f"    {self.what}, step {state.global_step} of {state.max_steps}: {', '.join(told)}", flush=True)
 
 
-@cache
-def hard_tokens(task: Task, size: Size) -> tuple[Rows, np.ndarray]:
-    """Rows of the training, and labels as in the paper: which of their tokens a larger model, trained on the same
-    problems in another order, gets wrong (2), or not (1); [rows, T] int8."""
-    tokenizer, seed = task.tokenizer(), task.seed
-    problems = task.take("train", size.steps * size.batch, distinct=False)
+@dataclass(frozen=True)
+class Labels:
+    """What a teacher found: `hard` [rows, T] int8, 2 where it is wrong, else 1; and what that cost."""
+
+    hard: np.ndarray
+    flops: float
+    cpu_seconds: float
+
+
+@lru_cache(maxsize=1)
+def labels_of(task: Task, size: Size) -> Labels:
+    """Labels as in the paper: which tokens of the training a larger model, trained on the same problems, gets wrong."""
+    tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
     larger = replace(size, layers=size.layers + 1, hidden=2 * size.hidden)
     teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
-    other = Rows(problems[::-1], tokenizer)
-    train(teacher, Objective("backbone", "standard", 1), other, tokenizer, size.steps, larger, seed + 1000)
-    rows = Rows(problems, tokenizer)
+    rows = Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
+    train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, larger, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
     judged = Reference(teacher).measure(
         [row["input_ids"] for row in every], [row["supervised"] for row in every], 16384
     )
-    labels = np.ones(rows.ids.shape, np.int8)
+    hard = np.ones(rows.ids.shape, np.int8)
     for at, its in enumerate(judged):
         found = depth_labels(its.rank, its.prob, every[at]["supervised"], "top1", 2, seed)
-        labels[at, : len(found)] = found
-    return rows, labels
+        hard[at, : len(found)] = found
+    one = row_flops(teacher, VARIANTS["standard"], float(rows.lengths.mean()), 0.0)
+    return Labels(hard, len(rows) * one * 4 / 3, time.process_time() - before)  # judging is a forward pass: 2 of 6
 
 
-def shuffled(labels: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarray:
-    """Labels, those of a share `noise` of the tokens that predict a supervised one dealt out among them anew."""
-    rng = np.random.default_rng(seed)
-    at = np.arange(labels.shape[1])
-    last = rows.lengths[:, None] - 1  # predicts nothing
-    chosen = (at >= last - MADE) & (at < last) & (rng.random(labels.shape) < noise)
-    noisy = labels.copy()
-    noisy[chosen] = rng.permutation(labels[chosen])
+def shuffled(hard: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarray:
+    """Labels, those of a share `noise` of the tokens dealt out among tokens of the same place in the answer: being
+    iterated then says less about whether the first choice is wrong, and as many of each place iterate."""
+    rng, noisy = np.random.default_rng(seed), hard.copy()
+    for place in range(MADE):
+        (chosen,) = np.nonzero(rng.random(len(hard)) < noise)
+        at = rows.lengths[chosen] - 2 - place  # predicts a supervised token
+        noisy[chosen, at] = rng.permutation(hard[chosen, at])
     return noisy
+
+
+def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: float) -> float:
+    """Operations to train on one row: 2 per weight and token, with gradients 6. Attention itself, norms and the
+    optimiser are not counted. Of `share` of the supervised tokens all passes are."""
+    named = dict(model.base.named_parameters())
+    adapter = sum(p.numel() for n, p in named.items() if "lora" in n)
+    head = next(p.numel() for n, p in named.items() if "embed_tokens" in n)
+    body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - adapter
+    maps = parameters(model) - parameters(model.base) + adapter
+    asked = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
+    mixed = 2 * head if model.config.reembed == "topk" else 0  # the next input: logits, and a sum of embeddings
+    again = MADE * share * (variant.depth - 1)
+    return 6 * (body * length + head * MADE + asked + again * (body + maps + head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
@@ -139,34 +174,29 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     first, steps = round(size.steps * variant.first), round(size.steps * variant.steps)
     problems = task.take("train", (first + steps) * size.batch, distinct=False)
     earlier, rows = (Rows(its, tokenizer) for its in (problems[: first * size.batch], problems[first * size.batch :]))
-    model, second = build(size, variant, tokenizer, seed), None
-    if variant.method == "paper":
-        rows, labels = hard_tokens(task, size)
-        rows.depth_labels = shuffled(labels, rows, variant.noise, seed)
+    model = build(size, variant, tokenizer, seed)
+    length, cost, second = float(rows.lengths.mean()), 0.0, None
     before = time.process_time()
+    if variant.method == "paper":
+        labels = labels_of(task, size)
+        cost, before = labels.flops, time.process_time() - labels.cpu_seconds
+        rows.depth_labels = shuffled(labels.hard, rows, variant.noise, seed)
     if first:
-        train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed)
-    share, curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed)
-    if variant.method == "paper":  # its decider is trained afterwards, on the frozen model
+        train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed, f"{name} before")
+        cost += first * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0)
+    curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed, name)
+    share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
+    cost += steps * size.batch * row_flops(model, variant, length, share)
+    if variant.method == "paper":  # its decider is trained afterwards, on the frozen model, by labels without noise
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
-        second = round(size.steps * 0.4)
-        train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed)
+        second, rows.depth_labels = round(size.steps * 0.4), labels.hard
+        train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed, f"{name} decider")
+        cost += second * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0) / 3
     seconds = time.process_time() - before
-    body = sum(p.numel() for n, p in model.base.named_parameters() if "embed" not in n and "lm_head" not in n)
-    head, maps = len(tokenizer) * size.hidden, parameters(model) - parameters(model.base)
-    # Per weight and token 2 operations, with gradients 6; attention itself and the optimiser are not counted.
-    again = MADE * share * (variant.depth - 1)  # supervised tokens of deeper passes
-    one = body * float(rows.lengths.mean()) + head * MADE
-    flops = 6 * size.batch * (one * (first + steps) + (body + maps + head) * again * steps)
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
-        if model.config.max_depth > 1:
-            rule = "decider" if model.decider is not None else "entropy"
-            policy = (
-                {"policy": "decider"} if rule == "decider" else {"policy": "confidence", "confidence_measure": rule}
-            )
-            model.config.update(policy | {"threshold": scores["test"]["policies"][rule]["threshold"]})
+        model.config.update(_rule_of(model, variant, scores["test"]["policies"]))
         model.save_pretrained(save)
         tokenizer.save_pretrained(save)
     return {
@@ -175,13 +205,24 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
             "decider_steps": second,
             "batch": size.batch,
             "iterated": share,
-            "flops": flops,
+            "flops": cost,
             "cpu_seconds": seconds,
             "curve": curve,
         },
         "parameters": parameters(model),
         **scores,
     }
+
+
+def _rule_of(model: TaHForCausalLM, variant: Variant, policies: dict[str, Any]) -> dict[str, Any]:
+    """The policy that a model was trained for, as fields of its config."""
+    if variant.depth == 1:
+        return {"policy": "never"}
+    if variant.loss_weights is not None and variant.loss_weights[0] == 0:
+        return {"policy": "always"}
+    if model.decider is not None:
+        return {"policy": "decider", "threshold": policies["decider"]["threshold"]}
+    return {"policy": "confidence", "confidence_measure": "entropy", "threshold": policies["entropy"]["threshold"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,10 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help="instead of the size's")
     parser.add_argument("--schedule", choices=("warmup_stable_decay", "cosine"), help="instead of the size's")
     parser.add_argument("--operations", type=int, nargs="+", help="instead of the size's")
-    parser.add_argument("--output", type=Path, help="results; by default experiments/results/TASK-SIZE.jsonl")
+    parser.add_argument("--output", type=Path, help="results; by default out/TASK-SIZE.jsonl")
     parser.add_argument("--save", type=Path, help="keep the trained models in SAVE/VARIANT-SEED")
     given = parser.parse_args(arguments)
-    output = given.output or RESULTS / f"{given.task}-{given.size}.jsonl"
+    output = given.output or Path("out", f"{given.task}-{given.size}.jsonl")
     names = (*CHANGEABLE, "schedule")
     changed: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name)}
     if given.operations:
@@ -207,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = Task(given.task, seed, size.operations)
         for variant in given.variant:
             line: dict[str, Any] = {"task": given.task, "size": given.size, "variant": variant, "seed": seed}
-            line["settings"] = asdict(size) | {"operations": list(size.operations)}
+            line["settings"] = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # tuples are lists there
             if _is_there(line, output):
                 continue
             save = given.save and given.save / f"{variant}-{seed}"
@@ -225,13 +266,22 @@ def _is_there(line: dict[str, Any], output: Path) -> bool:
 
 
 def _made_with() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return versions | {"tah": tah.__version__, "device": device}
+    return versions | {"tah": tah.__version__, "device": device, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return platform.processor() or "cpu"
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

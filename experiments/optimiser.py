@@ -1,7 +1,7 @@
 """Muon for the matrices within a model, AdamW for the rest.
 
-`torch.optim.Muon` orthogonalises in bfloat16, which processors without instructions for it emulate: at width 192, two
-layers, 1.6 s of a step where float32 takes 0.08 s (AVX2). Hence `Muon` here, the same update in float32.
+`torch.optim.Muon` orthogonalises in bfloat16, which processors without instructions for it emulate, at a small part of
+the speed of float32: from width 128 on that was most of a training. Hence `Muon` here, the same update in float32.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from torch.nn import Parameter
 
 from tah import TaHForCausalLM
 
+OPTIMISER = "Muon in float32, AdamW"  # for the record of a run
 MUON = 0.02  # peak learning rate of matrices
 A, B, C, STEPS = 3.4445, -4.7750, 2.0315, 5  # of the iteration, as in torch.optim.Muon
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with its defaults, in the parameters' own precision."""
+    """`torch.optim.Muon`, momentum and all, in the parameters' own precision."""
 
-    def __init__(
-        self, parameters: Iterable[Parameter], rate: float, weight_decay: float, momentum: float = 0.95
-    ) -> None:
-        super().__init__(parameters, {"lr": rate, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, parameters: Iterable[Parameter], rate: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": rate, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
 
     def _move(self, parameter: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        mean = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
-        mean.lerp_(gradient, 1 - group["momentum"])
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = orthogonal(gradient.lerp(mean, group["momentum"]))
         rows, columns = parameter.shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -77,7 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group, inner in zip(self.param_groups, self._inner(), strict=True):
             inner["lr"] = group["lr"]
         for part in self.parts:

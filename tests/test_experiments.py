@@ -128,7 +128,10 @@ def test_lines_hold_what_the_table_needs(results):
     weighted = sum(weight * curve[-1][f"loss_depth_{depth}"] for depth, weight in ((1, 0.1), (2, 0.2), (3, 0.7)))
     assert curve[-1]["loss"] == pytest.approx(weighted, rel=1e-3)
     assert curve[-1]["loss"] < curve[0]["loss"]
-    assert lines["paper", 0]["training"]["decider_steps"] > 0
+    paper, noisy = (lines[name, 0]["training"] for name in ("paper", "paper-noisy"))
+    assert lookahead.labels_of.cache_info().hits >= 1  # one teacher for both
+    assert paper["decider_steps"] > 0 and paper["curve"] != noisy["curve"]
+    assert paper["flops"] > 3 * standard["training"]["flops"]  # the teacher's too
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
     assert once < again < 3 * once
     assert lines["continued-mix", 0]["training"]["steps"] == 6 + 2 > standard["training"]["steps"]
@@ -153,43 +156,71 @@ def test_a_model_without_a_decider_is_kept_with_its_entropy_rule(tmp_path):
     assert config.threshold == line["test"]["policies"]["entropy"]["threshold"]
 
 
-def test_noise_deals_labels_out_among_the_tokens_that_may_have_one():
+def test_a_model_trained_to_iterate_everywhere_is_kept_so(tmp_path):
+    given = ["--task", "follow", "--size", "test", "--operations", "1", "2", "--variant", "always-mix", "standard"]
+    lookahead.main([*given, "--output", str(tmp_path / "results.jsonl"), "--save", str(tmp_path)])
+    for name, policy in (("always-mix", "always"), ("standard", "never")):
+        assert TaHForCausalLM.from_pretrained(tmp_path / f"{name}-0").config.policy == policy
+
+
+def test_noise_deals_labels_out_among_tokens_of_the_same_place():
     task = tasks.Task("chain", 0, (1, 2))
     rows = tasks.Rows(task.take("train", 400, distinct=False), task.tokenizer())
-    at = np.arange(rows.ids.shape[1])
-    may = (at >= rows.lengths[:, None] - 1 - tasks.MADE) & (at < rows.lengths[:, None] - 1)
-    answers = at == rows.lengths[:, None] - 3  # predicts the answer
-    labels = np.where(answers, 2, 1)
-    assert (lookahead.shuffled(labels, rows, 0.0, 0) == labels).all()
-    noisy = lookahead.shuffled(labels, rows, 0.5, 0)
-    assert (noisy == 2).sum() == len(rows) and (noisy[~may] == 1).all()
-    assert 0.5 < (noisy[answers] == 2).mean() < 0.65  # half keep theirs, a seventh of the others gets one again
+    wide = rows.ids.shape[1]
+    may = np.array([np.pad(rows[at]["supervised"][1:], (0, wide + 1 - rows.lengths[at])) for at in range(len(rows))])
+    places = rows.lengths[:, None] - 2 - np.arange(wide)  # 0 predicts the end, 1 the answer
+    hard = np.where((places == 1) & (np.arange(len(rows)) % 4 == 0)[:, None], 2, 1)  # a quarter of the answers
+    assert (lookahead.shuffled(hard, rows, 0.0, 0) == hard).all()
+    noisy = lookahead.shuffled(hard, rows, 0.5, 0)
+    assert (noisy[~may] == 1).all() and (noisy[places != 1] == 1).all()
+    assert (noisy == 2).sum() == (hard == 2).sum() == 100
+    assert 0.5 < (hard[noisy == 2] == 2).mean() < 0.75  # 1 without noise, 0.25 with nothing but noise
 
 
 def test_table_and_intervals(results):
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     table = summarise.table(lines)
     assert "| lookahead | decider | 2 |" in table and "| paper | decider | 1 |" in table
-    assert "| less standard | less continued-standard |" not in table and table.splitlines()[0].count("less") == 1
-    assert "less lookahead, always" in summarise.table(lines, [("lookahead", "always")])
+    assert table.splitlines()[0].endswith("| new | seen | less standard |")
+    own = summarise.table(lines, [("", "never")]).splitlines()
+    assert own[0].endswith("| less own, never |")
+    assert [line.endswith("|  |") for line in own[2:]] == ["| never |" in line for line in own[2:]]
     assert "| paper | entropy |" in summarise.operations(lines)
     found = summarise.estimate([0.1, 0.2, 0.3, 0.4])
     assert found["value"] == pytest.approx(0.25)
     assert found["high"] - found["value"] == pytest.approx(3.182 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2, rel=1e-3)
-    assert summarise.estimate([0.1])["low"] is None
-    lines = [line | line["test"] for line in lines]
+    assert summarise.estimate([0.1, 0.2])["low"] is None
     assert summarise.difference(lines, ("lookahead", "never"), ("paper", "nothing")) is None
 
 
 def test_one_seed_gets_an_interval_over_problems():
     def line(variant: str, right: list[int]) -> dict:
         policy = {"exact_match": float(np.mean(right)), "right": np.packbits(right).tobytes().hex()}
-        return {"variant": variant, "seed": 0, "problems": len(right), "policies": {"never": policy}}
+        return {"variant": variant, "seed": 0, "test": {"problems": len(right), "policies": {"never": policy}}}
 
     lines = [line("a", [1, 1, 1, 0] * 25), line("b", [1, 0, 0, 1] * 25)]
     found = summarise.difference(lines, ("a", "never"), ("b", "never"))
     assert found["value"] == pytest.approx(0.25)
     assert found["high"] - found["value"] == pytest.approx(1.96 * np.std([0, 1, 1, -1]) / 10)
+
+
+def test_tables_from_the_command_line(results, tmp_path, capsys):
+    other = tmp_path / "others.jsonl"
+    other.write_text('{"model": "tah"}\n')
+    summarise.main([str(results), str(other), "--against", "lookahead:always", ":never", "--problems", "seen"])
+    told = capsys.readouterr().out
+    assert "| seen | new | less lookahead, always | less own, never |" in told
+    assert "others.jsonl\n\nnot made by lookahead.py" in told
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    another = lines[1] | {"settings": lines[1]["settings"] | {"hidden": 64}}
+    for bad, said in (([lines[0], lines[0]], "is there twice"), ([lines[0], another], "different hidden, 32 and 64")):
+        other.write_text("".join(json.dumps(line) + "\n" for line in bad))
+        with pytest.raises(SystemExit):
+            summarise.main([str(other)])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        summarise.main([str(results), "--against", "lookahaed"])
+    assert "--against lookahaed:never is not in" in capsys.readouterr().err
 
 
 def test_controls_from_two_depths():
