@@ -100,7 +100,7 @@ serve-test: $(SERVE)
 reproduce: $(DEV)
 	OMP_NUM_THREADS=2 $(BIN)/tah run tiny --output out/tiny $(ARGS)
 	OMP_NUM_THREADS=2 $(BIN)/python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 \
-		--variant lookahead-mix-entropy lookahead-mix standard --output out/follow.jsonl
+		--variant standard lookahead-mix-entropy lookahead-mix-entropy-late --output out/follow.jsonl
 	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
 clean:

@@ -1,0 +1,49 @@
+"""What does a model of the task `follow` say after one pass, where the answer takes two lookups? The place it found?
+
+    python experiments/first_words.py follow-tah
+    python experiments/first_words.py out/follow/lookahead-mix-entropy-late-0 --operations 1 1 2
+
+Prints, for new problems by the number of their arrows, how often the first choice after one pass is the place that one
+arrow leads to, and how often it is the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import AutoTokenizer
+
+from tah import TaHForCausalLM
+from tah.load import find
+from tasks import Rows, Task
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--operations", type=int, nargs="+", default=[1, 1, 2], help="of its training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=500)
+    given = parser.parse_args()
+    path, _ = find(given.model)
+    model, tokenizer = TaHForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    problems = Task("follow", given.seed, tuple(given.operations)).take("test", given.count, distinct=True)
+    rows = Rows(problems, tokenizer)
+    said = model(torch.tensor(rows.ids.astype("int64")), policy="never").logits.argmax(-1)  # all lines are as long
+    for arrows in sorted({problem.steps for problem in problems}):
+        found = {"the next place": 0, "the answer": 0}
+        chosen = [at for at, problem in enumerate(problems) if problem.steps == arrows]
+        for at in chosen:
+            *facts, start = problems[at].line.split()
+            targets = dict(fact.split(">") for fact in facts)
+            word = tokenizer.convert_ids_to_tokens(int(said[at, rows.lengths[at] - 3]))
+            found["the next place"] += word == targets[start]
+            found["the answer"] += word == problems[at].answer
+        told = ", ".join(f"{what} {count / len(chosen):.3f}" for what, count in found.items())
+        print(f"{arrows} arrows, {len(chosen)} problems: {told}")
+
+
+if __name__ == "__main__":
+    main()
