@@ -96,7 +96,7 @@ bench-serve: $(SERVE)
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
 
-# The second table has four seeds in docs/results.md; one takes ten minutes here.
+# The second table has four seeds in docs/results.md; one takes minutes. One thread: two wait for each other on a busy machine.
 reproduce: $(DEV)
 	OMP_NUM_THREADS=2 $(BIN)/tah run tiny --output out/tiny $(ARGS)
 	OMP_NUM_THREADS=2 $(BIN)/python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 \
