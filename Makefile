@@ -98,8 +98,8 @@ serve-test: $(SERVE)
 
 # The second table has four seeds in docs/results.md; one takes minutes. One thread: two wait for each other on a busy machine.
 reproduce: $(DEV)
-	OMP_NUM_THREADS=2 $(BIN)/tah run tiny --output out/tiny $(ARGS)
-	OMP_NUM_THREADS=2 $(BIN)/python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 \
+	OMP_NUM_THREADS=1 $(BIN)/tah run tiny --output out/tiny $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 \
 		--variant standard lookahead-mix-entropy lookahead-mix-entropy-late --output out/follow.jsonl
 	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
