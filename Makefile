@@ -36,7 +36,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
-	@echo "make reproduce   make the tiny tables of docs/training.md and docs/results.md from nothing (minutes)"
+	@echo "make reproduce   make the tiny tables of docs/training.md and docs/results.md from nothing (15 minutes)"
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
 	@echo "make bench-serve what serving costs, in it"
 	@echo "make serve-test  tests of serving in it"

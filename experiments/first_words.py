@@ -4,7 +4,8 @@
     python experiments/first_words.py out/follow/lookahead-mix-entropy-late-0 --operations 1 1 2
 
 Prints, for new problems by the number of their arrows, how often the first choice after one pass is the place that one
-arrow leads to, and how often it is the answer.
+arrow leads to, and how often it is the answer; and how often a guess without any lookup would be: the root that most
+arrows lead to.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=500)
     given = parser.parse_args()
-    path, _ = find(given.model)
+    try:
+        path, _ = find(given.model)
+    except ValueError as error:
+        parser.error(str(error))
     model, tokenizer = TaHForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     problems = Task("follow", given.seed, tuple(given.operations)).take("test", given.count, distinct=True)
     rows = Rows(problems, tokenizer)
     said = model(torch.tensor(rows.ids.astype("int64")), policy="never").logits.argmax(-1)  # all lines are as long
     for arrows in sorted({problem.steps for problem in problems}):
-        found = {"the next place": 0, "the answer": 0}
+        found = {"the next place": 0, "the answer": 0, "a guess is the answer": 0}
         chosen = [at for at, problem in enumerate(problems) if problem.steps == arrows]
         for at in chosen:
             *facts, start = problems[at].line.split()
@@ -41,6 +45,9 @@ def main() -> None:
             word = tokenizer.convert_ids_to_tokens(int(said[at, rows.lengths[at] - 3]))
             found["the next place"] += word == targets[start]
             found["the answer"] += word == problems[at].answer
+            roots = [place for place, target in targets.items() if place == target]
+            guess = max(roots, key=list(targets.values()).count)
+            found["a guess is the answer"] += guess == problems[at].answer
         told = ", ".join(f"{what} {count / len(chosen):.3f}" for what, count in found.items())
         print(f"{arrows} arrows, {len(chosen)} problems: {told}")
 

@@ -240,10 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     output = given.output or Path("out", f"{given.task}-{given.size}.jsonl")
     names = (*CHANGEABLE, "schedule")
-    changed: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name)}
+    changed: dict[str, Any] = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.operations:
         changed["operations"] = tuple(given.operations)
     size = replace(SIZES[given.size], **changed)
+    for name, value in asdict(size).items():
+        if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
+            parser.error(f"--{name} {value}: at least 1")
     for seed in given.seed:
         task = Task(given.task, seed, size.operations)
         for variant in given.variant:

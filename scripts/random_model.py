@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000, help="at least 200 [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     given = parser.parse_args()
+    if given.layers < 1:
+        parser.error(f"--layers {given.layers}: at least 1")
     if given.vocab < 200:
         parser.error(f"--vocab {given.vocab}: the benchmark's prompts need at least 200")
     torch.manual_seed(given.seed)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tah import TaHForCausalLM
+from tah.cli import run as command
 from tah.load import load_base, load_tah, load_tokenizer
 from tah.tracing.resample import Resampled
 from tah.training.baselines import equal_steps
@@ -75,6 +76,15 @@ def chain(recipe, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("chain") / "run"
     run(recipe, directory, lambda line: None)
     return directory
+
+
+def test_the_command_says_where_the_report_is(chain, tmp_path, capfd):
+    shutil.copytree(chain, tmp_path / "run")
+    assert command(["run", "tiny", *MINIATURE, "--output", str(tmp_path / "run")]) == 0
+    told = capfd.readouterr()
+    assert told.out.splitlines() == [str(tmp_path / "run" / "decider")]
+    assert told.err.splitlines()[-1] == f"tah: report: {tmp_path / 'run' / 'report' / 'report.md'}"
+    assert "done before" in told.err and "again" not in told.err
 
 
 # -- data ------------------------------------------------------------------------------------------------------------

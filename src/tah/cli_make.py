@@ -100,7 +100,10 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
     Steps that are done are skipped, a killed one goes on, and one whose part of the recipe has changed is made again,
     with all that depends on it; what was there before is kept in DIR/old.
     """
-    _make(lambda steps, plan, run: steps.run(plan, run, _note), recipe, overrides, output)
+    directory = _make(lambda steps, plan, run: steps.run(plan, run, _note), recipe, overrides, output)
+    report = directory / "report" / "report.md"
+    if report.is_file() and os.environ.get("RANK", "0") == "0":
+        _note(f"report: {report}")
 
 
 def _quiet() -> None:
@@ -114,8 +117,8 @@ def _quiet() -> None:
 
 def _make(
     work: Callable[[Any, Recipe, Path], Path], recipe: str, overrides: list[str] | None, output: str | None
-) -> None:
-    """Read the recipe, work on it, and say where the result is."""
+) -> Path:
+    """Read the recipe, work on it, say where the result is, and return the directory of the run."""
     from .training.recipe import load_recipe
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
@@ -131,3 +134,4 @@ def _make(
         raise typer.Exit(143) from stopped
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
         typer.echo(str(result))
+    return plan.directory()

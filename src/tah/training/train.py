@@ -88,7 +88,7 @@ def train(
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}; run again with --resume to go on")
+        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to go on (tah train: with --resume)")
     for parameter in model.parameters():  # and not the buffers, whose precision positions need
         parameter.data = parameter.data.to(dtype)
     if stage == "decider":
