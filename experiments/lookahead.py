@@ -247,12 +247,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in asdict(size).items():
         if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
             parser.error(f"--{name} {value}: at least 1")
+    settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # tuples are lists there
+    if any(line["settings"] != settings for line in _lines(output)):
+        parser.error(f"{output} has lines of other settings, which cannot be compared; give another --output")
     for seed in given.seed:
         task = Task(given.task, seed, size.operations)
         for variant in given.variant:
             line: dict[str, Any] = {"task": given.task, "size": given.size, "variant": variant, "seed": seed}
-            line["settings"] = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # tuples are lists there
-            if _is_there(line, output):
+            line["settings"] = settings
+            if any(line.items() <= made.items() for made in _lines(output)):
                 continue
             save = given.save and given.save / f"{variant}-{seed}"
             line |= {"made_with": _made_with()} | run(task, size, variant, save)
@@ -263,9 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{variant} seed {seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
 
 
-def _is_there(line: dict[str, Any], output: Path) -> bool:
-    lines = output.read_text().splitlines() if output.is_file() else []
-    return any(line.items() <= made.items() for made in map(json.loads, lines))
+def _lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
 
 
 def _made_with() -> dict[str, Any]:

@@ -110,6 +110,13 @@ def test_a_finished_line_is_not_made_again(results):
     assert sorted(made) == sorted([("standard", 1), ("lookahead", 1), *((name, 0) for name in VARIANTS)])
 
 
+def test_other_settings_need_another_file(results, capsys):
+    before = results.read_text()
+    with pytest.raises(SystemExit):
+        lookahead.main(["--task", "chain", "--size", "test", "--steps", "5", "--output", str(results)])
+    assert "has lines of other settings" in capsys.readouterr().err and results.read_text() == before
+
+
 def test_lines_hold_what_the_table_needs(results):
     lines = {(line["variant"], line["seed"]): line for line in map(json.loads, results.read_text().splitlines())}
     standard, look = lines["standard", 0], lines["lookahead", 0]
