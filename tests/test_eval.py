@@ -20,7 +20,8 @@ import tah.cli_eval  # noqa: F401  # registers its commands
 from tah import TaHForCausalLM
 from tah.cli import run
 from tah.evaluation import harness
-from tah.evaluation.answers import grade_choice, grade_math, letter_of
+from tah.evaluation.answers import grade_choice, grade_math
+from tah.evaluation.letters import letter_of
 from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown

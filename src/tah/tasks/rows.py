@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 
-from ..evaluation.answers import LETTERS, Grade, grade_choice, grade_math, read_math
+from ..evaluation.answers import grade_math, read_math
 from ..evaluation.code_tasks import grade_all
+from ..evaluation.letters import LETTERS, grade_choice
+from ..evaluation.reply import Grade
 from ..evaluation.sandbox import Sandbox
 from ..files import parse_json
 from ..load import first_line
