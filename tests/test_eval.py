@@ -21,16 +21,17 @@ from tah import TaHForCausalLM
 from tah.cli import run
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math
-from tah.evaluation.letters import letter_of
 from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown
 from tah.evaluation.evaluate import _run, evaluate
 from tah.evaluation.harness import TaHLM
+from tah.evaluation.letters import letter_of
 from tah.evaluation.request import Sampling, build
 from tah.files import differences
 from tah.session import Session
 from tah.tasks import CODE, DIRECTORY, TASKS, rows
+from tah.tasks.protocols import DEFAULT
 
 ITEMS = Path(__file__).parent / "eval_items"
 LONG = {"max_position_embeddings": 512}
@@ -316,12 +317,17 @@ def test_programs_are_graded_in_the_sandbox():
         f"```python\n{item['prompt']}    pass\n```",
     ]
     doc = rows._fill(item, "code", 0)
-    found = rows.code_results(doc, [[*texts, "<think>hm"]])
-    assert found == {"acc": 1 / 3, "unparsed": 1 / 3, "graded": ["right", "wrong", "unparsed"]}
+    found = rows.results(doc, [[*texts, "<think>hm"]])
+    assert found["acc"] == found["unparsed"] == 1 / 3
+    right, wrong, unparsed = found["graded"]
+    assert (right["verdict"], wrong["verdict"], unparsed["verdict"]) == ("right", "wrong", "unparsed")
+    assert right["extracted"].endswith(item["canonical_solution"].rstrip("\n")) and unparsed["extracted"] is None
+    assert item["test"].startswith(right["gold"]) and right["reason"] is None
+    assert "assert candidate(" in wrong["reason"] and unparsed["reason"] == "no code: the answer has no code"
     for line in (ITEMS / "mbpp.jsonl").read_text().splitlines():
         item = json.loads(line)
-        found = rows.code_results(rows._fill(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]])
-        assert found["graded"] == ["right", "wrong"]
+        found = rows.results(rows._fill(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]])
+        assert [its["verdict"] for its in found["graded"]] == ["right", "wrong"]
 
 
 @boxed
@@ -376,7 +382,8 @@ def test_every_task_runs_from_a_local_file(files):
         assert (doc["prompt"] if name in CODE else doc["question"]) in text
         assert ("Markdown code block" if name in CODE else "within \\boxed{}.") in text
         assert task.config.repeats == 3 and task.config.generation_kwargs["until"] == []
-        assert task.config.generation_kwargs | Sampling(samples=3).options() == task.config.generation_kwargs
+        drawn = Sampling(samples=3).under(DEFAULT).options()
+        assert task.config.generation_kwargs | drawn == task.config.generation_kwargs
         assert task.UNSAFE_CODE is True if name in CODE else not getattr(task, "UNSAFE_CODE", False)
         for choice in doc.get("choices", ()):
             assert choice in text

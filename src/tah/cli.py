@@ -256,7 +256,13 @@ def run(arguments: list[str]) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
-    if arguments[:2] in (["eval", "compare"], ["bench", "train"], ["bench", "trace"], ["bench", "serve"]):
+    if arguments[:2] in (
+        ["eval", "compare"],
+        ["eval", "regrade"],
+        ["bench", "train"],
+        ["bench", "trace"],
+        ["bench", "serve"],
+    ):
         arguments[:2] = ["-".join(arguments[:2])]
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""The commands that evaluate: eval, eval-compare. Registered on the `tah` command by `cli.py`."""
+"""The commands that evaluate: eval, eval-compare, eval-regrade. Registered on the `tah` command by `cli.py`."""
 
 from __future__ import annotations
 
@@ -37,20 +37,32 @@ def evaluate(
             "[default: the model's]",
         ),
     ] = None,
-    samples: Annotated[int, _number("Answers to each question; their mean counts (avg@N).", int, 1)] = 1,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Fixes prompt, sampling, seed, samples and sources: default, or paper for what its authors published. "
+            "Options given beside it override it.",
+        ),
+    ] = "default",
+    samples: Annotated[
+        int | None, _number("Answers to each question; their mean counts (avg@N). [default: the protocol's; 1]", int, 1)
+    ] = None,
     limit: Annotated[int | None, _number("Only the first so many questions of each task.", int, 1)] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK=FILE", help="Questions from a JSONL file, not the Hub; may be repeated."),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
-    temperature: Annotated[float | None, _number("Of the sampling. [default: 0.6]", float, 0, 100)] = None,
+    temperature: Annotated[float | None, _number("Sampling temperature. [default: 0.6]", float, 0, 100)] = None,
     top_p: Annotated[
         float | None, _number("Sample among the most probable tokens up to this mass. [default: 0.95]", float, 0, 1)
     ] = None,
     top_k: Annotated[int | None, _number("Sample among this many tokens; 0 means all. [default: 20]", int, 0)] = None,
-    max_new_tokens: Annotated[int, _number("Longest answer, in tokens.", int, 1)] = 4096,
-    seed: Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)] = 0,
+    max_new_tokens: Annotated[int | None, _number("Longest answer, in tokens. [default: 4096]", int, 1)] = None,
+    seed: Annotated[
+        int | None, _number("Random seed. [default: the protocol's; 0, or 42 with paper]", int, 0, 2**63 - 1)
+    ] = None,
     batch_size: Annotated[
         int | None, _number("Questions at a time. [default: 1; with vLLM as many as it likes]", int, 1)
     ] = None,
@@ -72,8 +84,9 @@ def evaluate(
 ) -> None:
     """Evaluate on benchmarks, with the cost of iterating.
 
-    Answers are sampled as in the paper and kept in DIR; a killed run continues where it was. Each result has its 95 %
-    interval, the depth of its answers and their cost relative to the base. `tah eval compare A B` compares two.
+    The answers are kept in DIR, and a killed run continues where it was. Each result has its 95 % interval, the depth
+    of its answers and their cost relative to the base. `tah eval compare A B` compares two runs; `tah eval regrade DIR`
+    grades the answers of a run again.
     """
     from .load import quiet
 
@@ -105,6 +118,7 @@ def evaluate(
             _words(tasks),
             output,
             policies=None if policy is None else _words(policy),
+            protocol=protocol,
             sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
             limit=limit,
             data=files,
@@ -139,6 +153,31 @@ def compare(
 
     found = run_comparison(a, b)
     typer.echo(json.dumps(found) if as_json else compared_markdown(found), nl=as_json)
+
+
+@app.command("eval-regrade")
+def regrade(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an evaluation.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=FILE", help="Questions of a run that did not keep them; may be repeated."),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the programs that answers hold, in a sandbox.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Grade the answers of an evaluation again, without a model.
+
+    Also written `tah eval regrade DIR`. For a run that an older grader graded: `tah eval compare` compares only
+    verdicts of the same version. The answers stay as they are; DIR's verdicts and results are replaced.
+    """
+    files = _files(data or [])
+    from .evaluation.regrade import as_text
+    from .evaluation.regrade import regrade as run_again
+
+    found = run_again(directory, data=files, allow_code_execution=allow_code_execution)
+    typer.echo(json.dumps(found) if as_json else as_text(found), nl=as_json)
 
 
 def _drawing(greedy: bool, **given: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
     run.json                      what was asked: model, data, protocol; and versions
     samples/POLICY/TASK.jsonl     an answer a line, appended batch by batch; verdicts are added when a task is done
+    questions/TASK.jsonl          the questions with their right answers or tests, so that answers can be graded again
     results.json, results.md      made from the samples
 
 A line has `policy`, `task`, `question` (its id), `number`, `sample`, `prompt` (a hash), `verdict` (null until it is
-graded), and the fields of [`Generated`]: text, token counts, depths, seconds.
+graded), the fields of [`Generated`] (text, token counts, depths, seconds), and from when it is graded those of
+[`Graded`]: gold, extracted, reason and grader. Answers to lm-eval's own tasks are not graded here.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,7 +27,9 @@ from filelock import FileLock, Timeout
 from ..files import differences, write_atomically
 
 LOCK = ".lock"
-FACTS = ("tah", "model", "versions", "batch_size", "started")  # of run.json: may differ when a run is continued
+# Entries of run.json that may differ when a run is continued. `overrides` and `ours` only name what `sampling` and
+# `tasks` hold.
+FACTS = ("tah", "model", "versions", "batch_size", "started", "overrides", "ours")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def alone(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if {path.name for path in directory.iterdir()} <= {LOCK, "run.json"}:  # no answer is worth keeping
+        if {path.name for path in directory.iterdir()} <= {LOCK, "run.json", "questions"}:  # there is no answer to keep
+            shutil.rmtree(directory / "questions", ignore_errors=True)
             for name in (LOCK, "run.json"):
                 (directory / name).unlink(missing_ok=True)
             if fresh:
@@ -126,7 +132,9 @@ def read_run(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory} holds no evaluation (its run.json is another's); give a tah eval directory")
         if found["tah"] != 1:
             raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
-        return {"backend": "transformers"} | found
+        for facts in found["tasks"].values():  # runs from before there were protocols
+            facts.setdefault("samples", found["sampling"]["samples"])
+        return {"backend": "transformers", "protocol": "default", "ours": {}} | found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"
@@ -231,16 +239,48 @@ class Samples:
             os.fsync(file.fileno())
         self.told(len(self.lines))
 
+    @property
+    def graders(self) -> set[str]:
+        """The versions of the grader that gave the verdicts."""
+        return {line.get("grader", "1") for line in self.lines.values() if line["verdict"] is not None}
+
     def graded(self, answers: int) -> bool:
         """Whether so many are there and graded."""
         return sum(line["verdict"] is not None for line in self.lines.values()) == answers
 
-    def grade(self, verdicts: Mapping[int, Sequence[str]]) -> None:
-        """Write down the verdicts on the samples of each question, by number; the file is in their order then."""
+    def grade(self, graded: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+        """Write down the fields of `Graded` for the samples of each question, by number; the lines are in their order
+        then."""
         for (number, sample), line in self.lines.items():
-            line["verdict"] = verdicts[number][sample]
+            line.update(graded[number][sample])
         self.lines = dict(sorted(self.lines.items()))
         write_atomically(self.path, "".join(map(_line, self.lines.values())))
+
+
+def facts_of_data(questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What tells the questions of a task from others: their number and a hash."""
+    text = json.dumps(questions, sort_keys=True, default=str)
+    return {"questions": len(questions), "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def write_questions(directory: Path, task: str, questions: Iterable[Mapping[str, Any]]) -> None:
+    """Keep the questions of a task beside the answers."""
+    write_atomically(directory / "questions" / f"{task}.jsonl", "".join(map(_line, questions)))
+
+
+def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
+    """The questions that were kept; None in a run of before they were.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / "questions" / f"{task}.jsonl"
+    if not path.is_file():
+        return None
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give the data again") from error
 
 
 def _generated(line: Mapping[str, Any]) -> Generated:
@@ -248,7 +288,7 @@ def _generated(line: Mapping[str, Any]) -> Generated:
 
 
 def _line(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":"), default=str) + "\n"
 
 
 def _hash(text: str) -> str:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import differences
+from ..files import differences, write_atomically
 from ..tasks import STOCK
 from ..tracing.resample import Estimate, Resampled
 from .eval_files import Samples, read_run
 
-PROTOCOL = ("samples", "temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
+PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
 COLUMNS = {
     "accuracy": "accuracy",
     "unparsed": "unparsed",
@@ -46,7 +46,7 @@ def summarize(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     run = read_run(directory)
     rows: list[dict[str, Any]] = []
-    stock, averages = [], []
+    stock, averages, graders = [], [], set[str]()
     for policy in run["rule"]["policy"]:
         drawn: list[tuple[Resampled, np.ndarray]] = []
         for name, facts in run["tasks"].items():
@@ -55,8 +55,9 @@ def summarize(directory: str | Path) -> dict[str, Any]:
                 path = samples.path.with_suffix(".json")
                 stock.append({"policy": policy, "task": name, "metrics": _metrics(path)} | _costs(samples))
                 continue
-            if not samples.graded(facts["questions"] * run["sampling"]["samples"]):
+            if not samples.graded(facts["questions"] * facts["samples"]):
                 raise ValueError(f"{directory} is not finished ({policy}, {name}); run the same tah eval again")
+            graders |= samples.graders
             resampled, right = _right(samples, seed=len(drawn))
             drawn.append((resampled, resampled.mean(right)))
             lines = samples.lines.values()
@@ -68,7 +69,28 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             rows.append({"policy": policy, "task": name, "accuracy": accuracy} | counts | _costs(samples))
         if drawn:
             averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
-    return run | {"results": rows, "average": averages, "lm_eval": stock}
+    if len(graders) > 1:
+        raise ValueError(
+            f"{directory} was graded by the versions {_listed(graders)}; give tah eval regrade {directory}"
+        )
+    grader = next(iter(graders), None)
+    return run | {"grader": grader, "results": rows, "average": averages, "lm_eval": stock}
+
+
+def write_results(directory: Path) -> dict[str, Any]:
+    """Make `results.json` and `results.md` from the samples.
+
+    Raises:
+        ValueError: as `summarize`.
+    """
+    results = summarize(directory)
+    write_atomically(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(directory / "results.md", as_markdown(results))
+    return results
+
+
+def _listed(graders: Iterable[str]) -> str:
+    return " and ".join(sorted(graders))
 
 
 def _bounded(accuracy: Estimate, questions: int) -> Estimate:
@@ -144,8 +166,18 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     sampling = results["sampling"]
     greedy = sampling["temperature"] < 1e-3
     drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
-    title = f"# {results['model']}\n\navg@{sampling['samples']}, {drawn}, at most {sampling['max_new_tokens']} tokens, "
-    lines = [title + f"seed {sampling['seed']}, template {results['template']}, by {results['backend']}.", ""]
+    most = {name: facts["samples"] for name, facts in results["tasks"].items() if not name.startswith(STOCK)}
+    others = [f"{name} avg@{samples}" for name, samples in most.items() if samples != sampling["samples"]]
+    averaged = f"avg@{sampling['samples']}" + (f" ({', '.join(others)})" if others else "")
+    graded = f", grader {results['grader']}" if results["grader"] else ""
+    lines = [
+        f"# {results['model']}\n\nProtocol {results['protocol']}: {averaged}, {drawn}, at most "
+        f"{sampling['max_new_tokens']} tokens, seed {sampling['seed']}, template {results['template']}, by "
+        f"{results['backend']}{graded}.",
+        "",
+    ]
+    if results["ours"]:
+        lines += [f"Not published, so decided by ours: {named_gaps(results['ours'])}.", ""]
     if results["results"]:
         lines += [_row(["policy", "task", "questions", *COLUMNS.values()]), "|---|---|" + "--:|" * (1 + len(COLUMNS))]
         for row in [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]:
@@ -162,6 +194,14 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         cost = f"; mean depth {row['mean_depth']:.3f}, cost {row['cost']:.3f}" if "cost" in row else ""
         lines.append(f"\n{row['policy']} on {row['task']} (lm-eval's own prompt and metrics): {metrics}{cost}")
     return "\n".join(lines) + "\n"
+
+
+def named_gaps(ours: Mapping[str, str]) -> str:
+    """`Protocol.ours` in words: what, and of which tasks."""
+    tasks: dict[str, list[str]] = {}
+    for name, what in ours.items():
+        tasks.setdefault(what, []).append(name)
+    return "; ".join(f"{what} ({', '.join(names)})" for what, names in tasks.items())
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -206,6 +246,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         raise ValueError(f"{a} and {b} have no task in common")
     before, after = (
         {
+            "protocol": run["protocol"],
             "sampling": {name: run["sampling"][name] for name in PROTOCOL},
             "template": run["template"],
             "tasks": {name: run["tasks"][name] for name in names},
@@ -219,7 +260,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         pairs = [(policies_a[0], policies_b[0])]
     elif not (pairs := [(policy, policy) for policy in policies_a if policy in policies_b]):
         raise ValueError(f"{a} has {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: name one, as {a}:POLICY")
-    counts = {name: run_a["tasks"][name]["questions"] * run_a["sampling"]["samples"] for name in names}
+    counts = {name: run_a["tasks"][name]["questions"] * run_a["tasks"][name]["samples"] for name in names}
     found = [_compared(first, second, pair, counts) for pair in pairs]
     return {"a": a, "b": b, "comparisons": found, "left_out": sorted(set(alone))}
 
@@ -245,6 +286,11 @@ def _compared(first: Path, second: Path, pair: tuple[str, str], counts: Mapping[
         for samples in (one, two):
             if not samples.graded(count):
                 raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
+        if len(graders := one.graders | two.graders) > 1:
+            raise ValueError(
+                f"{first} and {second} were graded by the versions {_listed(graders)} of the grader; give tah eval "
+                "regrade to those that are older"
+            )
         resampled, before = _right(one, seed=len(drawn))
         _, after = _right(two, seed=len(drawn))
         drawn.append((resampled, resampled.mean(after - before)))

@@ -26,10 +26,10 @@ from .. import tasks as ours
 from ..files import write_atomically
 from ..session import Session
 from ..training.reference import weights_fingerprint
-from .eval_files import Samples, alone, open_run
-from .eval_report import as_markdown, summarize
+from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
+from .eval_report import named_gaps, write_results
 from .harness import TaHLM
-from .request import Sampling, build, check_engine, check_request, expand, vllm_version
+from .request import Sampling, build, check_engine, check_request, expand, find_protocol, vllm_version
 from .served import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -43,6 +43,7 @@ def evaluate(
     output: str | Path,
     *,
     policies: Sequence[str] | None = None,
+    protocol: str = "default",
     sampling: Sampling | None = None,
     limit: int | None = None,
     data: Mapping[str, str | Path] | None = None,
@@ -66,6 +67,8 @@ def evaluate(
         tasks: names of `tah.tasks.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
         output: directory for answers and results.
         policies: who iterates, one after the other; the model's own by default.
+        protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).
+        sampling: what is given here overrides the protocol.
         limit: only the first so many questions of each task.
         data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
         reference: for the policy `oracle`.
@@ -83,12 +86,13 @@ def evaluate(
     Raises:
         ValueError: a setting, a file or the model is not usable; one line says what to do.
     """
-    sampling, output = sampling or Sampling(), Path(output)
+    sampling, output, asking = sampling or Sampling(), Path(output), find_protocol(protocol)
     names, files = expand(tasks), {name: str(path) for name, path in (data or {}).items()}
     check_request(names, policies, files, reference, allow_code_execution, backend, device)
-    check_engine(backend, model, engine or {}, sampling)
+    drawing = sampling.under(asking)
+    check_engine(backend, model, engine or {}, drawing)
     with _quiet():
-        built = build(names, files, sampling)
+        built = build(names, files, sampling, asking)
         place = {"dtype": dtype, "device": device}
         session = Session.open(model, **place) if isinstance(model, str) else model
         if not raw and not session.tokenizer.chat_template:
@@ -100,7 +104,7 @@ def evaluate(
         options: dict[str, Any] = {
             "threshold": threshold,
             "max_depth": max_depth,
-            "seed": sampling.seed,
+            "seed": drawing.seed,
             "add_bos_token": None if raw else False,  # a chat template writes it where it belongs
         }
         if backend == "vllm":
@@ -111,26 +115,28 @@ def evaluate(
             lm = TaHLM(session, batch_size=batch_size or 1, **options)
         if len(shared := [policy for policy in chosen if policy in ("decider", "confidence")]) > 1:
             note(f"{' and '.join(shared)} share the threshold {lm.rule['threshold']:.4g}, though their scales differ")
-        settings = _settings(lm, chosen, built, limit) | {
-            "sampling": asdict(sampling),
+        settings = {
+            "protocol": protocol,
+            "overrides": sampling.given() | ({"data": files} if files else {}),
+            "ours": asking.ours(built),
+            "sampling": asdict(drawing),
             "template": "none" if raw else "chat",
             "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
             "backend": backend,
             "batch_size": batch_size,
             "engine": dict(engine or {}),
-        }
+        } | _settings(lm, chosen, built, limit)
         if backend == "vllm":
             settings["versions"]["vllm"] = vllm_version()
+        if gaps := settings["ours"]:
+            note(f"protocol {protocol}: not published, so decided by ours: {named_gaps(gaps)}")
         try:
             with alone(output):
                 _answer_all(lm, chosen, built, output, settings, limit=limit, raw=raw, told=told, note=note)
         finally:
             if isinstance(lm, ServedLM):
                 lm.close()
-    results = summarize(output)
-    write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(output / "results.md", as_markdown(results))
-    return results
+    return write_results(output)
 
 
 def _answer_all(
@@ -155,6 +161,8 @@ def _answer_all(
         if samples.repaired:
             note(samples.repaired)
         if not (samples.graded(of) if scores is None else scores.is_file()):
+            if scores is None:
+                write_questions(output, name, list(task.eval_docs)[:limit])
             _run(lm, task, samples, policy=policy, limit=limit, raw=raw, scores=scores)
 
 
@@ -192,12 +200,11 @@ def _settings(lm: TaHLM, policies: Sequence[str], tasks: Mapping[str, Any], limi
 
 def _facts(task: Any, limit: int | None) -> dict[str, Any]:
     """What decides a task: its data and its prompt."""
-    docs = list(task.eval_docs)[:limit]
-    told = json.dumps(docs, sort_keys=True, default=str).encode()
     prompt = task.config.doc_to_text  # a function, in some of lm-eval's own, has no name that stays the same
-    return {
-        "questions": len(docs),
-        "data": hashlib.sha256(told).hexdigest()[:16],
+    if isinstance(prompt, str) and task.config.gen_prefix:
+        prompt += task.config.gen_prefix
+    return facts_of_data(list(task.eval_docs)[:limit]) | {
+        "samples": int(task.config.repeats),
         "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16] if isinstance(prompt, str) else None,
         "version": task.VERSION,
     }

@@ -47,7 +47,7 @@ def after_thoughts(text: str) -> str:
 def boxes(text: str) -> Iterator[Box]:
     r"""The boxes of a text in their order, with braces nested to any depth; a box within a box is part of its content.
 
-    A box that is not closed is left out.
+    A box that is empty or not closed is left out.
     """
     at = 0
     while found := BOX.search(text, at):
@@ -55,6 +55,7 @@ def boxes(text: str) -> Iterator[Box]:
         for brace in BRACE.finditer(text, found.end()):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                yield Box(found.start(), brace.end(), text[found.end() : brace.start()])
                 at = brace.end()
+                if text[found.end() : brace.start()].strip():
+                    yield Box(found.start(), at, text[found.end() : brace.start()])
                 break

@@ -6,12 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import tasks as ours
+from ..tasks.protocols import DEFAULT, PROTOCOLS, Protocol
 from .sandbox import Sandbox
 
 import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
@@ -24,30 +25,53 @@ STOCK_NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTI
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the paper's settings (spec D.1) by default.
+    """How answers are drawn. What is None is left to the protocol.
 
     Args:
         samples: answers to each question, whose mean counts (avg@k).
         temperature: 0 takes the most probable token.
-        top_p: among the most probable tokens up to this mass.
-        top_k: among so many; 0 means all.
+        top_p: the tokens that are drawn from are the most probable ones up to this mass.
+        top_k: and at most so many; 0 means all.
         max_new_tokens: where an answer is cut off.
-        seed: with the question and the number of the sample, decides what is drawn.
-
-    Raises:
-        ValueError: several samples that would all be alike.
+        seed: with the question and the number of the sample, it decides what is drawn.
     """
 
-    samples: int = 1
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 20
-    max_new_tokens: int = 4096
-    seed: int = 0
+    samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature < 1e-3:
-            raise ValueError(f"samples={self.samples} at temperature 0 would all be alike; give --samples 1")
+    def given(self) -> dict[str, Any]:
+        """What is not left to the protocol."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def under(self, protocol: Protocol, task: str | None = None) -> Drawing:
+        """The sampling of a task under a protocol; without a task, of one that the protocol does not single out.
+
+        Raises:
+            ValueError: several samples that would all be alike.
+        """
+        fixed = {name: getattr(protocol, name) for name in ("seed", "temperature", "top_p", "top_k", "max_new_tokens")}
+        fixed["samples"] = protocol.samples.get(task or "", 1)
+        drawing = Drawing(**(fixed | self.given()))
+        if drawing.samples > 1 and drawing.temperature < 1e-3:
+            where = "" if self.samples else f" (protocol {protocol.name}, task {task})"
+            raise ValueError(f"samples={drawing.samples}{where} at temperature 0 would all be alike; give --samples 1")
+        return drawing
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the answers to a task are drawn: a `Sampling` in which the protocol has filled in what was left to it."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
 
     def options(self) -> dict[str, Any]:
         """As lm-eval's `generation_kwargs`."""
@@ -55,6 +79,17 @@ class Sampling:
             return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {"max_gen_toks": self.max_new_tokens, "do_sample": True} | drawn
+
+
+def find_protocol(name: str) -> Protocol:
+    """A protocol by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -123,7 +158,7 @@ def check_request(
         Sandbox().check()
 
 
-def check_engine(backend: str, model: Any, engine: Mapping[str, Any], sampling: Sampling) -> None:
+def check_engine(backend: str, model: Any, engine: Mapping[str, Any], sampling: Drawing) -> None:
     """What vLLM cannot be given.
 
     Raises:
@@ -143,12 +178,16 @@ def check_engine(backend: str, model: Any, engine: Mapping[str, Any], sampling: 
         raise ValueError(f"temperature {sampling.temperature}: vLLM draws at no less than 0.01; give that, or --greedy")
 
 
-def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> dict[str, Any]:
+def build(
+    names: Sequence[str], data: Mapping[str, str], sampling: Sampling, protocol: Protocol = DEFAULT
+) -> dict[str, Any]:
     """lm-eval's tasks by our names, in the order asked for."""
+    drawn = {name: sampling.under(protocol, name) for name in names}
     stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]
     if stock:
         _check_stock(stock)
-    metadata: Any = {"data": dict(data)}
+    sources = {name: vars(source) for name, source in protocol.sources.items()}
+    metadata: Any = {"data": dict(data), "sources": sources}
     manager = TaskManager(include_path=str(ours.DIRECTORY), include_defaults=bool(stock), metadata=metadata)
     for name in stock:
         if name not in manager.all_tasks or name.startswith(ours.PREFIX):
@@ -167,14 +206,24 @@ def build(names: Sequence[str], data: Mapping[str, str], sampling: Sampling) -> 
             raise ValueError(f"task {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         for key, task in loaded.items():
             if task.OUTPUT_TYPE == "generate_until":
-                task.set_config("generation_kwargs", sampling.options(), update=True)
+                task.set_config("generation_kwargs", drawn[name].options(), update=True)
             if own:
-                task.set_config("repeats", sampling.samples)
+                task.set_config("repeats", drawn[name].samples)
+                _ask(task, protocol)
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(1234)  # lm-eval's own
             built[name if own else ours.STOCK + key] = task
     return built
+
+
+def _ask(task: Any, protocol: Protocol) -> None:
+    """Have a task of ours ask in the words of the protocol."""
+    kind = task.config.dataset_kwargs["kind"]
+    if kind in protocol.questions:
+        task.set_config("doc_to_text", protocol.questions[kind])
+    if kind in protocol.openings:
+        task.set_config("gen_prefix", protocol.openings[kind])
 
 
 def _check_stock(names: Sequence[str]) -> None:

@@ -9,24 +9,21 @@ One schema for each kind of task, the same in memory and in a file (`id` is opti
 
 from __future__ import annotations
 
-import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from ..evaluation.answers import grade_math, read_math
-from ..evaluation.code_tasks import grade_all
-from ..evaluation.letters import LETTERS, grade_choice
-from ..evaluation.reply import Grade
-from ..evaluation.sandbox import Sandbox
+from ..evaluation.answers import read_math
+from ..evaluation.grading import Kind, grade
+from ..evaluation.letters import LETTERS
 from ..files import parse_json
 from ..load import first_line
 
-Kind = Literal["math", "choice", "code"]
 Row = dict[str, Any]
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "math": ("question", "answer"),
@@ -47,6 +44,7 @@ def load(
     read: Callable[[Row], Row | None],
     subsets: Sequence[str | None] = (None,),
     data: Mapping[str, str] | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
     **others: Any,
 ) -> dict[str, Dataset]:
     """The questions of a task, as lm-eval's `custom_dataset` wants them.
@@ -59,11 +57,14 @@ def load(
         read: a row of the Hub in our schema; None leaves it out.
         subsets: configurations of the data set, one after the other.
         data: local files by name of task, instead of the Hub.
+        sources: other values of hub, split, read and subsets, by name of task.
         others: of the task's metadata; unused.
 
     Raises:
         ValueError: a row does not fit the schema, or the Hub does not give the data.
     """
+    if name in (sources or {}):
+        return load(name=name, kind=kind, data=data, **(sources or {})[name])
     if name in (data or {}):
         rows = read_file(Path((data or {})[name]), kind)
     else:
@@ -191,35 +192,20 @@ def program(row: Row) -> Row:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def math_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Grade the answers to a mathematical question; `results` holds the list of all of its samples."""
-    return _metrics(grade_math(doc["answer"], text) for text in results[0])
+def kind_of(row: Row) -> Kind:
+    """The kind of a question that `load` returned."""
+    return "code" if "prompt" in row else "choice" if "choices" in row else "math"
 
 
-def choice_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Grade the answers to a multiple-choice question."""
-    return _metrics(grade_choice(doc["answer"], text, len(doc["choices"])) for text in results[0])
-
-
-def code_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Run the tests of a question on the answers, in the sandbox."""
-    texts = results[0]
-    grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
-    verdicts = grade_all([doc] * len(texts), texts, _sandbox())
-    return _metrics(grades.get(verdict.status, "wrong") for verdict in verdicts)
-
-
-def count(graded: Sequence[Sequence[Grade]]) -> int:
-    """How many answers were graded."""
-    return sum(map(len, graded))
-
-
-def _metrics(grades: Iterable[Grade]) -> dict[str, Any]:
-    graded = list(grades)
-    share = {grade: graded.count(grade) / len(graded) for grade in ("right", "unparsed")}
+def results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Grade the answers to a question, for lm-eval; `results` holds the list of all of its samples."""
+    graded = [asdict(answer) for answer in grade(kind_of(doc), doc, results[0])]
+    share = {
+        verdict: sum(its["verdict"] == verdict for its in graded) / len(graded) for verdict in ("right", "unparsed")
+    }
     return {"acc": share["right"], "unparsed": share["unparsed"], "graded": graded}
 
 
-@functools.cache
-def _sandbox() -> Sandbox:
-    return Sandbox()
+def count(graded: Sequence[Sequence[Any]]) -> int:
+    """How many answers were graded."""
+    return sum(map(len, graded))
