@@ -77,3 +77,37 @@ def tiny_checkpoint(tiny_base: Path) -> Path:
         shutil.copy(path, directory)
     shutil.copy(tiny_base / "chat_template.jinja", directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def pupil(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base that has learned to answer 29 to whatever it is asked."""
+    import json
+    import shutil
+
+    import torch
+
+    from evaluations import ITEMS, LONG
+    from tah.session import Session
+
+    directory = tmp_path_factory.mktemp("eval") / "pupil"
+    shutil.copytree(tiny_base, directory)
+    config = json.loads((directory / "config.json").read_text()) | LONG
+    (directory / "config.json").write_text(json.dumps(config))
+    session = Session.open(str(directory))
+    base, tokenizer = session.model.base, session.tokenizer
+    asked = [json.loads(line)["question"] for line in (ITEMS / "math.jsonl").read_text().splitlines()]
+    answer = tokenizer("It is \\boxed{29}<|im_end|>", add_special_tokens=False)["input_ids"]
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
+    base.train()
+    for step in range(80):
+        prompt = session.encode([{"role": "user", "content": asked[step % len(asked)][-(20 + step) :]}])
+        ids = torch.tensor([prompt + answer])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        base(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    base.eval().save_pretrained(directory)
+    return directory

@@ -17,6 +17,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 import tah.cli_eval  # noqa: F401  # registers its commands
+from evaluations import ITEMS, LONG, SHORT, go, lines_of
 from tah import TaHForCausalLM
 from tah.cli import run
 from tah.evaluation import harness
@@ -33,8 +34,6 @@ from tah.session import Session
 from tah.tasks import CODE, DIRECTORY, TASKS, rows
 from tah.tasks.protocols import DEFAULT
 
-ITEMS = Path(__file__).parent / "eval_items"
-LONG = {"max_position_embeddings": 512}
 boxed = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is missing (apt-get install bubblewrap)")
 
 
@@ -49,32 +48,6 @@ def offline():
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
-
-
-@pytest.fixture(scope="module")
-def pupil(tiny_base, tmp_path_factory) -> Path:
-    """A tiny base that has learned to answer 29 to whatever it is asked."""
-    directory = tmp_path_factory.mktemp("eval") / "pupil"
-    shutil.copytree(tiny_base, directory)
-    config = json.loads((directory / "config.json").read_text()) | LONG
-    (directory / "config.json").write_text(json.dumps(config))
-    session = Session.open(str(directory))
-    base, tokenizer = session.model.base, session.tokenizer
-    asked = [json.loads(line)["question"] for line in (ITEMS / "math.jsonl").read_text().splitlines()]
-    answer = tokenizer("It is \\boxed{29}<|im_end|>", add_special_tokens=False)["input_ids"]
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
-    base.train()
-    for step in range(80):
-        prompt = session.encode([{"role": "user", "content": asked[step % len(asked)][-(20 + step) :]}])
-        ids = torch.tensor([prompt + answer])
-        labels = ids.clone()
-        labels[:, : len(prompt)] = -100
-        base(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    base.eval().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -446,29 +419,11 @@ def test_thoughts_are_asked_for_where_the_template_knows_them(wild):
 
 # -- a run -----------------------------------------------------------------------------------------------------------
 
-SHORT = Sampling(samples=2, max_new_tokens=24, temperature=0.7)
-
-
-def go(model, output, **options):
-    """Two tasks, two policies, two samples."""
-    data = {"gsm8k": ITEMS / "math.jsonl", "arc_e": ITEMS / "choice.jsonl"}
-    given = {"tasks": list(data), "data": data, "policies": ["never", "random"], "sampling": SHORT, "batch_size": 3}
-    return evaluate(str(model), output=output, **{**given, **options})
-
 
 @pytest.fixture(scope="module")
 def done(pupil, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "done"
     return directory, go(pupil, directory)
-
-
-def lines_of(directory: Path) -> dict[str, list[dict]]:
-    """All answers but the time they took."""
-    found = {}
-    for path in sorted((directory / "samples").rglob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[str(path.relative_to(directory))] = [line | {"seconds": 0} for line in lines]
-    return found
 
 
 def test_results(done):
