@@ -62,7 +62,8 @@ def test_a_line_says_why(done):
             assert line["grader"] == grader() == f"{GRADER} (math-verify {version('math-verify')})"
             assert (line["extracted"] is None) == (line["verdict"] == "unparsed")
             if "gsm8k" in name:
-                assert line["gold"] == str(golds[line["number"]]).strip("$") and (line["extracted"] or "29") == "29"
+                assert line["gold"] == str(golds[line["number"]]).strip("$")
+                assert (line["extracted"] or "") in line["text"]
 
 
 @pytest.mark.parametrize(
