@@ -9,6 +9,8 @@ import pytest
 
 from evaluations import ITEMS, go
 from models import CHAT_TEMPLATE
+from tah.evaluation.code_tasks import extract_code
+from tah.evaluation.eval_files import Asked
 from tah.evaluation.eval_report import as_markdown, compare
 from tah.evaluation.evaluate import evaluate
 from tah.evaluation.harness import TaHLM
@@ -43,6 +45,19 @@ def test_the_paper_begins_the_answer_to_a_programming_task(pupil):
     assert opened.startswith("Below is a Python script") and opened.rstrip("\n").endswith("tests:\n```python")
     assert "<|im_end|>" not in opened  # the turn is open, so that the model goes on with it
     assert "im_start" in CHAT_TEMPLATE
+
+
+def test_a_begun_program_is_read_whole(pupil):
+    """The block that the prompt opened belongs to the answer, even where the model goes on with a remark."""
+    lm = TaHLM(str(pupil), batch_size=1)
+    options = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script:\n```python\n", options)])
+    assert found.text.startswith("```python\n") and found.tokens <= 4
+    assert extract_code("```python\n# adds\ndef add(a, b):\n    return a + b\n```\nIt adds.", "add").startswith(
+        "# adds"
+    )
+    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script in ```python", options | {"max_gen_toks": 1})])
+    assert found.text.startswith("```python\n")
 
 
 def test_what_the_paper_draws():

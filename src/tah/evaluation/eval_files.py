@@ -48,7 +48,8 @@ class Generated:
     """An answer and what it cost.
 
     Args:
-        text: without the prompt and special tokens; thoughts included, and the <think> that a template opens them with.
+        text: without the prompt and special tokens; thoughts included, and what the prompt opened for the answer: <think>,
+            or a block of code.
         prompt_tokens: of the prompt.
         tokens: produced, an end token included.
         finished: it ended by itself, not at the limit.

@@ -41,6 +41,11 @@ except ImportError as error:
     raise ImportError("evaluation needs more packages: pip install 'tah[eval]'") from error
 
 
+# What a prompt may end with that belongs to the answer: the thoughts that a chat template opens, the block of code that
+# a protocol opens. Without it an answer could not be read.
+OPENINGS = ("<think>", "```python\n")
+
+
 @register_model("tah")
 class TaHLM(HFLM):
     """A TaH checkpoint, or a base wrapped on the fly, as lm-eval's model.
@@ -222,7 +227,8 @@ class TaHLM(HFLM):
         """One row: produced tokens [S - P], passes [S] by input token, mask of the prompt [P]."""
         P, tokens = len(mask), length or limit
         depths = depth_count[P - 1 : P - 1 + tokens]  # passes of the token before are what predicting one took
-        opened = "<think>" if asked.prompt.rstrip().endswith("<think>") else ""  # by the chat template
+        prompt = asked.prompt.rstrip()
+        opened = next((words for words in OPENINGS if prompt.endswith(words.rstrip())), "")
         return Generated(
             text=opened + self.tokenizer.decode(ids[:tokens], skip_special_tokens=True),
             prompt_tokens=int(mask.sum()),
