@@ -48,7 +48,7 @@ class Generated:
     """An answer and what it cost.
 
     Args:
-        text: without the prompt and special tokens; thoughts included, and what the prompt opened for the answer: <think>,
+        text: without the prompt and special tokens; thoughts included, and what the prompt opened for it: <think>,
             or a block of code.
         prompt_tokens: of the prompt.
         tokens: produced, an end token included.
