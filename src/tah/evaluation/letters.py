@@ -1,13 +1,13 @@
 r"""Which letter an answer to a multiple-choice question settles on.
 
-An answer settles on a letter by a statement: a box, "the answer is C", "C is correct", "I choose C", "therefore, C". The
-last statement counts, so that a model may correct itself. Without any statement the letter that the reply begins with
-counts ("C. 12", "(C) The mitochondria"), then one that its last line consists of or ends with.
+An answer settles on a letter by a statement: a box, "the answer is C", "C is correct", "I choose C", "therefore, C".
+The last statement counts, so that a model may correct itself. Without any statement the letter that the reply begins
+with counts ("C. 12", "(C) The mitochondria"), then one that its last line consists of or ends with.
 
 A letter that is merely mentioned is no statement ("option A is wrong because ..."), a statement that names several
 letters settles on none ("A or C"), and neither the article "A" nor the pronoun "I" is a letter. Before anything is
-searched, the reply is rewritten without markup (`plain`), so that `**C**`, `\mathbf{C}` and `<answer>C</answer>` need no
-patterns of their own. The patterns look at most some 80 characters ahead: the time taken grows with the reply's length.
+searched, the reply is rewritten without markup (`plain`), so that `**C**`, `\mathbf{C}` and `<answer>C</answer>` need
+no patterns of their own. The patterns look some 80 characters ahead at most: the time grows with the reply's length.
 """
 
 from __future__ import annotations
@@ -16,59 +16,34 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .markup import plain
 from .reply import Grade, Verdict, after_thoughts, boxes
 
 LETTERS = "ABCDEFGHIJ"
 
-# -- markup ----------------------------------------------------------------------------------------------------------
-
-FULL_WIDTH = str.maketrans("：（）［］．，‑−", ":()[].,--")
-BREAKS = re.compile(r"\\\\|\\[,;:! ~]|\\q?quad\b|\\[hv]space\*?\{[^{}]{0,20}\}|~|&nbsp;|[^\S\n]")
-# A letter alone in bold, code, mathematics or quotes, or in a command such as \mathbf: what is wrapped so is no article.
-MARKED = re.compile(
-    r"(?<![\w\\])(?:(?P<mark>\*{1,3}|_{1,3}|`{1,3}|\"|')[ (\[{<]{0,2}(?P<letter>[A-Za-z])[)\]}>]?[.:]?[)\]}>]? ?(?P=mark)"
-    r"|\${1,2}[ (\[{]{0,2}(?P<formula>[A-Z])[ )\]}]{0,2}\.?\${1,2}|\\\( ?(?P<inline>[A-Z]) ?\\\))(?!\w)"
-)
-COMMANDS = re.compile(r"\\(?:text|math)[a-z]*\b|\\(?:left|right|bf|rm|sf|tt|it|large|Large|displaystyle|mbox|hbox)\b")
-COMMAND = re.compile(r"\\(?:text|math)[a-z]* ?\{ ?[(\[]?([A-Za-z])[)\]]?[.:]? ?\}")
-ANSWER_TAG = re.compile(r"<(?:final_?)?answer>|<answer:", re.IGNORECASE)
-TAGS = re.compile(r"</?(?:b|strong|i|em|code|p|u|span|br|div|mark|(?:final_?)?answer)\b[^<>\n]{0,80}>", re.IGNORECASE)
-DRESS = re.compile(r"\\f?boxed\b|\\\$|\\[()\[\]{}]|[*`${}]|__+")
-LINES = re.compile(r"(?: ?\n ?)+")
-HEAD = re.compile(r"^(?:[#>•+-]+ )+", re.MULTILINE)
-
-
-def plain(text: str) -> str:
-    """The text without markup: one space or line break between words, a marked letter in parentheses."""
-    text = BREAKS.sub(" ", text.translate(FULL_WIDTH))
-    text = re.sub(" +", " ", text)
-    text = TAGS.sub("\n", ANSWER_TAG.sub("\nAnswer: ", text)) if "<" in text else text
-    for _ in range(2):  # \text{\textbf{C}}
-        text = COMMAND.sub(r"{(\1) }", text)
-    text = COMMANDS.sub("", text)
-    text = MARKED.sub(lambda found: f" ({found['letter'] or found['formula'] or found['inline']}) ", text)
-    text = re.sub(" +", " ", DRESS.sub("", text))
-    return HEAD.sub("", LINES.sub("\n", text)).strip()
-
-
 # -- one letter ------------------------------------------------------------------------------------------------------
 
 LETTER = re.compile(
-    r"(?:(?i:the |answer|option|choice|letter)[ :]*)*"
+    r"(?:(?i:the |answer|(?P<noun>option|choice|letter))[ :]*)*"
     r"(?:[(\[<\"“‘'«]{1,2} ?(?P<wrapped>[A-Za-z]) ?[.:]?[)\]>\"”’'»]{1,2}(?P<label>[.):])?(?!\w)"
     r"|[(\[<\"“‘«]?(?:(?P<labelled>[A-Za-z])[.):](?!\w)|(?P<bare>[A-Z])(?![\w.'’^])|(?P<small>[a-z])[.,;!]?(?=\n|$)))"
 )
 VERB = re.compile(
-    r" ?(?i:is|are|was|were|does|do|did|has|have|can|cannot|can't|could|would|will|may|might|isn['’]t|doesn['’]t|gives?|"
+    r" ?(?i:is|are|was|were|does|do|did|has|have|can|cannot|can't|could|would|will|may|might|isn['’]t|doesn['’]t|"
+    r"gives?|"
     r"describes?|refers?|says?|states?|represents?|means|shows?|seems|contains?|involves?|incorrect|wrong|false|not)\b"
 )
 # After a bare "A" or "I", which may be an article or a pronoun, only what cannot follow these.
 JOINED = re.compile(
-    r" (?:because|since|as|which|whereas|but|due to|according to|based on|while(?! ago)|and|or|not \(?[A-J]\b|[-–—] )|$"
+    r" (?:because|since|as|which|whereas|but|due to|according to|based on|while(?! ago)|and|or|in this case|here|"
+    r"for (?:this|these|the following) reasons?|\((?!or |and )[^()\n]{1,80}\)[.!]?(?=\n|$)|not \(?[A-J]\b|[-–—] )|$"
 )
-FORMULA = re.compile(r" ?(?:[=+^_/<>|×÷·%&]|[-–]\w|\\(?:cup|cap|times|cdot|pm|to|in|l?eq?|ge?|ne|sub|sup|approx|sim)[a-z]*)|\(")
+FORMULA = re.compile(
+    r" ?(?:[=+^_/<>|×÷·%&]|[-–]\w|\\(?:cup|cap|times|cdot|pm|to|in|l?eq?|ge?|ne|sub|sup|approx|sim)[a-z]*)|\("
+)
 OTHER = re.compile(
-    r"[.)]? ?(?P<or>,? ?(?:and/or|or|nor)\b|/)?(?P<and>, ?and\b|and\b|,|&)? ?(?:(?:also|possibly|maybe|perhaps|even|either)\b ?)*"
+    r"[.)]? ?\(?(?P<or>,? ?(?:and/or|or|nor)\b|/)?(?P<and>, ?and\b|and\b|,|&)? ?(?:(?:also|possibly|maybe|perhaps|"
+    r"even|either)\b ?)*"
     r"(?:(?i:option|choice|answer) ?)?[(\[\"'“]?(?P<letter>[A-J])[)\]\"'”]?(?![\w'’])(?P<rest> ?[^ ]{0,10})"
 )
 
@@ -101,7 +76,7 @@ def named(text: str, at: int) -> Named | None:
         firm = firm or not VERB.match(rest)
     elif rest.startswith((" \\", "\\")):
         return None
-    elif letter in "AI" and not firm and not JOINED.match(rest):
+    elif letter in "AI" and not firm and not found["noun"] and not JOINED.match(rest):
         return None
     elif not firm and not rest.startswith((" ", ")", "]", '"', "”")):
         return None
@@ -123,51 +98,71 @@ def another(rest: str) -> str | None:
 # -- statements ------------------------------------------------------------------------------------------------------
 
 FILLING = (
-    r"(?:[ \n,:]|(?:therefore|thus|hence|then|so|clearly|indeed|definitely|actually|still|most|likely|probably|obviously|"
-    r"simply|just|only|now|really|certainly|again|the|correct|final|answer|that of|given by|represented by|found in)\b){0,8}"
+    r"(?:[ \n,:>=–—-]|(?:therefore|thus|hence|then|so|clearly|indeed|definitely|actually|still|most|likely|"
+    r"probably|obviously|"
+    r"simply|just|only|now|really|certainly|again|the|correct|final|answer|that of|given by|represented by|"
+    r"found in)\b){0,8}"
 )
 SETTLES = re.compile(
     r"(?i)\b(?:(?:answer|ans|solution|conclusion)\b(?! (?:choices|options))"
-    r"|(?:correct|right|best|appropriate|suitable|accurate|final|my|chosen|selected|answer) (?:answer )?(?:option|choice|letter)\b)"
+    r"|(?:correct|right|best|appropriate|suitable|accurate|final|my|chosen|selected|answer) (?:answer )?(?:option|"
+    r"choice|letter|statement|response|one)\b"
+    r"|\b(?:correct|result)(?= ?:))"
     r"(?:(?!\b(?:is|are|was|were|not|never|neither)\b|n['’]t\b)[^.!?\n;:=]){0,80}?"
     r"(?:['’]s\b|\bis\b|\bare\b|\b(?P<modal>must|should|has to|have to|ought to|would|will|needs to|can only|"
     r"seems to|appears to|turns out to)\b(?: [a-z]+)? be\b|[:=→⇒]|[-=]+>| [-–—] |\n)"
     + FILLING
-    + r"(?P<several>(?:either|both|between|neither)\b)?(?:not (?:option )?[(\[]?[A-J][)\]]?[,;:]? (?:but|it['’]?s|it is)"
+    + r"(?P<several>(?:either|both|between|neither)\b)?(?:not (?:option )?[(\[]?[A-J][)\]]?[,;:]? (?:but|it['’]?s|"
+    r"it is)"
     r"(?: rather| instead| actually)? )?"
 )
 CORRECT = re.compile(
-    r"(?P<other>\b[A-J]\)?(?: or | and | nor |, | ?/ ?)(?:[Oo]ption |[Cc]hoice )?)?[(\[\"“']?(?<![\w'’-])(?P<letter>[A-J])"
-    r"(?P<label>[.:)\]\"”'][^.!?;\n]{0,60}?)?,? (?P<verb>(?:is|are|was|must be|should be|would be|has to be|seems to be)\b)"
-    r"(?i: (?:the|indeed|clearly|therefore|thus|definitely|actually|most|more|likely|only|one|both|all|obviously|certainly))*"
+    r"(?P<other>\b[A-J]\)?(?: or | and | "
+    r"nor |, | ?/ ?)(?:[Oo]ption |[Cc]hoice )?)?[(\[\"“']?(?<![\w'’-])(?P<letter>[A-J])"
+    r"(?P<label>[.:)\]\"”'][^.!?;\n]{0,60}?)?,? (?:(?P<verb>is|are|was|must be|should be|would be|has to be|"
+    r"seems to be)\b"
+    r"(?i: (?:the|indeed|clearly|therefore|thus|definitely|actually|most|more|likely|only|one|both|all|obviously|"
+    r"certainly))*"
     r"(?i: (?:best|appropriate|accurate|suitable|final|valid)){0,2}"
     r"(?i: (?:correct|right)(?! (?:in|about|only|if|when|that|for|as far)\b|[-\w])| (?:answer|option|choice)\b)"
+    r"|best [a-z]{3,12}s\b|the (?:best|correct|right) (?:answer|option|choice)\b)"
 )
 BEFORE_CORRECT = re.compile(
-    r"(?i)(?:^|[.!?:;,\n(\"“]|\b(?:option|choice|answer|letter|so|therefore|thus|hence|that|think|believe|and|actually|but|"
+    r"(?i)(?:^|[.!?:;,\n(\"“]|\b(?:option|choice|answer|letter|so|therefore|thus|hence|that|think|believe|and|"
+    r"actually|but|"
     r"means|say|only|or|nor))[ (\[\"“]*$"
 )
 CHOOSES = re.compile(
-    r"(?i)\b(?:i|we|i['’]d|i['’]ll|let['’]s|let us|you)\b(?: (?:would|will|should|must|can|therefore|thus|then|am going to))*"
+    r"(?i)\b(?:i|we|i['’]d|i['’]ll|let['’]s|let us|you)\b(?: (?:would|will|should|must|can|therefore|thus|then|"
+    r"am going to))*"
     r" (?:choose|select|pick|go with|opt for|say|answer|guess|conclude)(?: with)?(?: that)?(?: it['’]s| it is)?[ :]+"
+    r"|\bgoing with |\b(?:leav(?:es|ing)|left with)(?: us with| only| just)* "
+    r"|(?:答案|选项|故选|应选|选择?)(?:应该?)?(?:是|为|选)?[ :]*"
 )
 CONCLUDES = re.compile(
-    r"(?i)(?:(?:^|[.,;:!?\n] ?)(?:therefore|thus|hence|so|finally|actually|correction|no|wait|sorry|rather|instead|overall|"
-    r"in conclusion|ans\.)[,:]? (?:actually,? |no,? |that means |we (?:get|have) )?|\b)(?:(?:it|this|that)(?:['’]s| is| must be| "
+    r"(?i)(?:(?:^|[.,;:!?\n] ?)(?:therefore|thus|hence|so|finally|actually|correction|no|wait|sorry|rather|instead|"
+    r"overall|"
+    r"in conclusion|ans\.)[,:]? (?:actually,? |no,? |that means |we (?:get|have) )?|\b)(?:(?:it|this|"
+    r"that)(?:['’]s| is| must be| "
     r"has to be| should be)(?: actually| therefore| clearly)? )?"
 )
 MENTIONS = re.compile(
-    r"(?i)\b(?:correspond(?:s|ing)? (?:to|with)|match(?:es|ing)?(?: with)?|agrees with|aligns? with|is|it['’]s|that['’]s|gives?|"
-    r"(?:leads|points|brings)(?: us| me)? to|represented by|given by|found in|choosing|selecting|go with)(?: the)?(?: correct)?"
+    r"(?i)\b(?:correspond(?:s|ing)? (?:to|with)|match(?:es|ing)?(?: with)?|agrees with|aligns? with|is|it['’]s|"
+    r"that['’]s|gives?|"
+    r"(?:leads|points|brings)(?: us| me)? to|represented by|given by|found in|choosing|selecting|"
+    r"go with)(?: the)?(?: correct)?"
     r"(?: answer)? (?=(?:option|choice|letter|answer)\b)"
 )
 LAST = re.compile(r"(?:\(([A-J])\)|\b(?:option|choice) \(?([A-J])\)?)(?=[.!]?$)", re.IGNORECASE)
 DENIED = re.compile(
-    r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect\w*|false|eliminat\w+|rul(?:es?|ed|ing) out|discard\w*|exclud\w+|"
-    r"reject\w*|unlike|except|than|instead|whereas|while|although|though|contrast|compar\w+|distractor|other)\b|n['’]t\b"
+    r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect\w*|false|eliminat\w+|rul(?:es?|ed|ing) out|"
+    r"discard\w*|exclud\w+|"
+    r"reject\w*|unlike|except|than|instead|whereas|while|although|though|contrast|compar\w+|distractor|other)\b|"
+    r"n['’]t\b"
 )
 NO_ANSWER = re.compile(
-    r"(?i)\b(?:incorrect|wrong|initial|previous|first|earlier|original|tempting|alternative|another|suppose|assume|assuming|"
+    r"(?i)\b(?:incorrect|wrong|initial|previous|first|earlier|original|tempting|alternative|another|suppose|assume|"
+    r"assuming|"
     r"supposing|if|whether|that the)(?: (?:the|that|my))*(?: (?:correct|right))? *$"
 )
 THOUGHT = re.compile(
@@ -191,13 +186,16 @@ def statements(text: str) -> Iterator[Named]:
             continue
         if cue["other"] is None and re.search(r"(?i)\b(?:if|whether|suppose|neither)\b[^.!?\n]*$", _sentence(text, at)):
             continue
+        if cue["verb"] is None and re.search(r"(?i)\bnot\b|n['’]t\b", _sentence(text, at)):
+            continue
         if cue["label"] is None and cue["verb"] == "are" and not cue["other"]:
             continue
         yield Named(at, cue.end(), None if cue["other"] else cue["letter"], True)
     for pattern in (CHOOSES, CONCLUDES):
         for cue in pattern.finditer(text):
             found = named(text, cue.end()) if cue[0] else None
-            if found and found.firm and not DENIED.search(_sentence(text, cue.start())[-20:]):
+            before = "" if cue[0][:1] in ".,;:!?\n" else _sentence(text, cue.start())[-20:]
+            if found and found.firm and not re.search(r"(?i)\b(?:not|never|cannot|if|whether)\b|n['’]t\b", before):
                 yield found
 
 
@@ -218,7 +216,9 @@ def _doubted(text: str, cue: re.Match[str], found: Named) -> bool:
     """Whether a statement is a supposition, what others think, or of another answer than the right one."""
     before = _sentence(text, cue.start())
     if NO_ANSWER.search(before) or THOUGHT.search(before):
-        return not re.search(r"(?i)\b(?:so|conclude|means|shows|say|think|believe|is|confident|sure) that the *$", before)
+        return not re.search(
+            r"(?i)\b(?:so|conclude|means|shows|say|think|believe|is|confident|sure) that the *$", before
+        )
     conditional = f"{before} {text[found.end : found.end + 12]}"
     return (cue["modal"] or "").lower() == "would" and re.search(r"(?i)\b(?:if|were|had)\b", conditional) is not None
 
@@ -262,7 +262,9 @@ def judge_choice(gold: str, text: str, choices: int) -> Verdict:
     if found.letter is None:
         return Verdict("unparsed", None, "it names several letters")
     if found.letter not in LETTERS[:choices]:
-        return Verdict("unparsed", found.letter, f"there is no choice {found.letter}: the last is {LETTERS[choices - 1]}")
+        return Verdict(
+            "unparsed", found.letter, f"there is no choice {found.letter}: the last is {LETTERS[choices - 1]}"
+        )
     return Verdict("right" if found.letter == gold else "wrong", found.letter)
 
 
