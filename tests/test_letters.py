@@ -287,7 +287,7 @@ DRESSED = [
 
 REPLIES = [  # both kinds, as models phrase them
     (
-        "A. **Paris** – no.\nB. **London** – no.\nC. **Rome** – of Italy.\nD. **Oslo** – no.\n\n**Correct answer: C. Rome**",
+        "A. **Paris** – no.\nB. **London** – no.\nC. **Rome** – of Italy.\nD. Oslo\n\n**Correct answer: C. Rome**",
         "C",
     ),
     (

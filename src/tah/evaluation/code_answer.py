@@ -23,7 +23,6 @@ from .code_values import WORDS, decode, encode, run
 
 TYPE_CHECKING = False  # typing takes longer to import than the rest together, and each answer pays for it twice
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
 ATTEMPTS = 3  # at what follows the function under test, one statement that does not end being left out each time
@@ -40,7 +39,8 @@ def parsed(code: str, least: int) -> list[_ast.stmt]:
 
     def statements(source: str) -> list[_ast.stmt]:
         compile(source, "answer.py", "exec")  # finds what parsing alone does not, such as a return outside a function
-        return list(compile(source, "answer.py", "exec", _ast.PyCF_ONLY_AST).body)
+        program: Any = compile(source, "answer.py", "exec", _ast.PyCF_ONLY_AST)
+        return list(program.body)
 
     try:
         return statements(code)
@@ -77,16 +77,21 @@ def only_uses(statement: _ast.stmt, entry: str | None) -> bool:
     return isinstance(statement, _ast.Assert)
 
 
-def finish(
-    statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None, started: Callable[[int], Any]
-) -> None:
+def finish(statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None, tell: int | None = None) -> None:
     """Run what stands behind the function under test. What fails or exits there is left out, not the answer's failure.
+
+    Args:
+        statements: of the answer.
+        scope: where its names are.
+        entry: name of the function under test.
+        tell: a pipe for the number of each statement that is begun.
 
     Raises:
         BaseException: of a statement that was to define the function under test anew.
     """
     for number, statement in enumerate(statements):
-        started(number)
+        if tell is not None:
+            os.write(tell, b"%d\n" % number)
         try:
             run(statement, scope)
         except BaseException:
@@ -115,7 +120,7 @@ def go_on(
         if not child:
             os.close(news)
             try:
-                finish(statements, scope, entry, lambda number, tell=tell: os.write(tell, b"%d\n" % number))
+                finish(statements, scope, entry, tell)
             finally:
                 os.write(tell, b"done\n")
                 os.close(tell)
@@ -131,7 +136,7 @@ def go_on(
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         statements = statements[:at] + statements[at + 1 :]
-    finish([one for one in statements if isinstance(one, DEFINITIONS)], scope, entry, lambda number: None)
+    finish([one for one in statements if isinstance(one, DEFINITIONS)], scope, entry)
 
 
 def watch(news: int, deadline: float) -> int | None:
@@ -164,7 +169,7 @@ def serve(prompt: str, code: str, least: int, entry: str | None, patience: float
         rest = define(parsed(code, least), module.__dict__, entry)
         rest = [statement for statement in rest if not only_uses(statement, entry)]
         if all(isinstance(statement, DEFINITIONS) for statement in rest):
-            finish(rest, module.__dict__, entry, lambda number: None)
+            finish(rest, module.__dict__, entry)
         else:
             go_on(rest, module.__dict__, entry, patience, [calls, replies])
     except BaseException as error:

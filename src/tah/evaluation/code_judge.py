@@ -1,6 +1,7 @@
 """What runs beside the tests, in a sandbox of `code_tasks.py`: `judge`.
 
-The text of `code_values.py` and this file, with a call at its end, is the program of that sandbox. No answer gets there.
+The text of `code_values.py` and this file, with a call at its end, is the program of that sandbox. An answer reaches
+nothing of it but the values that it sends.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
     """
     scope: dict[str, Any] = {}
     try:
-        statements = compile(reference, "<reference>", "exec", _ast.PyCF_ONLY_AST).body
+        program: Any = compile(reference, "<reference>", "exec", _ast.PyCF_ONLY_AST)
+        statements = program.body
     except (SyntaxError, ValueError):
         statements = []
     for statement in statements:
