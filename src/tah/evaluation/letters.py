@@ -42,9 +42,10 @@ FORMULA = re.compile(
     r" ?(?:[=+^_/<>|×÷·%&]|[-–]\w|\\(?:cup|cap|times|cdot|pm|to|in|l?eq?|ge?|ne|sub|sup|approx|sim)[a-z]*)|\("
 )
 OTHER = re.compile(
-    r"[.)]? ?\(?(?P<or>,? ?(?:and/or|or|nor)\b|/)?(?P<and>, ?and\b|and\b|,|&)? ?(?:(?:also|possibly|maybe|perhaps|"
-    r"even|either)\b ?)*"
-    r"(?:(?i:option|choice|answer) ?)?[(\[\"'“]?(?P<letter>[A-J])[)\]\"'”]?(?![\w'’])(?P<rest> ?[^ ]{0,10})"
+    r"[.)]? ?\(?(?P<or>,? ?(?:and/or|or(?: else)?|nor|as well as|(?=(?:possibly|maybe|perhaps)\b))\b|/|"
+    r"[-–—](?= ?\(?[A-J]\)?[.]?(?:\n|$)))?(?P<and>, ?and\b|and\b|[,;&])? ?"
+    r"(?:(?:also|possibly|maybe|perhaps|even|either)\b ?)*(?:(?i:option|choice|answer) ?)?"
+    r"[(\[\"'“]?(?P<letter>[A-J])[)\]\"'”]?(?![\w'’])(?P<rest> ?[^ ]{0,10})"
 )
 
 
@@ -69,14 +70,19 @@ def named(text: str, at: int) -> Named | None:
         return Named(at, found.end(), letter.upper() if other == letter.upper() else None, True)
     if rest.startswith("?") or (kind != "labelled" and FORMULA.match(rest)):
         return None
-    firm = kind in ("labelled", "small") or bool(re.match(r"$|[\n.,;!:]| [-–—] | ?✓| ?✅", rest))
+    firm = kind in ("labelled", "small") or bool(re.match(r"$|[\n.,;!:]| [-–—] | ?✓| ?✅| [-$]?\d", rest))
     if kind == "labelled":
         return None if VERB.match(rest) else Named(at, found.end(), letter.upper(), True)
     if kind == "wrapped":
         firm = firm or not VERB.match(rest)
     elif rest.startswith((" \\", "\\")):
         return None
-    elif letter in "AI" and not firm and not found["noun"] and not JOINED.match(rest):
+    elif (
+        letter in "AI"
+        and (not firm or rest[1:2] in tuple("-$0123456789"))
+        and not found["noun"]
+        and not JOINED.match(rest)
+    ):
         return None
     elif not firm and not rest.startswith((" ", ")", "]", '"', "”")):
         return None
@@ -86,12 +92,12 @@ def named(text: str, at: int) -> Named | None:
 def another(rest: str) -> str | None:
     """The letter that what follows a letter joins to it, as in "A or C"; the same letter in "B, option B"."""
     found = OTHER.match(rest)
-    if not found or not (found["or"] or found["and"]):
+    if not found or (found["or"] is None and found["and"] is None):
         return None
     other, after = found["letter"], found["rest"]
     if other in "AI" and re.match(r" [a-z]", after) and not re.match(r" (?:or|and|but|are|both)\b", after):
         return None  # "C, A large ...", "C, I think"
-    alone = found["or"] or re.match(r"$|\n| ?[.,;:)&/!?]| (?:or|and|are|both)\b", after)
+    alone = found["or"] is not None or re.match(r"$|\n| ?[.,;:)&/!?]| (?:or|and|are|both)\b", after)
     return str(other) if alone else None
 
 
@@ -107,30 +113,28 @@ SETTLES = re.compile(
     r"(?i)\b(?:(?:answer|ans|solution|conclusion)\b(?! (?:choices|options))"
     r"|(?:correct|right|best|appropriate|suitable|accurate|final|my|chosen|selected|answer) (?:answer )?(?:option|"
     r"choice|letter|statement|response|one)\b"
-    r"|\b(?:correct|result)(?= ?:))"
+    r"|\b(?:correct|result)(?= ?:)|\b(?:option|choice|letter|pick)(?= (?:is|should be|must be)\b))"
     r"(?:(?!\b(?:is|are|was|were|not|never|neither)\b|n['’]t\b)[^.!?\n;:=]){0,80}?"
     r"(?:['’]s\b|\bis\b|\bare\b|\b(?P<modal>must|should|has to|have to|ought to|would|will|needs to|can only|"
     r"seems to|appears to|turns out to)\b(?: [a-z]+)? be\b|[:=→⇒]|[-=]+>| [-–—] |\n)"
     + FILLING
     + r"(?P<several>(?:either|both|between|neither)\b)?(?:not (?:option )?[(\[]?[A-J][)\]]?[,;:]? (?:but|it['’]?s|"
-    r"it is)"
-    r"(?: rather| instead| actually)? )?"
+    r"it is)(?: rather| instead| actually)? )?"
 )
 CORRECT = re.compile(
     r"(?P<other>\b[A-J]\)?(?: or | and | "
     r"nor |, | ?/ ?)(?:[Oo]ption |[Cc]hoice )?)?[(\[\"“']?(?<![\w'’-])(?P<letter>[A-J])"
     r"(?P<label>[.:)\]\"”'][^.!?;\n]{0,60}?)?,? (?:(?P<verb>is|are|was|must be|should be|would be|has to be|"
     r"seems to be)\b"
-    r"(?i: (?:the|indeed|clearly|therefore|thus|definitely|actually|most|more|likely|only|one|both|all|obviously|"
+    r"(?i: (?:the|indeed|clearly|therefore|thus|definitely|actually|most|more|likely|only|one|both|all|obviously|my|"
     r"certainly))*"
     r"(?i: (?:best|appropriate|accurate|suitable|final|valid)){0,2}"
     r"(?i: (?:correct|right)(?! (?:in|about|only|if|when|that|for|as far)\b|[-\w])| (?:answer|option|choice)\b)"
-    r"|best [a-z]{3,12}s\b|the (?:best|correct|right) (?:answer|option|choice)\b)"
+    r"|best [a-z]{3,12}s\b|is the best(?=[.!]|$)|the (?:best|correct|right) (?:answer|option|choice)\b)"
 )
 BEFORE_CORRECT = re.compile(
     r"(?i)(?:^|[.!?:;,\n(\"“]|\b(?:option|choice|answer|letter|so|therefore|thus|hence|that|think|believe|and|"
-    r"actually|but|"
-    r"means|say|only|or|nor))[ (\[\"“]*$"
+    r"actually|but|means|say|only|or|nor))[ (\[\"“]*$"
 )
 CHOOSES = re.compile(
     r"(?i)\b(?:i|we|i['’]d|i['’]ll|let['’]s|let us|you)\b(?: (?:would|will|should|must|can|therefore|thus|then|"
@@ -141,10 +145,9 @@ CHOOSES = re.compile(
 )
 CONCLUDES = re.compile(
     r"(?i)(?:(?:^|[.,;:!?\n] ?)(?:therefore|thus|hence|so|finally|actually|correction|no|wait|sorry|rather|instead|"
-    r"overall|"
-    r"in conclusion|ans\.)[,:]? (?:actually,? |no,? |that means |we (?:get|have) )?|\b)(?:(?:it|this|"
-    r"that)(?:['’]s| is| must be| "
-    r"has to be| should be)(?: actually| therefore| clearly)? )?"
+    r"overall|probably|definitely|clearly|obviously|likely|certainly|must be|should be|in conclusion|ans\.|"
+    r"(?:so )?i (?:think|believe|guess))[,:]? (?:actually,? |no,? |that means |we (?:get|have) )?|\b)"
+    r"(?:(?:it|this|that)(?:['’]s| is| must be| has to be| should be)(?: actually| therefore| clearly)? )?"
 )
 MENTIONS = re.compile(
     r"(?i)\b(?:correspond(?:s|ing)? (?:to|with)|match(?:es|ing)?(?: with)?|agrees with|aligns? with|is|it['’]s|"
@@ -154,6 +157,7 @@ MENTIONS = re.compile(
     r"(?: answer)? (?=(?:option|choice|letter|answer)\b)"
 )
 LAST = re.compile(r"(?:\(([A-J])\)|\b(?:option|choice) \(?([A-J])\)?)(?=[.!]?$)", re.IGNORECASE)
+SENTENCE = re.compile(r"[.!?:]\s\(?([A-J])\)?[.!]?$")
 DENIED = re.compile(
     r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect\w*|false|eliminat\w+|rul(?:es?|ed|ing) out|"
     r"discard\w*|exclud\w+|"
@@ -181,16 +185,10 @@ def statements(text: str) -> Iterator[Named]:
         if found and not _listed(text, found.at) and not _doubted(text, cue, found):
             yield found
     for cue in CORRECT.finditer(text):
-        at = cue.start("letter")
-        if text.startswith("?", cue.end()) or not (cue["other"] or BEFORE_CORRECT.search(text[max(0, at - 12) : at])):
-            continue
-        if cue["other"] is None and re.search(r"(?i)\b(?:if|whether|suppose|neither)\b[^.!?\n]*$", _sentence(text, at)):
-            continue
-        if cue["verb"] is None and re.search(r"(?i)\bnot\b|n['’]t\b", _sentence(text, at)):
-            continue
-        if cue["label"] is None and cue["verb"] == "are" and not cue["other"]:
-            continue
-        yield Named(at, cue.end(), None if cue["other"] else cue["letter"], True)
+        if cue["other"]:
+            yield Named(cue.start("letter"), cue.end(), None, True)
+        elif not text.startswith("?", cue.end()) and _meant(text, cue):
+            yield Named(cue.start("letter"), cue.end(), cue["letter"], True)
     for pattern in (CHOOSES, CONCLUDES):
         for cue in pattern.finditer(text):
             found = named(text, cue.end()) if cue[0] else None
@@ -205,6 +203,18 @@ def _each(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
     while found:
         yield found
         found = pattern.search(text, found.start() + 1)
+
+
+def _meant(text: str, cue: re.Match[str]) -> bool:
+    """Whether "C is correct" speaks of the option C, and is not denied or supposed."""
+    at = cue.start("letter")
+    before = _sentence(text, at)
+    if not BEFORE_CORRECT.search(text[max(0, at - 12) : at]) or (cue["verb"] == "are" and cue["label"] is None):
+        return False
+    if re.search(r"(?i)\b(?:not|unlike)(?: option| choice)? *\(?$", before):
+        return False
+    denied = r"|\bnot\b|n['’]t\b" if cue["verb"] is None else ""
+    return not re.search(rf"(?i)\b(?:if|whether|suppose|neither)\b{denied}", before)
 
 
 def _sentence(text: str, at: int) -> str:
@@ -317,6 +327,9 @@ def _unstated(text: str) -> Named | None:
     found = named(text, at)
     if found and found.firm and not _listed(text, at):
         return found
+    found = SENTENCE.search(text)
+    if found:
+        return Named(found.start(), found.end(), found[1], True)
     mentions = (
         named(text, cue.end()) for cue in MENTIONS.finditer(text) if not DENIED.search(_sentence(text, cue.start()))
     )

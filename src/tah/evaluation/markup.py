@@ -14,7 +14,7 @@ MARKED = re.compile(
 )
 COMMANDS = re.compile(
     r"\\(?:text)?color ?\{\w+\}|\\(?:text|math|operatorname|emph|underline)[a-z]*\b|\\(?:left|right|bf|rm|sf|tt|it|"
-    r"large|Large|displaystyle|mbox|hbox)\b"
+    r"large|Large|displaystyle|mbox|hbox|checkmark)\b"
 )
 COMMAND = re.compile(r"\\(?:text|math|operatorname|emph|underline)[a-z]* ?\{ ?[(\[]?([A-Za-z])[)\]]?[.:]? ?\}")
 ANSWER_TAG = re.compile(r"<(?:final_?)?answer>|<answer:", re.IGNORECASE)
