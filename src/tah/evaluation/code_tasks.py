@@ -12,6 +12,8 @@ helps against that), pass tests that are themselves too weak, and break out thro
 Not measured as in-process graders do: changes an answer makes to its arguments (tests that look at their own list after
 the call see it unchanged), and numpy arrays (they come back as handles; numpy numbers as numbers). Tests that hand the
 answer a function or an object of their own are refused, not run where the answer could forge their verdict.
+
+Statements behind the function under test that fail, exit or do not end do not fail it (`code_answer.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w
 class Verdict:
     """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
 
-    `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
+    `reason` has at most `REASON` characters. `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
     process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run), "untestable" (the
     item's tests cannot be run, of `grade_all` only).
     """

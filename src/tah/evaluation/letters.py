@@ -26,7 +26,8 @@ LETTERS = "ABCDEFGHIJ"
 LETTER = re.compile(
     r"(?:(?i:the |answer|(?P<noun>option|choice|letter))[ :]*)*"
     r"(?:[(\[<\"“‘'«]{1,2} ?(?P<wrapped>[A-Za-z]) ?[.:]?[)\]>\"”’'»]{1,2}(?P<label>[.):])?(?!\w)"
-    r"|[(\[<\"“‘«]?(?:(?P<labelled>[A-Za-z])[.):](?!\w)|(?P<bare>[A-Z])(?![\w.'’^])|(?P<small>[a-z])[.,;!]?(?=\n|$)))"
+    r"|[(\[<\"“‘«]?(?:(?P<labelled>[A-Za-z])(?:[.):]| :)(?!\w)|(?P<bare>[A-Z])(?![\w.'’^])"
+    r"|(?P<small>[a-z])[.,;!]?(?=\n|$)))"
 )
 VERB = re.compile(
     r" ?(?i:is|are|was|were|does|do|did|has|have|can|cannot|can't|could|would|will|may|might|isn['’]t|doesn['’]t|"
@@ -97,6 +98,8 @@ def another(rest: str) -> str | None:
     other, after = found["letter"], found["rest"]
     if other in "AI" and re.match(r" [a-z]", after) and not re.match(r" (?:or|and|but|are|both)\b", after):
         return None  # "C, A large ...", "C, I think"
+    if found["and"] == ";" and re.match(r" (?:and|or)", after):
+        return None  # a sentence of its own
     alone = found["or"] is not None or re.match(r"$|\n| ?[.,;:)&/!?]| (?:or|and|are|both)\b", after)
     return str(other) if alone else None
 
@@ -110,13 +113,13 @@ FILLING = (
     r"found in)\b){0,8}"
 )
 SETTLES = re.compile(
-    r"(?i)\b(?:(?:answer|ans|solution|conclusion)\b(?! (?:choices|options))"
+    r"(?i)\b(?:(?:answer|ans|solution|conclusion|guess)\b(?! (?:choices|options))"
     r"|(?:correct|right|best|appropriate|suitable|accurate|final|my|chosen|selected|answer) (?:answer )?(?:option|"
     r"choice|letter|statement|response|one)\b"
     r"|\b(?:correct|result)(?= ?:)|\b(?:option|choice|letter|pick)(?= (?:is|should be|must be)\b))"
     r"(?:(?!\b(?:is|are|was|were|not|never|neither)\b|n['’]t\b)[^.!?\n;:=]){0,80}?"
     r"(?:['’]s\b|\bis\b|\bare\b|\b(?P<modal>must|should|has to|have to|ought to|would|will|needs to|can only|"
-    r"seems to|appears to|turns out to)\b(?: [a-z]+)? be\b|[:=→⇒]|[-=]+>| [-–—] |\n)"
+    r"seems to|appears to|turns out to)\b(?: [a-z]+)? be\b|[:=→⇒➔➜]|[-=]+>| [-–—] |\n)"
     + FILLING
     + r"(?P<several>(?:either|both|between|neither)\b)?(?:not (?:option )?[(\[]?[A-J][)\]]?[,;:]? (?:but|it['’]?s|"
     r"it is)(?: rather| instead| actually)? )?"

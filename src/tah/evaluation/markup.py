@@ -21,7 +21,7 @@ ANSWER_TAG = re.compile(r"<(?:final_?)?answer>|<answer:", re.IGNORECASE)
 TAGS = re.compile(r"</?(?:b|strong|i|em|code|p|u|span|br|div|mark|(?:final_?)?answer)\b[^<>\n]{0,80}>", re.IGNORECASE)
 DRESS = re.compile(r"\\f?boxed\b|\\\$|\\[()\[\]{}]|[*`${}]|__+")
 LINES = re.compile(r"(?: ?\n ?)+")
-HEAD = re.compile(r"^(?:[#>•+-]+ )+", re.MULTILINE)
+HEAD = re.compile(r"^(?:[#>•+✅✓☑✔👉➡-]+\ufe0f? )+", re.MULTILINE)
 
 
 def plain(text: str) -> str:
@@ -33,5 +33,6 @@ def plain(text: str) -> str:
         text = COMMAND.sub(r"{(\1) }", text)
     text = COMMANDS.sub("", text)
     text = MARKED.sub(lambda found: f" ({found['letter'] or found['formula'] or found['inline']}) ", text)
+    text = re.sub(r"\( ?(\([A-Za-z]\)) ?\)", r"\1", text)
     text = re.sub(" +", " ", DRESS.sub("", text))
     return HEAD.sub("", LINES.sub("\n", text)).strip()
