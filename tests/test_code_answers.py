@@ -165,6 +165,15 @@ def test_what_the_function_needs_is_run():
 
 
 @real
+def test_where_there_may_be_no_child_it_is_run_all_the_same():
+    few = Sandbox(processes=1)
+    for code in NEEDED[:6]:
+        assert grade_code(ADD, fenced(code), few).passed, code
+    fails = [use for use in USES if "main" not in use][:6]
+    assert all(grade_code(ADD, fenced(RIGHT + use), few).passed for use in fails)
+
+
+@real
 def test_what_the_function_lacks_fails_it():
     for code, verdict in zip(MISSING, graded([fenced(code) for code in MISSING]), strict=True):
         assert not verdict.passed and verdict.status in ("error", "wrong"), (code, verdict)
@@ -314,8 +323,7 @@ def test_the_end_of_an_iteration_does_not_pass():
 
 @real
 def test_tests_may_expect_other_errors():
-    test = "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError:\n        return\n"
-    "    assert False\n"
+    test = "def check(f):\n    try:\n        f(1)\n    except ValueError:\n        return\n    assert False\n"
     item = {"task_id": 1, "entry_point": "f", "test": test}
     answers = ["def f(x): raise ValueError", "def f(x): raise KeyError", "def f(x): return 1"]
     assert [verdict.status for verdict in graded(answers, item)] == ["passed", "error", "wrong"]

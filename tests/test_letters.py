@@ -491,6 +491,8 @@ REPLIES = [  # both kinds, as models phrase them
     ("\\boxed{A, \\text{and } B}", None),
     ("\\boxed{Not A}", None),
     ("\\boxed{x = C}", None),
+    ("The answer is C: \\boxed{x}", "C"),
+    ("\\boxed{x}", None),
     ("The answer is B. Choice A would require more energy.", "B"),
     ("Answer: B. Note that option C is tempting.", "B"),
     ("B is correct; A is not.", "B"),

@@ -106,7 +106,7 @@ def go_on(
     """`finish` in a child process, which returns and goes on as the answer; this process waits for it to end.
 
     A statement that ends the child or takes longer than `patience` seconds is left out, and another child starts from
-    here. After so many attempts, or where there may be no child, only definitions and imports are run, in this process.
+    here. After so many attempts only definitions and imports are run, in this process.
 
     Raises:
         BaseException: as `finish`.
@@ -115,8 +115,8 @@ def go_on(
         news, tell = os.pipe()
         try:
             child = os.fork()
-        except OSError:
-            break
+        except OSError:  # no more processes
+            return finish(statements, scope, entry)
         if not child:
             os.close(news)
             try:

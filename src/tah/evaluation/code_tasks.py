@@ -46,9 +46,9 @@ CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w
 class Verdict:
     """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
 
-    `reason` has at most `REASON` characters. `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
+    `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
     process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run), "untestable" (the
-    item's tests cannot be run, of `grade_all` only).
+    item's tests cannot be run, of `grade_all` only). `reason` has at most `REASON` characters.
     """
 
     passed: bool

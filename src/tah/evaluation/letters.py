@@ -25,9 +25,9 @@ LETTERS = "ABCDEFGHIJ"
 
 LETTER = re.compile(
     r"(?:(?i:the |answer|(?P<noun>option|choice|letter))[ :]*)*"
-    r"(?:[(\[<\"“‘'«]{1,2} ?(?P<wrapped>[A-Za-z]) ?[.:]?[)\]>\"”’'»]{1,2}(?P<label>[.):])?(?!\w)"
-    r"|[(\[<\"“‘«]?(?:(?P<labelled>[A-Za-z])(?:[.):]| :)(?!\w)|(?P<bare>[A-Z])(?![\w.'’^])"
-    r"|(?P<small>[a-z])[.,;!]?(?=\n|$)))"
+    r"(?:[(\[<\"“‘'«]{1,2} ?(?P<wrapped>[A-Ja-j]) ?[.:]?[)\]>\"”’'»]{1,2}(?P<label>[.):])?(?!\w)"
+    r"|[(\[<\"“‘«]?(?:(?P<labelled>[A-Ja-j])(?:[.):]| :)(?!\w)|(?P<bare>[A-J])(?![\w.'’^])"
+    r"|(?P<small>[a-j])[.,;!]?(?=\n|$)))"
 )
 VERB = re.compile(
     r" ?(?i:is|are|was|were|does|do|did|has|have|can|cannot|can't|could|would|will|may|might|isn['’]t|doesn['’]t|"
@@ -330,9 +330,9 @@ def _unstated(text: str) -> Named | None:
     found = named(text, at)
     if found and found.firm and not _listed(text, at):
         return found
-    found = SENTENCE.search(text)
-    if found:
-        return Named(found.start(), found.end(), found[1], True)
+    sentence = SENTENCE.search(text)
+    if sentence:
+        return Named(sentence.start(), sentence.end(), sentence[1], True)
     mentions = (
         named(text, cue.end()) for cue in MENTIONS.finditer(text) if not DENIED.search(_sentence(text, cue.start()))
     )
