@@ -26,8 +26,9 @@ from pathlib import Path
 
 import pytest
 
-from tah.evaluation.code_judge import ITEMS, Thing, alike, decode, encode
+from tah.evaluation.code_judge import Thing
 from tah.evaluation.code_tasks import extract_code, grade_all, grade_code
+from tah.evaluation.code_values import ITEMS, alike, decode, encode
 from tah.evaluation.sandbox import OUTPUT, Sandbox
 
 SOURCE = Path(__file__).parent.parent / "src" / "tah"

@@ -1,17 +1,20 @@
-"""What runs inside the two sandboxes of `code_tasks.py`: `serve` beside the answer, `judge` beside the tests.
+"""What runs beside the tests, in a sandbox of `code_tasks.py`: `judge`.
 
-The text of this file, with a call at its end, is the program of a sandbox: standard library only, nothing of tah.
+The text of `code_values.py` and this file, with a call at its end, is the program of that sandbox. An answer reaches
+nothing of it but the values that it sends.
 """
 
 from __future__ import annotations
 
+import _ast
 import builtins
-import collections.abc
-import itertools
+import collections
 import json
 import os
 import sys
 import types
+
+from .code_values import WORDS, decode, encode, run
 
 TYPE_CHECKING = False  # typing takes longer to import than the rest together, and each answer pays for it twice
 if TYPE_CHECKING:
@@ -19,136 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 LINE = 16 << 20  # bytes in one returned value
-ITEMS = 100_000  # values taken from an iterator before it counts as endless
-VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-
-
-def alike(got: Any, wanted: Any, atol: float) -> bool:
-    """Equal, or for floats nearly so; a list and a tuple of the same things are alike, since JSON has one of them."""
-    if isinstance(wanted, (list, tuple)) and isinstance(got, (list, tuple)):
-        return len(got) == len(wanted) and all(alike(one, other, atol) for one, other in zip(got, wanted, strict=True))
-    if isinstance(wanted, dict) and isinstance(got, dict):
-        return got.keys() == wanted.keys() and all(alike(got[key], wanted[key], atol) for key in wanted)
-    if isinstance(wanted, float) and isinstance(got, (int, float)):
-        if wanted != wanted or got != got:
-            return wanted != wanted and got != got
-        return got == wanted or abs(got - wanted) <= (atol or 1e-6) + 1e-7 * abs(wanted)
-    return bool(got == wanted)
-
-
-def encode(value: Any, other: Callable[[Any], Any]) -> Any:
-    """A value as JSON; what is not plain goes through `other`. Subclasses of plain types become the plain type."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python limits the length of decimal numbers
-        return {"int": hex(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (collections.abc.Iterator, *VIEWS)):
-        source: Any = value
-        items = list(itertools.islice(source, ITEMS + 1))
-        return other(value) if len(items) > ITEMS else {"iterator": encode(items, other)}
-    if isinstance(value, list):
-        return [encode(item, other) for item in value]
-    for kind in (tuple, frozenset, set, collections.deque):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(item, other) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, other), encode(item, other)] for key, item in value.items()]}
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return encode(value.item(), other)
-    forms: dict[str, Callable[[Any], Any]] = {
-        "builtins.bytes": lambda content: content.hex(),
-        "builtins.bytearray": lambda content: content.hex(),
-        "builtins.complex": lambda number: [number.real, number.imag],
-        "builtins.range": lambda numbers: [numbers.start, numbers.stop, numbers.step],
-        "decimal.Decimal": str,
-        "fractions.Fraction": str,
-    }
-    form = forms.get(f"{type(value).__module__}.{type(value).__name__}")
-    return {type(value).__name__: form(value)} if form else other(value)
-
-
-def decode(wire: Any, thing: Callable[[Any], Any]) -> Any:
-    """The value that `encode` made JSON of; `thing` for what was not plain. Fails on anything else."""
-    if isinstance(wire, list):
-        return [decode(item, thing) for item in wire]
-    if not isinstance(wire, dict):
-        return wire
-    ((kind, content),) = wire.items()
-    if kind == "object":
-        return thing(content)
-    makers: dict[str, Callable[[Any], Any]] = {
-        "int": lambda text: int(text, 16),
-        "bytes": bytes.fromhex,
-        "bytearray": bytearray.fromhex,
-        "Decimal": lambda text: __import__("decimal").Decimal(text),
-        "Fraction": lambda text: __import__("fractions").Fraction(text),
-        "complex": lambda parts: complex(*parts),
-        "range": lambda parts: range(*parts),
-        "dict": lambda pairs: dict(decode(pairs, thing)),
-        "iterator": lambda items: iter(decode(items, thing)),
-        "tuple": lambda items: tuple(decode(items, thing)),
-        "set": lambda items: set(decode(items, thing)),
-        "frozenset": lambda items: frozenset(decode(items, thing)),
-        "deque": lambda items: collections.deque(decode(items, thing)),
-    }
-    return makers[kind](content)
-
-
-def parsed(code: str, least: int) -> types.CodeType:
-    """Compiled; of a code that is not Python as a whole, the beginning that is, if longer than `least` lines.
-
-    Models run out of tokens in the middle of a line, or add a remark. evalplus cuts answers in the same spirit.
-    """
-    try:
-        return compile(code, "answer.py", "exec")
-    except SyntaxError as error:
-        lines = code.splitlines()
-        for end in range(min(len(lines) - 1, error.lineno or len(lines)), least, -1):
-            try:
-                return compile("\n".join(lines[:end]), "answer.py", "exec")
-            except SyntaxError:
-                continue
-        raise
-
-
-def serve(prompt: str, code: str, least: int) -> None:
-    """The answer's side: define it, then call what is asked for and send back what that returns or raises.
-
-    The first `least` lines of the code are not the answer's own.
-    """
-    calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    for stream in range(3):
-        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-    module = types.ModuleType("answer")
-    sys.modules["answer"] = module
-    failure: BaseException | None = None
-    try:
-        exec(compile(prompt, "prompt.py", "exec"), module.__dict__)
-        exec(parsed(code, least), module.__dict__)
-    except BaseException as error:
-        failure = error
-    things: list[Any] = []
-
-    def keep(value: Any) -> Any:
-        things.append(value)
-        return {"object": [len(things) - 1, type(value).__name__]}
-
-    def reply(call: bytes) -> bytes:
-        try:
-            if failure is not None:
-                raise failure
-            name, given, named = json.loads(call)
-            if name not in module.__dict__:
-                raise NameError(f"name {name!r} is not defined")
-            given, named = (decode(part, lambda handle: things[handle[0]]) for part in (given, named))
-            return json.dumps(["value", encode(module.__dict__[name](*given, **named), keep)]).encode()
-        except BaseException as error:
-            return json.dumps(["error", [type(error).__name__, str(error)[:300]]]).encode()
-
-    for call in calls:
-        replies.write(reply(call) + b"\n")
-        replies.flush()
-    os._exit(0)
 
 
 class Lost(BaseException):
@@ -166,7 +39,7 @@ class Thing:
         self.handle = handle
 
     def __repr__(self) -> str:
-        return f"<a {self.handle[1]} of the answer>"
+        return f"<a {str(self.handle[1])[:WORDS]} of the answer>"
 
 
 class Link:
@@ -207,7 +80,7 @@ class Link:
             if kind == "value":
                 return kind, decode(content, Thing)
             name, message = content
-            return "error", [str(name), str(message)]
+            return "error", [str(name)[:WORDS], str(message)[:WORDS]]  # it may have come past `serve`
         except Exception as error:
             raise Lost(f"the answer sent something that is not a value ({type(error).__name__})") from None
 
@@ -218,8 +91,13 @@ class Link:
         raise Untestable(f"they hand the answer a {type(value).__name__}, which cannot leave them")
 
     def error(self, name: str, message: str) -> Exception:
-        """What the answer raised, as far as it is built in: tests may expect it."""
+        """What the answer raised, as far as it is built in: tests may expect it.
+
+        Not what ends an iteration: `all(map(f, ...))` of the tests would take that for the end of their values.
+        """
         kind: Any = getattr(builtins, name, None)
+        if name in ("StopIteration", "StopAsyncIteration"):
+            kind = RuntimeError
         try:
             error = kind(message) if issubclass(kind, Exception) else RuntimeError(message)
         except TypeError:  # not a class, or one with other arguments
@@ -232,7 +110,7 @@ class Link:
         return self.raised[id(error)][1] if id(error) in self.raised else None
 
 
-def judge(prompt: str, tests: str, entry: str | None) -> None:
+def judge(prompt: str, tests: str, entry: str | None, reference: str) -> None:
     """The tests' side: run them and say on standard error how it went: [status, reason, calls]."""
     link = Link(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
     said = os.fdopen(os.dup(2), "w")
@@ -244,7 +122,7 @@ def judge(prompt: str, tests: str, entry: str | None) -> None:
         __import__("random").seed(0)
     status, reason = "passed", ""
     try:
-        run_tests(prompt, tests, entry, link)
+        run_tests(prompt, tests, entry, reference, link)
         if not link.count:
             raise Untestable("they never call the answer")
     except BaseException as error:
@@ -273,7 +151,37 @@ def verdict(error: BaseException, tests: str, link: Link) -> tuple[str, str]:
     return "wrong", f"{tests.splitlines()[line - 1].strip()[:200]} ({reason})" if line else reason
 
 
-def run_tests(prompt: str, tests: str, entry: str | None, link: Link) -> None:
+def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
+    """What tests use without importing it: the imports of the reference solution, beside which they were written.
+
+    Without a reference that has them, modules whose attributes are used and names that printed values consist of.
+    """
+    scope: dict[str, Any] = {}
+    try:
+        program: Any = compile(reference, "<reference>", "exec", _ast.PyCF_ONLY_AST)
+        statements = program.body
+    except (SyntaxError, ValueError):
+        statements = []
+    for statement in statements:
+        if isinstance(statement, (_ast.Import, _ast.ImportFrom)):
+            try:
+                run(statement, scope)
+            except ImportError:  # then the tests say what they miss
+                pass
+    scope.pop("__builtins__", None)
+    for name in names - scope.keys():
+        if f"def {name}" in reference or f"class {name}" in reference:
+            continue
+        if name in sys.stdlib_module_names and f"{name}." in tests and f"{name}(" not in tests:
+            scope[name] = __import__(name)
+        elif name in ("inf", "nan"):
+            scope[name] = float(name)
+        elif name in collections.__all__:
+            scope[name] = getattr(collections, name)
+    return scope
+
+
+def run_tests(prompt: str, tests: str, entry: str | None, reference: str, link: Link) -> None:
     """Run the tests, with stand-ins for all names that they use and nobody but the answer can have defined."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -286,6 +194,7 @@ def run_tests(prompt: str, tests: str, entry: str | None, link: Link) -> None:
         code = codes.pop()
         names |= set(code.co_names)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    scope = imported(tests, reference, names - scope.keys()) | scope
     for name in names - scope.keys() - set(dir(builtins)):  # names of attributes are among them, and do no harm
         scope[name] = link.function(name)
     if entry:

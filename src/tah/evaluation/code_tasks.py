@@ -12,6 +12,8 @@ helps against that), pass tests that are themselves too weak, and break out thro
 Not measured as in-process graders do: changes an answer makes to its arguments (tests that look at their own list after
 the call see it unchanged), and numpy arrays (they come back as handles; numpy numbers as numbers). Tests that hand the
 answer a function or an object of their own are refused, not run where the answer could forge their verdict.
+
+Statements behind the function under test that fail, exit or do not end do not fail it (`code_answer.py`).
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
-from . import code_judge
+from . import code_answer, code_judge, code_values
 from .sandbox import Sandbox
 
 Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]
 
+REASON = 600  # characters of a verdict's reason
 PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # indentation, fence, language
 # How a program or the rest of one may begin.
@@ -44,7 +48,7 @@ class Verdict:
 
     `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
     process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run), "untestable" (the
-    item's tests cannot be run, of `grade_all` only).
+    item's tests cannot be run, of `grade_all` only). `reason` has at most `REASON` characters.
     """
 
     passed: bool
@@ -74,6 +78,12 @@ def extract_code(text: str, entry_point: str | None = None) -> str:
     opened: tuple[str, str, str] | None = None  # indentation, fence, language
     for line in text.splitlines():
         fence = FENCE.match(line)
+        last = None if fence else _last_line(line, lines, opened[1] if opened else "```")
+        if last is not None and (opened or (not blocks and CODE.match(next(filter(str.strip, [*lines, last]))))):
+            indentation, _, language = opened or ("", "", "")
+            blocks.append((language, "\n".join([*lines, last.removeprefix(indentation)])))
+            opened, lines = None, []
+            continue
         if not fence or (opened and not fence[3] and not fence[2].startswith(opened[1])):
             lines.append(line.removeprefix(opened[0]) if opened else line)
             continue
@@ -93,6 +103,18 @@ def extract_code(text: str, entry_point: str | None = None) -> str:
     python = [code for language, code in blocks if language in PYTHON] or [code for _, code in blocks]
     defining = [code for code in python if entry_point and _defines(code, entry_point)]
     return (defining or python)[-1]
+
+
+def _last_line(line: str, lines: Sequence[str], fence: str) -> str | None:
+    """The code before a fence that closes a block at the end of the block's last line.
+
+    None where the line does not end so, and for a remark or a text in quotes that ends so.
+    """
+    code = line.rstrip().removesuffix(fence).rstrip()
+    if code == line.rstrip() or not code.strip(f" \t{fence[0]}") or code.count(fence) % 2 or "#" in code:
+        return None
+    block = "\n".join([*lines, code])
+    return None if block.count('"""') % 2 or block.count("'''") % 2 else code
 
 
 def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdict:
@@ -119,17 +141,20 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
     least = 0
     if prompt and (code.lstrip("\r\n")[:1].isspace() or not _defines(code, str(entry))):
         prompt, code, least = "", prompt + code, prompt.count("\n")
-    asking = f"{_inside()}\njudge({str(item.get('prompt', ''))!r}, {tests!r}, {entry!r})\n"
-    judged, answered = sandbox.pair(asking, f"{_inside()}\nserve({prompt!r}, {code!r}, {least})\n")
+    asked = f"judge({str(item.get('prompt', ''))!r}, {tests!r}, {entry!r}, {str(item.get('code', ''))!r})"
+    serving = f"serve({prompt!r}, {code!r}, {least}, {entry!r}, {sandbox.seconds / 2!r})"
+    judged, answered = sandbox.pair(
+        f"{_program(code_values, code_judge)}\n{asked}\n", f"{_program(code_values, code_answer)}\n{serving}\n"
+    )
     for outcome in (judged, answered):
         # Neither program leaves standard error open, so that these words are true.
         if outcome.stderr.startswith(("bwrap: ", "prlimit: ", "setpriv: ")):
-            raise OSError(f"the sandbox failed: {outcome.stderr.strip().splitlines()[-1]}")
+            raise OSError(f"the sandbox failed: {outcome.stderr.strip().splitlines()[-1][:REASON]}")
     if judged.status != "ok" or not judged.stderr:
         status: Grade = "crashed" if judged.status == "ok" else judged.status
         return Verdict(False, status, f"no verdict: {judged.status}", 0, judged.seconds)
     kind, reason, calls = json.loads(judged.stderr)
-    reason = " ".join("".join(letter if letter.isprintable() else " " for letter in reason).split())
+    reason = " ".join("".join(letter if letter.isprintable() else " " for letter in str(reason)[:REASON]).split())
     if kind == "untestable":
         raise Untestable(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
     if kind == "lost":
@@ -188,7 +213,7 @@ def _tests(item: Mapping[str, Any]) -> str:
             raise Untestable(f"{name}: {len(inputs)} inputs and {len(expected)} expected: give one for each")
         cases = f"for given, wanted in zip({list(inputs)!r}, {list(expected)!r}):"
         check = f"    assert alike({item['entry_point']}(*given), wanted, {atol!r}), (given, wanted)"
-        return "\n".join(["from math import inf, nan", inspect.getsource(code_judge.alike), cases, check])
+        return "\n".join(["from math import inf, nan", inspect.getsource(code_values.alike), cases, check])
     if item.get("test"):
         return str(item["test"])
     if item.get("test_list"):
@@ -198,6 +223,9 @@ def _tests(item: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _inside() -> str:
-    """Source of what runs in the sandboxes; a call at its end makes it a program."""
-    return inspect.getsource(code_judge)
+def _program(*modules: ModuleType) -> str:
+    """The source of modules as one text; a call at its end makes it a program."""
+    lines = "\n".join(map(inspect.getsource, modules)).splitlines()
+    # In a sandbox there is no package to import from, and a program has its future imports at its beginning.
+    lines = [line for line in lines if not line.startswith(("from __future__ import", "from .code_values import"))]
+    return "\n".join(["from __future__ import annotations", *lines])
