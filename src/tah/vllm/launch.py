@@ -5,10 +5,12 @@ vLLM's CLI asks for the version of a package called `vllm`; that of the CPU buil
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
+    from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -20,7 +22,14 @@ def main() -> None:
     args = parser.parse_args(["serve", *sys.argv[1:]])
     configure_logging_from_args(args)
     command.validate(args)
-    command.cmd(args)
+    try:
+        command.cmd(args)
+    except ValidationError as error:  # of the configuration, which is made in this process
+        if os.environ.get("TAH_DEBUG", "") not in ("", "0"):
+            raise
+        for problem in error.errors():
+            print(f"tah: {' '.join(problem['msg'].removeprefix('Value error, ').split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

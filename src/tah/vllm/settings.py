@@ -75,6 +75,11 @@ def _check_flags(vllm_config: Any) -> None:
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"TaH models cannot be served with {what}; leave it out")
+    if cache.user_specified_block_size and cache.block_size % BLOCK:
+        raise ValueError(
+            f"--block-size {cache.block_size} is not a multiple of {BLOCK}, as vLLM's kernels for CPUs ask for; "
+            "leave it out, or take 32, 64 or 128"
+        )
 
 
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
