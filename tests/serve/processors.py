@@ -63,7 +63,7 @@ def processor(amx: bool) -> Iterator[None]:
 
 @contextmanager
 def amx_cache() -> Iterator[None]:
-    """vLLM chooses AMX, and keeps its cache as AMX's kernels do; its own attention reads a second cache in plain layout.
+    """vLLM chooses AMX, and its cache is laid out for that; its own attention reads a second cache, which is plain.
 
     So depth 2, which reads vLLM's cache, meets AMX's layout on any processor, while depth 1 computes as without AMX.
     """
@@ -81,10 +81,10 @@ def amx_cache() -> Iterator[None]:
             plain[keys.data_ptr()] = keys.new_zeros(B, H, 2 * S, K).chunk(2, dim=2)
         return plain[keys.data_ptr()]
 
-    def save_both(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor, isa: str, **more: Any) -> None:
+    def save_both(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor, isa: str, **kw: Any) -> None:
         assert isa == "amx"
-        save(key, value, keys, values, slots, "amx", **more)
-        save(key, value, *beside(keys), slots, "vec", **more)
+        save(key, value, keys, values, slots, "amx", **kw)
+        save(key, value, *beside(keys), slots, "vec", **kw)
 
     def attend_plain(*, key_cache: Tensor, value_cache: Tensor, **more: Any) -> None:
         keys, values = beside(key_cache)

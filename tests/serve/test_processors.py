@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
+import openai
 import torch
-from checkpoints import tiny
+from checkpoints import save, tiny
 from processors import amx_cache, processor, skip_without, write
-from serving import iterated, prompts, serve
+from servers import running
+from serving import Answer, iterated, prompts, serve, served_by
+from vllm import LLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from tah.vllm import compat
+from tah import TaHForCausalLM
+from tah.vllm import attention, compat
 
 NEW = 24
 ASKED = prompts(22, seed=1)
@@ -112,6 +119,14 @@ def llama(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama")
 
 
+@contextmanager
+def copied_blocks() -> Iterator[None]:
+    read = attention.read_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "read_blocks", lambda *given: tuple(part.contiguous() for part in read(*given)))
+        yield
+
+
 LOADS = {
     "blocks of 128, vLLM's own": {"block_size": None},
     "blocks of 64": {"block_size": 64},
@@ -122,9 +137,13 @@ LOADS = {
 @pytest.mark.parametrize("batching", ["two_pass", "mixed"])
 @pytest.mark.parametrize("options", LOADS.values(), ids=LOADS.keys())
 def test_answers_over_the_cache_of_amx(llama, options, batching):
-    """Those over the plain cache, bit for bit the same arithmetic; twice, the second time from cached prefixes."""
+    """Those over the plain cache, twice, the second time from cached prefixes; all numbers are the same, bit for bit.
+
+    For that the plain cache is read as a copy too: how a product rounds may depend on where its factors lie.
+    """
+    skip_without("amx")
     options = {"dtype": "bfloat16", "additional_config": {"batching": batching}, **options}
-    with processor(amx=False), serve(llama, **options) as served:
+    with processor(amx=False), copied_blocks(), serve(llama, **options) as served:
         assert served.model.deep_attention[0].stock.isa == "vec"
         want = [served.ask(ASKED, NEW) for _ in range(2)]
         preempted = served.preempted
@@ -135,12 +154,58 @@ def test_answers_over_the_cache_of_amx(llama, options, batching):
         assert [served.ask(ASKED, NEW) for _ in range(2)] == want
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16(llama, tmp_path_factory):
+    """The same checkpoint as most people have theirs."""
+    model = TaHForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    return save(model, tmp_path_factory.mktemp("serve") / "bfloat16")
+
+
+@torch.no_grad()
+def mostly_decided_so(model: Path, answers: Sequence[Answer]) -> bool:
+    """Whether the depths of each prompt are those that our own model has in float32, up to rounding."""
+    own = TaHForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens = other = 0
+    for prompt, answer in zip(ASKED, answers, strict=True):
+        want = own(torch.tensor([prompt])).depth_count[0].tolist()
+        tokens += len(prompt)
+        other += sum(a != b for a, b in zip(answer.depths, want, strict=False))
+    return other < 0.02 * tokens
+
+
+@pytest.mark.timeout(900)  # compiled, as without flags; that takes minutes on a busy machine
+@pytest.mark.parametrize("around", [nullcontext, amx_cache], ids=["as this processor is", "over the cache of AMX"])
+def test_no_flags_in_python(in_bfloat16, around):
+    """As documented: `vllm.LLM(MODEL)`."""
+    with around(), served_by(LLM(str(in_bfloat16))) as served:
+        layer = served.model.deep_attention[0].stock
+        assert layer.kv_cache.dtype == torch.bfloat16 and served.model.block_size == 128
+        assert layer.isa in (READ if around is nullcontext else {"amx"})
+        answers = served.ask(ASKED, NEW)
+        assert mostly_decided_so(in_bfloat16, answers) and 0.05 < iterated(answers) < 0.3
+
+
+@pytest.mark.timeout(900)
+def test_no_flags_at_the_command(in_bfloat16, tmp_path):
+    """`tah serve MODEL`, with nothing but where it listens and what the model is called."""
+    none = {"dtype": None, "gpu_memory_utilization": None, "enforce_eager": None}
+    with running(in_bfloat16, tmp_path / "log.txt", **none) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        options = {"max_tokens": NEW, "temperature": 0, "extra_body": {"vllm_xargs": {"depths": True}}}
+        outs = [client.completions.create(model="tiny", prompt=prompt, **options) for prompt in ASKED]
+        answers = [Answer([], out.choices[0].tah["depths"]) for out in outs]
+    assert mostly_decided_so(in_bfloat16, answers) and 0.05 < iterated(answers) < 0.3
+
+
 def test_control_the_plain_reading_of_that_cache_answers_otherwise(llama, monkeypatch):
     """What the comparison above would show if the second pass read other keys than the first wrote."""
+    skip_without("amx")
     options = {"dtype": "bfloat16", "max_num_seqs": 1}
-    with processor(amx=False), serve(llama, **options) as served:
+    with processor(amx=False), copied_blocks(), serve(llama, **options) as served:
         want = served.ask(ASKED, NEW)
-    monkeypatch.setattr(compat, "_from_tiles", lambda tiles, rows, columns: tiles.view(*tiles.shape[:-1], rows, columns))
+    monkeypatch.setattr(
+        compat, "_from_tiles", lambda tiles, rows, columns: tiles.view(*tiles.shape[:-1], rows, columns)
+    )
     monkeypatch.setattr("tah.vllm.model.check_layout", lambda layer: None)
     with amx_cache(), serve(llama, **options) as served:
         assert sum(a.tokens != b.tokens for a, b in zip(served.ask(ASKED, NEW), want, strict=True)) > len(ASKED) // 2

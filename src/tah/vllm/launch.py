@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -28,8 +29,16 @@ def main() -> None:
         if os.environ.get("TAH_DEBUG", "") not in ("", "0"):
             raise
         for problem in error.errors():
-            print(f"tah: {' '.join(problem['msg'].removeprefix('Value error, ').split())}", file=sys.stderr)
+            print(f"tah: {_line(problem)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _line(problem: Any) -> str:
+    """What is wrong, in one line: the words of a refusal, or else the field, what it must be and what it is."""
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "value_error":
+        said = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {said}"
+    return " ".join(said.split())
 
 
 if __name__ == "__main__":

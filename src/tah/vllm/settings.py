@@ -14,6 +14,7 @@ from .plugin import DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, Choice, DepthParameters
 
 BATCHING = ("auto", "two_pass", "mixed")
+BLOCK = 32  # tokens: vLLM's kernels for CPUs take blocks of a multiple of this
 MANY = 8  # requests at a time from which `mixed` was measured to be ahead; with one it is level
 
 
