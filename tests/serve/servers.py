@@ -68,11 +68,12 @@ def free_port() -> int:
 def started(
     command: Sequence[str], log: Path, environment: dict[str, str], **options: Any
 ) -> Iterator[subprocess.Popen]:
-    """`command` with flags for a small server in float32; ended with the context."""
-    options = {"dtype": "float32", "gpu_memory_utilization": 0.05, "served_model_name": "tiny", **options}
-    flags = ["--enforce-eager"]
-    for name, value in options.items():
-        flags += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+    """`command` with flags for a small server in float32, but those that are None; ended with the context."""
+    usual = {"dtype": "float32", "gpu_memory_utilization": 0.05, "served_model_name": "tiny", "enforce_eager": True}
+    flags: list[str] = []
+    for name, value in (usual | options).items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment
     with log.open("w") as out:
         process = subprocess.Popen([*command, *flags], env=environment, stdout=out, stderr=subprocess.STDOUT)

@@ -139,11 +139,18 @@ def serve(directory: Path, **options: Any) -> Iterator[Served]:
         "gpu_memory_utilization": 0.05,
         **options,
     }
-    served = Served(LLM(str(directory), **options))
+    with served_by(LLM(str(directory), **options)) as served:
+        yield served
+
+
+@contextmanager
+def served_by(llm: LLM) -> Iterator[Served]:
+    """An engine that ends with the context."""
+    served = Served(llm)
     try:
         yield served
     finally:
-        del served.llm, served.engine, served.scheduler, served.model
+        del llm, served.llm, served.engine, served.scheduler, served.model
         cleanup_dist_env_and_memory()
         gc.collect()
 

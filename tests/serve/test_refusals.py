@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 from checkpoints import tiny
+from servers import TAH
 from serving import serve
 
 from tah.vllm import compat
@@ -18,6 +22,8 @@ FLAGS = {
     "--kv-cache-dtype fp8": {"kv_cache_dtype": "fp8"},
     "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
     "prompt embeddings": {"enable_prompt_embeds": True},
+    "--block-size 48 is not a multiple of 32": {"block_size": 48, "dtype": "bfloat16"},
+    "--block-size 16 is not a multiple of 32": {"block_size": 16},
     "batching='both'": {"additional_config": {"batching": "both"}},
     "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
     "max_depth=3 cannot be served": {"hf_overrides": {"max_depth": 3}},
@@ -35,6 +41,21 @@ def llama(tmp_path_factory):
 def test_flags(llama, says, flags):
     with pytest.raises(ValueError, match=says), serve(llama, **flags):
         pass
+
+
+COMMANDS = [
+    (["--block-size", "48"], r"--block-size 48 is not a multiple of 32.*or take 32, 64 or 128"),
+    (["--block-size", "0"], "block_size=0: Input should be greater than 0"),
+    (["--enable-lora"], "cannot be served with LoRA adapters of vLLM; leave it out"),
+]
+
+
+@pytest.mark.timeout(900)  # of which most goes into importing vLLM on a busy machine
+@pytest.mark.parametrize(("flags", "says"), COMMANDS, ids=[" ".join(flags) for flags, _ in COMMANDS])
+def test_the_command_refuses_in_one_line(llama, flags, says):
+    ran = subprocess.run([*TAH, "serve", str(llama), *flags], capture_output=True, text=True)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert re.fullmatch(f"tah: .*{says}.*", ran.stderr.splitlines()[-1])
 
 
 def test_the_other_model_runner(llama, monkeypatch):

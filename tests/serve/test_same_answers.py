@@ -80,7 +80,11 @@ def test_long_answers(llama):
 
 @torch.no_grad()
 def test_bfloat16_flips_close_calls(llama, expected):
-    """Decisions and best tokens on given text, against float32. A flip is rounding where float32 was undecided."""
+    """Decisions and best tokens on given text, against float32. A flip is rounding where float32 was undecided.
+
+    How many there are is the processor's doing: 104 to 126 of the best tokens, and 75 to 80 with `never`, by vLLM's
+    kernels for AVX2, AVX512 and AVX512 with bfloat16; 294 where depth 2 read keys in the wrong order.
+    """
     text = [prompt + one.tokens[:-1] for prompt, one in zip(MIXED, expected, strict=True)]
     model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     flips, worst, tokens = {"decisions": 0, "tokens": 0, "tokens of never": 0}, 0.0, 0
@@ -100,7 +104,7 @@ def test_bfloat16_flips_close_calls(llama, expected):
                     worst = max([worst, *margin.tolist()])
     print(f"of {tokens} tokens in bfloat16, flipped: {flips}; decisions up to {worst:.3f} from the threshold")
     assert worst < 0.05 and flips["decisions"] < 0.02 * tokens
-    assert flips["tokens"] <= 2 * flips["tokens of never"] + 0.005 * tokens
+    assert flips["tokens"] <= 2 * flips["tokens of never"] + 0.02 * tokens
 
 
 def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):

@@ -76,13 +76,28 @@ def without_writing(layer: Attention, index: Tensor) -> Iterator[None]:
 def read_blocks(layer: Attention, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [..., H, K, S] and values [..., H, S, K] of physical blocks [...].
 
-    The CPU backend keeps a block's keys of one head transposed, followed by its values.
+    The CPU backend keeps a block's keys of one head transposed, followed by its values. Where its kernels are AMX's,
+    both matrices are cut into tiles, and what is found here is a copy in the usual order.
     """
     B, H, S, both = layer.kv_cache.shape
-    found = layer.kv_cache.view(B, H, 2, S * both // 2)[blocks]
+    K = both // 2
+    found = layer.kv_cache.view(B, H, 2, S * K)[blocks]
     keys, values = found.unbind(-2)
+    if layer.isa == "amx":
+        return _from_tiles(keys, K, S), _from_tiles(values, S, K)
     lead = blocks.shape
-    return keys.view(*lead, H, both // 2, S), values.view(*lead, H, S, both // 2)
+    return keys.view(*lead, H, K, S), values.view(*lead, H, S, K)
+
+
+def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """Matrices [..., rows, columns] that are kept as tiles [..., rows * columns].
+
+    A tile is what an AMX register takes of the right-hand factor of a product in bfloat16: all rows of 16 columns, with
+    the two numbers of an even row and the odd row below it side by side.
+    """
+    lead, width, pair = tiles.shape[:-1], 16, 2
+    tiles = tiles.view(*lead, columns // width, rows // pair, width, pair)
+    return tiles.movedim((-3, -1, -4, -2), (-4, -3, -2, -1)).reshape(*lead, rows, columns)
 
 
 def slots_per_block(layer: Attention) -> int:
@@ -107,8 +122,7 @@ def check_layout(layer: Attention) -> None:
     got_keys, got_values = read_blocks(layer, torch.zeros(1, dtype=torch.long, device=block.device))
     layer.kv_cache[0].zero_()
     if not (torch.equal(got_keys[0], keys.permute(1, 2, 0)) and torch.equal(got_values[0], values.permute(1, 0, 2))):
-        kind = getattr(layer, "isa", layer.attn_backend.get_name())
         raise ValueError(
-            f"vLLM {VLLM_VERSION} keeps {layer.kv_cache.dtype} keys for {kind} in a layout that tah cannot read; "
-            "on a CPU with AMX use --dtype float32 --block-size 32"
+            f"vLLM {VLLM_VERSION} keeps {layer.kv_cache.dtype} keys for its kernels {layer.isa!r} in a layout that tah "
+            "cannot read; it reads those of 'vec', 'vec16' and 'amx', which vLLM takes on x86 processors: serve on one"
         )

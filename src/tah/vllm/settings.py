@@ -14,6 +14,7 @@ from .plugin import DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, Choice, DepthParameters
 
 BATCHING = ("auto", "two_pass", "mixed")
+BLOCK = 32  # tokens: vLLM's kernels for CPUs take blocks of a multiple of this
 MANY = 8  # requests at a time from which `mixed` was measured to be ahead; with one it is level
 
 
@@ -75,6 +76,11 @@ def _check_flags(vllm_config: Any) -> None:
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"TaH models cannot be served with {what}; leave it out")
+    if cache.user_specified_block_size and cache.block_size % BLOCK:
+        raise ValueError(
+            f"--block-size {cache.block_size} is not a multiple of {BLOCK}, as vLLM's kernels for CPUs ask for; "
+            "leave it out, or take 32, 64 or 128"
+        )
 
 
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
