@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..training.data import READERS, form_of, load_rows, tokenize_row
+from ..training.data import load_rows, tokenize_row
+from ..training.data_files import READERS
+from ..training.forms import form_of
 
 PLAIN = (".txt", ".md")  # files that are one text
 
