@@ -48,9 +48,12 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
     if path.suffix not in PLAIN or not path.is_file():
         return load_rows(source, split, limit=limit)
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
         raise ValueError(f"data {source!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise ValueError(f"data {source!r} cannot be read: line {line} is not UTF-8") from error
     if not text.strip():
         raise ValueError(f"{source} is empty: it has no text")
     return [{"text": text}]

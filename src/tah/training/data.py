@@ -104,6 +104,8 @@ def _open(source: str, split: str) -> Dataset:
     except StopIteration:  # a file without a row
         return datasets.Dataset.from_dict({})
     except Exception as error:
+        if "corresponds to no data" in str(error):  # as datasets says of `[]`
+            return datasets.Dataset.from_dict({})
         why = bad_line(path) or first_line(error.__cause__ or error)
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
 

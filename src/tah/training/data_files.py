@@ -21,39 +21,88 @@ from ..nesting import TOO_DEEP, Nesting
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SPACE = re.compile(r"\s*")
+NULL = b"null"
 CHUNK, SMALL = 2**22, 2**26  # bytes
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXTS = (".jsonl", ".json", ".csv")  # in UTF-8; .parquet is not
 
 
 def check_text(path: Path) -> int:
-    """Whether a .jsonl, .json or .csv file is UTF-8 and nests no deeper than a parser can go.
+    """Whether a .jsonl, .json or .csv file is UTF-8 and has nothing that a parser crashes at.
 
     Returns:
         How many lines of it hold something.
 
     Raises:
-        ValueError: it is not, or does; names the line.
+        ValueError: it is not, or has; names the line.
         OSError: it cannot be read.
     """
-    decoder, nesting = codecs.getincrementaldecoder("utf-8")(), Nesting()
-    line, filled, begun = 1, 0, False
+    kind = (path.with_suffix("") if path.suffix in PACKED else path).suffix
+    decoder, nesting, lines = codecs.getincrementaldecoder("utf-8")(), Nesting(), Lines()
+    line, is_list = 1, False
     with PACKED.get(path.suffix, open)(path, "rb") as file:
         while chunk := file.read(CHUNK):
-            if ".csv" not in path.suffixes and (deep := nesting.add(chunk)) is not None:
-                raise ValueError(f"line {deep} {TOO_DEEP}")
             try:
                 decoder.decode(chunk)
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 raise ValueError(f"line {line} is not UTF-8") from None
+            chunk = chunk.removeprefix(codecs.BOM_UTF8) if not lines.begun else chunk
+            is_list = chunk.startswith(b"[") if not lines.begun else is_list
+            null = lines.add(chunk)
+            if kind != ".csv":
+                if (deep := nesting.add(chunk)) is not None:
+                    raise ValueError(f"line {deep} {TOO_DEEP}")
+                if null is not None and not is_list:
+                    raise ValueError(f"line {null} is null, not an object")
             line += chunk.count(b"\n")
-            for at, text in enumerate(chunk.split(b"\n")):
-                filled, begun = (filled + begun, False) if at else (filled, begun)
-                begun = begun or bool(text.strip())
     if decoder.getstate()[0]:
-        raise ValueError(f"line {line} is not UTF-8: it ends within a character")
-    return filled + begun
+        raise ValueError(f"line {line} is not UTF-8")
+    if is_list and kind != ".csv":
+        _check_list(path)
+    return lines.filled
+
+
+class Lines:
+    """Lines of a text that arrives in chunks: how many hold something, and which begins with null.
+
+    pyarrow crashes where what it parses begins with null, and it may begin to parse at any line.
+    """
+
+    def __init__(self) -> None:
+        self.begun, self._filled, self._breaks, self._head = False, 0, 0, b""
+
+    @property
+    def filled(self) -> int:
+        return self._filled + bool(self._head)
+
+    def add(self, chunk: bytes) -> int | None:
+        """The line, counted from 1, that begins with null, if there is one."""
+        self.begun, at = True, 0
+        for number, text in enumerate(chunk.replace(b"\r", b"\n").split(b"\n")):
+            if number:
+                self._filled += bool(self._head)
+                self._head = b""
+            if len(self._head) < len(NULL):
+                self._head = (self._head + (text if self._head else text.lstrip()))[: len(NULL)]
+            if self._head == NULL:
+                return 1 + self._breaks + chunk[:at].count(b"\n")
+            at += len(text) + 1
+        self._breaks += chunk.count(b"\n")
+        return None
+
+
+def _check_list(path: Path) -> None:
+    """Whether a file with one list has objects in it, or texts; `datasets` gives them to pyarrow a line each."""
+    with PACKED.get(path.suffix, open)(path, "rb") as file:
+        raw = file.read()
+    try:
+        entries = json.loads(raw.decode("utf-8-sig"))
+    except ValueError:
+        return  # the parser says what is wrong, or it is a file of several lists
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict | str):
+            raise ValueError(f"entry {number} of its list is {json.dumps(entry)[:40]}, not an object")
 
 
 def bad_line(path: Path) -> str | None:
