@@ -106,9 +106,18 @@ STRING_ARGUMENTS = CHATML.replace(
     "{% for call in message.tool_calls or [] %}{{ '<call>' + call['function']['name'] + '\n' "
     "+ call['function']['arguments'] }}{% endfor %}<|im_end|>\n{% endfor",
 )
+# As DeepSeek's also: a content that is not None is a turn of its own.
+TURN_PER_CONTENT = STRING_ARGUMENTS.replace(
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}",
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is not none %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}",
+)
 PYTHON_ARGUMENTS = STRING_ARGUMENTS.replace(
     "+ call['function']['arguments'] }}", "}}{{ call['function']['arguments'] }}"
 )
+QUIET_TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}" + CHATML
+NAMELESS_TOOLS = "{{ tools | length if tools }}" + CHATML
+WRAPPED_TOOLS = "{% for tool in tools or [] %}{{ 'tool ' + tool.function.name + '\n' }}{% endfor %}" + CHATML
 NEEDS_PARTS = CHATML.replace(
     "{{ message['content'] }}",
     "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' }}{% endfor %}",
@@ -127,7 +136,11 @@ TEMPLATES = {
     "glm": GLM,
     "mistral": MISTRAL,
     "string arguments": STRING_ARGUMENTS,
+    "turn per content": TURN_PER_CONTENT,
     "python arguments": PYTHON_ARGUMENTS,
+    "wrapped tools": WRAPPED_TOOLS,
+    "quiet tools": QUIET_TOOLS,
+    "nameless tools": NAMELESS_TOOLS,
     "needs parts": NEEDS_PARTS,
     "tags without end": TAGS_WITHOUT_END,
     "tags only the last": TAGS_ONLY_THE_LAST,
@@ -370,6 +383,42 @@ PAIRS = {
         "string arguments",
         called(call('{"city": "P"}')),
         ['<call>w\n{"city": "P"}<|im_end|>\n', SUNNY["string arguments"]],
+        [],
+    ),
+    "call as JSON, turn per content": (
+        "turn per content",
+        called(call('{"city": "P"}')),
+        ['<call>w\n{"city": "P"}<|im_end|>\n', "Sunny.<|im_end|><|im_end|>\n"],
+        [],
+    ),
+    "null and call, turn per content": (
+        "turn per content",
+        called(call('{"city": "P"}'), content=None),
+        ['<call>w\n{"city": "P"}<|im_end|>\n', "Sunny.<|im_end|><|im_end|>\n"],
+        [],
+    ),
+    "a tool by its name, wrapped for the template": (
+        "wrapped tools",
+        {"messages": HI, "tools": [{"name": "w"}]},
+        ["Yo<|im_end|>\n"],
+        ["tool w\n"],
+    ),
+    "a tool by its name, wrapped for a template that says nothing": (
+        "quiet tools",
+        {"messages": HI, "tools": [{"name": "weather"}]},
+        ["Yo<|im_end|>\n"],
+        ["weather\n"],
+    ),
+    "a tool that is left out": (
+        "nameless tools",
+        {"messages": HI, "tools": [{"name": "weather"}]},
+        "the chat template leaves out a tool",
+        [],
+    ),
+    "a tool of a template without tools": (
+        "gemma",
+        {"messages": HI, "tools": [{"name": "weather"}]},
+        ["Yo<|im_end|>\n"],
         [],
     ),
     "call as JSON, python arguments": (

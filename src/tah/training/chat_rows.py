@@ -79,6 +79,12 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return found
 
 
+def names_of(tools: list[dict[str, Any]]) -> list[str]:
+    """The names of tools, of those that have one."""
+    inner = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+    return [tool["name"] for tool in inner if isinstance(tool.get("name"), str)]
+
+
 def read_chat(row: Mapping[str, Any], template: str) -> Chat:
     """The conversation of a row that `is_chat`, without entries that are None.
 

@@ -12,11 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .chat_rows import Chat, Messages, Refused, Unusable, openai_call
+from .chat_rows import Chat, Messages, Refused, Unusable, names_of
 
 MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again
 MARKER = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]")  # between an answer and its reasoning, which templates may leave out
-PARTS = re.compile(r"""\{['"]type['"]: ?['"]text['"]""")  # a list of parts that was written as it is
 Turns = Sequence[tuple[list[int], list[tuple[int, int]]]]  # numbers of messages, and (start, stop) in characters
 
 
@@ -24,18 +23,21 @@ class LeftOut(Unusable):
     """The chat template does not show everything, or not as text."""
 
 
-def check_turns(chat: Chat, text: str, turns: Turns, render: Callable[..., Any]) -> None:
+def check_turns(chat: Chat, text: str, turns: Turns, render: Callable[..., Any], knows_tools: bool) -> None:
     """Whether the template shows every message, and what the assistant says in the characters to be learnt.
 
     Args:
         text: the conversation as the template shows it.
         turns: numbers of assistant's messages, and the characters in which they stand.
         render: a conversation -> (text, spans); raises `Refused`.
+        knows_tools: whether the template has a place for tools. One that has none is used without them.
 
     Raises:
         LeftOut: it does not; says what is missing.
     """
     _check_marks(chat.messages, render)
+    if knows_tools and not all(name in text for name in names_of(chat.tools or [])):
+        raise LeftOut("the chat template leaves out a tool")
     for numbers, spans in turns:
         learnt, at = "".join(text[start:stop] for start, stop in spans), 0
         for number in numbers:
@@ -153,39 +155,3 @@ def closes(message: dict[str, Any] | None, learnt: str, render: Callable[..., An
         return True
     stop = spans[-1][1] if tagged and spans else len(text)
     return MARK not in text or bool(text[text.rindex(MARK) + len(MARK) : stop].strip())
-
-
-# -- other ways to write the same ------------------------------------------------------------------------------------
-
-
-def in_parts(messages: Messages) -> Messages:
-    """Contents as lists with one text."""
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
-        for message in messages
-    ]
-
-
-def with_openai_calls(messages: Messages) -> Messages:
-    """Tool calls with a `function`, in which are name and arguments."""
-    return _with_calls(messages, openai_call)
-
-
-def with_json_arguments(messages: Messages) -> Messages:
-    """The same, the arguments as a string of JSON."""
-
-    def encoded(call: dict[str, Any]) -> dict[str, Any]:
-        call = openai_call(call)
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": arguments}}
-
-    return _with_calls(messages, encoded)
-
-
-def _with_calls(messages: Messages, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Messages:
-    return [
-        {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
-        if message["role"] == "assistant" and "tool_calls" in message
-        else message
-        for message in messages
-    ]

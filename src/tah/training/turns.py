@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from os.path import commonprefix  # of any strings
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..load import first_line
 from .chat_rows import Chat, Messages, Refused, Unusable, is_chat, read_chat, tools_of
-from .shown import MARK, PARTS, LeftOut, check_turns, closes, in_parts, with_json_arguments, with_openai_calls
+from .shapes import Shape, shapes
+from .shown import MARK, LeftOut, check_turns, closes
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # where two texts part within a marker, as "<think>" and "<tool_call>" do
@@ -119,8 +120,7 @@ def _strings(row: Mapping[str, Any]) -> tuple[str, Spans]:
 def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, list[int]]:
     """The conversation as text, the (start, stop) characters to be learnt, and which stops are of turns without end.
 
-    Templates differ in what they take: contents as text or in parts, arguments of tool calls as objects or in JSON.
-    One that refuses the first, or leaves something out, is asked with the others.
+    A template that refuses the first shape of the conversation, or leaves something out, is asked with the others.
     """
     tools = tools_of(row)
     if tokenizer.chat_template is None:
@@ -129,15 +129,15 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, list[int]
     chat = read_chat(row, template)
     tagged = bool(GENERATION_TAG.search(template))
     why: Unusable | None = None
-    for shape in _shapes(chat.messages):
+    for shape in shapes(chat):
         render = functools.partial(_render, shape, chat, template, tokenizer)
         try:
             text, turns = _turns(chat, render, tagged)
-            check_turns(chat, text, turns, render)
+            check_turns(chat, text, turns, render, "tools" in template)
         except (Refused, LeftOut) as error:
             why = why or error
             continue
-        if shape is in_parts and PARTS.search(text):
+        if shape.is_quoted(chat, text):
             continue
         unclosed = []
         for numbers, spans in turns:
@@ -147,17 +147,8 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, list[int]
     raise why or Unusable("malformed row")
 
 
-def _shapes(messages: Messages) -> Iterator[Callable[[Messages], Messages]]:
-    """Ways to write the same messages, from the one that most templates take."""
-    yield lambda given: given
-    if any("tool_calls" in message for message in messages):
-        yield with_openai_calls
-        yield with_json_arguments
-    yield in_parts
-
-
 def _render(
-    shape: Callable[[Messages], Messages],
+    shape: Shape,
     chat: Chat,
     template: str,
     tokenizer: Any,
@@ -168,8 +159,8 @@ def _render(
     """A conversation as text, with the prompt for an answer if `ask`, and what is tagged in it if `tags`."""
     try:
         texts, found = render_jinja_template(
-            [shape(conversation)],
-            tools=chat.tools,
+            [shape.messages(conversation)],
+            tools=shape.tools(chat.tools),
             chat_template=template,
             add_generation_prompt=ask,
             return_assistant_tokens_mask=tags,
