@@ -40,7 +40,8 @@ class Shape:
         return [openai_call(tool) if "name" in tool else tool for tool in given]
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        message, silent = dict(message), {"absent": {}, "none": {"content": None}, "empty": {"content": ""}}
+        message = dict(message)
+        silent: dict[str, dict[str, Any]] = {"absent": {}, "none": {"content": None}, "empty": {"content": ""}}
         if "tool_calls" in message and message["role"] == "assistant":
             message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
             if not message.get("content", "").strip():
