@@ -59,6 +59,15 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
     return [{"text": text}]
 
 
+def _is_encoded(row: Mapping[str, Any]) -> bool:
+    """Whether the row holds a list of token numbers and as long a list of truth values."""
+    ids, supervised = row["input_ids"], row["supervised"]
+    if not isinstance(ids, list) or not isinstance(supervised, list) or len(ids) != len(supervised):
+        return False
+    numbers = all(isinstance(token, int) and 0 <= token < 2**63 for token in ids)
+    return numbers and all(isinstance(said, bool | int) for said in supervised)
+
+
 def texts_of(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "the data"
 ) -> tuple[list[Text], Counter[str]]:
@@ -73,9 +82,10 @@ def texts_of(
     form, texts, dropped = form_of(list(rows[0]), source), list[Text](), Counter[str]()
     for number in range(len(rows)):
         row: Any = rows[number]
-        encoded = (
-            row if form == ("input_ids", "supervised") else tokenize_row(row, tokenizer, sys.maxsize, "cut", dropped)
-        )
+        if form != ("input_ids", "supervised"):
+            encoded = tokenize_row(row, tokenizer, sys.maxsize, "cut", dropped)
+        elif not (encoded := row if _is_encoded(row) else None):
+            dropped["malformed row"] += 1
         if encoded is None:
             continue
         ids, supervised = np.array(encoded["input_ids"], np.int64), np.array(encoded["supervised"], bool)

@@ -164,9 +164,10 @@ def tokenize_row(
 ) -> dict[str, list[Any]] | None:
     """{"input_ids": [T], "supervised": [T] bool} of a row, or None, the reason being counted in `dropped`.
 
-    Chat goes through the tokenizer's own template; `conversations` may use ShareGPT's names. Prompt and completion are
-    both strings, joined as they are, or both lists of messages, of which only the completion's are supervised. Texts
-    and string completions end in the tokenizer's end-of-text token.
+    Chat goes through the tokenizer's own template; messages may use OpenAI's or ShareGPT's names. Prompt and completion
+    are both strings, joined as they are, or both lists of messages, of which only the completion's are supervised.
+    Texts and string completions end in the tokenizer's end-of-text token. Rows of which something would be lost are
+    dropped.
 
     Args:
         too_long: `drop` rows of more than `max_length` tokens, or `cut` them.

@@ -12,6 +12,12 @@ FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",),
 EXTRAS = ("system", "tools", "chat_template_kwargs")  # columns handed to the chat template
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message of one line, of which a file may have any number, with any characters."""
+    shown = [name if name.isprintable() and len(name) <= 60 else f"{name[:60]!r}" for name in names[:20]]
+    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = False) -> tuple[str, ...]:
     """Which of the `FORMS` rows with these columns have.
 
@@ -26,7 +32,7 @@ def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = Fal
             return form
     known = ", ".join(" + ".join(form) for form in FORMS[:-1])
     hint = " (map one with data.columns)" if mapped else ""
-    raise ValueError(f"{source} has the columns {', '.join(columns)}; needed: {known}{hint}")
+    raise ValueError(f"{source} has the columns {listed(columns)}; needed: {known}{hint}")
 
 
 def map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Dataset:
@@ -44,7 +50,7 @@ def map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Datas
         if name not in allowed:
             raise ValueError(f"columns: {name!r} is not one of {', '.join(allowed)}")
         if given not in rows.column_names:
-            raise ValueError(f"{source} has no column {given!r} for {name}; there are {', '.join(rows.column_names)}")
+            raise ValueError(f"{source} has no column {given!r} for {name}; there are {listed(rows.column_names)}")
     # What is mapped decides about the form: a column of another form that happens to be there must not win.
     meant = {name for form in FORMS if set(form) & set(columns) for name in form}
     others = {name for form in FORMS for name in form} - meant if meant else set()
