@@ -97,6 +97,48 @@ def test_files(name, tmp_path):
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def chat(content, times=1, **more):
+    said = {"role": "assistant", "content": content, **more}
+    return (json.dumps({"messages": [{"role": "user", "content": "a" * 100}, said]}) + "\n") * times
+
+
+PARTS = [{"type": "text", "text": "Yo"}]
+
+
+@pytest.mark.parametrize("first", [2**16, 2**26])
+def test_what_comes_late_in_a_file_is_as_good_as_what_comes_early(first, tmp_path, monkeypatch):
+    """`datasets` looks at the first bytes only, and makes JSON of a list that comes where texts were before."""
+    monkeypatch.setattr("tah.training.data_files.FIRST", first)
+    path = tmp_path / "a.jsonl"
+    for late in (PARTS, {"a": 1}, True):
+        path.write_text(chat("Yo", 1000) + chat(late))
+        if first > path.stat().st_size:
+            assert load_rows(str(path))[1000]["messages"][1]["content"] == late
+            continue
+        with pytest.raises(ValueError, match="line 1001 has a content that is no text, unlike what comes first"):
+            load_rows(str(path))
+    path.write_text(chat("Yo", 1000) + chat("Yo", tool_calls=[{"name": "w", "arguments": {}}]))
+    if first > path.stat().st_size:
+        assert load_rows(str(path))[1000]["messages"][1]["tool_calls"]
+    else:
+        with pytest.raises(ValueError, match="its rows have other columns or types than those that come first"):
+            load_rows(str(path))
+    for early, late in ((PARTS, "Yo"), ("Yo", '"content": ["a"]'), ("Yo", 42)):
+        path.write_text(chat(early) + chat("Yo", 1000) + chat(late))
+        found = load_rows(str(path))[1001]["messages"][1]["content"]
+        assert str(found) == str(late)
+
+
+def test_files_of_a_directory_are_as_good_as_the_first(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jsonl").write_text(chat("Yo"))
+    (tmp_path / "train" / "b.jsonl").write_text(chat("Yo") + chat(PARTS))
+    with pytest.raises(ValueError, match="train/b.jsonl line 2 has a content that is no text, unlike what comes first"):
+        load_rows(str(tmp_path))
+    (tmp_path / "train" / "b.jsonl").write_text(chat("Yo") + chat('"content": ["a"]'))
+    assert len(load_rows(str(tmp_path))) == 3
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train.jsonl.gz"])
 def test_files_of_a_directory(name, tmp_path):
     path = tmp_path / name

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..load import first_line, hub_reachable
 from ..loss import IGNORE
+from . import data_files
 from .chat_rows import Unusable
 from .data_files import READERS, TEXTS, bad_line, check_directory, check_text, check_values
 from .forms import form_of, map_columns
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
+ALL_TEXT = r"'(content|value)': Value\('string'\)"  # in the features of rows: every content is a text
 MOST_REASONS = 30  # of which details are told: a name, what the chat template said
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
 MISSING = "reading data needs one more package: pip install 'tah[train]'"
@@ -106,6 +108,9 @@ def _open(source: str, split: str) -> Dataset:
     except Exception as error:
         if "corresponds to no data" in str(error):  # as datasets says of `[]`
             return datasets.Dataset.from_dict({})
+        if "Couldn't cast" in str(error.__cause__ or error):
+            why = "its rows have other columns or types than those that come first; give them all the same"
+            raise ValueError(f"data {source!r} cannot be read: {why}") from error
         why = bad_line(path) or first_line(error.__cause__ or error)
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
 
@@ -114,7 +119,10 @@ def _open_file(path: Path) -> Dataset:
     import datasets
 
     lines = check_text(path) if path.suffix in TEXTS else 0
-    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    size = {"chunksize": data_files.FIRST} if READERS[path.suffix] == "json" else {}
+    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
+    if size and path.stat().st_size > data_files.FIRST and re.search(ALL_TEXT, str(rows.features)):
+        data_files.check_late(path, data_files.FIRST)
     if len(rows) != lines:  # {"a": 1},} makes two rows, and no error
         check_values(path)
     return rows
@@ -134,7 +142,10 @@ def _open_directory(path: Path, split: str) -> Dataset:
             raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     check_directory(path)
-    return datasets.load_dataset(str(path), split=split)
+    rows = datasets.load_dataset(str(path), split=split)
+    if re.search(ALL_TEXT, str(rows.features)):  # of the first file
+        check_directory(path, late=True)
+    return rows
 
 
 def _check_lengths(rows: Dataset) -> Dataset:

@@ -12,7 +12,7 @@ import gzip
 import json
 import lzma
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from ..nesting import TOO_DEEP, Nesting
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SPACE = re.compile(r"\s*")
+FIRST = 2**26  # bytes of a file that decide about its columns and their types
 NULL = b"null"
+# A content that is no text, and no number either, whose digits are its text.
+NO_TEXT = re.compile(rb'(?<!\\)"(?:content|value)"\s*:\s*[\[{tf]')
 CHUNK, SMALL = 2**22, 2**26  # bytes
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXTS = (".jsonl", ".json", ".csv")  # in UTF-8; .parquet is not
@@ -37,10 +40,10 @@ def check_text(path: Path) -> int:
         ValueError: it is not, or has; names the line.
         OSError: it cannot be read.
     """
-    kind = (path.with_suffix("") if path.suffix in PACKED else path).suffix
+    kind = _kind(path)
     decoder, nesting, lines = codecs.getincrementaldecoder("utf-8")(), Nesting(), Lines()
     line, is_list = 1, False
-    with PACKED.get(path.suffix, open)(path, "rb") as file:
+    with _opened(path) as file:
         while chunk := file.read(CHUNK):
             try:
                 decoder.decode(chunk)
@@ -94,7 +97,7 @@ class Lines:
 
 def _check_list(path: Path) -> None:
     """Whether a file with one list has objects in it, or texts; `datasets` gives them to pyarrow a line each."""
-    with PACKED.get(path.suffix, open)(path, "rb") as file:
+    with _opened(path) as file:
         raw = file.read()
     try:
         entries = json.loads(raw.decode("utf-8-sig"))
@@ -141,20 +144,56 @@ def _is_sequence(text: str) -> bool:
     return True
 
 
-def check_directory(directory: Path) -> None:
-    """`check_text` and, where they are small, `check_values` of the files that `datasets` reads as text.
+def check_late(path: Path, first: int) -> None:
+    """Whether contents are texts after the first bytes of a file, where `datasets` has found texts alone in those.
+
+    Of what comes later it makes JSON, which would be learnt as if it were said.
+
+    Raises:
+        ValueError: one is not; names the line.
+    """
+    at = 0
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if at >= first and NO_TEXT.search(line):
+                raise ValueError(f"line {number} has a content that is no text, unlike what comes first; move it there")
+            at += len(line)
+
+
+def text_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The files that `datasets` reads as text, with their names in the directory."""
+    for path in sorted(directory.rglob("*")):
+        inside = path.relative_to(directory)
+        if _kind(path) in TEXTS and path.is_file() and not any(part.startswith(".") for part in inside.parts):
+            yield str(inside), path
+
+
+def check_directory(directory: Path, late: bool = False) -> None:
+    """The same for all files of a directory.
+
+    Args:
+        late: whether to do what `check_late` does, and not what comes before reading: `check_text` and, of small files,
+            `check_values`.
 
     Raises:
         ValueError: one of them does not pass; names file and line.
     """
-    for path in sorted(directory.rglob("*")):
-        inside = path.relative_to(directory)
-        name = path.with_suffix("") if path.suffix in PACKED else path
-        if name.suffix not in TEXTS or not path.is_file() or any(part.startswith(".") for part in inside.parts):
-            continue
+    for name, path in text_files(directory):
         try:
+            if late:
+                check_late(path, 0)
+                continue
             check_text(path)
             if path.stat().st_size < SMALL:
                 check_values(path)
         except ValueError as error:
-            raise ValueError(f"{inside} {error}") from None
+            raise ValueError(f"{name} {error}") from None
+
+
+def _kind(path: Path) -> str:
+    """The suffix of a file, packed or not."""
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix
+
+
+def _opened(path: Path) -> Any:
+    return PACKED.get(path.suffix, open)(path, "rb")
