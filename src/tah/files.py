@@ -42,13 +42,20 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def parse_json(line: str | bytes) -> Any:
-    """A line of a JSONL file.
+    """A line of a JSONL file, or another value in JSON.
+
+    Args:
+        line: text, or bytes in UTF-8.
 
     Raises:
-        ValueError: it is none, or holds what is no text; why, to be put after `line 3`.
+        ValueError: it is none, holds what is no text, or nests too deep; why, to be put after `line 3`.
     """
+    from .nesting import TOO_DEEP, too_deep  # needs numpy, which takes longer to import than this whole module
+
+    if too_deep(line):
+        raise ValueError(TOO_DEEP)
     try:
-        found = json.loads(line)
+        found = json.loads(line if isinstance(line, str) else line.decode())
         json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg})") from error
@@ -57,20 +64,9 @@ def parse_json(line: str | bytes) -> Any:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"has half of a surrogate pair, {half!a}, which is no text; remove it") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands of brackets
-        raise ValueError("is no JSON that can be read: a number too long, or too many brackets") from error
+    except ValueError as error:  # of thousands of digits
+        raise ValueError("has a number that is too long to be read") from error
     return found
-
-
-def bad_line(path: Path) -> str | None:
-    """Which line of a .jsonl file cannot be read, and why; None where all can, or it is no such file."""
-    if path.suffix == ".jsonl" and path.is_file():
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            try:
-                parse_json(line.strip() or b"0")
-            except ValueError as error:
-                return f"line {number} {error}"
-    return None
 
 
 def differences(

@@ -9,6 +9,7 @@ One schema for each kind of task, the same in memory and in a file (`id` is opti
 
 from __future__ import annotations
 
+import codecs
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "choice": ("question", "choices", "answer"),
     "code": ("prompt", "entry_point", "test", "test_list", "test_imports", "code"),
 }
+LISTS = ("test_list", "test_imports")
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
@@ -84,15 +86,15 @@ def load(
 
 
 def read_file(path: Path, kind: Kind) -> list[Row]:
-    """The rows of a JSONL file.
+    """The rows of a JSONL file in UTF-8, with a byte order mark or without.
 
     Raises:
         ValueError: it cannot be read, or a line does not fit the schema; names the line.
     """
     rows = []
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -120,6 +122,7 @@ def check(row: Any, kind: Kind, where: str) -> None:
     for field in needed:
         if not (row.get(field) or row.get(field) == 0):
             raise ValueError(f"{where} has no {field!r}; a question of kind {kind} has {', '.join(FIELDS[kind])}")
+    _check_fields(row, kind, where)
     if kind == "math":
         try:
             read_math(str(row["answer"]).strip())
@@ -128,17 +131,41 @@ def check(row: Any, kind: Kind, where: str) -> None:
     if kind == "code" and not (row.get("test") or row.get("test_list")):
         raise ValueError(f"{where} has no tests: give 'test' or 'test_list'")
     if kind == "choice":
-        choices, answer = row["choices"], row["answer"]
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise ValueError(f"{where}: choices must be a list of 2 to {len(LETTERS)}")
-        if answer not in LETTERS[: len(choices)]:
-            raise ValueError(f"{where}: answer {answer!r} is not one of the letters {LETTERS[: len(choices)]}")
+        _check_choices(row["choices"], row["answer"], where)
+
+
+def _check_fields(row: Row, kind: Kind, where: str) -> None:
+    """Whether what goes into prompts and programs is text; entries that are empty count as missing."""
+    for field in set(FIELDS[kind]) - {"answer", "choices"}:
+        value = row.get(field)
+        if value and field in LISTS and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+            raise ValueError(f"{where}: {field} {_short(value)} is no list of texts")
+        if value and field not in LISTS and not isinstance(value, str):
+            raise ValueError(f"{where}: {field} {_short(value)} is no text")
+
+
+def _check_choices(choices: Any, answer: Any, where: str) -> None:
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"{where}: choices must be a list of 2 to {len(LETTERS)}")
+    if wrong := [each for each in choices if isinstance(each, bool) or not isinstance(each, str | int | float)]:
+        raise ValueError(f"{where}: choice {_short(wrong[0])} is neither a text nor a number")
+    letters = LETTERS[: len(choices)]
+    if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
+        hint = "" if isinstance(answer, str) else "; nobody knows whether a number counts from 0 or from 1"
+        raise ValueError(f"{where}: answer {_short(answer)} is not one of the letters {letters}{hint}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _fill(row: Row, kind: Kind, number: int) -> Row:
     """All fields of the schema, so that every row of the data set has the same."""
     empty: Row = {"choices": [], "test_list": [], "test_imports": []}
     filled = {field: row.get(field) or empty.get(field, "") for field in FIELDS[kind]}
+    if kind == "choice":
+        filled["choices"] = [str(choice) for choice in filled["choices"]]
     if kind == "math":
         filled["answer"] = str(row["answer"]).strip().strip("$")
     return {"id": str(row.get("id", row.get("task_id", number)))} | filled

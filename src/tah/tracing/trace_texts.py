@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..training.data import READERS, form_of, load_rows, tokenize_row
+from ..training.data import load_rows, tokenize_row
+from ..training.data_files import READERS
+from ..training.forms import form_of
 
 PLAIN = (".txt", ".md")  # files that are one text
 
@@ -46,12 +48,24 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
     if path.suffix not in PLAIN or not path.is_file():
         return load_rows(source, split, limit=limit)
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text("utf-8-sig")
+    except OSError as error:
         raise ValueError(f"data {source!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise ValueError(f"data {source!r} cannot be read: line {line} is not UTF-8") from error
     if not text.strip():
         raise ValueError(f"{source} is empty: it has no text")
     return [{"text": text}]
+
+
+def _is_encoded(row: Mapping[str, Any]) -> bool:
+    """Whether the row holds a list of token numbers and as long a list of truth values."""
+    ids, supervised = row["input_ids"], row["supervised"]
+    if not isinstance(ids, list) or not isinstance(supervised, list) or len(ids) != len(supervised):
+        return False
+    numbers = all(isinstance(token, int) and 0 <= token < 2**63 for token in ids)
+    return numbers and all(isinstance(said, bool | int) for said in supervised)
 
 
 def texts_of(
@@ -68,9 +82,10 @@ def texts_of(
     form, texts, dropped = form_of(list(rows[0]), source), list[Text](), Counter[str]()
     for number in range(len(rows)):
         row: Any = rows[number]
-        encoded = (
-            row if form == ("input_ids", "supervised") else tokenize_row(row, tokenizer, sys.maxsize, "cut", dropped)
-        )
+        if form != ("input_ids", "supervised"):
+            encoded = tokenize_row(row, tokenizer, sys.maxsize, "cut", dropped)
+        elif not (encoded := row if _is_encoded(row) else None):
+            dropped["malformed row"] += 1
         if encoded is None:
             continue
         ids, supervised = np.array(encoded["input_ids"], np.int64), np.array(encoded["supervised"], bool)

@@ -20,18 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import bad_line
 from ..load import first_line, hub_reachable
 from ..loss import IGNORE
-from .turns import Unusable, encode
+from . import data_files
+from .chat_rows import Unusable
+from .data_files import READERS, TEXTS, bad_line, check_directory, check_text, check_values
+from .forms import form_of, map_columns
+from .turns import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids", "supervised"))
-EXTRAS = ("tools", "chat_template_kwargs")  # columns handed to the chat template
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
+ALL_TEXT = r"'(content|value)': Value\('string'\)"  # in the features of rows: every content is a text
+MOST_REASONS = 30  # of which details are told: a name, what the chat template said
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
 MISSING = "reading data needs one more package: pip install 'tah[train]'"
 DEEPEST = 1e-3  # a hard token to which the reference gives this probability or less runs `max_depth` passes
@@ -57,7 +59,7 @@ def quiet() -> None:
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
 ) -> Dataset:
-    """Rows in one of the `FORMS`: chat, prompt and completion, text, or a data set that `label` has made.
+    """Rows in one of the `forms.FORMS`: chat, prompt and completion, text, or a data set that `label` has made.
 
     Args:
         source: a hub id (`owner/name`, or `owner/name:config`), a directory (saved by `datasets`, with data files, or
@@ -75,26 +77,9 @@ def load_rows(
     rows = _open(source, split)
     if len(rows) == 0:
         raise ValueError(f"{source} is empty: it has no rows")
-    rows = _map_columns(rows, source, dict(columns or {}))
+    rows = map_columns(rows, source, dict(columns or {}))
     form_of(rows.column_names, source, mapped=columns is not None)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = False) -> tuple[str, ...]:
-    """Which of the `FORMS` rows with these columns have.
-
-    Args:
-        mapped: whether a recipe can name the columns; its key is in the message then.
-
-    Raises:
-        ValueError: none.
-    """
-    for form in FORMS:
-        if set(form) <= set(columns):
-            return form
-    known = ", ".join(" + ".join(form) for form in FORMS[:-1])
-    hint = " (map one with data.columns)" if mapped else ""
-    raise ValueError(f"{source} has the columns {', '.join(columns)}; needed: {known}{hint}")
 
 
 def _open(source: str, split: str) -> Dataset:
@@ -109,7 +94,7 @@ def _open(source: str, split: str) -> Dataset:
                 raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
             if path.stat().st_size < 2**16 and not path.read_bytes().strip():
                 return datasets.Dataset.from_dict({})
-            return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            return _open_file(path)
         if path.is_dir():
             return _open_directory(path, split)
         if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -121,8 +106,26 @@ def _open(source: str, split: str) -> Dataset:
     except StopIteration:  # a file without a row
         return datasets.Dataset.from_dict({})
     except Exception as error:
+        if "corresponds to no data" in str(error):  # as datasets says of `[]`
+            return datasets.Dataset.from_dict({})
+        if "Couldn't cast" in str(error.__cause__ or error):
+            why = "its rows have other columns or types than those that come first; give them all the same"
+            raise ValueError(f"data {source!r} cannot be read: {why}") from error
         why = bad_line(path) or first_line(error.__cause__ or error)
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
+
+
+def _open_file(path: Path) -> Dataset:
+    import datasets
+
+    lines = check_text(path) if path.suffix in TEXTS else 0
+    size = {"chunksize": data_files.FIRST} if READERS[path.suffix] == "json" else {}
+    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
+    if size and path.stat().st_size > data_files.FIRST and re.search(ALL_TEXT, str(rows.features)):
+        data_files.check_late(path, data_files.FIRST)
+    if len(rows) != lines:  # {"a": 1},} makes two rows, and no error
+        check_values(path)
+    return rows
 
 
 def _open_directory(path: Path, split: str) -> Dataset:
@@ -138,7 +141,11 @@ def _open_directory(path: Path, split: str) -> Dataset:
         if isinstance(saved, datasets.DatasetDict) and split not in saved:
             raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    return datasets.load_dataset(str(path), split=split)
+    check_directory(path)
+    rows = datasets.load_dataset(str(path), split=split)
+    if re.search(ALL_TEXT, str(rows.features)):  # of the first file
+        check_directory(path, late=True)
+    return rows
 
 
 def _check_lengths(rows: Dataset) -> Dataset:
@@ -156,23 +163,6 @@ def _check_lengths(rows: Dataset) -> Dataset:
     return rows
 
 
-def _map_columns(rows: Dataset, source: str, columns: dict[str, str]) -> Dataset:
-    allowed = [name for form in FORMS[:-1] for name in form] + list(EXTRAS)
-    for name, given in columns.items():
-        if name not in allowed:
-            raise ValueError(f"columns: {name!r} is not one of {', '.join(allowed)}")
-        if given not in rows.column_names:
-            raise ValueError(f"{source} has no column {given!r} for {name}; there are {', '.join(rows.column_names)}")
-    # What is mapped decides about the form: a column of another form that happens to be there must not win.
-    meant = {name for form in FORMS if set(form) & set(columns) for name in form}
-    others = {name for form in FORMS for name in form} - meant if meant else set()
-    drop = [n for n in rows.column_names if n in others | set(columns) and n not in columns.values()]
-    moved = {given: name for name, given in columns.items()}
-    if len(moved) < len(columns):
-        raise ValueError(f"columns: {columns} name a column twice")
-    return rows.remove_columns(drop).rename_columns(moved)
-
-
 # -- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -185,9 +175,10 @@ def tokenize_row(
 ) -> dict[str, list[Any]] | None:
     """{"input_ids": [T], "supervised": [T] bool} of a row, or None, the reason being counted in `dropped`.
 
-    Chat goes through the tokenizer's own template; `conversations` may use ShareGPT's names. Prompt and completion are
-    both strings, joined as they are, or both lists of messages, of which only the completion's are supervised. Texts
-    and string completions end in the tokenizer's end-of-text token.
+    Chat goes through the tokenizer's own template; messages may use OpenAI's or ShareGPT's names. Prompt and completion
+    are both strings, joined as they are, or both lists of messages, of which only the completion's are supervised.
+    Texts and string completions end in the tokenizer's end-of-text token. Rows of which something would be lost are
+    dropped.
 
     Args:
         too_long: `drop` rows of more than `max_length` tokens, or `cut` them.
@@ -205,7 +196,10 @@ def tokenize_row(
             raise Unusable("no assistant tokens")
         return {"input_ids": ids, "supervised": supervised}
     except Unusable as error:
-        dropped[str(error)] += 1
+        reason = str(error)
+        if reason not in dropped and len(dropped) >= MOST_REASONS:  # as many speakers as a play has
+            reason = reason.partition(":")[0]
+        dropped[reason] += 1
         return None
 
 

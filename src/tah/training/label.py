@@ -27,7 +27,8 @@ import numpy as np
 
 from ..files import write_atomically
 from ..progress import Progress
-from .data import COMPLETE, EXTRAS, form_of, tokenize_row
+from .data import COMPLETE, tokenize_row
+from .forms import EXTRAS, form_of
 from .reference import Measured, Reference, check_reference, weights_fingerprint
 
 if TYPE_CHECKING:
