@@ -745,7 +745,9 @@ def test_a_template_that_ends_no_turn_and_says_nothing_either_is_told_once(token
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    for _ in range(2):
-        found = learn({"messages": [*HI, user("a"), answer("b")]}, tokenizer, "open")
+    TEMPLATES["named"] = {"default": TEMPLATES["open"]}  # a tokenizer may have several
+    for name in ("open", "open", "named"):
+        found = learn({"messages": [*HI, user("a"), answer("b")]}, tokenizer, name)
         assert found[0] == ["Yo", "b<|im_end|>"]
-    assert len(caplog.messages) == 1 and "no end is learnt there" in caplog.messages[0]
+    del TEMPLATES["named"]
+    assert len(caplog.messages) == 2 and "no end is learnt there" in caplog.messages[0]

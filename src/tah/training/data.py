@@ -77,6 +77,11 @@ def load_rows(
     rows = _open(source, split)
     if len(rows) == 0:
         raise ValueError(f"{source} is empty: it has no rows")
+    try:
+        rows[0]
+    except Exception as error:  # of Arrow's schema, which ends names at a NUL character: it takes any row to see that
+        why = f"its rows cannot be decoded ({first_line(error)!a}); a name may be there twice or hold a NUL character"
+        raise ValueError(f"data {source!r} cannot be read: {why}") from error
     rows = map_columns(rows, source, dict(columns or {}))
     form_of(rows.column_names, source, mapped=columns is not None)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))

@@ -83,7 +83,7 @@ def _learn_stop(ids: list[int], mask: np.ndarray, ends: np.ndarray, stop: int, t
     if after < len(ids) and ids[after] in special:
         mask[after] = True
     elif after < len(ids) or tokenizer.eos_token_id is None:
-        _warn_of_no_end(tokenizer.chat_template)
+        _warn_of_no_end(str(tokenizer.chat_template))
 
 
 @functools.lru_cache(maxsize=8)
