@@ -84,14 +84,21 @@ def trace(
         bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
     ] = False,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure what iterating corrects and breaks.
 
-    Runs every token of the texts at every depth and prints what each policy would reach.
+    Runs every token of the texts at every depth and prints what each policy would reach. A base that was never trained
+    to iterate is traced with the policy confidence.
     """
     session = _open(model, dtype, device)
+    if session.wrapped and policy is None:
+        policy = "confidence"  # what it would answer with, itself, iterates nothing: there would be nothing to see
+        _note(
+            f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
+            "chooses another"
+        )
     from .tracing.overthinking import as_markdown, statistics
 
     options = {"policy": policy, "threshold": threshold, "own_policy": own_policy, "top_k": top_k}
@@ -109,7 +116,7 @@ def tune(
     limit: LimitOption = None,
     split: SplitOption = "train",
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Choose the threshold and write it into the model.
@@ -140,6 +147,7 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     """Trace with a progress bar on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from .progress import Counted
     from .terminal import make_console
     from .tracing.trace import trace as run_trace
     from .tracing.trace_texts import read_rows
@@ -152,7 +160,7 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     columns = (
         TextColumn("tracing"),
         BarColumn(),
-        TextColumn("{task.completed} of {task.total} texts"),
+        Counted("texts"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
