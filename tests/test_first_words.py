@@ -49,7 +49,7 @@ def one_line(capsys, *arguments) -> str:
     """The one line of a command that the user can put right."""
     code, out, err = said(capsys, *arguments)
     assert (code, out) == (2, ""), err
-    assert err.startswith("tah: ") and err.count("\n") == 1 and len(err) <= 608 and "unexpected" not in err
+    assert err.startswith("tah: ") and err.count("\n") == 1 and len(err) <= 608 and "tah: unexpected" not in err
     return err
 
 
@@ -155,13 +155,17 @@ def test_chat_says_it_once_and_iterates_when_told(capsys, monkeypatch, tiny_base
     assert "nothing iterates under the policy never" in " ".join(out.split())
 
 
+def policies(out: str) -> set[str]:
+    return {entry["policy"] for entry in json.loads(out)["results"]}
+
+
 def test_eval_says_it_and_answers_as_the_base(capsys, tmp_path, changed):
     words = ("--tasks", "gsm8k", "--data", questions(tmp_path / "q.jsonl", "2 + 2", "1 + 3"), "--max-new-tokens", 4)
     base = changed(positions=512)
     code, out, err = said(capsys, "eval", base, *words, "-o", tmp_path / "a", "--json")
-    assert code == 0 and list(json.loads(out)["results"]) == ["never"] and err.count(NOTE) == 1
+    assert code == 0 and policies(out) == {"never"} and err.count(NOTE) == 1
     code, out, err = said(capsys, "eval", base, *words, "-o", tmp_path / "b", "--json", "--policy", "confidence")
-    assert code == 0 and list(json.loads(out)["results"]) == ["confidence"] and NOTE not in err
+    assert code == 0 and policies(out) == {"confidence"} and NOTE not in err
 
 
 def test_a_trace_of_a_base_looks_at_confidence(capsys, tmp_path, tiny_base):
@@ -360,7 +364,8 @@ def test_the_same_templates_without_a_system_message(capsys, changed, name):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('never') }}", "{% for %}", "{{ 1 | no_such }}", "{{ messages[7].content.x }}", "{{"]
+    "template",
+    ["{{ raise_exception('never') }}", "{% for %}", "{{ 1 | no_such }}", "{{ messages[7].content.x }}", "{{"],
 )
 def test_a_template_that_writes_nothing_at_all(capsys, monkeypatch, changed, template):
     model = changed(template)
@@ -369,7 +374,7 @@ def test_a_template_that_writes_nothing_at_all(capsys, monkeypatch, changed, tem
         assert "cannot write this conversation" in line and "--raw" in line
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\nho\n"))
     code, out, _ = said(capsys, "chat", model, "--policy", "never")
-    assert code == 0 and out.count("cannot write this conversation") == 2  # and the chat went on
+    assert code == 0 and " ".join(out.split()).count("cannot write this conversation") == 2  # and the chat went on
 
 
 # -- commands of a chat ----------------------------------------------------------------------------------------------
@@ -418,11 +423,13 @@ def test_commands_of_a_chat(tiny_checkpoint, line, told):
 NEW = ("<new>", "<tool>", "\u00e9t\u00e9", " dimension")
 
 
-@pytest.mark.parametrize("prompt", ["<new>", "a <new> b", "<tool><new>", "un \u00e9t\u00e9", "the dimension", "x" * 9 + "<tool>"])
+@pytest.mark.parametrize(
+    "prompt", ["<new>", "a <new> b", "<tool><new>", "un \u00e9t\u00e9", "the dimension", "x" * 9 + "<tool>"]
+)
 def test_generate_with_a_tokenizer_longer_than_the_embedding(capsys, changed, prompt):
     model = changed(more=NEW)
-    for words in ((), ("--raw",), ("--policy", "always")):
-        line = one_line(capsys, "generate", model, prompt, *(words or ("--policy", "never")), *words[2:])
+    for words in (("--policy", "never"), ("--policy", "never", "--raw"), ("--policy", "always")):
+        line = one_line(capsys, "generate", model, prompt, *words)
         assert re.search(r"the prompt has the token 2(59|6\d), but the model only 259: ", line) and str(model) in line
 
 
@@ -561,7 +568,7 @@ def test_the_reference_is_looked_for_before_anything_is_made(capsys, tmp_path, v
     (tmp_path / "file").write_text("")
     (tmp_path / "original" / "tah_config.json").write_text("{}")
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-    LlamaConfig(max_position_embeddings=16, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    LlamaConfig(max_position_embeddings=16, hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "short")
     before = sorted(tmp_path.rglob("*"))
     reference = reference.format(tmp=tmp_path)
     line = one_line(capsys, verb, "tiny", f"label.reference={reference}", "--output", "made")
@@ -645,11 +652,12 @@ def test_an_evaluation_tells_every_task_and_every_minute_where_nobody_watches():
     ]
 
 
-def test_an_evaluation_in_a_log(capsys, tmp_path, changed):
+def test_an_evaluation_in_a_log(tmp_path, changed):
     words = ("--tasks", "gsm8k", "--policy", "never,always", "--max-new-tokens", 2, "-o", "out")
     data = questions(tmp_path / "q.jsonl", "2 + 2", "3 + 3")
-    code, _, err = said(capsys, "eval", changed(positions=512), *words, "--data", data)
-    assert code == 0 and err.splitlines() == [
+    process = start("eval", changed(positions=512), *words, "--data", data, stdout=subprocess.PIPE)
+    _, err = process.communicate()
+    assert process.returncode == 0 and err.splitlines() == [
         f"gsm8k, {policy}: {done} of 2 answers" for policy in ("never", "always") for done in (0, 2)
     ]
 

@@ -242,6 +242,7 @@ def run(arguments: list[str]) -> int:
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
     if arguments[:2] in (["eval", "compare"], ["bench", "train"], ["bench", "trace"], ["bench", "serve"]):
         arguments[:2] = ["-".join(arguments[:2])]
+    streams = sys.stdout, sys.stderr
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)
         sys.stdout.flush()
@@ -250,10 +251,15 @@ def run(arguments: list[str]) -> int:
         return _quietly(130)
     except BrokenPipeError:
         return _quietly(141)
+    except SystemExit as error:
+        sys.stdout, sys.stderr = streams  # typer makes this of a broken pipe, and puts others in their place
+        if isinstance(error.__context__, BrokenPipeError):
+            return _quietly(141)
+        raise
     except Exception as error:
         try:
             if debug:
-                traceback.print_exc()
+                typer.echo(traceback.format_exc().encode("utf-8", "backslashreplace").decode(), err=True, nl=False)
             code, line = _explained(error)
             _note(line)
         except BrokenPipeError:  # nobody reads stderr either

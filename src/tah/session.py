@@ -21,6 +21,7 @@ from .tokens import check_ids
 # probability, about one in ten.
 CONFIDENCE_THRESHOLD = 0.7
 NAMED = 5  # unknown words that a note names
+LONGEST_REASON = 200  # characters of what a chat template says
 LONGEST_NAME = 24  # characters of such a word
 
 
@@ -160,7 +161,7 @@ class Session:
         try:
             text = self._template(messages)
         except Exception as error:  # whatever a template of others runs into
-            why = f"({first_line(error)})"
+            why = f"({first_line(error)[:LONGEST_REASON]})"
             if system and others and self._writes(others):
                 raise ValueError(
                     f"the chat template of {self.source} refuses a system message {why}; leave out --system, and say "
