@@ -377,6 +377,15 @@ def test_a_template_that_writes_nothing_at_all(capsys, monkeypatch, changed, tem
     assert code == 0 and " ".join(out.split()).count("cannot write this conversation") == 2  # and the chat went on
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{% for %}", "{{ messages[7].content.x }}"])
+def test_an_evaluation_with_such_a_template(capsys, tmp_path, changed, template):
+    words = ("--tasks", "gsm8k", "--policy", "never", "--max-new-tokens", 2, "-o", "out")
+    words = (changed(template, positions=512), *words, "--data", questions(tmp_path / "q.jsonl", "2 + 2"))
+    code, out, err = said(capsys, "eval", *words)
+    assert (code, out) == (2, "") and "cannot write a question" in err.splitlines()[-1] and "--raw" in err
+    assert said(capsys, "eval", *words, "--raw")[0] == 0
+
+
 # -- commands of a chat ----------------------------------------------------------------------------------------------
 
 
@@ -534,6 +543,15 @@ def test_unknown_words_of_other_tokenizers(tiny_base, kind, unknown):
     session.tokenizer = small_tokenizer(kind)
     told = session.unknown_words("a b c")
     assert told is None if unknown is None else told is not None and told.endswith(f"does not know {unknown}")
+
+
+def test_unknown_words_of_a_trace_are_named(capsys, tmp_path):
+    turns = [{"role": "user", "content": "hello e1>e2"}, {"role": "assistant", "content": "e1 e2"}]
+    rows = {"text": {"text": "hello e1"}, "messages": {"messages": turns}, "known": {"text": "e1 e2 e3"}}
+    for name, row in rows.items():
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+        code, _, err = said(capsys, "trace", "follow-tah", "t.jsonl")
+        assert code == 0 and ("does not know 'hello'" in err) == (name != "known")
 
 
 def test_unknown_words_are_named_in_a_chat(capsys, monkeypatch):

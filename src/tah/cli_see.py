@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .tracing.traced import Trace
 
 TRACED = (*POLICIES, "oracle")
+LOOKED_AT = 100  # rows whose words the tokenizer may not know
 
 
 def _policy(name: str | None) -> str | None:
@@ -143,6 +145,15 @@ def tune(
     )
 
 
+def _said(row: Mapping[str, Any]) -> str:
+    """The words of a row of text or of a conversation; of others, which have ids or columns of their own, none."""
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    turns = row.get("messages") or ()
+    said = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
+    return " ".join(content for content in said if isinstance(content, str))
+
+
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
     """Trace with a progress bar on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -156,6 +167,8 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     with suppress(ImportError):  # a plain text is read without datasets; whatever needs it says what to install
         quiet()
     rows = read_rows(data, split, limit)
+    if unknown := session.unknown_words(" ".join(_said(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
+        _note(unknown)
     console = make_console(stderr=True)
     columns = (
         TextColumn("tracing"),

@@ -26,6 +26,7 @@ from transformers.generation import StopStringCriteria
 
 from ..cache import CACHE, DuoCache
 from ..generation import RefuseNaN
+from ..load import first_line
 from ..outputs import CHUNK
 from ..policy import DepthState, Policy
 from ..session import Session
@@ -167,6 +168,20 @@ class TaHLM(HFLM):
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A question as the model's chat template writes it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        try:
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        except Exception as error:  # whatever a template of others runs into
+            raise ValueError(
+                f"the chat template of {self.session.source} cannot write a question ({first_line(error)[:200]}); "
+                "--raw asks without one"
+            ) from error
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V], for lm-eval's tasks that compare likelihoods."""
