@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 from typer.main import get_command
 
 pytest.importorskip("datasets")
@@ -30,7 +31,7 @@ COMMANDS = get_command(app).commands
 HEAVY = ("bench", "bench-train", "bench-trace", "bench-serve", "serve", "demo")
 RECIPES = ("run", "train", "label")
 SURE = ["backbone.method=paper", "label.reference=./nowhere"]  # no training begins, whatever comes before
-MODELS = ["tah", "base", "follow-tah"]
+MODELS = ["tah", "base", "follow-tah", "refusing", "longer"]
 NO_MODELS = [
     "./nowhere",
     "nobody/nothing",
@@ -120,6 +121,14 @@ def place(tiny_base, tiny_checkpoint, tmp_path_factory):
     kept = tmp_path_factory.mktemp("fuzz") / "kept"
     shutil.copytree(tiny_base, kept / "base")
     shutil.copytree(tiny_checkpoint, kept / "tah")
+    shutil.copytree(tiny_base, kept / "refusing")
+    (kept / "refusing" / "chat_template.jinja").write_text(
+        "{{ messages[0].meta.kind if messages[0].role == 'system' }}x"
+    )
+    shutil.copytree(tiny_base, kept / "longer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(kept / "longer")
+    tokenizer.add_tokens(["hi", "times", "text", "2"])
+    tokenizer.save_pretrained(kept / "longer")
     for name in ("empty", "damaged", "original"):
         (kept / name).mkdir()
     (kept / "damaged" / "config.json").write_text('{"model_type": ["llama"]}')
@@ -298,6 +307,58 @@ def overrides() -> st.SearchStrategy[str]:
     return (pairs | pairs | pairs | st.sampled_from(ODD)).map(lambda text: text.replace("\0", ""))
 
 
+# -- the JSON of a model ---------------------------------------------------------------------------------------------
+
+FILES = ("config.json", "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+small = st.none() | st.booleans() | st.integers(-3, 300) | st.floats(-2, 300) | st.text(max_size=6)
+replacement = (
+    small
+    | st.lists(small, max_size=3)
+    | st.dictionaries(st.text(max_size=5), small, max_size=3)
+    | st.sampled_from(
+        ["tah", "llama", "gpt2", "t5", "float16", "auto", "cuda", "../x", "topk", "own", "never", "eager"]
+    )
+)
+
+
+def spots(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a tree of JSON; of long lists and tables only the beginning."""
+    inner = list(tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ())[:40]
+    return [path, *(spot for key, value in inner for spot in spots(value, (*path, key)))]
+
+
+def with_another(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A tree with `value` in one place, or without what stands there, if that is `...`."""
+    if not path:
+        return {} if value is ... else value
+    changed = dict(tree) if isinstance(tree, dict) else list(tree)
+    if value is ... and len(path) == 1:
+        del changed[path[0]]
+    else:
+        changed[path[0]] = with_another(tree[path[0]], path[1:], value)
+    return changed
+
+
+@st.composite
+def changes(draw: Any) -> tuple[str, int, Any]:
+    """A file, the number of a spot, and what to put there."""
+    return draw(st.sampled_from(FILES)), draw(st.integers(0, 10**6)), draw(st.just(...) | replacement | replacement)
+
+
+def check_changed(directory: Path, model: str, command: list[str], changed: list[tuple[str, int, Any]]) -> None:
+    for name, number, value in changed:
+        path = directory / model / name
+        if path.is_file():
+            tree = json.loads(path.read_text())
+            places = spots(tree)
+            path.write_text(json.dumps(with_another(tree, places[number % len(places)], value)))
+    check(directory, [command[0], model, *command[1:]])
+
+
+verbs = st.sampled_from([["inspect"], ["generate", "hi", "--max-new-tokens", "2"], ["trace", "text.jsonl"]])
+models_made = st.sampled_from(["tah", "base"])
+
+
 QUICK = settings(
     max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -314,6 +375,19 @@ def test_command_lines(place, arguments, typed):
 @given(command=st.sampled_from(RECIPES), given=st.lists(overrides(), min_size=1, max_size=4))
 def test_overrides_of_a_recipe(place, command, given):
     check(place(), [command, "tiny", *given, *SURE])
+
+
+@settings(QUICK, max_examples=60)
+@given(model=models_made, command=verbs, changed=st.lists(changes(), min_size=1, max_size=2))
+def test_json_of_a_model(place, model, command, changed):
+    check_changed(place(), model, command, changed)
+
+
+@pytest.mark.slow
+@LONG
+@given(model=models_made, command=verbs, changed=st.lists(changes(), min_size=1, max_size=2))
+def test_much_json_of_models(place, model, command, changed):
+    check_changed(place(), model, command, changed)
 
 
 @pytest.mark.slow

@@ -123,9 +123,11 @@ def load_tokenizer(path: str) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tried = tokenizer("a", add_special_tokens=False)["input_ids"]  # settings of a wrong kind show only here
+        tokenizer.decode(tried, skip_special_tokens=True)
     except Exception as error:
         raise ValueError(f"{path} has no usable tokenizer ({first_line(error)})") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
+    if not tried:  # transformers makes up an empty one
         raise ValueError(f"{path} has no usable tokenizer (it is empty)")
     return tokenizer
 

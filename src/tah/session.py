@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from .cache import CACHE, DuoCache
+from .generation import check_generation_config
 from .load import find, first_line, load_base, load_tah
 from .model import TaHForCausalLM
 from .place import put
@@ -102,13 +103,16 @@ class Session:
             base = load_base(path, dtype)
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
+        check_generation_config(model.generation_config, source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tried = tokenizer("a", add_special_tokens=False)["input_ids"]
+            tokenizer.decode(tried, skip_special_tokens=True)
         except Exception as error:
             raise ValueError(
                 f"{source} has no usable tokenizer ({first_line(error)}); copy the base's into it"
             ) from error
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
+        if not tried:  # transformers makes up an empty one
             raise ValueError(f"{source} has no usable tokenizer (it is empty); copy the base's into it")
         if not as_saved:
             put(model, source, dtype=dtype, device=device, note=note)
