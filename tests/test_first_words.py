@@ -363,9 +363,16 @@ def test_the_same_templates_without_a_system_message(capsys, changed, name):
         assert (code, err.count("tah:")) == (0, 0)
 
 
+@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 | no_such }}", "{{", "{% endfor %}", "{% generation %}"])
+def test_a_template_that_cannot_be_read(capsys, changed, template):
+    model = changed(template)
+    for words in ((), ("--system", "be brief")):
+        assert "chat template" in one_line(capsys, "generate", model, "hi", "--policy", "never", *words)
+
+
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('never') }}", "{% for %}", "{{ 1 | no_such }}", "{{ messages[7].content.x }}", "{{"],
+    ["{{ raise_exception('never') }}", "{{ messages[7].content.x }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ x.y.z }}"],
 )
 def test_a_template_that_writes_nothing_at_all(capsys, monkeypatch, changed, template):
     model = changed(template)
@@ -377,7 +384,7 @@ def test_a_template_that_writes_nothing_at_all(capsys, monkeypatch, changed, tem
     assert code == 0 and " ".join(out.split()).count("cannot write this conversation") == 2  # and the chat went on
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{% for %}", "{{ messages[7].content.x }}"])
+@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{{ 1 / 0 }}", "{{ messages[7].content.x }}"])
 def test_an_evaluation_with_such_a_template(capsys, tmp_path, changed, template):
     words = ("--tasks", "gsm8k", "--policy", "never", "--max-new-tokens", 2, "-o", "out")
     words = (changed(template, positions=512), *words, "--data", questions(tmp_path / "q.jsonl", "2 + 2"))
@@ -572,7 +579,7 @@ def test_unknown_words_are_named_in_a_chat(capsys, monkeypatch):
         ("{tmp}/empty", ["no config.json"]),
         ("{tmp}/damaged", ["damaged"]),
         ("{tmp}/file", ["is a file"]),
-        ("{tmp}/original", ["tah convert"]),
+        ("{tmp}/original", ["original"]),
         ("{tmp}/t5", ["no causal language model"]),
         ("{tmp}/short", ["16 positions", "max_length=128"]),
         ("' '", ["MODEL is empty"]),
