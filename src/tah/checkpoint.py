@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 
+from .hub import local
+from .untrusted import check_model, empty_base
+
+PLACES = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")  # of a repository
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -19,11 +24,16 @@ class SafeCheckpoint:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a TaH checkpoint (transformers' `from_pretrained`, strict).
+        """Load a TaH checkpoint (transformers' `from_pretrained`, strict), or one of the authors, which is converted
+        into the cache first.
 
         Raises:
-            ValueError: a tensor is missing, unexpected or of another shape, or the file is damaged.
+            ValueError: weights are no safetensors, a tensor is missing, unexpected or of another shape, or a file is
+                damaged.
         """
+        named = source
+        if isinstance(source, (str, os.PathLike)):  # else its tensors are given
+            source, kwargs = checked(source, kwargs, cls)
         wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
@@ -31,6 +41,8 @@ class SafeCheckpoint:
             model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}); copy them again") from error
+        if source != str(named):
+            model.name_or_path = model.config.name_or_path = str(named)
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
         if not ignore_mismatch:
             problems["wrongly shaped"] = [key[0] for key in info["mismatched_keys"]]
@@ -61,6 +73,31 @@ class SafeCheckpoint:
             raise
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
+
+
+def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any = None) -> tuple[str, dict[str, Any]]:
+    """The directory of a model, once all but single tensors is known to be in order, and how to load it from there.
+
+    Args:
+        source: a directory, or a hub id, which is downloaded.
+        options: of `from_pretrained`.
+        kind: the model's class; a base's is found in its configuration.
+
+    Raises:
+        ValueError: it is not there, or cannot be loaded.
+    """
+    if options.get("gguf_file"):  # data too, and asked for by name; read by transformers alone
+        return os.fspath(source), options
+    directory, given = local(source, options), options.get("config")
+
+    def empty() -> Any:
+        if kind is None:
+            return empty_base(directory)
+        return kind(given if isinstance(given, PreTrainedConfig) else kind.config_class.from_pretrained(directory))
+
+    check_model(directory, empty, options.get("variant") or "")
+    left = {name: value for name, value in options.items() if name not in PLACES}
+    return str(directory), left | {"use_safetensors": True}
 
 
 def replace_files(source: Path, target: Path) -> None:

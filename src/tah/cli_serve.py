@@ -32,10 +32,6 @@ def serve(
 
     quiet()
     path, kind = find(model)
-    if kind == "original":
-        raise ValueError(
-            f"{model} is a checkpoint of the original implementation; first: tah convert {model} NEW_DIRECTORY"
-        )
     if kind == "base":
         raise ValueError(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"

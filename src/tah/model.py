@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE, DuoCache, DuoStep, given_cache
-from .checkpoint import SafeCheckpoint
+from .checkpoint import SafeCheckpoint, checked
 from .config import TaHConfig
 from .decider import build_decider
 from .families import (
@@ -334,12 +334,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
 
         Raises:
             UnsupportedBase: the base's family cannot be wrapped; says why.
-            ValueError: a config field out of range, or arguments nobody takes.
+            ValueError: a config field out of range, arguments nobody takes, or a base whose files cannot be loaded.
         """
         fields = {field.name for field in dataclasses.fields(TaHConfig)} - {"base_config"}
         own = fields - {field.name for field in dataclasses.fields(TaHConfig.__mro__[1])}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if isinstance(base, str) or hasattr(base, "__fspath__"):
+            base, kwargs = checked(base, kwargs)
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         elif kwargs:
             raise ValueError(f"unknown options: {', '.join(sorted(kwargs))}; TaHConfig takes {', '.join(sorted(own))}")

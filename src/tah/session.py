@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from .cache import CACHE, DuoCache
-from .load import find, first_line, load_base, load_tah
+from .load import find, first_line, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
 from .terminal import Token, TokenStreamer
 
@@ -69,10 +68,6 @@ class Session:
             ValueError: it cannot be found, is damaged, or cannot be wrapped.
         """
         path, kind = find(source)
-        if kind == "original":
-            raise ValueError(
-                f"{source} has the original implementation's layout; first: tah convert {source} NEW_DIRECTORY"
-            )
         if kind == "tah":
             model = load_tah(path, dtype)
         else:
@@ -80,14 +75,7 @@ class Session:
             base = load_base(path, dtype)
             model = TaHForCausalLM.from_base(base, policy="confidence", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise ValueError(
-                f"{source} has no usable tokenizer ({first_line(error)}); copy the base's into it"
-            ) from error
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
-            raise ValueError(f"{source} has no usable tokenizer (it is empty); copy the base's into it")
+        tokenizer = load_tokenizer(path, source)
         try:
             return cls(source, model.to(device).eval(), tokenizer, kind == "base")
         except (RuntimeError, AssertionError) as error:

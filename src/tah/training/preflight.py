@@ -36,14 +36,12 @@ def check_labelling(recipe: Recipe, run: Path) -> None:
     """Texts can be read, some of them give tokens to train on, and the reference reads the same tokens."""
     if recipe.base.scratch is not None:
         return  # its tokenizer is still to be made, of texts that are too
-    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
+    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
     if recipe.data.generate is None:
         for rows in rows_of(recipe, run):
             _check_rows(rows, tokenizer, recipe.data.max_length)
     if recipe.uses_labels and recipe.label is not None:
-        path, kind = find(recipe.label.reference)
-        if kind == "original":
-            raise ValueError(f"label.reference={path} is in the authors' layout; `tah convert` it first")
+        path, _ = find(recipe.label.reference, weights=False)
         check_reference(outline(path), tokenizer, None, recipe.data.max_length)
 
 
@@ -56,9 +54,7 @@ def check_backbone(recipe: Recipe, run: Path) -> None:
         TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": layers}, **fields_of(recipe))
         return
     source = str(recipe.backbone.init or recipe.base.model)
-    path, kind = find(source)
-    if kind == "original":
-        raise ValueError(f"{source} is in the authors' layout; `tah convert` it first")
+    path, kind = find(source, weights=False)
     if kind == "tah":
         config = TaHConfig.from_pretrained(path)
         check_fields(recipe, config, source)
@@ -84,7 +80,7 @@ def check_left(directory: Path) -> None:
 
 def plain_base(source: str) -> str:
     """Where a base is that can be pruned."""
-    path, kind = find(source)
+    path, kind = find(source, weights=False)
     if kind != "base":
         raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
     return path
