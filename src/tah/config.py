@@ -47,8 +47,9 @@ class TaHConfig(PreTrainedConfig):
         lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
         lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
         lora_dropout: dropout on the adapter's input during training, in [0, 1).
-        lora_targets: leaf names of the adapted linear layers (`["q_proj", "v_proj"]`); None adapts every linear
-            layer of the decoder (fused expert weights are not linear layers). The output head is never adapted.
+        lora_targets: the adapted linear layers, each by its name in the base (`model.layers.3.mlp.up_proj`) or by what the
+            name ends in (`["q_proj", "v_proj"]`); None adapts every linear layer of the decoder (fused expert weights
+            are not linear layers). The output head is never adapted.
         policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
         decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)

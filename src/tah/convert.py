@@ -101,6 +101,8 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
     adapter = _read_lora(source, config)
     base = _load_base(source, config["embedding_key"])
     fields = _config_fields(config, decider, adapter, base.dtype, threshold, notes)
+    if adapter:
+        adapter.check_shapes(base)
     if decider.state is not None:
         _check_decider(decider, base, fields)
     model = TaHForCausalLM.from_base(base, **fields)

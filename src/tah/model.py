@@ -64,7 +64,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         check_facts(self.base)
         text = config.get_text_config(decoder=True)
         if config.lora_rank:
-            add_lora(self.decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+            decoder = self.decoder
+            path = next((f"{name}." for name, module in self.base.named_modules() if name and module is decoder), "")
+            add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
         # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
