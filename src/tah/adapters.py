@@ -44,17 +44,30 @@ class Adapter:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The `TaHConfig` fields of a model that this adapter fits.
+        """The `TaHConfig` fields of a model that this adapter fits, as far as can be said without the base.
 
-        Its layers are named by their leaves only where PEFT's settings do so too, and leave none of them out; a regular
-        expression or `exclude_modules` may take some layers and not others, so then each is named whole.
+        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules` or
+        a number in a name may take some layers and not others, so then each is named whole.
         """
+        return self._fields(self._by_leaf)
+
+    def fields_for(self, base: nn.Module) -> dict[str, Any]:
+        """The same, for a base: where settings do not name plain leaves, leaves if they select these layers and no others."""
+        leaves = {layer.rpartition(".")[2] for layer in self.layers}
+        linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        head = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}  # type: ignore[operator]
+        targets = self.settings.get("target_modules")
+        dotted = isinstance(targets, list) and any("." in target for target in targets)
+        exact = {name for name in linear - head if is_target(name, leaves)} <= self.layers
+        return self._fields(exact or (self._by_leaf and not dotted))
+
+    def _fields(self, by_leaf: bool) -> dict[str, Any]:
         rank, alpha = self.settings["r"], self.settings["lora_alpha"]
         return {
             "lora_rank": rank,
             "lora_alpha": float(alpha * math.sqrt(rank) if self.settings.get("use_rslora") else alpha),
             "lora_dropout": float(self.settings["lora_dropout"]),
-            "lora_targets": sorted({layer.rpartition(".")[2] for layer in self.layers} if self._by_leaf else self.layers),
+            "lora_targets": sorted({layer.rpartition(".")[2] for layer in self.layers} if by_leaf else self.layers),
         }
 
     @property
@@ -67,8 +80,7 @@ class Adapter:
         targets, left_out = self.settings.get("target_modules"), self.settings.get("exclude_modules")
         if left_out or not (targets is None or targets == ALL or isinstance(targets, list)):
             return False
-        leaves = [target for target in targets if "." not in target] if isinstance(targets, list) else []
-        return not isinstance(targets, list) or all(is_target(layer, leaves) for layer in self.layers)
+        return not any(part.isdigit() for target in (targets if isinstance(targets, list) else ())  for part in target.split("."))
 
     def check_shapes(self, base: nn.Module) -> None:
         """Raise `ValueError` where a tensor does not fit the rank in the settings, which a model would be made by, and the
@@ -173,7 +185,7 @@ def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
     adapter, config = read_adapter(directory), model.config
     scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
     if scale != (config.lora_rank, config.lora_alpha) or tensors_of(model).keys() != adapter.tensors.keys():
-        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields.items())
+        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields_for(model.base).items())
         raise ValueError(f"the adapter in {directory} does not fit the model's; it fits from_base(base, {fit})")
     adapter.copy_to(model)
 

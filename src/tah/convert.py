@@ -80,7 +80,7 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
 
     Args:
         src: directory with `config.json`, `model.safetensors` (or its shards), `tah_config.json`, and as a rule
-            `iter_decider.bin`, `lora/` and a tokenizer; or the id of such a repository on the hub.
+            `iter_decider.bin`, `lora/` and a tokenizer; a str may also be the id of such a repository on the hub.
         dst: directory to make; it may exist if it is empty.
         threshold: instead of the checkpoint's. The authors evaluate with 0.9, which their checkpoints do not say.
 
@@ -89,18 +89,18 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
             or `dst` is not empty. One line with the file and the entry.
     """
     source, target = Path(src), Path(os.path.realpath(dst))
-    if not source.is_dir() and not is_repository(str(src)):
-        raise ValueError(f"{source} is not a directory, and no id of a repository on the hub")
+    if not source.is_dir() and not (isinstance(src, str) and is_repository(src)):
+        raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; choose another destination")
     if not source.is_dir():
-        source = original_directory(Snapshot(str(src)))
+        source = original_directory(Snapshot(src))
     notes: list[str] = []
     config = read_config(source)
     decider = read_decider(source, config, notes)
     adapter = _read_lora(source, config)
     base = _load_base(source, config["embedding_key"])
-    fields = _config_fields(config, decider, adapter, base.dtype, threshold, notes)
+    fields = _config_fields(config, decider, adapter, base, threshold, notes)
     if adapter:
         adapter.check_shapes(base)
     if decider.state is not None:
@@ -127,12 +127,12 @@ def _config_fields(
     config: dict[str, Any],
     decider: OriginalDecider,
     adapter: Adapter | None,
-    dtype: torch.dtype,
+    base: PreTrainedModel,
     threshold: float | None,
     notes: list[str],
 ) -> dict[str, Any]:
     """The `TaHConfig` of the checkpoint, but for its base."""
-    arguments = decider.arguments
+    arguments, dtype = decider.arguments, base.dtype
     given = arguments["threshold"] if threshold is None else threshold
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise ValueError(f"threshold={given!r} must be a number in [0, 1]")
@@ -162,7 +162,7 @@ def _config_fields(
         elif arguments["dtype"] != dtype:
             notes.append(f"the decider's first projections are rounded to {arguments['dtype']}, as in the original")
     if adapter:
-        fields |= adapter.fields
+        fields |= adapter.fields_for(base)
         if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
             notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
     return fields
@@ -218,11 +218,23 @@ def _is_whole(directory: Path) -> bool:
 
 def _check_base_files(source: Path) -> None:
     """Everything about the base that can be refused before it is loaded."""
-    described = read_json(source / "config.json")
-    for key, value in described.items():
-        if key in ("auto_map", "quantization_config") and value:
-            raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
-    check_model(source, lambda: empty_base(source))
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json")
+    if (source / "adapter_config.json").exists():  # transformers would follow it to another base
+        raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
+    try:
+        described = read_json(source / "config.json")
+        wanted = {key for key, value in described.items() if key in ("auto_map", "quantization_config") and value}
+        # Kernels transformers would download and run.
+        wanted |= {key for key, value in described.items() if "implementation" in key and "/" in str(value)}
+        if not wanted:
+            check_model(source, lambda: empty_base(source))
+    except ValueError as error:
+        line = str(error).removeprefix(f"{source}/").removeprefix(f"{source} ")
+        damaged = " is damaged or incomplete: " in line
+        raise ValueError(line if damaged else f"the base in {source} cannot be loaded: {line}") from error
+    for key in sorted(wanted):
+        raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
 
 
 def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
@@ -256,7 +268,10 @@ def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict
     config = TaHConfig(base_config=base.config, **fields)
     text, state = base.config.get_text_config(decoder=True), decider.state
     held = Held({name: ("F32", list(tensor.shape)) for name, tensor in state.items()})
-    empty = build_empty(lambda: build_decider(config.decider or {}, text.hidden_size, text.vocab_size), held, CONFIG)
+    try:
+        empty = build_empty(lambda: build_decider(config.decider or {}, text.hidden_size, text.vocab_size), held, CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{DECIDER} does not fit its arguments: {error}") from error
     own = empty.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not a parameter of this decider" for name in state.keys() - own.keys()]

@@ -29,6 +29,7 @@ MOST = 16 * 2**20  # bytes of a JSON file beside the weights; the largest that i
 SLACK = 2**20  # elements that a model may have beyond those of its files; a tensor that lacks less is named by the loader
 BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
 KERNELS = ("attn_implementation", "experts_implementation")
 
 
@@ -95,7 +96,7 @@ def weight_files(directory: Path, described: dict[str, Any], variant: str = "") 
         names = [named]
     found = next((directory / name for name in names if (directory / name).is_file()), None)
     if found is None:
-        others = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5", ".ckpt"))
+        others = sorted(path.name for path in directory.iterdir() if PICKLE.fullmatch(path.name))
         other = f"; {others[0]} is not read, since a pickle can run code: save the model as safetensors" if others else ""
         raise ValueError(f"{directory} has no {names[0]}{other}")
     return shards(found) if found.suffix == ".json" else [found]
@@ -148,7 +149,7 @@ def read_heads(files: list[Path]) -> Held:
             held.size += path.stat().st_size
         except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: the weights are damaged or cut short ({line}); copy them again") from error
+            raise ValueError(f"{path} is damaged or incomplete: the weights are damaged or cut short ({line}); copy them again") from error
     return held
 
 
@@ -173,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_config(described: dict[str, Any], where: str) -> None:
     """Raise `ValueError` for a configuration that names code to download, or a family that nobody knows."""
-    from transformers import CONFIG_MAPPING, __version__
+    from .config import check_family
 
     for part in _parts(described):
         for name, value in part.items():
@@ -181,10 +182,11 @@ def check_config(described: dict[str, Any], where: str) -> None:
                 raise ValueError(f"{where} asks for the kernel {str(value)[:100]!r}; pass {name.lstrip('_')} yourself if meant")
     for part in (described, described.get("base_config")):
         family = part.get("model_type") if isinstance(part, dict) else None
-        if family is not None and (not isinstance(family, str) or family not in CONFIG_MAPPING):
-            raise ValueError(
-                f"{where}: model_type is {str(family)[:100]!r}, a family that transformers {__version__} does not know"
-            )
+        if family is not None:
+            try:
+                check_family(family)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
 
 
 def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
