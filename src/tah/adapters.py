@@ -46,13 +46,13 @@ class Adapter:
     def fields(self) -> dict[str, Any]:
         """The `TaHConfig` fields of a model that this adapter fits, as far as can be said without the base.
 
-        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules` or
-        a number in a name may take some layers and not others, so then each is named whole.
+        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules`
+        or a number in a name may take some layers and not others, so then each is named whole.
         """
         return self._fields(self._by_leaf)
 
     def fields_for(self, base: nn.Module) -> dict[str, Any]:
-        """The same, for a base: where settings do not name plain leaves, leaves if they select these layers and no others."""
+        """The same, for a base: leaves where the settings name no others, or where leaves select just these layers."""
         leaves = {layer.rpartition(".")[2] for layer in self.layers}
         linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
         head = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}  # type: ignore[operator]
@@ -80,11 +80,12 @@ class Adapter:
         targets, left_out = self.settings.get("target_modules"), self.settings.get("exclude_modules")
         if left_out or not (targets is None or targets == ALL or isinstance(targets, list)):
             return False
-        return not any(part.isdigit() for target in (targets if isinstance(targets, list) else ())  for part in target.split("."))
+        names = targets if isinstance(targets, list) else []
+        return not any(part.isdigit() for name in names for part in name.split("."))
 
     def check_shapes(self, base: nn.Module) -> None:
-        """Raise `ValueError` where a tensor does not fit the rank in the settings, which a model would be made by, and the
-        base's layer. Layers that the base does not have are left to whoever makes the model."""
+        """Raise `ValueError` where a tensor does not fit the base's layer and the rank in the settings, by which models
+        are made. Layers that the base does not have are left to whoever makes the model."""
         rank, modules = self.settings["r"], dict(base.named_modules())
         for name, tensor in self.tensors.items():
             layer, _, kind = name.rpartition(".lora_")

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .config import TaHConfig
 from .files import write_atomically
 from .model import TaHForCausalLM
-from .untrusted import Held, build_empty
+from .untrusted import build_empty
 
 SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
 SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base that they belong to
@@ -75,9 +75,9 @@ def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausal
     if shape.get("weights") != _fingerprint(base):
         raise ValueError(f"the additions in {source} belong to a base of the same shape with other weights")
     # First without memory: settings may say any size, and only what is in the file is made.
-    held = Held({name: ("", list(p.shape)) for name, p in [*base.named_parameters(), *saved.items()]})
+    tensors = len(saved) + sum(1 for _ in base.parameters())
     config = {"base_config": base.config.to_dict(), **settings}
-    own = _of(build_empty(lambda: TaHForCausalLM(TaHConfig(**config)), held, f"{source / SETTINGS}"))
+    own = _of(build_empty(lambda: TaHForCausalLM(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))
     wrong = sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]
     if wrong := wrong or [n for n in own if not saved[n].is_floating_point()]:
         raise ValueError(f"{source / WEIGHTS} does not fit its {SETTINGS}: {wrong[0]}")

@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from .hub import local
+from .hub import OPTIONS, local
 from .untrusted import check_model, empty_base
 
-PLACES = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only")  # of a repository
+PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 

@@ -48,9 +48,9 @@ class TaHConfig(PreTrainedConfig):
         lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
         lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
         lora_dropout: dropout on the adapter's input during training, in [0, 1).
-        lora_targets: the adapted linear layers, each by its name in the base (`model.layers.3.mlp.up_proj`) or by what the
-            name ends in (`["q_proj", "v_proj"]`); None adapts every linear layer of the decoder (fused expert weights
-            are not linear layers). The output head is never adapted.
+        lora_targets: the adapted linear layers, each by its name in the base (`model.layers.3.mlp.up_proj`) or by what
+            the name ends in (`["q_proj", "v_proj"]`); None adapts every linear layer of the decoder (fused expert
+            weights are not linear layers). The output head is never adapted.
         policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
         decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)
@@ -137,11 +137,11 @@ class TaHConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer >= {low}")
-        for name, allowed in (("lora_dropout", "[0, 1)"), ("random_rate", "[0, 1]"), ("lora_alpha", "the finite numbers")):
-            value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or (name != "lora_alpha" and not 0 <= value <= 1) or (name == "lora_dropout" and value == 1):
-                raise ValueError(f"{name}={_short(value)} must be in {allowed}")
+        for name, within in (("lora_dropout", "[0, 1)"), ("random_rate", "[0, 1]")):
+            if not _is_share(getattr(self, name)) or (getattr(self, name) == 1 and within == "[0, 1)"):
+                raise ValueError(f"{name}={_short(getattr(self, name))} must be in {within}")
+        if not _is_number(self.lora_alpha):
+            raise ValueError(f"lora_alpha={_short(self.lora_alpha)} must be a finite number")
         if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
             raise ValueError(f"random_seed={_short(self.random_seed)} must be an integer")
         names = self.lora_targets
@@ -192,10 +192,18 @@ def _check_decider(full: dict[str, Any]) -> None:
     widths, share = full.get("hidden_dims", [1]), full.get("dropout", 0)
     if not isinstance(widths, list | tuple) or not widths or not all(map(is_size, widths)):
         raise ValueError(f"decider hidden_dims={_short(widths)} must be a list of integers >= 1")
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
+    if not _is_share(share) or share == 1:
         raise ValueError(f"decider dropout={_short(share)} must be in [0, 1)")
     if not isinstance(full.get("normalize_input", False), bool):
         raise ValueError(f"decider normalize_input={_short(full['normalize_input'])} must be true or false")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _short(value: Any) -> str:

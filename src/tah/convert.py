@@ -42,7 +42,7 @@ from .hub import Snapshot, is_repository, original_directory
 from .model import TaHForCausalLM
 from .original import CONFIG, DECIDER, READ, OriginalDecider, read_config, read_decider
 from .smollm2 import cache_dir, locked, progress
-from .untrusted import Held, build_empty, check_model, empty_base, read_json
+from .untrusted import build_empty, check_model, empty_base, read_json
 
 VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
 TOKENIZER = (
@@ -94,7 +94,7 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; choose another destination")
     if not source.is_dir():
-        source = original_directory(Snapshot(src))
+        source = original_directory(Snapshot(str(src)))
     notes: list[str] = []
     config = read_config(source)
     decider = read_decider(source, config, notes)
@@ -267,9 +267,9 @@ def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict
     assert decider.state is not None
     config = TaHConfig(base_config=base.config, **fields)
     text, state = base.config.get_text_config(decoder=True), decider.state
-    held = Held({name: ("F32", list(tensor.shape)) for name, tensor in state.items()})
+    sizes = text.hidden_size, text.vocab_size
     try:
-        empty = build_empty(lambda: build_decider(config.decider or {}, text.hidden_size, text.vocab_size), held, CONFIG)
+        empty = build_empty(lambda: build_decider(config.decider or {}, *sizes), len(state), CONFIG)
     except ValueError as error:
         raise ValueError(f"{DECIDER} does not fit its arguments: {error}") from error
     own = empty.state_dict()

@@ -20,8 +20,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from .untrusted import shards
 
 ORIGINAL = "tah_config.json"  # only checkpoints of the original implementation have this file
+OPTIONS = {"cache_dir", "token", "local_files_only", "force_download"}  # of from_pretrained and of a download alike
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-
 
 
 class Snapshot:
@@ -101,9 +101,12 @@ def local(source: str | os.PathLike[str], options: dict[str, Any]) -> Path:
         return converted(name, directory) if is_original(directory) else directory
     if not is_repository(name):
         raise ValueError(f"no model {name!r}: there is no such directory")
-    passed = {key: options[key] for key in ("cache_dir", "token", "local_files_only", "force_download") if key in options}
-    found = Snapshot(name, options.get("revision"), subfolder, **passed)
-    return converted(name, found) if is_original(found.directory) else found.complete(variant=options.get("variant") or "")
+    found = Snapshot(
+        name, options.get("revision"), subfolder, **{key: options[key] for key in OPTIONS & options.keys()}
+    )
+    if is_original(found.directory):
+        return converted(name, found)
+    return found.complete(variant=options.get("variant") or "")
 
 
 def converted(name: str, found: Path | Snapshot) -> Path:

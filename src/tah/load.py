@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .chat_template import check_template
 from .families import UnsupportedBase, check_base
 from .hub import Snapshot, converted, is_original, is_repository
+from .hub import hub_reachable as hub_reachable
 from .model import TaHForCausalLM
 from .untrusted import build_empty, check_config, check_counts, check_model, empty_base, read_json
 
@@ -24,8 +25,8 @@ Kind = Literal["tah", "base"]
 def find(source: str, weights: bool = True) -> tuple[str, Kind]:
     """The directory of a model, and what it is: a TaH checkpoint, or a base.
 
-    A model of the hub is downloaded. A checkpoint in the authors' layout, here or on the hub, is converted into the cache
-    once, and found there.
+    A model of the hub is downloaded. A checkpoint in the authors' layout, here or on the hub, is converted into the
+    cache once, and found there.
 
     Args:
         source: a directory, a hub id, or a word: `smollm2`, `smollm2-tah`, `follow-tah`.

@@ -1,9 +1,9 @@
 """Whether a directory holds a model that can be loaded: looked at before any of it is used.
 
 What is read here is `config.json`, the index and the heads of the safetensors files. The model that the configuration
-describes is built on the meta device, without memory, under a budget that the files set: a configuration may say ten
-million layers, and would be believed otherwise. What remains to be found (a tensor missing here or there) is found by
-the loaders, which then allocate little more than the files hold.
+describes is built on the meta device, without memory for weights, and with no more layers than the files could fill: a
+configuration may say ten million of them, and would be believed otherwise. What remains to be found (a tensor missing
+here or there) is found by the loaders, which then allocate little more than the files hold.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.modules import module as hooks
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .files import parse_json
 
 MOST = 16 * 2**20  # bytes of a JSON file beside the weights; the largest that is known has 3 MB
-SLACK = 2**20  # elements that a model may have beyond those of its files; a tensor that lacks less is named by the loader
+SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
 BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
@@ -65,9 +65,9 @@ def check_model(directory: str | Path, build: Callable[[], nn.Module | None] | N
     check_counts(described, len(held.tensors), f"{source}/config.json")
     quantized = any("quantization_config" in part for part in _parts(described))
     if build is not None:
-        model = build_empty(build, held, f"{source}/config.json", quantized)
-        if model is not None and not quantized:
-            _check_fit(model, held, source)
+        model = build_empty(build, len(held.tensors), f"{source}/config.json")
+        if model is not None:
+            _check_fit(model, held, source, quantized)
     return held
 
 
@@ -97,7 +97,7 @@ def weight_files(directory: Path, described: dict[str, Any], variant: str = "") 
     found = next((directory / name for name in names if (directory / name).is_file()), None)
     if found is None:
         others = sorted(path.name for path in directory.iterdir() if PICKLE.fullmatch(path.name))
-        other = f"; {others[0]} is not read, since a pickle can run code: save the model as safetensors" if others else ""
+        other = f"; {others[0]} is not read: a pickle can run code; save the model as safetensors" if others else ""
         raise ValueError(f"{directory} has no {names[0]}{other}")
     return shards(found) if found.suffix == ".json" else [found]
 
@@ -121,7 +121,7 @@ def shards(index: Path, there: bool = True) -> list[Path]:
         names[name] = None
     for name in names:
         if there and not (index.parent / name).is_file():
-            raise ValueError(f"{index} is damaged or incomplete: {name}, which it lists, is missing; copy the shards again")
+            raise ValueError(f"{index} is damaged or incomplete: {name}, which it lists, is missing; copy it again")
     return [index.parent / name for name in sorted(names)]
 
 
@@ -149,7 +149,8 @@ def read_heads(files: list[Path]) -> Held:
             held.size += path.stat().st_size
         except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is damaged or incomplete: the weights are damaged or cut short ({line}); copy them again") from error
+            why = f"the weights are damaged or cut short ({line})"
+            raise ValueError(f"{path} is damaged or incomplete: {why}; copy them again") from error
     return held
 
 
@@ -178,13 +179,14 @@ def check_config(described: dict[str, Any], where: str) -> None:
 
     for part in _parts(described):
         for name, value in part.items():
-            if name.lstrip("_").startswith(KERNELS) and "/" in str(value):
-                raise ValueError(f"{where} asks for the kernel {str(value)[:100]!r}; pass {name.lstrip('_')} yourself if meant")
-    for part in (described, described.get("base_config")):
-        family = part.get("model_type") if isinstance(part, dict) else None
-        if family is not None:
+            its = name.lstrip("_")
+            if its.startswith(KERNELS) and "/" in str(value):
+                raise ValueError(f"{where} asks for the kernel {str(value)[:100]!r}; pass {its} yourself if meant")
+    families: list[Any] = [described, described.get("base_config")]
+    for part in families:
+        if isinstance(part, dict) and part.get("model_type") is not None:
             try:
-                check_family(family)
+                check_family(part["model_type"])
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
 
@@ -205,35 +207,25 @@ def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> 
                 raise ValueError(f"{where}: {name}={str(value)[:40]} cannot be{held}")
 
 
-def build_empty(build: Callable[[], nn.Module | None], held: Held | None, where: str, quantized: bool = False) -> Any:
-    """The model on the meta device, as long as it is of a size that the files could fill.
+def build_empty(build: Callable[[], nn.Module | None], tensors: int | None, where: str) -> Any:
+    """The model on the meta device, where weights take no memory; layers do, so there may be only so many.
 
     Args:
-        held: None where no files are there yet; then anything up to a trillion parameters is built.
+        tensors: in the weight files; None where they are not there yet, and up to a million parts are built.
 
     Raises:
-        ValueError: it is larger, or cannot be built.
+        ValueError: there are more, or the model cannot be built.
     """
-    elements, modules, buffers = 10**12, 10**6, 64 * BUFFERS
-    if held is not None:
-        # Eight weights in a byte are the most that a quantized file can hold. An output layer that will be tied to the
-        # embedding has a weight of its own at first, hence twice the elements.
-        elements = 8 * held.size if quantized else 2 * held.elements + SLACK
-        modules, buffers = 64 * len(held.tensors) + 4096, BUFFERS + 4 * held.size
     try:
-        with _budget(elements, modules, buffers), torch.device("meta"):
+        with _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
             return build()
-    except _TooLarge as error:
-        raise ValueError(f"{where} describes a model of more {error} than its weights could fill") from None
+    except _TooMany:
+        raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
     except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         line = line if len(line) <= 300 else f"{line[:297]}..."
         kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
         raise ValueError(line if line.startswith(where) else f"{where}: {kind}{line}") from error
-
-
-class _TooLarge(Exception):
-    """The budget is spent; the message says of what."""
 
 
 def empty_base(directory: str | Path) -> nn.Module | None:
@@ -246,46 +238,44 @@ def empty_base(directory: str | Path) -> nn.Module | None:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False) if known else None
 
 
+class _TooMany(Exception):
+    """More modules than allowed."""
+
+
 @contextmanager
-def _budget(elements: int, modules: int, buffers: int) -> Iterator[None]:
-    """Count what this thread puts into modules, and raise where it becomes more than allowed."""
-    me, left, seen = threading.get_ident(), {"parameters": elements, "layers": modules, "buffers": buffers}, {}
+def _at_most(modules: int) -> Iterator[None]:
+    """Count the modules that this thread puts into others, and raise where they become more than allowed."""
+    me, left = threading.get_ident(), modules
 
-    def spend(what: str, value: Any, amount: int) -> None:
-        if threading.get_ident() == me and value is not None and id(value) not in seen:
-            seen[id(value)] = value  # kept, or another object might get its number
-            left[what] -= amount
-            if left[what] < 0:
-                raise _TooLarge(what)
+    def count(module: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal left
+        left -= threading.get_ident() == me
+        if left < 0:
+            raise _TooMany
 
-    handles = [
-        hooks.register_module_module_registration_hook(lambda module, name, value: spend("layers", value, 1)),
-        hooks.register_module_parameter_registration_hook(
-            lambda module, name, value: spend("parameters", value, 0 if value is None else value.numel())
-        ),
-        hooks.register_module_buffer_registration_hook(
-            lambda module, name, value: spend("buffers", value, 0 if value is None else value.nbytes)
-        ),
-    ]
+    handle = register_module_module_registration_hook(count)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def _check_fit(model: nn.Module, held: Held, source: Path) -> None:
+def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool) -> None:
     """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
     wanted = dict(model.named_parameters())
-    for name, (dtype, shape) in held.tensors.items():
+    # Eight weights in a byte are the most that a quantized file can hold.
+    needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
+    if needed > 1.25 * most + SLACK:
+        raise ValueError(f"{source}: config.json needs {needed:,} weights, but the files hold {most:,}")
+    if (needed := sum(its.nbytes for its in model.buffers())) > BUFFERS + 4 * held.size:
+        raise ValueError(f"{source}: config.json needs {needed:,} bytes beside the weights, which have {held.size:,}")
+    for name, (dtype, shape) in held.tensors.items() if not quantized else ():
         parameter = wanted.get(name)
         floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
         if floats and not dtype.startswith(("F", "BF")):
-            raise ValueError(f"{source}: the tensor {name} has integers or the like ({dtype}), not floating point numbers")
+            raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
         if parameter is not None and parameter.numel() > math.prod(shape) + SLACK:
-            raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, but the weights hold {shape}")
-    if (needed := sum(parameter.numel() for parameter in wanted.values())) > 1.25 * held.elements + SLACK:
-        raise ValueError(f"{source}: config.json needs {needed:,} weights, but the files hold {held.elements:,}")
+            raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
 
 
 def _parts(described: Any) -> Iterator[dict[str, Any]]:

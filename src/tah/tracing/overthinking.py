@@ -265,7 +265,13 @@ def as_markdown(stats: dict[str, Any]) -> str:
     lines += ["", f"Headroom of the oracle: {over}."]
     if stats["scores"]:
         rows = [
-            [plain(name), plain(label), _percent(found["auroc"]), _percent(found["average_precision"]), f"{found['share']:.2%}"]
+            [
+                plain(name),
+                plain(label),
+                _percent(found["auroc"]),
+                _percent(found["average_precision"]),
+                f"{found['share']:.2%}",
+            ]
             for name, labels in stats["scores"].items()
             for label, found in labels.items()
         ]
