@@ -205,7 +205,7 @@ def convert_once(name: str, key: str, fetch: Callable[[], Path]) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
             shutil.rmtree(target, ignore_errors=True)
             source = fetch()
-            with progress(f"Converting {name} from the authors' layout (once)"):
+            with progress(f"Converting {name} from the authors' layout (once)", after=True):
                 convert(source, target)
     return target
 

@@ -179,19 +179,25 @@ def _tokenizer(gguf: Path, max_length: int) -> Any:
 
 
 @contextmanager
-def progress(message: str) -> Iterator[None]:
-    """One line on stderr in place of Transformers' progress bars; a spinner where stderr is a terminal."""
+def progress(message: str, after: bool = False) -> Iterator[None]:
+    """One line on stderr in place of Transformers' progress bars; a spinner where stderr is a terminal.
+
+    Args:
+        after: say it once the work is done, where it may well be refused.
+    """
     from rich.console import Console
     from transformers.utils import logging
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal and not after:
         console.print(message, highlight=False, soft_wrap=True)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with console.status(message):
             yield
+        if not console.is_terminal and after:
+            console.print(message, highlight=False, soft_wrap=True)
     finally:
         if bars:
             logging.enable_progress_bar()
