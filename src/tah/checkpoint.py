@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .hub import OPTIONS, local
-from .untrusted import check_model, empty_base
+from .untrusted import SLACK, check_model, empty_base
 
 PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -95,9 +95,34 @@ def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any =
             return empty_base(directory)
         return kind(given if isinstance(given, PreTrainedConfig) else kind.config_class.from_pretrained(directory))
 
-    check_model(directory, empty, options.get("variant") or "")
+    named_later = kind is not None or options.get("ignore_mismatched_sizes")  # single tensors that do not fit
+    check_model(directory, empty, options.get("variant") or "", slack=SLACK if named_later else 0)
     left = {name: value for name, value in options.items() if name not in PLACES}
     return str(directory), left | {"use_safetensors": True}
+
+
+def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """A base, complete.
+
+    Args:
+        source: a directory or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it is not there, cannot be loaded, or tensors are missing.
+    """
+    directory, options = checked(source, options)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options, output_loading_info=True)
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{source} cannot be loaded: {line[:300]}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{source}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
+    if directory != str(source):
+        model.name_or_path = model.config.name_or_path = str(source)
+    return model
 
 
 def replace_files(source: Path, target: Path) -> None:

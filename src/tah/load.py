@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .chat_template import check_template
+from .checkpoint import load_plain
 from .families import UnsupportedBase, check_base
 from .hub import Snapshot, converted, is_original, is_repository
 from .hub import hub_reachable as hub_reachable
 from .model import TaHForCausalLM
-from .untrusted import build_empty, check_config, check_counts, check_model, empty_base, read_json
+from .untrusted import build_empty, check_config, check_counts, empty_base, read_json
 
 FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -80,7 +81,11 @@ def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
     Raises:
         ValueError: it is damaged or incomplete.
     """
-    return _load(path, TaHForCausalLM, dtype)
+    try:
+        return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
+    except Exception as error:
+        line = first_line(error)
+        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
 
 
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -89,13 +94,7 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         ValueError: it cannot be loaded, or tensors are missing.
     """
-    check_model(path, lambda: empty_base(path))
-    options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
-    model, info = _load(path, AutoModelForCausalLM, dtype, **options)
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{path}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
-    return model
+    return load_plain(path, dtype=_known(dtype), trust_remote_code=False)
 
 
 def outline(path: str) -> PreTrainedModel:
@@ -108,11 +107,7 @@ def outline(path: str) -> PreTrainedModel:
     described = read_json(Path(path, "config.json"))
     check_config(described, where)
     check_counts(described, None, where)
-    model = build_empty(lambda: empty_base(path), None, where)
-    if model is None:
-        family = described.get("model_type")
-        raise ValueError(f"{path}: transformers has no causal language model for the family {family}")
-    return model
+    return build_empty(lambda: empty_base(path), None, where)
 
 
 def load_tokenizer(path: str, source: str | None = None) -> Any:
@@ -135,14 +130,10 @@ def load_tokenizer(path: str, source: str | None = None) -> Any:
     return tokenizer
 
 
-def _load(path: str, kind: Any, dtype: str, **options: Any) -> Any:
+def _known(dtype: str) -> str:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    try:
-        return kind.from_pretrained(path, dtype=dtype, **options)
-    except Exception as error:
-        line = first_line(error)
-        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
+    return dtype
 
 
 def inspect(source: str, against: str | None = None) -> dict[str, Any]:

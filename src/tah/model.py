@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE, DuoCache, DuoStep, given_cache
-from .checkpoint import SafeCheckpoint, checked
+from .checkpoint import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .decider import build_decider
 from .families import (
@@ -342,8 +342,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         own = fields - {field.name for field in dataclasses.fields(TaHConfig.__mro__[1])}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if isinstance(base, str) or hasattr(base, "__fspath__"):
-            base, kwargs = checked(base, kwargs)
-            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+            base = load_plain(base, **kwargs)
         elif kwargs:
             raise ValueError(f"unknown options: {', '.join(sorted(kwargs))}; TaHConfig takes {', '.join(sorted(own))}")
         if isinstance(base, cls):

@@ -45,14 +45,16 @@ class Held:
         return sum(math.prod(shape) for _, shape in self.tensors.values())
 
 
-def check_model(directory: str | Path, build: Callable[[], nn.Module | None] | None = None, variant: str = "") -> Held:
+def check_model(
+    directory: str | Path, build: Callable[[], nn.Module] | None = None, variant: str = "", slack: int = SLACK
+) -> Held:
     """What the weight files of a model hold, once its configuration fits them.
 
     Args:
         directory: with `config.json` and safetensors weights.
-        build: makes the model that the configuration describes, or returns None where that is for others to refuse.
-            It is called once, on the meta device, after all else.
+        build: makes the model that the configuration describes; called once, on the meta device, after all else.
         variant: of the weights, as transformers puts it into their names.
+        slack: by how many elements a tensor may differ from the model's before that is said here.
 
     Raises:
         ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
@@ -66,8 +68,7 @@ def check_model(directory: str | Path, build: Callable[[], nn.Module | None] | N
     quantized = any("quantization_config" in part for part in _parts(described))
     if build is not None:
         model = build_empty(build, len(held.tensors), f"{source}/config.json")
-        if model is not None:
-            _check_fit(model, held, source, quantized)
+        _check_fit(model, held, source, quantized, slack)
     return held
 
 
@@ -207,7 +208,7 @@ def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> 
                 raise ValueError(f"{where}: {name}={str(value)[:40]} cannot be{held}")
 
 
-def build_empty(build: Callable[[], nn.Module | None], tensors: int | None, where: str) -> Any:
+def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str) -> Any:
     """The model on the meta device, where weights take no memory; layers do, so there may be only so many.
 
     Args:
@@ -225,17 +226,23 @@ def build_empty(build: Callable[[], nn.Module | None], tensors: int | None, wher
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         line = line if len(line) <= 300 else f"{line[:297]}..."
         kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
-        raise ValueError(line if line.startswith(where) else f"{where}: {kind}{line}") from error
+        told = line.startswith(where.removesuffix("/config.json"))
+        raise ValueError(line if told else f"{where}: {kind}{line}") from error
 
 
-def empty_base(directory: str | Path) -> nn.Module | None:
-    """The base that a `config.json` describes; None where transformers has no causal language model of the family."""
+def empty_base(directory: str | Path) -> nn.Module:
+    """The base that a `config.json` describes.
+
+    Raises:
+        ValueError: transformers has no causal language model of the family.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False) if known else None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 class _TooMany(Exception):
@@ -260,7 +267,7 @@ def _at_most(modules: int) -> Iterator[None]:
         handle.remove()
 
 
-def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool) -> None:
+def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slack: int) -> None:
     """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
     wanted = dict(model.named_parameters())
     # Eight weights in a byte are the most that a quantized file can hold.
@@ -274,7 +281,7 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool) -> N
         floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
         if floats and not dtype.startswith(("F", "BF")):
             raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
-        if parameter is not None and parameter.numel() > math.prod(shape) + SLACK:
+        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > slack:
             raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
 
 
