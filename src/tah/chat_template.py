@@ -37,7 +37,8 @@ def check_template(tokenizer: Any, source: str) -> None:
 @lru_cache(maxsize=64)
 def _fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
     """Why the template cannot be used; empty where it can."""
-    asked = json.dumps({"template": template, "words": dict(words)})
+    places = [place for place in sys.path if place]  # where this process finds its packages, but for its directory
+    asked = json.dumps({"template": template, "words": dict(words), "places": places})
     command = [sys.executable, "-I", str(PROBE)]
     try:
         done = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=PATIENCE, check=False)

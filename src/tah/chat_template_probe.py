@@ -89,6 +89,12 @@ def fault(template: str, words: dict[str, str]) -> str:
 
 def main() -> None:
     asked = json.load(sys.stdin)
+    sys.path[:] = asked["places"]
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:  # nor will transformers render it
+        print("fine", flush=True)
+        return
     limit()
     why = " ".join(str(fault(asked["template"], asked["words"])).split())
     print(f"fault: {why[:300]}" if why else "fine", flush=True)

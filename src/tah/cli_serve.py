@@ -29,6 +29,7 @@ def serve(
     """
     _need_vllm()
     from .load import find, quiet
+    from .untrusted import check_model
 
     quiet()
     path, kind = find(model)
@@ -36,6 +37,7 @@ def serve(
         raise ValueError(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
+    check_model(path)  # vLLM would read other weights than safetensors
     ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
     os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])
 
