@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROBE = Path(__file__).with_name("chat_template_probe.py")
-PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 10 of the processor
+PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 3 of the processor
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
