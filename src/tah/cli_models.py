@@ -32,7 +32,7 @@ def inspect(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation, or hub id.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
     threshold: Annotated[float | None, _number("Instead of the checkpoint's.", float, 0, 1)] = None,
 ) -> None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from .cache import CACHE, DuoCache
 from .generation import check_generation_config
-from .load import find, first_line, load_base, load_tah
+from .load import find, first_line, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
 from .place import put
 from .terminal import Token, TokenStreamer
@@ -92,10 +91,6 @@ class Session:
             ValueError: it cannot be found, is damaged, or cannot be wrapped, or there is no such device.
         """
         path, kind = find(source)
-        if kind == "original":
-            raise ValueError(
-                f"{source} has the original implementation's layout; first: tah convert {source} NEW_DIRECTORY"
-            )
         if kind == "tah":
             model = load_tah(path, dtype)
         else:
@@ -104,16 +99,7 @@ class Session:
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
         check_generation_config(model.generation_config, source)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            tried = tokenizer("a", add_special_tokens=False)["input_ids"]
-            tokenizer.decode(tried, skip_special_tokens=True)
-        except Exception as error:
-            raise ValueError(
-                f"{source} has no usable tokenizer ({first_line(error)}); copy the base's into it"
-            ) from error
-        if not tried:  # transformers makes up an empty one
-            raise ValueError(f"{source} has no usable tokenizer (it is empty); copy the base's into it")
+        tokenizer = load_tokenizer(path, source)
         if not as_saved:
             put(model, source, dtype=dtype, device=device, note=note)
         return cls(source, model.eval(), tokenizer, kind == "base")

@@ -38,7 +38,7 @@ def check_labelling(recipe: Recipe, run: Path) -> None:
     if recipe.base.scratch is not None:
         _look_for_reference(recipe)  # its tokenizer is still to be made, of texts that are too
         return
-    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
+    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
     if recipe.data.generate is None:
         for rows in rows_of(recipe, run):
             _check_rows(rows, tokenizer, recipe.data.max_length)
@@ -52,9 +52,7 @@ def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
     if not recipe.uses_labels or recipe.label is None or recipe.label.reference == "trained":
         return None
     try:
-        path, kind = find(recipe.label.reference)
-        if kind == "original":
-            raise ValueError("it is in the authors' layout; `tah convert` it first")
+        path, _ = find(recipe.label.reference, weights=False)
         reference = outline(path)
         check_positions(reference, recipe.data.max_length)
     except ValueError as error:
@@ -71,9 +69,7 @@ def check_backbone(recipe: Recipe, run: Path) -> None:
         TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": layers}, **fields_of(recipe))
         return
     source = str(recipe.backbone.init or recipe.base.model)
-    path, kind = find(source)
-    if kind == "original":
-        raise ValueError(f"{source} is in the authors' layout; `tah convert` it first")
+    path, kind = find(source, weights=False)
     if kind == "tah":
         config = TaHConfig.from_pretrained(path)
         check_fields(recipe, config, source)
@@ -99,7 +95,7 @@ def check_left(directory: Path) -> None:
 
 def plain_base(source: str) -> str:
     """Where a base is that can be pruned."""
-    path, kind = find(source)
+    path, kind = find(source, weights=False)
     if kind != "base":
         raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
     return path
