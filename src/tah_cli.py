@@ -15,7 +15,10 @@ def main() -> None:
     spec = spec_from_file_location("tah.cli", Path(__file__).with_name("tah") / "cli.py")
     assert spec is not None and spec.loader is not None
     cli = sys.modules["tah.cli"] = module_from_spec(spec)
-    spec.loader.exec_module(cli)
+    try:
+        spec.loader.exec_module(cli)
+    except KeyboardInterrupt:
+        sys.exit(130)
     cli.main()
 
 

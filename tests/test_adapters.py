@@ -290,3 +290,112 @@ def test_model_without_an_adapter_saves_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+# -- adapters that take some layers ------------------------------------------------------------------------------------
+
+SOME = {
+    "a regular expression of two layers": ({"target_modules": r".*\.layers\.[02]\.self_attn\.(q|v)_proj"}, 4),
+    "a regular expression of all": ({"target_modules": r".*\.(q_proj|up_proj)"}, 8),
+    "a regular expression of one": ({"target_modules": r"model\.layers\.3\.mlp\.down_proj"}, 1),
+    "excluded by leaf": ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, 4),
+    "excluded by name": ({"target_modules": ["q_proj"], "exclude_modules": ["model.layers.1.self_attn.q_proj"]}, 3),
+    "excluded by a regular expression": (
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.layers\.[01]\..*"},
+        4,
+    ),
+    "excluded of a regular expression": (
+        {"target_modules": r".*\.mlp\..*_proj", "exclude_modules": ["gate_proj", "up_proj"]},
+        4,
+    ),
+    "excluded of all": ({"target_modules": "all-linear", "exclude_modules": ["lm_head", "down_proj"]}, 24),
+    "names of layers": ({"target_modules": ["layers.0.mlp.up_proj", "layers.3.self_attn.o_proj"]}, 2),
+    "a name and a leaf": ({"target_modules": ["layers.0.mlp.up_proj", "o_proj"]}, 5),
+    "a leaf within a part": ({"target_modules": ["mlp.up_proj", "self_attn.k_proj"]}, 8),
+    "leaves": ({"target_modules": ["up_proj", "k_proj"]}, 8),
+}
+
+
+@pytest.fixture
+def made_by_peft(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, int]:
+    """An adapter that PEFT has written of these settings, and of how many layers."""
+    peft = pytest.importorskip("peft")
+    settings, count = SOME[request.param]
+    theirs = peft.get_peft_model(base_of("S"), peft.LoraConfig(r=4, lora_alpha=6, **settings))
+    torch.manual_seed(0)
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", count
+
+
+@pytest.mark.parametrize("made_by_peft", SOME, indirect=True)
+def test_adapter_of_some_layers_is_what_peft_computes(made_by_peft: tuple[Path, int], tmp_path: Path) -> None:
+    directory, count = made_by_peft
+    adapter = read_adapter(directory)
+    for fields in (adapter.fields, adapter.fields_for(base_of("S"))):
+        model = TaHForCausalLM.from_base(base_of("S"), **fields)
+        load_adapter(model, directory)
+        assert len(tensors_of(model)) == 2 * count
+        assert_same_as_peft(model, base_of("S"), directory)
+    model.save_pretrained(tmp_path / "model")
+    again = TaHForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(again(ids, policy="always").logits, model(ids, policy="always").logits)
+    save_adapter(again, tmp_path / "back")
+    assert_same_as_peft(again, base_of("S"), tmp_path / "back")
+
+
+@pytest.mark.parametrize("made_by_peft", SOME, indirect=True)
+def test_what_is_said_to_fit_does_fit(made_by_peft: tuple[Path, int]) -> None:
+    """The message names the very arguments with which it works, and never those that failed."""
+    directory, _ = made_by_peft
+    other = TaHForCausalLM.from_base(base_of("S"), lora_rank=4, lora_alpha=6, lora_targets=["gate_proj"])
+    with pytest.raises(ValueError, match="it fits from_base") as error:
+        load_adapter(other, directory)
+    given = str(error.value).partition("from_base(base, ")[2].removesuffix(")")
+    model = TaHForCausalLM.from_base(base_of("S"), **eval(f"dict({given})"))  # noqa: S307  # our own words
+    load_adapter(model, directory)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"exclude_modules": ["q_proj"]}, "leaves model.layers.0.self_attn.q_proj out (exclude_modules), but"),
+        (
+            {"exclude_modules": ["model.layers.2.mlp.up_proj"]},
+            "leaves model.layers.2.mlp.up_proj out (exclude_modules)",
+        ),
+        ({"exclude_modules": 3}, "exclude_modules=3 is neither a list of names nor a regular expression"),
+        ({"exclude_modules": [1]}, "exclude_modules=[1] is neither a list of names nor a regular expression"),
+        ({"exclude_modules": {"q_proj": 1}}, "is neither a list of names nor a regular expression"),
+        ({"target_modules": 3}, "target_modules=3 is neither a list of names nor a regular expression"),
+        ({"target_modules": ["q_proj", None]}, "is neither a list of names nor a regular expression"),
+        ({"target_modules": ["q_proj", ""]}, "is neither a list of names nor a regular expression"),
+        ({"target_modules": ["roj"]}, "targets roj, but adapter_model.safetensors has no such layer"),
+        ({"target_modules": ["layers.9.mlp.up_proj"]}, "targets layers.9.mlp.up_proj, but"),
+        ({"r": 10**9}, "[8, 128], the model needs [1000000000, 128]"),
+        ({"r": 7}, "[8, 128], the model needs [7, 128]"),
+    ],
+)
+def test_settings_that_disagree_with_the_tensors(src: Path, tmp_path: Path, settings: Any, expected: str) -> None:
+    edit(src / "lora" / "adapter_config.json", **settings)
+    if "r" in settings:
+        adapter_kwargs = json.loads((src / "tah_config.json").read_text())["adapter_kwargs"]
+        edit(src / "tah_config.json", adapter_kwargs=adapter_kwargs | settings)
+    assert expected in refusal(src, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool])
+def test_adapter_of_integers_is_refused(src: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    edit_tensors(src / "lora" / "adapter_model.safetensors", lambda t: t.update({A: t[A].to(kind)}))
+    assert "not a matrix of floating point numbers" in refusal(src, tmp_path)
+
+
+def test_a_regular_expression_of_a_stranger_is_not_run(src: Path, tmp_path: Path) -> None:
+    """It could take for ever; what it took is known by the tensors."""
+    edit(src / "lora" / "adapter_config.json", target_modules="(.*)*(.*)*(.*)*(.*)*(.*)*x", exclude_modules="((a*)*)*b")
+    _, model = converted(src, tmp_path)
+    assert model.config.lora_targets == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora import DepthLoRA
+from .lora import DepthLoRA, is_target, widths
 from .model import TaHForCausalLM
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -30,6 +30,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 PLAIN = """r lora_alpha lora_dropout target_modules exclude_modules use_rslora bias init_lora_weights fan_in_fan_out
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core
     qalora_group_size""".split()
+ALL = "all-linear"
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the others also rewrite the base
 
 
@@ -43,14 +44,57 @@ class Adapter:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The `TaHConfig` fields of a model that this adapter fits."""
+        """The `TaHConfig` fields of a model that this adapter fits, as far as can be said without the base.
+
+        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules`
+        or a number in a name may take some layers and not others, so then each is named whole.
+        """
+        return self._fields(self._by_leaf)
+
+    def fields_for(self, base: nn.Module) -> dict[str, Any]:
+        """The same, for a base: leaves where the settings name no others, or where leaves select just these layers."""
+        leaves = {layer.rpartition(".")[2] for layer in self.layers}
+        linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        head = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}  # type: ignore[operator]
+        targets = self.settings.get("target_modules")
+        dotted = isinstance(targets, list) and any("." in target for target in targets)
+        exact = {name for name in linear - head if is_target(name, leaves)} <= self.layers
+        return self._fields(exact or (self._by_leaf and not dotted))
+
+    def _fields(self, by_leaf: bool) -> dict[str, Any]:
         rank, alpha = self.settings["r"], self.settings["lora_alpha"]
         return {
             "lora_rank": rank,
             "lora_alpha": float(alpha * math.sqrt(rank) if self.settings.get("use_rslora") else alpha),
             "lora_dropout": float(self.settings["lora_dropout"]),
-            "lora_targets": sorted({name.split(".")[-3] for name in self.tensors}),
+            "lora_targets": sorted({layer.rpartition(".")[2] for layer in self.layers} if by_leaf else self.layers),
         }
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the adapted layers, relative to the base."""
+        return {name.rpartition(".lora_")[0] for name in self.tensors}
+
+    @property
+    def _by_leaf(self) -> bool:
+        targets, left_out = self.settings.get("target_modules"), self.settings.get("exclude_modules")
+        if left_out or not (targets is None or targets == ALL or isinstance(targets, list)):
+            return False
+        names = targets if isinstance(targets, list) else []
+        return not any(part.isdigit() for name in names for part in name.split("."))
+
+    def check_shapes(self, base: nn.Module) -> None:
+        """Raise `ValueError` where a tensor does not fit the base's layer and the rank in the settings, by which models
+        are made. Layers that the base does not have are left to whoever makes the model."""
+        rank, modules = self.settings["r"], dict(base.named_modules())
+        for name, tensor in self.tensors.items():
+            layer, _, kind = name.rpartition(".lora_")
+            if type(modules.get(layer)) in (nn.Linear, Conv1D):
+                inputs, outputs = widths(modules[layer])
+                needed = [rank, inputs] if kind == "A.weight" else [outputs, rank]
+                if list(tensor.shape) != needed:
+                    path = self.source / WEIGHTS
+                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, the model needs {needed}")
 
     @torch.no_grad()
     def copy_to(self, model: TaHForCausalLM) -> None:
@@ -89,13 +133,38 @@ def read_adapter(directory: str | Path) -> Adapter:
             raise ValueError(f"{source / WEIGHTS}: {name} does not belong to a LoRA adapter of linear layers")
         if pair not in saved:
             raise ValueError(f"{source / WEIGHTS} has {name} but not {pair}")
-    targets = settings.get("target_modules")
-    for target in targets if isinstance(targets, list) else []:
-        if not any(name.endswith(f".{target}.lora_A.weight") for name in saved):
-            raise ValueError(f"{source / CONFIG} targets {target}, but {WEIGHTS} has no such layer")
+    adapter = Adapter(source, settings, {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()})
+    _check_layers(adapter)
     if not saved:
         raise ValueError(f"{source / WEIGHTS} holds no tensors")
-    return Adapter(source, settings, {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()})
+    _check_tensors(adapter)
+    return adapter
+
+
+def _check_layers(adapter: Adapter) -> None:
+    """Raise `ValueError` where settings and tensors disagree about the adapted layers. What a regular expression takes
+    is known by the tensors alone: a stranger's expression is not run."""
+    config, layers = adapter.source / CONFIG, adapter.layers
+    targets, left_out = (adapter.settings.get(key) for key in ("target_modules", "exclude_modules"))
+    for key, value in (("target_modules", targets), ("exclude_modules", left_out)):
+        names = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+        if not (value is None or isinstance(value, str) or names):
+            raise ValueError(f"{config}: {key}={str(value)[:100]} is neither a list of names nor a regular expression")
+    for layer in sorted(layers) if isinstance(left_out, list) else []:
+        if is_target(layer, left_out):
+            raise ValueError(f"{config} leaves {layer} out (exclude_modules), but {WEIGHTS} has it")
+    for target in targets if isinstance(targets, list) and not left_out else []:
+        if not any(is_target(layer, [target]) for layer in layers):
+            raise ValueError(f"{config} targets {target}, but {WEIGHTS} has no such layer")
+
+
+def _check_tensors(adapter: Adapter) -> None:
+    """Raise `ValueError` for tensors that are no floating point matrices."""
+    path = adapter.source / WEIGHTS
+    for name, tensor in adapter.tensors.items():
+        if not tensor.is_floating_point() or tensor.ndim != 2:
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            raise ValueError(f"{path}: {name} is {kind}, not a matrix of floating point numbers")
 
 
 def _check_plain(settings: Any, path: Path) -> None:
@@ -117,7 +186,7 @@ def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
     adapter, config = read_adapter(directory), model.config
     scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
     if scale != (config.lora_rank, config.lora_alpha) or tensors_of(model).keys() != adapter.tensors.keys():
-        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields.items())
+        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields_for(model.base).items())
         raise ValueError(f"the adapter in {directory} does not fit the model's; it fits from_base(base, {fit})")
     adapter.copy_to(model)
 

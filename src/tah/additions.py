@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import TaHConfig
 from .files import write_atomically
 from .model import TaHForCausalLM
+from .untrusted import build_empty
 
 SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
 SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base that they belong to
@@ -62,17 +64,25 @@ def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausal
         raise ValueError(f"{source} holds no additions, or damaged ones ({error})") from error
     if hashlib.sha256(weights).hexdigest() != digest:
         raise ValueError(f"{source / WEIGHTS} is not what {SETTINGS} was written with; copy both again")
-    saved = load(weights)
+    try:
+        saved = load(weights)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{source / WEIGHTS} is damaged: {error}") from error
     given = {name: getattr(base.config, name, None) for name in SHAPE}
     if differ := [f"{name}={shape.get(name)!r}" for name in SHAPE if given[name] != shape.get(name)]:
         has = ", ".join(f"{name}={given[name]!r}" for name in SHAPE if given[name] != shape.get(name))
         raise ValueError(f"the additions in {source} belong to a base with {', '.join(differ)}, not {has}")
     if shape.get("weights") != _fingerprint(base):
         raise ValueError(f"the additions in {source} belong to a base of the same shape with other weights")
+    # First without memory: settings may say any size, and only what is in the file is made.
+    tensors = len(saved) + sum(1 for _ in base.parameters())
+    config = {"base_config": base.config.to_dict(), **settings}
+    own = _of(build_empty(lambda: TaHForCausalLM(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))
+    wrong = sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]
+    if wrong := wrong or [n for n in own if not saved[n].is_floating_point()]:
+        raise ValueError(f"{source / WEIGHTS} does not fit its {SETTINGS}: {wrong[0]}")
     model = TaHForCausalLM.from_base(base, **settings)
     own = _of(model)
-    if wrong := sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]:
-        raise ValueError(f"{source / WEIGHTS} does not fit its {SETTINGS}: {wrong[0]}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])

@@ -9,6 +9,12 @@ from .config import check_max_depth, check_threshold
 from .session import Session
 from .terminal import Painter, make_console, summary
 
+FIRST = [{"role": "user", "content": "hello"}]  # a conversation that every template can write
+NEEDS = {  # what comes after a command, and an example
+    "/depth": "an integer from 1 on, such as /depth 2",
+    "/threshold": "a number from 0 to 1, such as /threshold 0.5",
+    "/policy": f"one of {', '.join(POLICIES)}",
+}
 HELP = """\
 /depth N        most passes a token may take
 /threshold X    iterate above this probability, in [0, 1]
@@ -17,12 +23,27 @@ HELP = """\
 /quit           leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
+class NotANumber(ValueError):
+    """What follows a command is none."""
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    try:
+        return kind(text)
+    except (ValueError, OverflowError) as error:
+        raise NotANumber(text) from error
+
+
 class Chat:
     """Reads lines, answers them, keeps the conversation.
 
     Args:
         rule: policy, threshold and max_depth; commands change them for the answers that follow.
         sampling: the other options of `Session.answer`.
+        system: message before the conversation.
+
+    Raises:
+        ValueError: the chat template refuses a system message.
     """
 
     def __init__(
@@ -30,6 +51,8 @@ class Chat:
     ) -> None:
         self.session, self.rule, self.sampling = session, rule, sampling
         self.start = [{"role": "system", "content": system}] if system else []
+        if self.start:
+            session.encode([*self.start, *FIRST])
         self.messages = list(self.start)
         self.console = make_console(color=color)
 
@@ -47,9 +70,12 @@ class Chat:
         while True:
             try:
                 line = input("> ").strip()
+                line.encode()
             except EOFError:
                 self.console.print()
                 return
+            except UnicodeError as error:
+                raise ValueError("standard input is not UTF-8 text") from error
             if line in ("/quit", "/exit"):
                 return
             if line.startswith("/"):
@@ -61,6 +87,8 @@ class Chat:
         """Obey a line that starts with a slash; return what to tell the user."""
         name, _, value = line.partition(" ")
         value = value.strip()
+        if name in NEEDS and not value:
+            return f"{name} needs {NEEDS[name]}"
         try:
             match name:
                 case "/help":
@@ -69,10 +97,10 @@ class Chat:
                     self.messages = list(self.start)
                     return "forgotten"
                 case "/depth":
-                    check_max_depth(depth := int(value))
+                    check_max_depth(depth := _number(int, value))
                     self.rule["max_depth"] = depth
                 case "/threshold":
-                    check_threshold(threshold := float(value))
+                    check_threshold(threshold := _number(float, value))
                     self.rule["threshold"] = threshold
                 case "/policy":
                     if value not in POLICIES:
@@ -82,12 +110,18 @@ class Chat:
                     self.rule["policy"] = value
                 case _:
                     return f"unknown command {name}; /help lists them"
+        except NotANumber:
+            return f"{name} {value[:40]}: that is no number; {name} needs {NEEDS[name]}"
         except ValueError as error:
             return f"{name} {value}: {error}"
-        return ", ".join(f"{key} {entry}" for key, entry in self.rule.items())
+        idle = self.rule["policy"] == "never" and name in ("/depth", "/threshold")
+        hint = "; nothing iterates under the policy never, /policy confidence changes that" if idle else ""
+        return ", ".join(f"{key} {entry}" for key, entry in self.rule.items()) + hint
 
     def turn(self, line: str) -> None:
         """Answer one message. The cache of earlier turns is used as far as the new prompt repeats them."""
+        if note := self.session.unknown_words(line):
+            self.console.print(note, style="dim")
         self.messages.append({"role": "user", "content": line})
         painter = Painter(self.console, self.rule["threshold"])
         said: list[str] = []

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .hub import OPTIONS, local
+from .untrusted import SLACK, check_model, empty_base
+
+PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -19,11 +24,16 @@ class SafeCheckpoint:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a TaH checkpoint (transformers' `from_pretrained`, strict).
+        """Load a TaH checkpoint (transformers' `from_pretrained`, strict), or one of the authors, which is converted
+        into the cache first.
 
         Raises:
-            ValueError: a tensor is missing, unexpected or of another shape, or the file is damaged.
+            ValueError: weights are no safetensors, a tensor is missing, unexpected or of another shape, or a file is
+                damaged.
         """
+        named = source
+        if isinstance(source, (str, os.PathLike)):  # else its tensors are given
+            source, kwargs = checked(source, kwargs, cls)
         wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
@@ -31,6 +41,8 @@ class SafeCheckpoint:
             model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}); copy them again") from error
+        if source != str(named):
+            model.name_or_path = model.config.name_or_path = str(named)
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
         if not ignore_mismatch:
             problems["wrongly shaped"] = [key[0] for key in info["mismatched_keys"]]
@@ -61,6 +73,56 @@ class SafeCheckpoint:
             raise
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
+
+
+def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any = None) -> tuple[str, dict[str, Any]]:
+    """The directory of a model, once all but single tensors is known to be in order, and how to load it from there.
+
+    Args:
+        source: a directory, or a hub id, which is downloaded.
+        options: of `from_pretrained`.
+        kind: the model's class; a base's is found in its configuration.
+
+    Raises:
+        ValueError: it is not there, or cannot be loaded.
+    """
+    if options.get("gguf_file"):  # data too, and asked for by name; read by transformers alone
+        return os.fspath(source), options
+    directory, given = local(source, options), options.get("config")
+
+    def empty() -> Any:
+        if kind is None:
+            return empty_base(directory)
+        return kind(given if isinstance(given, PreTrainedConfig) else kind.config_class.from_pretrained(directory))
+
+    named_later = kind is not None or options.get("ignore_mismatched_sizes")  # single tensors that do not fit
+    check_model(directory, empty, options.get("variant") or "", slack=SLACK if named_later else 0)
+    left = {name: value for name, value in options.items() if name not in PLACES}
+    return str(directory), left | {"use_safetensors": True}
+
+
+def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """A base, complete.
+
+    Args:
+        source: a directory or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it is not there, cannot be loaded, or tensors are missing.
+    """
+    directory, options = checked(source, options)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options, output_loading_info=True)
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{source} cannot be loaded: {line[:300]}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{source}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
+    if directory != str(source):
+        model.name_or_path = model.config.name_or_path = str(source)
+    return model
 
 
 def replace_files(source: Path, target: Path) -> None:

@@ -6,6 +6,8 @@ import difflib
 import json
 import os
 import sys
+import traceback
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
 USER_ERRORS = (ValueError, OSError, ImportError)
+LONGEST_LINE = 600  # characters of an error; more hides what matters, and --debug shows all of it
 UsageError: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bring their own click
 
 app = typer.Typer(
@@ -36,6 +39,14 @@ def _policy(name: str | None) -> str | None:
     near = difflib.get_close_matches(name, POLICIES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(POLICIES)}")
+
+
+def _system(text: str | None) -> str | None:
+    try:
+        (text or "").encode()
+    except UnicodeError as error:
+        raise typer.BadParameter("--system is not UTF-8 text") from error
+    return text
 
 
 def _number(help: str, kind: type[int] | type[float], low: int, high: int | None = None) -> Any:
@@ -79,9 +90,19 @@ TopPOption = Annotated[
 ]
 TopKOption = Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)]
 SeedOption = Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)]
-SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat template.")]
-DtypeOption = Annotated[str, typer.Option(metavar="NAME", help="auto (as saved), float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")]
+SystemOption = Annotated[
+    str | None, typer.Option(callback=_system, metavar="TEXT", help="System message of the chat template.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto (as saved if the device computes in it natively, else float32), float32, bfloat16 or float16.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 NoColorOption = Annotated[
     bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")
@@ -93,7 +114,7 @@ def top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere (also TAH_DEBUG=1).")
+        bool, typer.Option("--debug", help="Show where an error came from; accepted anywhere (also TAH_DEBUG=1).")
     ] = False,
 ) -> None:
     """Think-at-Hard: a language model that runs again on the tokens that are hard."""
@@ -122,7 +143,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     no_color: NoColorOption = False,
 ) -> None:
@@ -131,11 +152,14 @@ def generate(
     if not prompt.strip():
         raise typer.BadParameter("PROMPT is empty; give at least one word")
     session = _open(model, dtype, device)
+    _answers_as_itself(session, policy, threshold, max_depth)
     from .session import sampling
     from .terminal import Painter, make_console, summary
 
     if not raw and not session.tokenizer.chat_template:
         _note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
+    if unknown := session.unknown_words(prompt):
+        _note(unknown)
     messages = [{"role": "system", "content": system}] if system else []
     ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
     rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
@@ -166,64 +190,18 @@ def chat(
     seed: SeedOption = 0,
     system: SystemOption = None,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     no_color: NoColorOption = False,
 ) -> None:
     """Talk to a model; /help lists the commands."""
     session = _open(model, dtype, device)
+    _answers_as_itself(session, policy, threshold, max_depth)
     from .chat import Chat
     from .session import sampling
 
     rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
     options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
     Chat(session, rule, options, system, color=not no_color).run()
-
-
-@app.command()
-def inspect(
-    model: ModelArgument,
-    against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Also compare the number of parameters with a plain base.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a model is, or if it can be wrapped."""
-    from .load import as_lines, quiet
-    from .load import inspect as look
-
-    quiet()
-    found = look(model, against)
-    typer.echo(json.dumps(found) if as_json else as_lines(found))
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of the original implementation.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
-    threshold: Annotated[float | None, _number("Instead of the checkpoint's.", float, 0, 1)] = None,
-) -> None:
-    """Convert a checkpoint of the original code.
-
-    None of its code runs. Prints what was converted and anything about it that might surprise.
-    """
-    from .convert import convert as run_convert
-    from .load import quiet
-
-    quiet()
-    report = run_convert(source, target, threshold=threshold)
-    typer.echo(f"{report}\nwritten to {target}")
-
-
-@app.command()
-def demo(
-    max_new_tokens: TokensOption = 64,
-    problems: Annotated[int, _number("Held-out problems that the small model answers.", int, 0, 100)] = 100,
-    no_color: NoColorOption = False,
-) -> None:
-    """Run the two checkpoints in the box."""
-    from .demo import demo as run_demo
-
-    run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)
 
 
 def _text(prompt: str) -> str:
@@ -241,10 +219,13 @@ def _open(model: str, dtype: str, device: str) -> Session:
     from .session import Session
 
     quiet()
-    session = Session.open(model, dtype=dtype, device=device)
-    if session.wrapped:
-        _note(f"{model} is a base model without a trained second pass; policy: confidence unless you choose one")
-    return session
+    return Session.open(model, dtype=dtype, device=device, note=_note)
+
+
+def _answers_as_itself(session: Session, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
+    """Where no policy was chosen for a base that was wrapped on the fly, say what answers."""
+    if policy is None and (told := session.as_itself(threshold, max_depth)):
+        _note(told)
 
 
 def _note(text: str) -> None:
@@ -252,7 +233,11 @@ def _note(text: str) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command and return its exit code: 2 for what the user can put right, said in one line."""
+    """Run the command and return its exit code.
+
+    0: done. 1: a fault of ours. 2: something that the user can put right. 130: interrupted. 141: nobody reads what we
+    print. Either error is said in one line, with the traceback before it where --debug or TAH_DEBUG asks for that.
+    """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
@@ -264,25 +249,64 @@ def run(arguments: list[str]) -> int:
         ["bench", "serve"],
     ):
         arguments[:2] = ["-".join(arguments[:2])]
+    streams = sys.stdout, sys.stderr
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return _quietly(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: let the exit flush go nowhere
-        return 141
+        return _quietly(141)
+    except SystemExit as error:
+        sys.stdout, sys.stderr = streams  # typer makes this of a broken pipe, and puts others in their place
+        if isinstance(error.__context__, BrokenPipeError):
+            return _quietly(141)
+        raise
     except Exception as error:
-        if debug:
-            raise
-        if isinstance(error, UsageError):
-            _note(error.format_message())
-            return 2
-        expected = isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError"
-        line = " ".join(str(error).split()) or type(error).__name__
-        _note(line if expected else f"unexpected {type(error).__name__}: {line} (--debug shows where)")
-        return 2 if expected else 1
+        try:
+            if debug:
+                typer.echo(traceback.format_exc().encode("utf-8", "backslashreplace").decode(), err=True, nl=False)
+            code, line = _explained(error)
+            _note(line)
+        except BrokenPipeError:  # nobody reads stderr either
+            return _quietly(141)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code for an error, and what to say of it, in one line."""
+    if isinstance(error, UsageError):
+        code, line = 2, error.format_message()
+    elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        code, line = 2, f"out of memory: {error}; ask for fewer tokens or a smaller batch, or give another --device"
+    elif isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError":
+        code, line = 2, str(error)
+    else:
+        code, line = 1, f"unexpected {type(error).__name__}: {error}"
+    line = " ".join(line.split()) or type(error).__name__
+    hint = " (--debug shows where)" if code == 1 else ""
+    if len(line) + len(hint) > LONGEST_LINE:
+        hint = hint or " (--debug shows all of it)"
+        line = f"{line[: LONGEST_LINE - len(hint) - 3]}..."
+    return code, printable(line) + hint
+
+
+def printable(line: str) -> str:
+    """Without control characters, and with what is no UTF-8 escaped: a file's name must not steer the terminal."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def _quietly(code: int) -> int:
+    """The exit code, after what is still to be printed at exit has been sent nowhere, if nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):  # a stream of a caller's may have no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 def _register(name: str) -> None:
@@ -294,6 +318,7 @@ def _register(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+_register("cli_models")
 _register("cli_bench")
 _register("cli_make")
 _register("cli_see")
@@ -305,4 +330,8 @@ _register("cli_eval")
 def main() -> None:
     """Entry point of `tah` and `python -m tah`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm; the commands show progress themselves
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # a second one, while the first was being dealt with
+        code = 130
+    sys.exit(code)

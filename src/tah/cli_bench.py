@@ -87,8 +87,9 @@ def bench_trace(
     from .session import Session
 
     quiet()
-    session = Session.open(model, dtype="float32")
-    result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats)
+    session = Session.open(model, dtype="float32", device="cpu")
+    options: dict[str, Any] = {"policy": "confidence"} if session.wrapped else {}  # one that costs something
+    result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats, **options)
     if output is not None:
         save(result, output)
     typer.echo(json.dumps(result) if as_json else markdown(result))

@@ -79,7 +79,7 @@ def evaluate(
         bool, typer.Option("--allow-code-execution", help="Run the programs that answers hold, in a sandbox.")
     ] = False,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate on benchmarks, with the cost of iterating.
@@ -92,27 +92,13 @@ def evaluate(
 
     quiet()
     files, drawing = _files(data or []), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
     from .evaluation.eval_report import as_markdown
     from .evaluation.evaluate import Sampling
     from .evaluation.evaluate import evaluate as run_evaluation
+    from .progress import Answers
     from .terminal import make_console
 
-    console = make_console(stderr=True)
-    columns: Any = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total} answers"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        shown = bar.add_task("loading", total=None)
-
-        def told(policy: str, task: str, done: int, of: int) -> None:
-            bar.update(shown, description=f"{task}, {policy}", completed=done, total=of)
-
+    with Answers(make_console(stderr=True)) as told:
         results = run_evaluation(
             model,
             _words(tasks),

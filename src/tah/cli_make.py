@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli import DtypeOption, _note, _number, app
+from .cli import DeviceOption, DtypeOption, _note, _number, app
 
 if TYPE_CHECKING:
     from .training.recipe import Recipe
@@ -61,9 +61,7 @@ def prune(
     max_length: Annotated[int, _number("Longer texts are cut to so many tokens.", int, 2)] = 2048,
     split: Annotated[str, typer.Option(metavar="NAME", help="Of the texts.")] = "train",
     dtype: DtypeOption = "auto",
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... [default: cuda where there is one]")
-    ] = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Drop the layers of a base that matter least.
 
@@ -73,7 +71,7 @@ def prune(
     _quiet()
     from .training.pruned import prune_model
 
-    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device)
+    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device, _note)
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
 
 

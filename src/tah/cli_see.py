@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .tracing.traced import Trace
 
 TRACED = (*POLICIES, "oracle")
+LOOKED_AT = 100  # rows whose words the tokenizer may not know
 
 
 def _policy(name: str | None) -> str | None:
@@ -84,14 +86,21 @@ def trace(
         bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
     ] = False,
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure what iterating corrects and breaks.
 
-    Runs every token of the texts at every depth and prints what each policy would reach.
+    Runs every token of the texts at every depth and prints what each policy would reach. A base that was never trained
+    to iterate is traced with the policy confidence.
     """
     session = _open(model, dtype, device)
+    if session.wrapped and policy is None:
+        policy = "confidence"  # what it would answer with, itself, iterates nothing: there would be nothing to see
+        _note(
+            f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
+            "chooses another"
+        )
     from .tracing.overthinking import as_markdown, statistics
 
     options = {"policy": policy, "threshold": threshold, "own_policy": own_policy, "top_k": top_k}
@@ -109,7 +118,7 @@ def tune(
     limit: LimitOption = None,
     split: SplitOption = "train",
     dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Choose the threshold and write it into the model.
@@ -136,10 +145,20 @@ def tune(
     )
 
 
+def _said(row: Mapping[str, Any]) -> str:
+    """The words of a row of text or of a conversation; of others, which have ids or columns of their own, none."""
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    turns = row.get("messages") or ()
+    said = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
+    return " ".join(content for content in said if isinstance(content, str))
+
+
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
     """Trace with a progress bar on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from .progress import Counted
     from .terminal import make_console
     from .tracing.trace import trace as run_trace
     from .tracing.trace_texts import read_rows
@@ -148,11 +167,13 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     with suppress(ImportError):  # a plain text is read without datasets; whatever needs it says what to install
         quiet()
     rows = read_rows(data, split, limit)
+    if unknown := session.unknown_words(" ".join(_said(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
+        _note(unknown)
     console = make_console(stderr=True)
     columns = (
         TextColumn("tracing"),
         BarColumn(),
-        TextColumn("{task.completed} of {task.total} texts"),
+        Counted("texts"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

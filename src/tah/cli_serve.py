@@ -29,17 +29,15 @@ def serve(
     """
     _need_vllm()
     from .load import find, quiet
+    from .untrusted import check_model
 
     quiet()
     path, kind = find(model)
-    if kind == "original":
-        raise ValueError(
-            f"{model} is a checkpoint of the original implementation; first: tah convert {model} NEW_DIRECTORY"
-        )
     if kind == "base":
         raise ValueError(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
+    check_model(path)  # vLLM would read other weights than safetensors
     ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
     os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])
 

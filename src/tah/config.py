@@ -6,11 +6,12 @@ Widths (hidden size, vocabulary, number of layers) are never repeated here: they
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from numbers import Integral, Real
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
 REEMBED = ("topk", "hidden")
 ATTENTION = ("duo", "own", "blind")
@@ -47,8 +48,9 @@ class TaHConfig(PreTrainedConfig):
         lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
         lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
         lora_dropout: dropout on the adapter's input during training, in [0, 1).
-        lora_targets: leaf names of the adapted linear layers (`["q_proj", "v_proj"]`); None adapts every linear
-            layer of the decoder (fused expert weights are not linear layers). The output head is never adapted.
+        lora_targets: the adapted linear layers, each by its name in the base (`model.layers.3.mlp.up_proj`) or by what
+            the name ends in (`["q_proj", "v_proj"]`); None adapts every linear layer of the decoder (fused expert
+            weights are not linear layers). The output head is never adapted.
         policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
         decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)
@@ -86,7 +88,10 @@ class TaHConfig(PreTrainedConfig):
             _refuse_kernels(self.base_config)
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
+            check_family(self.base_config["model_type"])
             self.base_config = AutoConfig.for_model(**self.base_config)
+        elif not isinstance(self.base_config, PreTrainedConfig | None):
+            raise ValueError(f"base_config={_short(self.base_config)} is not the configuration of a model")
         if isinstance(self.base_config, PreTrainedConfig):
             text = self.base_config.get_text_config(decoder=True)
             kwargs.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
@@ -132,10 +137,16 @@ class TaHConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer >= {low}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1)")
-        if not 0 <= self.random_rate <= 1:
-            raise ValueError(f"random_rate={self.random_rate!r} must be in [0, 1]")
+        for name, within in (("lora_dropout", "[0, 1)"), ("random_rate", "[0, 1]")):
+            if not _is_share(getattr(self, name)) or (getattr(self, name) == 1 and within == "[0, 1)"):
+                raise ValueError(f"{name}={_short(getattr(self, name))} must be in {within}")
+        if not _is_number(self.lora_alpha):
+            raise ValueError(f"lora_alpha={_short(self.lora_alpha)} must be a finite number")
+        if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
+            raise ValueError(f"random_seed={_short(self.random_seed)} must be an integer")
+        names = self.lora_targets
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"lora_targets={_short(names)} must be a list of names of layers, or None")
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
 
@@ -163,13 +174,52 @@ def check_threshold(value: Any) -> None:
         raise ValueError(f"threshold={value!r} must be a number in [0, 1]")
 
 
+def check_family(model_type: Any) -> None:
+    """Raise `ValueError` for a family of models that this transformers does not know; its own message lists all."""
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {_short(model_type)}, a family that transformers {__version__} does not know")
+
+
+def _check_decider(full: dict[str, Any]) -> None:
+    """Raise `ValueError` for sizes of a decider that are no sizes."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    for name in ("width", "expansion", "topk"):
+        if name in full and not is_size(full[name]):
+            raise ValueError(f"decider {name}={_short(full[name])} must be an integer >= 1")
+    widths, share = full.get("hidden_dims", [1]), full.get("dropout", 0)
+    if not isinstance(widths, list | tuple) or not widths or not all(map(is_size, widths)):
+        raise ValueError(f"decider hidden_dims={_short(widths)} must be a list of integers >= 1")
+    if not _is_share(share) or share == 1:
+        raise ValueError(f"decider dropout={_short(share)} must be in [0, 1)")
+    if not isinstance(full.get("normalize_input", False), bool):
+        raise ValueError(f"decider normalize_input={_short(full['normalize_input'])} must be true or false")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
-    """Fill in the defaults of a decider's kind and check its layers against the base's depth in layers."""
+    """Fill in the defaults of a decider's kind and check them, its layers against the base's depth in layers."""
     if decider is None:
         return None
+    if not isinstance(decider, dict):
+        raise ValueError(f"decider={_short(decider)} is neither a description of a decider nor None")
     kind = decider.get("kind")
-    if kind not in DECIDER_DEFAULTS:
-        raise ValueError(f"decider kind {kind!r} is not one of {', '.join(DECIDER_DEFAULTS)}")
+    if not isinstance(kind, str) or kind not in DECIDER_DEFAULTS:
+        raise ValueError(f"decider kind {_short(kind)} is not one of {', '.join(DECIDER_DEFAULTS)}")
     unknown = set(decider) - {"kind"} - set(DECIDER_DEFAULTS[kind])
     if unknown:
         allowed = ", ".join(DECIDER_DEFAULTS[kind])
@@ -177,7 +227,10 @@ def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
     full = {"kind": kind, **DECIDER_DEFAULTS[kind], **decider}
     if full["layers"] is None:
         full["layers"] = sorted({max(1, num_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
+    if not isinstance(full["layers"], list | tuple):
+        raise ValueError(f"decider layers {_short(full['layers'])} must be a list of hidden-state indices")
     full["layers"] = list(full["layers"])
+    _check_decider(full)
     wrong = [k for k in full["layers"] if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= num_layers]
     if wrong or not full["layers"]:
         raise ValueError(

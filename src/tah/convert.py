@@ -23,21 +23,28 @@ Defaults of MLPIterDecider that the spec gives: layers (16, 20, 24, 28), widths 
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter, read_adapter
+from .checkpoint import WEIGHTS
+from .config import TaHConfig
+from .decider import build_decider
+from .hub import Snapshot, is_repository, original_directory
 from .model import TaHForCausalLM
-from .original import DECIDER, READ, OriginalDecider, read_config, read_decider
+from .original import CONFIG, DECIDER, READ, OriginalDecider, read_config, read_decider
+from .smollm2 import cache_dir, locked, progress
+from .untrusted import build_empty, check_model, empty_base, read_json
 
+VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
 TOKENIZER = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
@@ -73,7 +80,7 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
 
     Args:
         src: directory with `config.json`, `model.safetensors` (or its shards), `tah_config.json`, and as a rule
-            `iter_decider.bin`, `lora/` and a tokenizer.
+            `iter_decider.bin`, `lora/` and a tokenizer; a str may also be the id of such a repository on the hub.
         dst: directory to make; it may exist if it is empty.
         threshold: instead of the checkpoint's. The authors evaluate with 0.9, which their checkpoints do not say.
 
@@ -82,16 +89,22 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
             or `dst` is not empty. One line with the file and the entry.
     """
     source, target = Path(src), Path(os.path.realpath(dst))
-    if not source.is_dir():
+    if not source.is_dir() and not (isinstance(src, str) and is_repository(src)):
         raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; choose another destination")
+    if not source.is_dir():
+        source = original_directory(Snapshot(str(src)))
     notes: list[str] = []
     config = read_config(source)
     decider = read_decider(source, config, notes)
     adapter = _read_lora(source, config)
     base = _load_base(source, config["embedding_key"])
-    fields = _config_fields(config, decider, adapter, base.dtype, threshold, notes)
+    fields = _config_fields(config, decider, adapter, base, threshold, notes)
+    if adapter:
+        adapter.check_shapes(base)
+    if decider.state is not None:
+        _check_decider(decider, base, fields)
     model = TaHForCausalLM.from_base(base, **fields)
     if adapter:
         adapter.copy_to(model)
@@ -114,12 +127,12 @@ def _config_fields(
     config: dict[str, Any],
     decider: OriginalDecider,
     adapter: Adapter | None,
-    dtype: torch.dtype,
+    base: PreTrainedModel,
     threshold: float | None,
     notes: list[str],
 ) -> dict[str, Any]:
     """The `TaHConfig` of the checkpoint, but for its base."""
-    arguments = decider.arguments
+    arguments, dtype = decider.arguments, base.dtype
     given = arguments["threshold"] if threshold is None else threshold
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise ValueError(f"threshold={given!r} must be a number in [0, 1]")
@@ -149,7 +162,7 @@ def _config_fields(
         elif arguments["dtype"] != dtype:
             notes.append(f"the decider's first projections are rounded to {arguments['dtype']}, as in the original")
     if adapter:
-        fields |= adapter.fields
+        fields |= adapter.fields_for(base)
         if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
             notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
     return fields
@@ -171,31 +184,57 @@ def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:
     return adapter
 
 
+def convert_once(name: str, key: str, fetch: Callable[[], Path]) -> Path:
+    """A checkpoint of the original implementation as one of ours, in the cache; converted where it is not there yet.
+
+    Args:
+        name: of the checkpoint, for people.
+        key: tells its revisions apart.
+        fetch: where the original is; called only if it is needed.
+
+    Raises:
+        ValueError: it cannot be converted.
+    """
+    words = re.sub(r"[^\w.-]+", "--", name).strip(".-")[-80:] or "original"
+    target = cache_dir() / f"{words}-{key}-tah-v{VERSION}"
+    if _is_whole(target):
+        return target
+    with locked(target):
+        if not _is_whole(target):  # another process may have converted it while this one waited for the lock
+            for leftover in target.parent.glob(f".{target.name}.partial-*"):  # of killed runs: the lock is ours
+                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
+            source = fetch()
+            with progress(f"Converting {name} from the authors' layout (once)", after=True):
+                convert(source, target)
+    return target
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a converted checkpoint is there: it got its name when it was, so only a later hand can have harmed it."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return "config.json" in names and any(WEIGHTS.fullmatch(name) for name in names)
+
+
 def _check_base_files(source: Path) -> None:
-    """Everything about the base that can be refused without building it."""
+    """Everything about the base that can be refused before it is loaded."""
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json")
-    path = source / "config.json"
-    try:
-        described = json.loads(path.read_text("utf-8"))
-        if not isinstance(described, dict):
-            raise ValueError("it is not a JSON object")
-        for path in sorted(source.glob("*.safetensors")):
-            with safe_open(path, "pt"):
-                pass
-        for path in sorted(source.glob("*.safetensors.index.json")):
-            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-            for shard in shards:
-                if not (source / shard).is_file():
-                    raise FileNotFoundError(f"{shard}, which it lists, is missing")
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path.name} is damaged or incomplete: {error}") from error
-    for key, value in described.items():
-        hub_kernel = "implementation" in key and "/" in str(value)  # which transformers would download and run
-        if hub_kernel or (key in ("auto_map", "quantization_config") and value):
-            raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
     if (source / "adapter_config.json").exists():  # transformers would follow it to another base
         raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
+    try:
+        described = read_json(source / "config.json")
+        wanted = {key for key, value in described.items() if key in ("auto_map", "quantization_config") and value}
+        # Kernels transformers would download and run.
+        wanted |= {key for key, value in described.items() if "implementation" in key and "/" in str(value)}
+        if not wanted:
+            check_model(source, lambda: empty_base(source))
+    except ValueError as error:
+        line = str(error).removeprefix(f"{source}/").removeprefix(f"{source} ")
+        damaged = " is damaged or incomplete: " in line
+        raise ValueError(line if damaged else f"the base in {source} cannot be loaded: {line}") from error
+    for key in sorted(wanted):
+        raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
 
 
 def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
@@ -223,11 +262,17 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
     return base
 
 
-@torch.no_grad()
-def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
-    """Copy the MLP's tensors into the model's decider, in the model's dtype."""
-    assert model.decider is not None and decider.state is not None
-    own, state = model.decider.state_dict(), decider.state
+def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the tensors are those of the decider that the arguments describe, before it is made."""
+    assert decider.state is not None
+    config = TaHConfig(base_config=base.config, **fields)
+    text, state = base.config.get_text_config(decoder=True), decider.state
+    sizes = text.hidden_size, text.vocab_size
+    try:
+        empty = build_empty(lambda: build_decider(config.decider or {}, *sizes), len(state), CONFIG)
+    except ValueError as error:
+        raise ValueError(f"{DECIDER} does not fit its arguments: {error}") from error
+    own = empty.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not a parameter of this decider" for name in state.keys() - own.keys()]
     for name in own.keys() & state.keys():
@@ -236,7 +281,14 @@ def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ValueError(f"{DECIDER} does not fit its arguments: {min(wrong)}{more}")
-    for name, tensor in state.items():
+
+
+@torch.no_grad()
+def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
+    """Copy the MLP's tensors into the model's decider, in the model's dtype."""
+    assert model.decider is not None and decider.state is not None
+    own = model.decider.state_dict()
+    for name, tensor in decider.state.items():
         if name.split(".")[0] in ("logits_projection", "combined_projection"):
             tensor = tensor.to(decider.arguments["dtype"])
         own[name].copy_(tensor)

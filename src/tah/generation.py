@@ -20,6 +20,27 @@ from .cache import CACHE, DuoCache
 RULE_ARGUMENTS = ("policy", "threshold", "max_depth")
 KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again
 
+# Settings of a generation_config.json by kind; not all there are, but those that models come with.
+SETTINGS = {
+    "whole numbers": ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    "whole number": (
+        *("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+        *("top_k", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_assistant_tokens", "prompt_lookup_num_tokens"),
+    ),
+    "number": (
+        *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+        *("encoder_repetition_penalty", "length_penalty", "diversity_penalty", "guidance_scale", "max_time", "top_h"),
+    ),
+    "truth": ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "output_scores"),
+}
+KINDS = {
+    "whole numbers": "a whole number or a list of them",
+    "whole number": "a whole number",
+    "number": "a number",
+    "truth": "true or false",
+}
+
 # Arguments of the running `generate` as transformers completed them: a mask it inferred, for one.
 _model_kwargs: ContextVar[dict[str, Any]] = ContextVar("tah_model_kwargs")
 
@@ -145,6 +166,32 @@ class TaHGeneration:
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = DuoCache()
         _model_kwargs.get().update(model_kwargs)
+
+
+def check_generation_config(config: Any, source: str) -> None:
+    """That the settings of a generation_config.json are of their kinds. transformers looks at few of them before it
+    computes with them.
+
+    Args:
+        config: a model's `generation_config`.
+        source: what the user calls the model.
+
+    Raises:
+        ValueError: one is of another kind.
+    """
+    for kind, names in SETTINGS.items():
+        for name in names:
+            value = getattr(config, name, None)
+            each = value if kind == "whole numbers" and isinstance(value, list) else [value]
+            if not all(entry is None or _is(entry, kind) for entry in each) or (name, value) == ("eos_token_id", []):
+                shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+                raise ValueError(f"generation_config.json of {source}: {name}={shown} must be {KINDS[kind]}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "truth":
+        return isinstance(value, bool)
+    return isinstance(value, int if kind != "number" else (int, float)) and not isinstance(value, bool)
 
 
 def _as_rows(value: Any, rows: int) -> Any:

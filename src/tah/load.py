@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from .chat_template import check_template
+from .checkpoint import load_plain
 from .families import UnsupportedBase, check_base
+from .hub import Snapshot, converted, is_original, is_repository
+from .hub import hub_reachable as hub_reachable
 from .model import TaHForCausalLM
+from .untrusted import build_empty, check_config, check_counts, empty_base, read_json
 
 FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
-ORIGINAL = "tah_config.json"  # only checkpoints of the original implementation have this file
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-Kind = Literal["tah", "base", "original"]
+LONGEST = 300  # characters of another's message that we repeat
+Kind = Literal["tah", "base"]
 
 
-def find(source: str) -> tuple[str, Kind]:
-    """Where a model is, and what: a directory, a hub id, or a word: `smollm2`, `smollm2-tah`, `follow-tah`.
+def find(source: str, weights: bool = True) -> tuple[str, Kind]:
+    """The directory of a model, and what it is: a TaH checkpoint, or a base.
+
+    A model of the hub is downloaded. A checkpoint in the authors' layout, here or on the hub, is converted into the
+    cache once, and found there.
+
+    Args:
+        source: a directory, a hub id, or a word: `smollm2`, `smollm2-tah`, `follow-tah`.
+        weights: also download them; False where the configuration and the tokenizer will do.
 
     Raises:
         ValueError: there is no such thing, or it is not a model.
@@ -44,37 +50,29 @@ def find(source: str) -> tuple[str, Kind]:
         return str(smollm2_tah()), "tah"
     directory = Path(source)
     if directory.is_dir():
-        if (directory / ORIGINAL).is_file():
-            return source, "original"
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"{source} is not a model: it has no config.json")
-        try:
-            described = json.loads((directory / "config.json").read_text("utf-8"))
-            return source, "tah" if described["model_type"] == "tah" else "base"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{source}/config.json is damaged: {first_line(error)}") from error
+        return (str(converted(source, directory)), "tah") if is_original(directory) else _described(directory, source)
     if directory.exists():
         raise ValueError(f"{source} is a file; give the directory of a model")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source.strip():
+    if not is_repository(source):
         raise ValueError(f"no model {source!r}: there is no such directory")
-    try:
-        path = source if hub_reachable() else snapshot_download(source, local_files_only=True)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        why = "and the model hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else first_line(error)
-        raise ValueError(f"no model {source!r}: there is no such directory, {why}") from error
-    return path, "tah" if config.model_type == "tah" else "base"
+    found = Snapshot(source)
+    if is_original(found.directory):
+        return str(converted(source, found)), "tah"
+    kind = _described(found.directory, str(found.directory))
+    if weights:
+        found.complete()
+    return kind
 
 
-def hub_reachable() -> bool:
-    """False where asking the hub would only run into a minute of retries."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
-        return True
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        return False
-    return not os.environ.get("HF_HUB_OFFLINE")
+def _described(directory: Path, source: str) -> tuple[str, Kind]:
+    """`source` and its kind, as the configuration there says."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{source} is not a model: it has no config.json")
+    described = read_json(directory / "config.json")
+    if "model_type" not in described:
+        raise ValueError(f"{source}/config.json is damaged: it has no model_type")
+    check_config(described, f"{source}/config.json")
+    return source, "tah" if described["model_type"] == "tah" else "base"
 
 
 def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
@@ -83,7 +81,11 @@ def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
     Raises:
         ValueError: it is damaged or incomplete.
     """
-    return _load(path, TaHForCausalLM, dtype)
+    try:
+        return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
+    except Exception as error:
+        line = first_line(error)
+        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
 
 
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -92,11 +94,7 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         ValueError: it cannot be loaded, or tensors are missing.
     """
-    model, info = _load(path, AutoModelForCausalLM, dtype, output_loading_info=True, trust_remote_code=False)
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{path}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
-    return model
+    return load_plain(path, dtype=_known(dtype), trust_remote_code=False)
 
 
 def outline(path: str) -> PreTrainedModel:
@@ -105,39 +103,39 @@ def outline(path: str) -> PreTrainedModel:
     Raises:
         ValueError: the configuration cannot be read, or is not of a causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{path}: {first_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{path}: transformers has no causal language model for the family {config.model_type}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    where = f"{path}/config.json"
+    described = read_json(Path(path, "config.json"))
+    check_config(described, where)
+    check_counts(described, None, where)
+    return build_empty(lambda: empty_base(path), None, where)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, source: str | None = None) -> Any:
     """The tokenizer at `path`.
 
+    Args:
+        source: what the user calls it, for messages.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or its chat template cannot be used.
     """
+    name = path if source is None else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tried = tokenizer("a", add_special_tokens=False)["input_ids"]  # settings of a wrong kind show only here
+        tokenizer.decode(tried, skip_special_tokens=True)
     except Exception as error:
-        raise ValueError(f"{path} has no usable tokenizer ({first_line(error)})") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
-        raise ValueError(f"{path} has no usable tokenizer (it is empty)")
+        raise ValueError(f"{name} has no usable tokenizer ({first_line(error)}); copy the base's into it") from error
+    if not tried:  # transformers makes up an empty one
+        raise ValueError(f"{name} has no usable tokenizer (it is empty); copy the base's into it")
+    check_template(tokenizer, name)
     return tokenizer
 
 
-def _load(path: str, kind: Any, dtype: str, **options: Any) -> Any:
+def _known(dtype: str) -> str:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    try:
-        return kind.from_pretrained(path, dtype=dtype, **options)
-    except Exception as error:
-        line = first_line(error)
-        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
+    return dtype
 
 
 def inspect(source: str, against: str | None = None) -> dict[str, Any]:
@@ -147,8 +145,6 @@ def inspect(source: str, against: str | None = None) -> dict[str, Any]:
         ValueError: there is no such model, or it is damaged, or `against` is not a base.
     """
     path, kind = find(source)
-    if kind == "original":
-        return {"model": source, "kind": "original", "next": f"tah convert {source} NEW_DIRECTORY"}
     baseline = None if against is None else _count_base(against)
     found = _inspect_tah(source, path) if kind == "tah" else _inspect_base(source, path)
     if baseline is not None:
@@ -160,7 +156,7 @@ def inspect(source: str, against: str | None = None) -> dict[str, Any]:
 
 def _count_base(source: str) -> int:
     """Parameters of a base; no weights are read."""
-    path, kind = find(source)
+    path, kind = find(source, weights=False)
     if kind != "base":
         raise ValueError(f"--against {source}: that is not a plain base model")
     return outline(path).num_parameters()
@@ -254,4 +250,6 @@ def quiet() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says, or the beginning of it: others' messages go on for pages."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

@@ -9,7 +9,7 @@ on exit, so two threads may use one model at different depths, and nothing about
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -89,7 +89,15 @@ class LoRAConv1D(DepthLoRA, Conv1D):
 _KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
 
 
-def _widths(linear: nn.Module) -> tuple[int, int]:
+def is_target(name: str, targets: Iterable[str] | None) -> bool:
+    """Whether a layer of the base is among `targets`: whole names, or what a name ends in after a dot, as in PEFT."""
+    if targets is None:
+        return True
+    parts = name.split(".")
+    return not {".".join(parts[at:]) for at in range(len(parts))}.isdisjoint(targets)
+
+
+def widths(linear: nn.Module) -> tuple[int, int]:
     """(I, O) of a linear layer of either kind."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
@@ -102,6 +110,7 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     targets: list[str] | None = None,
+    prefix: str = "",
 ) -> list[str]:
     """Give linear layers below `decoder` an adapter, in place, and return their names.
 
@@ -110,18 +119,18 @@ def add_lora(
         rank: r > 0.
         alpha: the update is scaled by alpha / rank.
         dropout: on the adapter's input, during training only.
-        targets: leaf names to adapt; None adapts every linear layer.
+        targets: layers to adapt, each by its name or the end of it (`is_target`); None adapts every linear layer.
+        prefix: what names below `decoder` begin with in the base, where targets may be whole names.
 
     Raises:
         ValueError: a target that no linear layer has, or a decoder without linear layers.
     """
     adapted: list[str] = []
     for name, module in list(decoder.named_modules()):
-        leaf = name.rpartition(".")[2]
         # Exact types only: a subclass (router, quantised or ternary layer) has a forward of its own.
-        if type(module) not in _KINDS or (targets is not None and leaf not in targets):
+        if type(module) not in _KINDS or not is_target(prefix + name, targets):
             continue
-        inputs, outputs = _widths(module)
+        inputs, outputs = widths(module)
         weight: Any = module.weight
         factory = {"device": weight.device, "dtype": weight.dtype}
         lora = {
@@ -136,9 +145,9 @@ def add_lora(
         module.lora_scale = alpha / rank
         reset_lora(module)
         adapted.append(name)
-    found = {name.rpartition(".")[2] for name in adapted}
-    if targets is not None and set(targets) - found:
-        raise ValueError(f"lora_targets {sorted(set(targets) - found)}: the base has no linear layer of that name")
+    missing = [its for its in targets or () if not any(is_target(prefix + name, [its]) for name in adapted)]
+    if missing:
+        raise ValueError(f"lora_targets {sorted(set(missing))}: the base has no linear layer of that name")
     if not adapted:
         raise ValueError("the base has no nn.Linear or Conv1D layer to adapt; use lora_rank=0")
     return adapted

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE, DuoCache, DuoStep, given_cache
-from .checkpoint import SafeCheckpoint
+from .checkpoint import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .decider import build_decider
 from .families import (
@@ -64,7 +64,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         check_facts(self.base)
         text = config.get_text_config(decoder=True)
         if config.lora_rank:
-            add_lora(self.decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+            decoder = self.decoder
+            path = next((f"{name}." for name, module in self.base.named_modules() if name and module is decoder), "")
+            add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
         # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
@@ -334,13 +336,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
 
         Raises:
             UnsupportedBase: the base's family cannot be wrapped; says why.
-            ValueError: a config field out of range, or arguments nobody takes.
+            ValueError: a config field out of range, arguments nobody takes, or a base whose files cannot be loaded.
         """
         fields = {field.name for field in dataclasses.fields(TaHConfig)} - {"base_config"}
         own = fields - {field.name for field in dataclasses.fields(TaHConfig.__mro__[1])}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if isinstance(base, str) or hasattr(base, "__fspath__"):
-            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+            base = load_plain(base, **kwargs)
         elif kwargs:
             raise ValueError(f"unknown options: {', '.join(sorted(kwargs))}; TaHConfig takes {', '.join(sorted(own))}")
         if isinstance(base, cls):

@@ -8,15 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from .cache import CACHE, DuoCache
-from .load import find, first_line, load_base, load_tah
+from .generation import check_generation_config
+from .load import find, first_line, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
+from .place import put
 from .terminal import Token, TokenStreamer
+from .tokens import check_ids
 
-# Of a base wrapped on the fly: iterate where the top token has less than 0.3 of the probability, about one in ten.
+# Of a base wrapped on the fly, where it is asked for `confidence`: iterate where the top token has less than 0.3 of the
+# probability, about one in ten.
 CONFIDENCE_THRESHOLD = 0.7
+NAMED = 5  # unknown words that a note names
+LONGEST_REASON = 200  # characters of what a chat template says
+LONGEST_NAME = 24  # characters of such a word
 
 
 @dataclass
@@ -62,54 +68,150 @@ class Session:
     ids: list[int] = field(default_factory=list)  # what the cache has seen, and one more
 
     @classmethod
-    def open(cls, source: str, *, dtype: str = "auto", device: str = "cpu") -> Session:
-        """Load a TaH checkpoint, or wrap a base model with the `confidence` policy, without adapter and decider.
+    def open(
+        cls,
+        source: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        as_saved: bool = False,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> Session:
+        """Load a TaH checkpoint, or wrap a base model, without adapter and decider. Nothing in such a base is trained
+        to iterate, so it answers as itself, with the policy `never`, until another is asked for.
+
+        Args:
+            source: directory, hub id, `smollm2`, `smollm2-tah`, or `follow-tah`.
+            dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
+            device: `auto` is CUDA, then MPS, then the CPU.
+            as_saved: the model is only handed on to another engine: it stays as it was saved, in the CPU's memory.
+            note: is told where `auto` became float32.
 
         Raises:
-            ValueError: it cannot be found, is damaged, or cannot be wrapped.
+            ValueError: it cannot be found, is damaged, or cannot be wrapped, or there is no such device.
         """
         path, kind = find(source)
-        if kind == "original":
-            raise ValueError(
-                f"{source} has the original implementation's layout; first: tah convert {source} NEW_DIRECTORY"
-            )
         if kind == "tah":
             model = load_tah(path, dtype)
         else:
             untrained: dict[str, Any] = {"lora_rank": 0, "decider": None}  # parts that would be random
             base = load_base(path, dtype)
-            model = TaHForCausalLM.from_base(base, policy="confidence", threshold=CONFIDENCE_THRESHOLD, **untrained)
+            model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise ValueError(
-                f"{source} has no usable tokenizer ({first_line(error)}); copy the base's into it"
-            ) from error
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one
-            raise ValueError(f"{source} has no usable tokenizer (it is empty); copy the base's into it")
-        try:
-            return cls(source, model.to(device).eval(), tokenizer, kind == "base")
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
+        check_generation_config(model.generation_config, source)
+        tokenizer = load_tokenizer(path, source)
+        if not as_saved:
+            put(model, source, dtype=dtype, device=device, note=note)
+        return cls(source, model.eval(), tokenizer, kind == "base")
 
     def rule(self, **given: Any) -> dict[str, Any]:
-        """Policy, threshold and max_depth: what was given, and the model's own where that is None."""
+        """Policy, threshold and max_depth: what was given, and the model's own where that is None.
+
+        Raises:
+            ValueError: a threshold or a depth is given for a wrapped base that answers as itself: it changes nothing.
+        """
+        if given.get("policy") is None:
+            self.as_itself(given.get("threshold"), given.get("max_depth"))
         return {name: getattr(self.model.config, name) if value is None else value for name, value in given.items()}
 
+    def as_itself(self, threshold: float | None = None, max_depth: int | None = None) -> str | None:
+        """Where no policy was chosen: what to tell a user whose base answers as itself; None for a trained model.
+
+        Raises:
+            ValueError: a threshold or a depth was given all the same, which would silently change nothing.
+        """
+        if not self.wrapped:
+            return None
+        idle = {"--threshold": threshold, "--max-depth": None if max_depth == 1 else max_depth}
+        for option, value in idle.items():
+            if value is not None:
+                raise ValueError(
+                    f"{option} {value} changes nothing while the base model {self.source} answers as itself; add "
+                    "--policy confidence, or leave it out"
+                )
+        return (
+            f"{self.source} is a base model without a trained second pass, so it answers as itself; --policy "
+            "confidence gives one to tokens it is unsure of"
+        )
+
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins; `raw` leaves the chat template out."""
+        """Token ids of a conversation, up to where the answer begins; `raw` leaves the chat template out.
+
+        Raises:
+            ValueError: the chat template refuses the conversation, or leaves its system message out.
+        """
         if raw or not self.tokenizer.chat_template:
             return self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
+        return self.tokenizer(self._written(messages), add_special_tokens=False)["input_ids"]
+
+    def _written(self, messages: list[dict[str, str]]) -> str:
+        """A conversation as the chat template writes it."""
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        others = [message for message in messages if message["role"] != "system"]
+        try:
+            text = self._template(messages)
+        except Exception as error:  # whatever a template of others runs into
+            why = f"({first_line(error)[:LONGEST_REASON]})"
+            if system and others and self._writes(others):
+                raise ValueError(
+                    f"the chat template of {self.source} refuses a system message {why}; leave out --system, and say "
+                    "it in the prompt"
+                ) from error
+            raise ValueError(
+                f"the chat template of {self.source} cannot write this conversation {why}; tah generate --raw does "
+                "without a template"
+            ) from error
+        if system and system[0].strip() not in text and self._writes(others) and self._template(others) == text:
+            raise ValueError(
+                f"the chat template of {self.source} leaves a system message out; leave out --system, and say it in "
+                "the prompt"
+            )
+        return text
+
+    def _writes(self, messages: list[dict[str, str]]) -> bool:
+        try:
+            self._template(messages)
+        except Exception:
+            return False
+        return True
+
+    def _template(self, messages: list[dict[str, str]]) -> str:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert isinstance(text, str)
+        return text
+
+    def unknown_words(self, text: str) -> str | None:
+        """What to tell a user whose words the tokenizer does not know and reads as one and the same token, or as
+        nothing; None where it knows all."""
+        words = list(dict.fromkeys(text.split()))
+        nothing = self._unknown()
+        read = self.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+        unknown = [
+            word
+            for word, ids in zip(words, read, strict=True)
+            if not ids or (nothing is not None and nothing[1] in ids and nothing[0] not in word)
+        ]
+        if not unknown:
+            return None
+        named = [word if len(word) <= LONGEST_NAME else word[: LONGEST_NAME - 3] + "..." for word in unknown[:NAMED]]
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        return f"the tokenizer of {self.source} does not know {', '.join(map(repr, named))}{more}"
+
+    def _unknown(self) -> tuple[str, int] | None:
+        """The token that stands for words that the tokenizer does not know, and its id."""
+        inner = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        token = getattr(inner, "unk_token", None) or self.tokenizer.unk_token
+        at = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
+        return None if token is None or at is None else (str(token), at)
 
     def answer(self, ids: list[int], show: Callable[[Token], None], *, max_new_tokens: int, **options: Any) -> Answer:
         """Continue `ids`; `show` gets each token as it comes. `options` go to `generate`.
 
         Raises:
-            ValueError: an empty prompt, one longer than the model, or a model that computes NaN.
+            ValueError: an empty prompt, one longer than the model or of tokens that it does not have, or a model that
+                computes NaN.
         """
+        check_ids(ids, self.model, "the prompt", f"{self.source} comes with another model's tokenizer")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None:
             max_new_tokens = max(1, min(max_new_tokens, limit - len(ids)))

@@ -40,7 +40,7 @@ def smollm2_base(dtype: str = "float32") -> Path:
     if is_complete(target):
         return target
     gguf = find_gguf()
-    with _progress("Converting SmolLM2-135M-Instruct (once, about a minute)"), _locked(target):
+    with progress("Converting SmolLM2-135M-Instruct (once, about a minute)"), locked(target):
         if not is_complete(target):  # another process may have finished while this one waited for the lock
             _write(target, lambda: _load(gguf, dtype))
     return target
@@ -54,7 +54,7 @@ def smollm2_tah() -> Path:
     if is_complete(target):
         return target
     base = smollm2_base()
-    with _progress("Adding the second pass to SmolLM2-135M-Instruct (once, seconds)"), _locked(target):
+    with progress("Adding the second pass to SmolLM2-135M-Instruct (once, seconds)"), locked(target):
         if not is_complete(target):
             _write(target, lambda: _load_tah(base))
     return target
@@ -95,7 +95,7 @@ def find_gguf() -> Path:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """One process at a time makes `target`."""
     from filelock import FileLock
 
@@ -179,19 +179,25 @@ def _tokenizer(gguf: Path, max_length: int) -> Any:
 
 
 @contextmanager
-def _progress(message: str) -> Iterator[None]:
-    """One line on stderr in place of Transformers' progress bars; a spinner where stderr is a terminal."""
+def progress(message: str, after: bool = False) -> Iterator[None]:
+    """One line on stderr in place of Transformers' progress bars; a spinner where stderr is a terminal.
+
+    Args:
+        after: say it once the work is done, where it may well be refused.
+    """
     from rich.console import Console
     from transformers.utils import logging
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal and not after:
         console.print(message, highlight=False, soft_wrap=True)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with console.status(message):
             yield
+        if not console.is_terminal and after:
+            console.print(message, highlight=False, soft_wrap=True)
     finally:
         if bars:
             logging.enable_progress_bar()

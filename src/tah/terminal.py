@@ -194,7 +194,13 @@ def summary(num_tokens: int, seconds: float, depths: Sequence[int]) -> str:
     return f"{num_tokens} tokens, {rate:.1f} tokens/s, {share:.1%} iterated, mean depth {mean:.2f}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the command, which ends quietly; rich would exit with the code of an error."""
+        raise BrokenPipeError
+
+
 def make_console(*, stderr: bool = False, color: bool = True) -> Console:
     """A console that prints text as it is: no markup, no emoji codes, no highlighting."""
     file = sys.stderr if stderr else sys.stdout
-    return Console(file=file, markup=False, emoji=False, highlight=False, no_color=None if color else True)
+    return _Console(file=file, markup=False, emoji=False, highlight=False, no_color=None if color else True)

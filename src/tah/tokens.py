@@ -5,6 +5,7 @@ Shapes: B batch, T tokens of this call, D width, N tokens in question.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,24 @@ class Tokens:
     def select(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
         """[B, T] -> [N], or None for None."""
         return None if x is None else x.flatten()[tokens]
+
+
+def check_ids(ids: Iterable[int], model: PreTrainedModel, what: str, why: str) -> None:
+    """That a model has an embedding for every token. torch's own error is an index on a CPU, and on a GPU it ends the
+    whole process.
+
+    Args:
+        ids: tokens.
+        what: has these tokens.
+        why: it may have others than the model has.
+
+    Raises:
+        ValueError: it has none for one of them.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    most = max(ids, default=0)
+    if most >= size:
+        raise ValueError(f"{what} has the token {most}, but the model only {size}: {why}")
 
 
 def _count(valid: Tensor, padded: bool, cache: DuoCache | None) -> Tensor:

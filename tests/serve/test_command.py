@@ -25,4 +25,4 @@ def test_models_that_are_no_tah_checkpoints(tmp_path, capsys, monkeypatch):
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tah_config.json").write_text("{}")
     assert run(["serve", str(tmp_path / "original")]) == 2
-    assert "first: tah convert" in capsys.readouterr().err
+    assert "max_iter is None" in capsys.readouterr().err

@@ -52,7 +52,11 @@ function numbers(pane, p, d) {
   return table;
 }
 
-const small = (prob) => (prob >= 0.0001 ? prob.toFixed(4) : prob.toExponential(0));
+/** A probability as a number; where it was rounded to nothing, what it is less than. */
+function small(prob, least = "1e-38") {
+  if (prob >= 0.0001) return prob.toFixed(4);
+  return prob > 0 ? prob.toPrecision(1) : `<${least}`;
+}
 const loss = (prob) => (-Math.log(Math.max(prob, TINY))).toFixed(3);
 
 /** The most probable tokens after a pass, and the true one if it is not among them. */
@@ -61,10 +65,12 @@ function onePass(trace, p, d, ran) {
   const entry = (text, value, right) => {
     const bar = element("i", "");
     bar.style.width = `${100 * value}%`;
-    list.append(element("li", right ? "true" : "", bar, element("span", "", text), element("span", "", small(value))));
+    const number = element("span", "", small(value, "0.0001"));
+    list.append(element("li", right ? "true" : "", bar, element("span", "", text), number));
   };
   for (let j = 0; j < k; j++) {
-    entry(visible(data.strings[trace.top[here * k + j]]), trace.top_probs[here * k + j] / 1e4, j === rank);
+    const right = j === rank, rounded = trace.top_probs[here * k + j] / 1e4; // what is right is known to more digits
+    entry(visible(data.strings[trace.top[here * k + j]]), right ? trace.prob[here] : rounded, right);
   }
   if (rank >= k) entry(`rank ${(rank + 1).toLocaleString("en")}`, trace.prob[here], true);
   return element("div", "", element("h4", "", `Depth ${d + 1} `, element("small", "", ran ? "" : "(not run)")), list);

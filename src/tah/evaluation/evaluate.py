@@ -56,7 +56,7 @@ def evaluate(
     engine: Mapping[str, Any] | None = None,
     allow_code_execution: bool = False,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     told: Callable[..., None] = lambda policy, task, done, of: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -74,6 +74,8 @@ def evaluate(
         reference: for the policy `oracle`.
         raw: without the chat template.
         batch_size: answers at a time; 1, or with vLLM as many as it likes, by default.
+        dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
+        device: `auto` is CUDA, then MPS, then the CPU.
         backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
         engine: further options of `vllm.LLM`.
         allow_code_execution: needed for the code benchmarks; they run in a sandbox.
@@ -93,12 +95,13 @@ def evaluate(
     check_engine(backend, model, engine or {}, drawing)
     with _quiet():
         built = build(names, files, sampling, asking)
-        place = {"dtype": dtype, "device": device}
-        session = Session.open(model, **place) if isinstance(model, str) else model
+        place: dict[str, Any] = {"dtype": dtype, "device": device, "note": note}
+        handed_on = backend == "vllm"
+        session = Session.open(model, **place, as_saved=handed_on) if isinstance(model, str) else model
         if not raw and not session.tokenizer.chat_template:
             raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
-        if session.wrapped and not policies:
-            note(f"{session.source} is a base model without a trained second pass; policy: confidence")
+        if not policies and (told_of_base := session.as_itself(threshold, max_depth)):
+            note(told_of_base)
         chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
         check_request(names, chosen, files, reference, allow_code_execution, backend, device)
         options: dict[str, Any] = {

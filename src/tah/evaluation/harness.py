@@ -26,9 +26,11 @@ from transformers.generation import StopStringCriteria
 
 from ..cache import CACHE, DuoCache
 from ..generation import RefuseNaN
+from ..load import first_line
 from ..outputs import CHUNK
 from ..policy import DepthState, Policy
 from ..session import Session
+from ..tokens import check_ids
 from ..training.reference import check_reference
 from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
@@ -85,7 +87,7 @@ class TaHLM(HFLM):
     ) -> None:
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size {batch_size!r} must be a positive integer")
-        place = {"dtype": dtype, "device": device or "cpu"}
+        place: dict[str, Any] = {"dtype": dtype, "device": device or "auto"}
         session = Session.open(pretrained, **place) if isinstance(pretrained, str) else pretrained
         template = session.tokenizer.chat_template
         thinking = {"enable_thinking": True} if "enable_thinking" in str(template or "") else {}
@@ -172,8 +174,23 @@ class TaHLM(HFLM):
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A question as the model's chat template writes it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        try:
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
+        except Exception as error:  # whatever a template of others runs into
+            raise ValueError(
+                f"the chat template of {self.session.source} cannot write a question ({first_line(error)[:200]}); "
+                "--raw asks without one"
+            ) from error
+
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V], for lm-eval's tasks that compare likelihoods."""
+        self._checked(inps)
         self._begin(torch.ones_like(inps) if attn_mask is None else attn_mask)
         with torch.no_grad():
             return self.model(inps, attention_mask=attn_mask, use_cache=False, **self.rule).logits
@@ -183,7 +200,8 @@ class TaHLM(HFLM):
     def _generate(self, batch: Sequence[Asked]) -> list[Generated]:
         stop, limit, warping = self._wishes(batch[0].options)
         prompt, mask = self.tok_batch_encode([asked.prompt for asked in batch])
-        prompt, mask = prompt.to(self.device), mask.to(self.device)
+        prompt, mask, pad = prompt.to(self.device), mask.to(self.device), self._pad()
+        prompt = self._checked(torch.where(mask.bool(), prompt, pad))
         B, P = prompt.shape
         processors: list[LogitsProcessor] = [RefuseNaN()]
         if warping is not None:
@@ -197,7 +215,7 @@ class TaHLM(HFLM):
             max_new_tokens=limit,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([ends]),
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=pad,
             return_dict_in_generate=True,
             **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule,
         )
@@ -244,6 +262,18 @@ class TaHLM(HFLM):
         """A new batch, with prompts where `mask` [B, P] is set."""
         if isinstance(self.rule["policy"], ReferenceOracle):
             self.rule["policy"].begin(mask)
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """The same, where the model has an embedding for every token."""
+        why = f"{self.session.source} comes with another model's tokenizer"
+        check_ids([int(ids.max())], self.model, "a question", why)
+        return ids
+
+    def _pad(self) -> int:
+        """A token to fill rows with: the tokenizer's, or any other where that was added without an embedding."""
+        size = self.model.get_input_embeddings().weight.shape[0]
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None and pad < size else 0
 
     def _seed(self, asked: Asked) -> int:
         text = f"{self.seed} {asked.task} {asked.sample} {asked.prompt}"

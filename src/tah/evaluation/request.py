@@ -141,7 +141,7 @@ def check_request(
     if backend == "vllm":
         if "oracle" in (policies or ()):
             raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
-        if device != "cpu":
+        if device != "auto":
             raise ValueError(f"device {device!r}: vLLM runs on what it was built for; leave out --device")
         vllm_version()
     if "oracle" in (policies or ()) and reference is None:

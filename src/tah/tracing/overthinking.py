@@ -19,6 +19,7 @@ The policies:
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from .traced import Tokens, Trace, check_comparable, loss_of
 CONFIDENCE, ENTROPY = 0.7, 0.3  # thresholds of the untrained policies: 1 - top probability, nats
 GAIN = 0.05  # nats; a token is worth a pass that lowers its loss by more
 LITTLE = 1e-3  # nats; a loss that changes by less has not changed
+MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is none
+LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # which GitHub links without being asked
 
 
 def statistics(
@@ -255,14 +258,20 @@ def as_markdown(stats: dict[str, Any]) -> str:
     titles = ["iterated", "accuracy", "over never", "loss", "precision", "break-even", "second choice there"]
     rows = []
     for name, row in stats["policies"].items():
-        title = name if row["threshold"] is None else f"{name} > {row['threshold']:.4g}"
+        title = plain(name) if row["threshold"] is None else f"{plain(name)} > {row['threshold']:.4g}"
         rows.append([title, *(_number(row[n]) if n == "loss" else _percent(row[n]) for n in shown)])
     lines += ["", "## Who iterates", "", *_table(["policy", *titles], rows)]
-    over = ", ".join(f"{_percent(gap)} {name}" for name, gap in stats["headroom"].items())
+    over = ", ".join(f"{_percent(gap)} {plain(name)}" for name, gap in stats["headroom"].items())
     lines += ["", f"Headroom of the oracle: {over}."]
     if stats["scores"]:
         rows = [
-            [name, label, _percent(found["auroc"]), _percent(found["average_precision"]), f"{found['share']:.2%}"]
+            [
+                plain(name),
+                plain(label),
+                _percent(found["auroc"]),
+                _percent(found["average_precision"]),
+                f"{found['share']:.2%}",
+            ]
             for name, labels in stats["scores"].items()
             for label, found in labels.items()
         ]
@@ -276,12 +285,13 @@ def as_markdown(stats: dict[str, Any]) -> str:
 
 def _about(stats: dict[str, Any]) -> list[str]:
     about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
-    measure = f" ({about['confidence_measure']})" if about.get("confidence_measure") else ""
+    measure = f" ({plain(about['confidence_measure'])})" if about.get("confidence_measure") else ""
+    model, data, policy = (plain(about[name]) for name in ("model", "data", "policy"))
     lines = [
-        f"# {about['model']} on {about['data']}",
+        f"# {model} on {data}",
         "",
         f"{stats['tokens']:,} {counted} of {stats['texts']:,} texts, at most {about['max_depth']} passes, policy "
-        f"{about['policy']}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
+        f"{policy}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
     ]
     if stats["missing_texts"]:
         lines += ["", f"Unfinished: {stats['missing_texts']:,} texts are missing."]
@@ -310,6 +320,13 @@ def _number(estimate: Estimate | None, times: float = 1, unit: str = "") -> str:
     return text if low is None or high is None else f"{text} ({low * times:.{digits}f} to {high * times:.{digits}f})"
 
 
+def plain(text: Any) -> str:
+    """Any text as itself, on one line: what Markdown or HTML would make something of is escaped."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+    shown = MARKS.sub(lambda mark: "&lt;" if mark[0] == "<" else "&amp;" if mark[0] == "&" else f"\\{mark[0]}", shown)
+    return LINKS.sub(lambda link: f"{link[0][:-1]}\\{link[0][-1]}", shown)
+
+
 def _code(text: str) -> str:
-    """Any text in a cell of a table."""
-    return "`" + repr(text)[1:-1].replace("|", "\\|").replace("`", "'") + "`"
+    """Any text in a cell of a table, as code."""
+    return "`" + (repr(text)[1:-1].replace("|", "\\|").replace("`", "'") or "(empty)") + "`"

@@ -28,6 +28,7 @@ from ..families import stable_positions
 from ..model import TaHForCausalLM
 from ..policy import Oracle, Policy, Rule
 from ..terminal import Pieces
+from ..tokens import check_ids
 from ..training.reference import batches, evaluating, weights_fingerprint
 from .recorder import Recorder
 from .trace_file import VERSION, TraceFile
@@ -187,8 +188,8 @@ def trace(
     max_length = _max_length(model, max_length)
     texts, left_out = texts_of(rows, tokenizer, max_length, source)
     texts = texts[:limit]
-    if (most := max(int(text.ids.max()) for text in texts)) >= size:
-        raise ValueError(f"{source} has the token {most}, but the model only {size}: it was made for another tokenizer")
+    most = (int(text.ids.max()) for text in texts)
+    check_ids(most, model, source, "it was made for another tokenizer")
     policy, duo = model.config.policy if policy is None else policy, model.config.attention == "duo" and M > 1
     follow = duo if own_policy is None else own_policy
     asked = model.decider if "decider" in (model.config.policy, policy) and M > 1 else None

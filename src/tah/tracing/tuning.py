@@ -28,9 +28,9 @@ def check_tunable(model: str) -> Tunable:
     path, kind = find(model)
     if kind != "tah":
         raise ValueError(f"{model} is not a TaH checkpoint: it has no threshold to write to")
-    if not Path(model).is_dir():
-        where = f": copy {path}" if Path(path).is_dir() else " on the hub: download it"
-        raise ValueError(f"{model} is no directory of yours, so it stays as it is{where}, then tune that directory")
+    if not Path(model).is_dir() or not Path(path).samefile(model):
+        what = "in the authors' layout" if Path(model).is_dir() else "no directory of yours"
+        raise ValueError(f"{model} is {what}, so it stays as it is: copy {path}, then tune that directory")
     config = TaHConfig.from_pretrained(path)
     score = config.policy
     if score == "confidence":

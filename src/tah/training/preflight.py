@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..config import TaHConfig
 from ..load import find, load_tokenizer, outline
@@ -18,7 +19,7 @@ from .data import tokenize_row
 from .prune import check_layers, check_texts, drop_layer
 from .recipe import Recipe
 from .record import read_facts
-from .reference import check_reference
+from .reference import check_positions, check_reference
 from .sources import rows_of
 from .train import check_fields, fields_of
 from .trainer import CHECKPOINTS, last_checkpoint
@@ -35,16 +36,28 @@ def check_pruning(recipe: Recipe, run: Path) -> None:
 def check_labelling(recipe: Recipe, run: Path) -> None:
     """Texts can be read, some of them give tokens to train on, and the reference reads the same tokens."""
     if recipe.base.scratch is not None:
-        return  # its tokenizer is still to be made, of texts that are too
-    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
+        _look_for_reference(recipe)  # its tokenizer is still to be made, of texts that are too
+        return
+    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
     if recipe.data.generate is None:
         for rows in rows_of(recipe, run):
             _check_rows(rows, tokenizer, recipe.data.max_length)
-    if recipe.uses_labels and recipe.label is not None:
-        path, kind = find(recipe.label.reference)
-        if kind == "original":
-            raise ValueError(f"label.reference={path} is in the authors' layout; `tah convert` it first")
-        check_reference(outline(path), tokenizer, None, recipe.data.max_length)
+    reference = _look_for_reference(recipe)
+    if reference is not None:
+        check_reference(reference, tokenizer, None, recipe.data.max_length)
+
+
+def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
+    """The model that will label, without its weights, where the recipe names one."""
+    if not recipe.uses_labels or recipe.label is None or recipe.label.reference == "trained":
+        return None
+    try:
+        path, _ = find(recipe.label.reference, weights=False)
+        reference = outline(path)
+        check_positions(reference, recipe.data.max_length)
+    except ValueError as error:
+        raise ValueError(f"label.reference={recipe.label.reference}: {error}") from error
+    return reference
 
 
 def check_backbone(recipe: Recipe, run: Path) -> None:
@@ -56,9 +69,7 @@ def check_backbone(recipe: Recipe, run: Path) -> None:
         TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": layers}, **fields_of(recipe))
         return
     source = str(recipe.backbone.init or recipe.base.model)
-    path, kind = find(source)
-    if kind == "original":
-        raise ValueError(f"{source} is in the authors' layout; `tah convert` it first")
+    path, kind = find(source, weights=False)
     if kind == "tah":
         config = TaHConfig.from_pretrained(path)
         check_fields(recipe, config, source)
@@ -84,7 +95,7 @@ def check_left(directory: Path) -> None:
 
 def plain_base(source: str) -> str:
     """Where a base is that can be pruned."""
-    path, kind = find(source)
+    path, kind = find(source, weights=False)
     if kind != "base":
         raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
     return path

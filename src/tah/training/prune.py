@@ -104,6 +104,7 @@ def prune(
     *,
     fewest: int = TEXTS,
     report: Callable[[float], None] = lambda share: None,
+    dtype: torch.dtype | None = None,
 ) -> PruneReport:
     """Drop `layers` layers from `base`, in place, and write what is left as a normal checkpoint, whole or not at all.
 
@@ -115,6 +116,7 @@ def prune(
         output: directory to make, with `prune.json` and `prune.md` in it.
         fewest: texts needed.
         report: told the share of the work that is done, after each text.
+        dtype: of the checkpoint; the base's own by default.
 
     Raises:
         ValueError: too few texts or layers, or a family whose layers cannot be moved.
@@ -142,7 +144,7 @@ def prune(
         candidates = dict(zip(left, without, strict=True))
         made.rounds.append(Round(left.pop(least), before, without[least], candidates))
     made.parameters_after = base.num_parameters()
-    _save(base, tokenizer, made, target)
+    _save(base if dtype is None else base.to(dtype), tokenizer, made, target)
     return made
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import PreTrainedModel
 
-from ..load import find, first_line, load_base, load_tokenizer
+from ..load import find, load_base, load_tokenizer
+from ..place import put
 from ..progress import EVERY
+from ..tokens import check_ids
 from .data import load_rows, tokenize_row
 from .preflight import plain_base
 from .prune import PruneReport, Text, check_output, prune
@@ -33,7 +34,8 @@ def prune_base(recipe: Recipe, run: Path) -> None:
     """`run/base`: the recipe's base without its least useful layers."""
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
     _, held_out = rows_of(recipe, run)
-    base = _plain_base(str(recipe.base.model), recipe.base.dtype, default_device())
+    dtype = recipe.base.dtype  # a recipe's word, so the base computes in it wherever it is
+    base = load_base(plain_base(str(recipe.base.model)), dtype).to(default_device())
     count, length = recipe.base.prune_texts, min(recipe.data.max_length, PRUNE_LENGTH, _positions(base))
     texts = _draw_texts(held_out, tokenizer, count, length, recipe.seed)
     with _bar("pruning") as report:
@@ -50,17 +52,38 @@ def prune_model(
     output: Path,
     texts: int,
     max_length: int,
-    dtype: str,
-    device: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    note: Callable[[str], None] = lambda line: None,
 ) -> PruneReport:
-    """`tah prune`: a base without its least useful layers, in a directory of its own."""
+    """`tah prune`: a base without its least useful layers, in a directory of its own.
+
+    Args:
+        source: the base: directory, hub id, or `smollm2`.
+        data: held-out texts.
+        split: of them.
+        layers: how many to drop.
+        output: directory to make.
+        texts: how many texts decide.
+        max_length: longer texts are cut to so many tokens.
+        dtype: to compute and save in. With `auto` it is saved as the base is, and computed in that where the device
+            does so natively, else in float32.
+        device: `auto` is CUDA, then MPS, then the CPU.
+        note: is told where `auto` became float32.
+
+    Raises:
+        ValueError: the base, the data, the directory or the device cannot be used.
+    """
     check_output(output)
     rows = load_rows(data, split)
     tokenizer = load_tokenizer(find(source)[0])
-    base = _plain_base(source, dtype, device or default_device())
+    base = load_base(plain_base(source), dtype)
+    saved = base.dtype
+    put(base, source, dtype=dtype, device=device, note=note)
     drawn = _draw_texts(rows, tokenizer, texts, min(max_length, _positions(base)))
+    check_ids((max(text.tokens) for text in drawn), base, data, f"{source} comes with another model's tokenizer")
     with _bar("pruning") as report:
-        return prune(base, tokenizer, drawn, layers, output, fewest=texts, report=report)
+        return prune(base, tokenizer, drawn, layers, output, fewest=texts, report=report, dtype=saved)
 
 
 def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed: int = 0) -> list[Text]:
@@ -73,14 +96,6 @@ def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed
         if len(texts) == count:
             break
     return texts
-
-
-def _plain_base(source: str, dtype: str, device: torch.device | str) -> PreTrainedModel:
-    base = load_base(plain_base(source), dtype)
-    try:
-        return base.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def _positions(base: PreTrainedModel) -> int:

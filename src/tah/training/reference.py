@@ -230,6 +230,16 @@ def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer:
     size = model.get_input_embeddings().weight.shape[0]
     if size <= (most := max(ours.values())):
         raise ValueError(f"reference {name} has {size} embeddings; the tokenizer's ids go to {most}")
+    check_positions(model, max_length)
+
+
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Whether a reference can read rows of `max_length` tokens.
+
+    Raises:
+        ValueError: it has fewer positions.
+    """
+    name = model.name_or_path or type(model).__name__
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and positions < max_length:
         raise ValueError(f"reference {name} has {positions} positions; lower max_length={max_length} to that")

@@ -181,8 +181,6 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         model.decider.requires_grad_(True)
         return model, AutoTokenizer.from_pretrained(source)
     path, kind = find(backbone.init or recipe.base_path(output))
-    if kind == "original":
-        raise ValueError(f"{path} is in the authors' layout; `tah convert` it first")
     torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)

@@ -18,6 +18,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
+from ..lora import is_target
 from .attention import Current, DuoAttention
 
 
@@ -86,15 +87,20 @@ class Adapted(nn.Module):
 
 
 def adapters_of(
-    layer: nn.Module, fused: dict[str, list[str]], rank: int, scale: float, targets: list[str] | None
+    layer: nn.Module, fused: dict[str, list[str]], rank: int, scale: float, targets: list[str] | None, prefix: str = ""
 ) -> Iterator[tuple[str, Adapter]]:
-    """An adapter for every linear layer below `layer` that `targets` (leaf names; None: all) has a part of."""
+    """An adapter for every linear layer below `layer` that `targets` (as in `lora.is_target`) has a part of.
+
+    Args:
+        prefix: what names below `layer` begin with in the checkpoint's base.
+    """
     for name, module in layer.named_modules():
         if not isinstance(module, LinearBase):
             continue
-        leaf = name.rpartition(".")[2]
+        parent, _, leaf = name.rpartition(".")
+        path = f"{prefix}{parent}." if parent else prefix
         names, mine = fused.get(leaf, [leaf]), Share(module.tp_rank, module.tp_size)
-        if targets is not None and not set(targets) & set(names):
+        if not any(is_target(path + part, targets) for part in names):
             continue
         whole = Share(0, 1)
         if isinstance(module, RowParallelLinear):

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..config import TaHConfig
 from ..decider import build_decider
+from ..lora import is_target
 from ..mixing import weighted
 from ..outputs import best_of
 from ..policy import DepthState, Rule, build_policy
@@ -87,7 +88,8 @@ class TaHForCausalLM(nn.Module):
     def _add_adapters(self, config: TaHConfig) -> None:
         fused, scale = self.base.packed_modules_mapping, config.lora_alpha / config.lora_rank
         for number, layer in enumerate(self.decoder.layers):
-            for name, adapter in adapters_of(layer, fused, config.lora_rank, scale, config.lora_targets):
+            prefix = f"model.layers.{number}."
+            for name, adapter in adapters_of(layer, fused, config.lora_rank, scale, config.lora_targets, prefix):
                 self.adapters.append(adapter)
                 self.adapted[number][name] = adapter
                 parent = f"base.model.layers.{number}.{name.rpartition('.')[0]}"
@@ -112,7 +114,7 @@ class TaHForCausalLM(nn.Module):
         """
         own = dict(self.named_parameters())
         targets = self.config.lora_targets
-        adapted = [name for name in self.parts if targets is None or name.rpartition(".")[2] in targets]
+        adapted = [name for name in self.parts if is_target(name.removeprefix("base."), targets)]
         missing = {f"{name}.lora_{matrix}.weight" for name in adapted for matrix in "AB"}
         missing |= {name for name in own if not name.startswith(("base.", "adapters."))}
 

@@ -1,0 +1,52 @@
+"""Whether a chat template can be used: tried on a short conversation, in a process that may not take much.
+
+A template is a program. Jinja's sandbox keeps it from the machine, but not from running for ever or filling the memory;
+and one step of it, `9 ** 9 ** 9`, cannot be stopped from inside. So it is first rendered in a process of its own, whose
+seconds and bytes are counted by the system. What it does later, with another conversation, is not bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PROBE = Path(__file__).with_name("chat_template_probe.py")
+PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 3 of the processor
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def check_template(tokenizer: Any, source: str) -> None:
+    """Raise `ValueError` for a tokenizer whose chat template is blocked by the sandbox, or does not come to an end.
+
+    Args:
+        tokenizer: one of transformers.
+        source: where it is from, for the message.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    templates = template if isinstance(template, dict) else {"": template}
+    words = {name: str(getattr(tokenizer, name, None) or "") for name in NAMES}
+    for name, text in templates.items():
+        if isinstance(text, str) and (reason := _fault(text, tuple(words.items()))):
+            raise ValueError(f"{source}: the chat template{f' {name!r}' if name else ''} {reason}")
+
+
+@lru_cache(maxsize=64)
+def _fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
+    """Why the template cannot be used; empty where it can."""
+    places = [place for place in sys.path if place]  # where this process finds its packages, but for its directory
+    asked = json.dumps({"template": template, "words": dict(words), "places": places})
+    command = [sys.executable, "-I", str(PROBE)]
+    try:
+        done = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return "does not come to an end; remove it, or use another"
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    if lines and lines[-1].startswith("fault: "):
+        return lines[-1].removeprefix("fault: ")
+    if lines and lines[-1] == "fine":
+        return ""
+    return "takes more time or memory than a template may; remove it, or use another"  # killed by the system

@@ -1,0 +1,297 @@
+"""Whether a directory holds a model that can be loaded: looked at before any of it is used.
+
+What is read here is `config.json`, the index and the heads of the safetensors files. The model that the configuration
+describes is built on the meta device, without memory for weights, and with no more layers than the files could fill: a
+configuration may say ten million of them, and would be believed otherwise. What remains to be found (a tensor missing
+here or there) is found by the loaders, which then allocate little more than the files hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from .files import parse_json
+
+MOST = 16 * 2**20  # bytes of a JSON file beside the weights; the largest that is known has 3 MB
+SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
+BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
+LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
+KERNELS = ("attn_implementation", "experts_implementation")
+
+
+@dataclass
+class Held:
+    """What weight files hold: dtype and shape of each tensor by its name, as their heads say."""
+
+    tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    size: int = 0  # bytes of the files
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+
+def check_model(
+    directory: str | Path, build: Callable[[], nn.Module] | None = None, variant: str = "", slack: int = SLACK
+) -> Held:
+    """What the weight files of a model hold, once its configuration fits them.
+
+    Args:
+        directory: with `config.json` and safetensors weights.
+        build: makes the model that the configuration describes; called once, on the meta device, after all else.
+        variant: of the weights, as transformers puts it into their names.
+        slack: by how many elements a tensor may differ from the model's before that is said here.
+
+    Raises:
+        ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
+            describes more than the files hold.
+    """
+    source = Path(directory)
+    described = read_json(source / "config.json")
+    check_config(described, f"{source}/config.json")
+    held = read_heads(weight_files(source, described, variant))
+    check_counts(described, len(held.tensors), f"{source}/config.json")
+    quantized = any("quantization_config" in part for part in _parts(described))
+    if build is not None:
+        model = build_empty(build, len(held.tensors), f"{source}/config.json")
+        _check_fit(model, held, source, quantized, slack)
+    return held
+
+
+def check_adapted(directory: Path) -> None:
+    """Raise `ValueError` for a directory that transformers would complete from elsewhere, or with a pickle."""
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} has an adapter_config.json: a PEFT adapter is not loaded on the way; merge it into its base, "
+            "or remove the file"
+        )
+    if directory.is_dir() and any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
+        raise ValueError(f"{directory} holds a distributed checkpoint; save the model with save_pretrained")
+
+
+def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
+    """The safetensors files of a model, in the order in which transformers looks for them.
+
+    Raises:
+        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file.
+    """
+    check_adapted(directory)
+    middle = f".{variant}" if variant else ""
+    names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+    if (named := described.get("transformers_weights")) is not None:
+        check_name(named, (".safetensors", ".safetensors.index.json"), f"{directory}/config.json: transformers_weights")
+        names = [named]
+    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    if found is None:
+        others = sorted(path.name for path in directory.iterdir() if PICKLE.fullmatch(path.name))
+        other = f"; {others[0]} is not read: a pickle can run code; save the model as safetensors" if others else ""
+        raise ValueError(f"{directory} has no {names[0]}{other}")
+    return shards(found) if found.suffix == ".json" else [found]
+
+
+def shards(index: Path, there: bool = True) -> list[Path]:
+    """The files that an index of shards names.
+
+    Args:
+        there: whether they have to be there.
+
+    Raises:
+        ValueError: it is damaged, or names anything but safetensors files of its own directory, all of them there.
+    """
+    data = read_json(index)
+    where = data.get("weight_map")
+    if not isinstance(where, dict) or not where or not isinstance(data.get("metadata", {}), dict):
+        raise ValueError(f"{index} is damaged or incomplete: it needs a weight_map, from tensors to files")
+    names: dict[str, None] = {}
+    for tensor, name in where.items():
+        check_name(name, (".safetensors",), f"{index}: weight_map[{tensor[:80]!r}]")
+        names[name] = None
+    for name in names:
+        if there and not (index.parent / name).is_file():
+            raise ValueError(f"{index} is damaged or incomplete: {name}, which it lists, is missing; copy it again")
+    return [index.parent / name for name in sorted(names)]
+
+
+def check_name(name: Any, endings: tuple[str, ...], what: str) -> None:
+    """Raise `ValueError` unless `name` is the plain name of a file of one of these kinds."""
+    plain = isinstance(name, str) and re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", name) is not None
+    if not plain or os.path.basename(name) != name or not name.endswith(endings):
+        shown = repr(name) if len(repr(name)) < 100 else f"{repr(name)[:97]}..."
+        raise ValueError(f"{what} is {shown}, not a {endings[0]} file of its own directory; it is not followed")
+
+
+def read_heads(files: list[Path]) -> Held:
+    """What safetensors files hold, without their contents.
+
+    Raises:
+        ValueError: a file is damaged or cut short.
+    """
+    held = Held()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    part = file.get_slice(name)
+                    held.tensors[name] = (part.get_dtype(), part.get_shape())
+            held.size += path.stat().st_size
+        except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
+            line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            why = f"the weights are damaged or cut short ({line})"
+            raise ValueError(f"{path} is damaged or incomplete: {why}; copy them again") from error
+    return held
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that comes with weights.
+
+    Raises:
+        ValueError: it is missing, too large, or something else.
+    """
+    try:
+        if path.stat().st_size > MOST:
+            raise ValueError(f"has {path.stat().st_size:,} bytes, which no such file needs")
+        data = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or incomplete: it {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged or incomplete: it is not a JSON object")
+    return data
+
+
+def check_config(described: dict[str, Any], where: str) -> None:
+    """Raise `ValueError` for a configuration that names code to download, or a family that nobody knows."""
+    from .config import check_family
+
+    for part in _parts(described):
+        for name, value in part.items():
+            its = name.lstrip("_")
+            if its.startswith(KERNELS) and "/" in str(value):
+                raise ValueError(f"{where} asks for the kernel {str(value)[:100]!r}; pass {its} yourself if meant")
+    families: list[Any] = [described, described.get("base_config")]
+    for part in families:
+        if isinstance(part, dict) and part.get("model_type") is not None:
+            try:
+                check_family(part["model_type"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
+def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
+    """Raise `ValueError` for more layers than there are tensors, or fewer than none.
+
+    Args:
+        tensors: in the weight files; None where they are not there yet, and anything that was ever built will do.
+    """
+    most = 10_000 if tensors is None else tensors
+    for part in _parts(described):
+        for name, value in part.items():
+            if not LAYERS.fullmatch(name) or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not 0 <= value <= most:
+                held = "" if tensors is None else f", but the weights hold {tensors} tensors"
+                raise ValueError(f"{where}: {name}={str(value)[:40]} cannot be{held}")
+
+
+def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str) -> Any:
+    """The model on the meta device, where weights take no memory; layers do, so there may be only so many.
+
+    Args:
+        tensors: in the weight files; None where they are not there yet, and up to a million parts are built.
+
+    Raises:
+        ValueError: there are more, or the model cannot be built.
+    """
+    try:
+        with _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
+            return build()
+    except _TooMany:
+        raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        line = line if len(line) <= 300 else f"{line[:297]}..."
+        kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
+        told = line.startswith(where.removesuffix("/config.json"))
+        raise ValueError(line if told else f"{where}: {kind}{line}") from error
+
+
+def empty_base(directory: str | Path) -> nn.Module:
+    """The base that a `config.json` describes.
+
+    Raises:
+        ValueError: transformers has no causal language model of the family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+class _TooMany(Exception):
+    """More modules than allowed."""
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Count the modules that this thread puts into others, and raise where they become more than allowed."""
+    me, left = threading.get_ident(), modules
+
+    def count(module: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal left
+        left -= threading.get_ident() == me
+        if left < 0:
+            raise _TooMany
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slack: int) -> None:
+    """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
+    wanted = dict(model.named_parameters())
+    # Eight weights in a byte are the most that a quantized file can hold.
+    needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
+    if needed > 1.25 * most + SLACK:
+        raise ValueError(f"{source}: config.json needs {needed:,} weights, but the files hold {most:,}")
+    if (needed := sum(its.nbytes for its in model.buffers())) > BUFFERS + 4 * held.size:
+        raise ValueError(f"{source}: config.json needs {needed:,} bytes beside the weights, which have {held.size:,}")
+    for name, (dtype, shape) in held.tensors.items() if not quantized else ():
+        parameter = wanted.get(name)
+        floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
+        if floats and not dtype.startswith(("F", "BF")):
+            raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
+        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > slack:
+            raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
+
+
+def _parts(described: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a configuration: itself, and those that stand in it, however deep."""
+    todo = [described]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield part
+            todo.extend(part.values())
+        elif isinstance(part, list):
+            todo.extend(item for item in part if isinstance(item, (dict, list)))

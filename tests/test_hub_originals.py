@@ -1,0 +1,247 @@
+"""The authors' checkpoints wherever MODEL is taken: by hub id or directory, converted once, never taken for a base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hub_cache import SECOND, publish, use
+from originals import GOLDEN, Command, edit
+from tah import TaHForCausalLM, UnsupportedBase
+from tah.cli import run
+from tah.convert import convert
+from tah.load import find, load_tah
+from tah.session import Session
+from tah.tracing.tuning import check_tunable
+
+NAME = "nics-efc/TaH-tiny"
+
+
+@pytest.fixture
+def original(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path) -> Path:
+    """A checkpoint that the authors' code wrote, with a tokenizer, as theirs on the hub have one."""
+    source = tmp_path / "original"
+    shutil.copytree(GOLDEN / f"golden_{getattr(request, 'param', 'S')}" / "ckpt", source)
+    for path in [*tiny_base.glob("*token*"), tiny_base / "chat_template.jinja"]:
+        shutil.copy(path, source)
+    return source
+
+
+@pytest.fixture
+def hub(tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with that checkpoint as `NAME`, and nothing of ours."""
+    use(tmp_path / "hub", tmp_path / "ours", monkeypatch)
+    publish(tmp_path / "hub", NAME, original)
+    return tmp_path / "hub"
+
+
+def made(tmp_path: Path) -> list[str]:
+    """What our cache holds apart from lock files."""
+    ours = tmp_path / "ours"
+    return sorted(path.name for path in ours.iterdir() if path.suffix != ".lock") if ours.is_dir() else []
+
+
+def by_hand(original: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The files that `tah convert` writes."""
+    convert(original, tmp_path / "by_hand")
+    return contents(tmp_path / "by_hand")
+
+
+def contents(directory: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def works(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run([str(word) for word in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run([str(word) for word in arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and len(line) < 500, line
+    return line
+
+
+@pytest.mark.parametrize("original", ["S", "L"], indirect=True)
+def test_a_hub_id_is_what_converting_by_hand_makes(hub: Path, original: Path, tmp_path: Path) -> None:
+    path, kind = find(NAME)
+    assert kind == "tah" and made(tmp_path) == [f"nics-efc--TaH-tiny-{'1' * 12}-tah-v1"]
+    assert contents(path) == by_hand(original, tmp_path)
+
+
+def test_a_directory_is_what_converting_by_hand_makes(hub: Path, original: Path, tmp_path: Path) -> None:
+    path, kind = find(str(original))
+    assert kind == "tah" and len(made(tmp_path)) == 1 and not Path(path).is_relative_to(original)
+    assert contents(path) == by_hand(original, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["hub", "directory"])
+def test_converted_once(hub: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    source = NAME if where == "hub" else str(original)
+    first = find(source)
+    before = {path: path.stat().st_mtime_ns for path in Path(first[0]).iterdir()}
+    monkeypatch.setattr(sys.modules["tah.convert"], "convert", lambda *_: pytest.fail("converted again"))
+    assert find(source) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(first[0]).iterdir()} == before
+
+
+def test_each_revision_is_converted(hub: Path, original: Path, tmp_path: Path) -> None:
+    first = find(NAME)[0]
+    edit(original / "tah_config.json", max_iter=1)
+    publish(hub, NAME, original, SECOND)
+    second = find(NAME)[0]
+    assert first != second and len(made(tmp_path)) == 2
+    assert (load_tah(first).config.max_depth, load_tah(second).config.max_depth) == (2, 1)
+    old = TaHForCausalLM.from_pretrained(NAME, revision="1" * 40)
+    assert old.config.max_depth == 2 and len(made(tmp_path)) == 2
+
+
+def test_a_directory_that_changed_is_converted_again(hub: Path, original: Path, tmp_path: Path) -> None:
+    assert load_tah(find(str(original))[0]).config.max_depth == 2
+    edit(original / "tah_config.json", max_iter=1)
+    assert load_tah(find(str(original))[0]).config.max_depth == 1 and len(made(tmp_path)) == 2
+
+
+def test_damaged_and_half_written_conversions_are_made_again(hub: Path, tmp_path: Path) -> None:
+    path = Path(find(NAME)[0])
+    whole = contents(path)
+    (path / "model.safetensors").unlink()
+    left = path.with_name(f".{path.name}.partial-1")
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+    assert contents(find(NAME)[0]) == whole and made(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("original", ["S", "L"], indirect=True)
+def test_in_python(hub: Path, original: Path, tmp_path: Path) -> None:
+    convert(original, tmp_path / "by_hand")
+    wanted, ids = TaHForCausalLM.from_pretrained(tmp_path / "by_hand"), torch.arange(1, 25).view(2, 12)
+    for source in (NAME, original, str(original)):
+        model = TaHForCausalLM.from_pretrained(source)
+        assert model.name_or_path == str(source)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, wanted(ids).logits), source
+
+
+@pytest.mark.parametrize("where", ["hub", "directory"])
+def test_never_a_base(hub: Path, original: Path, where: str) -> None:
+    with pytest.raises(UnsupportedBase, match="this is a TaH model already"):
+        TaHForCausalLM.from_base(NAME if where == "hub" else str(original))
+
+
+@pytest.mark.parametrize("where", ["hub", "directory"])
+def test_commands(capsys: pytest.CaptureFixture[str], hub: Path, original: Path, tmp_path: Path, where: str) -> None:
+    source = NAME if where == "hub" else original
+    convert(original, tmp_path / "by_hand")
+    answers = [
+        json.loads(works(capsys, "generate", name, "Hi", "--json", "--max-new-tokens", 5))
+        for name in (source, tmp_path / "by_hand")
+    ]
+    for answer in answers:
+        del answer["model"], answer["seconds"], answer["tokens_per_second"]
+    assert answers[0] == answers[1] and answers[0]["new_tokens"] == 5
+    found = json.loads(works(capsys, "inspect", source, "--json"))
+    assert found["kind"] == "tah" and found["base"]["family"] == "qwen3" and found["decider"]["kind"] == "mlp"
+    (tmp_path / "text.txt").write_text("Six times seven is 42.")
+    assert "Who iterates" in works(capsys, "trace", source, tmp_path / "text.txt")
+    assert "not a plain base model" in fails(capsys, "inspect", tmp_path / "by_hand", "--against", source)
+    shutil.rmtree(tmp_path / "by_hand")
+    works(capsys, "convert", source, tmp_path / "by_hand")
+    assert contents(tmp_path / "by_hand") == contents(find(str(source))[0])
+
+
+def test_serve_gets_the_converted_checkpoint(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(sys.modules["tah.cli_serve"], "find_spec", lambda name: True)
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    assert run(["serve", NAME, "--port", "8001"]) == 0
+    assert started[0][3:6] == [find(NAME)[0], "--served-model-name", NAME]
+
+
+def test_tune_leaves_the_cache_alone(hub: Path, original: Path) -> None:
+    for source in (NAME, str(original)):
+        before = contents(find(source)[0])
+        with pytest.raises(ValueError, match="so it stays as it is: copy .*, then tune that directory"):
+            check_tunable(source)
+        assert contents(find(source)[0]) == before
+
+
+def test_two_processes_convert_once(hub: Path, tmp_path: Path) -> None:
+    code = f"from tah.load import find; print(find({NAME!r})[0])"
+    variables = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "TAH_CACHE": str(tmp_path / "ours")}
+    variables["PYTHONPATH"] = str(Path(sys.modules["tah"].__file__ or "").parents[1])
+    two = [
+        subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=-1, stderr=-1, text=True) for _ in range(2)
+    ]
+    done = [process.communicate() for process in two]
+    assert [process.returncode for process in two] == [0, 0], done
+    assert done[0][0] == done[1][0] and len(made(tmp_path)) == 1
+    assert sum("Converting nics-efc/TaH-tiny" in said for _, said in done) == 1
+    assert Session.open(NAME).model.config.max_depth == 2
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_network(capsys: pytest.CaptureFixture[str], hub: Path, tmp_path: Path) -> None:
+    line = fails(capsys, "generate", "nics-efc/TaH-plus-1.7B", "Hi")
+    assert (
+        line
+        == "tah: no model 'nics-efc/TaH-plus-1.7B': there is no such directory, and the model hub cannot be reached\n"
+    )
+    assert "the model hub cannot be reached" in fails(capsys, "convert", "nics-efc/TaH-plus-1.7B", tmp_path / "new")
+    with pytest.raises(ValueError, match="the model hub cannot be reached"):
+        TaHForCausalLM.from_pretrained("nics-efc/TaH-plus-1.7B")
+
+
+@pytest.mark.parametrize(
+    "gone", ["iter_decider.bin", "model.safetensors", "lora/adapter_model.safetensors", "config.json"]
+)
+def test_a_part_that_is_not_in_the_cache(
+    capsys: pytest.CaptureFixture[str], hub: Path, tmp_path: Path, gone: str
+) -> None:
+    (hub / "models--nics-efc--TaH-tiny" / "snapshots" / ("1" * 40) / gone).unlink()
+    assert Path(gone).name in fails(capsys, "generate", NAME, "Hi")
+    assert made(tmp_path) == []
+
+
+def test_what_cannot_be_converted_is_one_line(capsys: pytest.CaptureFixture[str], original: Path, hub: Path) -> None:
+    marker = hub.parent / "ran"
+    torch.save(Command(f"touch {marker}"), original / "iter_decider.bin")
+    publish(hub, "someone/evil", original)
+    assert "which is not data; refused" in fails(capsys, "generate", "someone/evil", "Hi")
+    assert "which is not data; refused" in fails(capsys, "inspect", original)
+    edit(original / "tah_config.json", weighted_hidden_method="even_mix")
+    publish(hub, "nics-efc/TaH2", original)
+    assert "is a TaH2 checkpoint" in fails(capsys, "generate", "nics-efc/TaH2", "Hi")
+    assert "is a TaH2 checkpoint" in fails(capsys, "inspect", original)
+    (original / "tah_config.json").write_text("{")
+    assert "tah_config.json is not JSON" in fails(capsys, "generate", original, "Hi")
+    assert made(hub.parent) == [] and not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../x", "/nowhere", "~/x", "./x", "nics efc/x", "nics-efc/", "x\ny", "-/…"])
+def test_what_is_no_id_is_not_asked_for(capsys: pytest.CaptureFixture[str], hub: Path, name: str) -> None:
+    assert "there is no such directory" in fails(capsys, "generate", "--", name, "Hi")
+
+
+# -- other models of the hub -------------------------------------------------------------------------------------------
+
+
+def test_a_base_and_a_checkpoint_of_ours_on_the_hub(hub: Path, tiny_base: Path, tiny_checkpoint: Path) -> None:
+    base, ours = publish(hub, "someone/base", tiny_base), publish(hub, "someone/ours", tiny_checkpoint)
+    assert find("someone/base") == (str(base), "base") and find("someone/ours") == (str(ours), "tah")
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        wanted = TaHForCausalLM.from_pretrained(tiny_checkpoint)(ids).logits
+        assert torch.equal(TaHForCausalLM.from_pretrained("someone/ours")(ids).logits, wanted)
+        plain = TaHForCausalLM.from_base(str(tiny_base))(ids).logits
+        assert torch.equal(TaHForCausalLM.from_base("someone/base")(ids).logits, plain)
