@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -80,3 +81,40 @@ def test_a_plain_base_has_none(base, tmp_path):
     plain = TaHForCausalLM.from_base(base, lora_rank=0, decider=None, policy="never")
     with pytest.raises(ValueError, match="nothing beside its base"):
         save_additions(plain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_rank": 10**9},
+        {"lora_rank": "4"},
+        {"lora_rank": -4},
+        {"lora_alpha": None},
+        {"lora_targets": ["nowhere"]},
+        {"decider": {"kind": "lean", "width": 10**12}},
+        {"decider": {"kind": "mlp", "hidden_dims": [10**9, 10**9]}},
+        {"decider": {"kind": "mlp", "hidden_dims": [8] * 10**5}},
+        {"decider": None},
+        {"max_depth": 10**9},
+        {"reembed": "topk"},
+        {"unheard": 1},
+    ],
+)
+def test_settings_of_another_size_are_refused_before_anything_is_made(model, base, tmp_path, change):
+    save_additions(model, tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    (tmp_path / SETTINGS).write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError) as error:
+        load_additions(base, tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert not [name for name, _ in base.named_parameters() if ".lora_" in name]  # the base is as it was
+
+
+def test_weights_that_are_no_safetensors_are_refused(model, base, tmp_path):
+    save_additions(model, tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    torch.save({"x": torch.ones(1)}, tmp_path / WEIGHTS)
+    digest = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / SETTINGS).write_text(json.dumps(settings | {"sha256": digest}))
+    with pytest.raises(ValueError, match="additions.safetensors is damaged"):
+        load_additions(base, tmp_path)

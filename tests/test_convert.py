@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -518,3 +519,53 @@ def test_interrupted_conversion_leaves_nothing(src: Path, tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         convert(src, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"hidden_dims": [10**9, 10**9]},
+        {"hidden_dims": [8] * 10**5},
+        {"hidden_dims": [0]},
+        {"hidden_dims": [-8]},
+        {"expansion_factor": 10**9},
+        {"expansion_factor": 0},
+        {"topk": 10**9},
+        {"topk": 0},
+        {"hidden_states_layer_nums": [0] * 10**5},
+        {"dropout_rate": float("nan")},
+        {"dropout_rate": 2.0},
+    ],
+)
+def test_decider_of_another_size_is_refused_before_it_is_made(src: Path, tmp_path: Path, arguments: Any) -> None:
+    edit_decider_kwargs(src, **arguments)
+    refusal(src, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_hidden_layers": 10**7},
+        {"hidden_size": 2**30},
+        {"vocab_size": 10**9},
+        {"intermediate_size": 10**9},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": None},
+        {"hidden_size": "64"},
+        {"model_type": ["qwen3"]},
+        {"transformers_weights": "iter_decider.bin"},
+        {"transformers_weights": "../model.safetensors"},
+    ],
+)
+def test_base_of_another_size_is_refused_before_it_is_made(src: Path, tmp_path: Path, entries: Any) -> None:
+    edit(src / "config.json", **entries)
+    refusal(src, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/model.safetensors", "iter_decider.bin", "x/y.safetensors", 3]
+)
+def test_index_that_leads_elsewhere_is_refused(src: Path, tmp_path: Path, name: Any) -> None:
+    (src / "model.safetensors").rename(src / "part.safetensors")
+    (src / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    assert "not a .safetensors file of its own directory; it is not followed" in refusal(src, tmp_path)
