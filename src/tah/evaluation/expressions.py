@@ -1,0 +1,248 @@
+"""Mathematics read by math-verify's parser and compared by its grader, with a guard before and after.
+
+Before: a text is read whole or not at all. After: what math-verify takes for equal only because it rounds is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+from math_verify.grader import should_treat_as_complex, sympy_expr_eq
+from sympy.core.relational import Relational
+
+from .dress import inner, split
+
+DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
+SMALL = 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
+RELATIVE = 1e-6
+LONGEST = 2000  # characters; nothing longer is mathematics
+DEEPEST = 40  # brackets within each other
+NORMAL = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+# What the parser or its normalization leaves out without a word
+LEFT_OUT = re.compile(r"['\"`]|\\[lcvd]?dots\b|\.\.|\\prime\b|\\approx|\\sim\b|\\mid\b|\\bmod|\\pmod|\\mod\b|!!|\d\s*_|\)\s*_|:[^:]*:|[{}]\s*:\s*\w+[<>=]")
+GREEK = (
+    "alpha|beta|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|varphi|chi|psi|omega|"
+    "Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|Gamma|infty|emptyset"
+)
+TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*)\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
+SPARE = "qwkzvujpQWKZVUJP"
+WORD = re.compile(r"[a-zA-Z]{2,}")
+Expression = Any  # sympy's Basic or one of its matrices, which are none
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def read(text: str, cased: bool = False, real: bool = True) -> Expression | None:
+    """The whole of a text as an expression; None where it cannot be read, or not whole.
+
+    Args:
+        text: one value of `dress`.
+        cased: R and r are two symbols.
+        real: symbols are real numbers.
+    """
+    if len(text) > LONGEST or LEFT_OUT.search(text) or _depth(text) > DEEPEST or is_words(text):
+        return None
+    latex = normalize_latex(text, NORMAL)
+    found = _parse(latex, cased, real)
+    if found is None or (not re.fullmatch(r"[-+\d./\s]*", latex) and not _is_whole(latex, found, cased, real)):
+        return None
+    return found
+
+
+def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
+    config = ConversionConfig(lowercase_symbols=not cased)
+    try:
+        found = latex2sympy(
+            latex, is_real=real, convert_degrees=False, normalization_config=None, conversion_config=config
+        )
+        if not isinstance(found, (sympy.Basic, sympy.MatrixBase)) or found.has(sympy.zoo, sympy.nan):
+            return None
+        return found.xreplace({sympy.Symbol("i", real=False): sympy.I})
+    except Exception:  # the parser's own are bare ones, and sympy's of any type
+        return None
+
+
+def _is_whole(latex: str, found: Expression, cased: bool, real: bool) -> bool:
+    """Whether each number and symbol counts: with another in its place, another expression must be read."""
+    for token in TOKEN.finditer(latex):
+        if not (instead := _other(token, latex)):
+            continue
+        at = token.start(token.lastgroup or 0) - (token.lastgroup == "greek")
+        changed = latex[:at] + instead + latex[token.end(token.lastgroup or 0) :]
+        if _parse(changed, cased, real) == found:
+            return False
+    return True
+
+
+def _other(token: re.Match[str], latex: str) -> str | None:
+    """Something else in the place of a number or a symbol; None for a command."""
+    if token["number"]:
+        return "7" if token["number"] != "7" else "3"
+    if token["word"] is not None:
+        return "qq" if token["word"].strip() else None
+    if token["letter"] or token["greek"]:
+        return next((spare for spare in SPARE if spare not in latex), None)
+    return None
+
+
+def is_words(text: str) -> bool:
+    """Whether it consists of words: for math-verify these are products of their letters, and `east` is `teas`."""
+    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
+        return False
+    words = WORD.findall(plain)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return any((len(word) > 2 or word.lower() in ("no", "on", "if")) and word not in letters for word in words)
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for mark in text:
+        depth += (mark in "([{") - (mark in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def plain_text(text: str) -> str:
+    """What a text is compared by where it is no mathematics."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])|[\s$]|\\ ", "", text)
+    text = re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
+    return text.casefold() if re.fullmatch(r"[a-zA-Z,.'()-]*", text) else text
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def equal(gold: str, said: str) -> bool:
+    """Whether two values are the same, as text or as mathematics.
+
+    Args:
+        gold: of the right answer.
+        said: of the answer.
+    """
+    if plain_text(gold) == plain_text(said):
+        return True
+    parts = [inner(text, "(") for text in (gold, said)]
+    if parts[0] is not None and parts[1] is not None:
+        golds, saids = split(parts[0]), split(parts[1])
+        if len(golds) > 1 or len(saids) > 1:
+            return len(golds) == len(saids) and all(map(equal, golds, saids))
+    letters = set(re.sub(r"\\text\{[^{}]*\}", "", gold + said))
+    cased = any(letter.isupper() and letter.lower() in letters for letter in letters) or _two_cases(gold, said)
+    real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
+    first = read(gold, cased, real)
+    second = read(said, cased, real) if first is not None else None
+    return second is not None and same(first, second)
+
+
+def _two_cases(*texts: str) -> bool:
+    r"""Whether a Greek letter occurs in both cases: \omega and \Omega."""
+    names = {name for text in texts for name in re.findall(r"\\([a-zA-Z]+)", text)}
+    return any(name[0].isupper() and name[0].lower() + name[1:] in names for name in names)
+
+
+def same(gold: Expression, said: Expression) -> bool:
+    """Whether two expressions are equal, as math-verify says; numbers of any size are compared by their own size."""
+    if isinstance(gold, sympy.MatrixBase) and isinstance(said, sympy.MatrixBase):
+        return gold.shape == said.shape and all(map(same, gold.flat(), said.flat()))
+    if isinstance(gold, sympy.Tuple) and isinstance(said, sympy.Tuple):
+        return len(gold) == len(said) and all(map(same, gold, said))
+    if isinstance(gold, sympy.FiniteSet) and isinstance(said, sympy.FiniteSet):
+        return matched(list(gold), list(said), same)
+    if isinstance(gold, sympy.Interval) and isinstance(said, sympy.Interval):
+        ends = gold.left_open == said.left_open and gold.right_open == said.right_open
+        return bool(ends and same(gold.start, said.start) and same(gold.end, said.end))
+    if isinstance(gold, sympy.Eq) and isinstance(said, sympy.Eq) and gold.lhs == said.lhs:
+        return same(gold.rhs, said.rhs)
+    try:
+        found = sympy_expr_eq(gold, said, DECIMALS, DIGITS, allow_set_relation_comp=True)
+    except Exception:  # sympy's, of any type, where it cannot compare
+        found = False
+    gold, said = (side.rhs if isinstance(side, sympy.Eq) and side.lhs.is_Symbol else side for side in (gold, said))
+    if isinstance(gold, sympy.Expr) and isinstance(said, sympy.Expr):
+        return not _differ(gold, said) if found else _equal_floats(gold, said)
+    return bool(found)
+
+
+def matched(gold: Sequence[Any], said: Sequence[Any], alike: Any) -> bool:
+    """Whether each of the one has its like among the others, in any order, and none is left over."""
+    left = list(said)
+    if len(gold) != len(left):
+        return False
+    for one in gold:
+        at = next((at for at, other in enumerate(left) if alike(one, other)), None)
+        if at is None:
+            return False
+        del left[at]
+    return True
+
+
+def _numbers(*sides: sympy.Expr) -> list[complex] | None:
+    """The sides as numbers, symbols at some fixed values; None where they have none."""
+    symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=str)
+    values = {symbol: sympy.Rational(17 + 6 * at, 11 + 2 * at) for at, symbol in enumerate(symbols)}
+    try:
+        return [complex(side.doit().subs(values).evalf(30)) for side in sides]
+    except Exception:  # no number: an unknown function, infinity
+        return None
+
+
+def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
+    """Whether two sides that math-verify takes for equal differ by more than the rounding of what was written."""
+    if (values := _numbers(gold, said)) is None:
+        return False
+    size = max(map(abs, values))
+    symbols = bool(gold.free_symbols | said.free_symbols)
+    if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > RELATIVE * size:
+        return False
+    try:
+        return sympy.simplify(gold - said) != 0
+    except Exception:
+        return True
+
+
+def _equal_floats(gold: sympy.Expr, said: sympy.Expr) -> bool:
+    """Whether they are one number, of which a side was written with a point: math-verify compares its last digits."""
+    if gold.free_symbols | said.free_symbols or not (gold.has(sympy.Float) or said.has(sympy.Float)):
+        return False
+    values = _numbers(gold, said)
+    return values is not None and abs(values[0] - values[1]) <= 1e-9 * max(map(abs, values))
+
+
+# -- regions ---------------------------------------------------------------------------------------------------------
+
+
+def region(text: str) -> sympy.Set | None:
+    """The set of numbers that inequalities or intervals describe, joined by "and" and "or"; None where there is none."""
+    pieces = []
+    for either in re.split(r"\\text\{\s*,?\s*or\s*\}|\bor\b|\\lor\b|\\vee\b", text):
+        both = [read(part.strip(" ,")) for part in re.split(r"\\text\{\s*,?\s*and\s*\}|\band\b|\\land\b|\\wedge\b", either)]
+        try:
+            pieces.append(sympy.Intersection(*(_as_set(part) for part in both)))
+        except Exception:  # of any type, where there is no such set
+            return None
+    return sympy.Union(*pieces)
+
+
+def _as_set(found: Expression | None) -> sympy.Set:
+    if isinstance(found, sympy.Eq) and isinstance(found.rhs, sympy.Set):
+        found = found.rhs
+    if isinstance(found, sympy.Set) and not isinstance(found, sympy.FiniteSet):
+        return found.doit()
+    if isinstance(found, (Relational, sympy.And)) and len(found.free_symbols) == 1:
+        return found.as_set()
+    raise ValueError("no set")
+
+
+def unknowns(text: str) -> set[str]:
+    """The letters of inequalities."""
+    return set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+|\b(?:or|and)\b", " ", text)))
