@@ -154,9 +154,12 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
     said_values = [dressed(value) for text in texts for value in members(text)]
     if len(gold.values) == 1:
         right = len(texts) == 1 and _one_whole(gold, whole)
+        right = right or _in_order(gold, said_values)
+    elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
+        return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
     else:
-        right = len(said_values) > 1 and _all_named(gold, said_values)
-    return right or _in_order(gold, said_values) or _values_match(gold, said_values) or _same_region(gold.text, whole)
+        right = False
+    return right or _values_match(gold, said_values) or _same_region(gold.text, whole)
 
 
 def _one_whole(gold: Gold, whole: str) -> bool:
@@ -176,10 +179,9 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
     return matched(gold.values, values, _alike)
 
 
-def _all_named(gold: Gold, values: list[Value]) -> bool:
-    """Whether the values answer x=1, y=2 in this order, without its names."""
-    names = {name[1] for value in gold.values if (name := NAME.match(value.text))}
-    return len(names) == len(gold.values) and _pairwise(gold.values, values)
+def _names(values: Sequence[Value]) -> int:
+    """How many different names the values have, as x in x=1."""
+    return len({name[1] for value in values if (name := NAME.match(value.text))})
 
 
 def _in_order(gold: Gold, values: list[Value]) -> bool:
@@ -192,12 +194,9 @@ def _in_order(gold: Gold, values: list[Value]) -> bool:
 
 
 def _pairwise(golds: Sequence[Value], values: Sequence[Value]) -> bool:
-    if len(golds) != len(values) or any(NAME.match(one.text) for one in values) and any(
-        NAME.match(one.text) for one in golds
-    ):
-        return False
+    """Whether the values are the same one by one, whatever their names."""
     nameless = [[dressed(NAME.sub("", one.text)) for one in side] for side in (golds, values)]
-    return all(map(_alike, *nameless))
+    return len(golds) == len(values) and all(map(_alike, *nameless))
 
 
 def _same_region(gold: str, text: str) -> bool:

@@ -302,7 +302,8 @@ POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
 AMOUNT = re.compile(
     r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\})+"
 )
-IN_TEXT = re.compile(rf"(?:\\text\{{[^{{}}]*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$")
+SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
+IN_TEXT = re.compile(rf"(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$")
 IN_LETTERS = re.compile(rf"(?:[a-zA-Z.]|{POWER}|[/\s]|\\cdot)+$")
 CURRENCY = re.compile(r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d))\s*")
 
@@ -321,7 +322,7 @@ def _without_unit(text: str, gold: bool) -> tuple[str, str | None]:
         found = pattern.search(text)
         if not found or not (body := text[: found.start()].strip()) or "text" in body:
             continue
-        names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ)", " ", found[0]))
+        names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ|frac)", " ", found[0]))
         known = all(_name(name) or name == "per" for name in names)
         if not names or (not known and any(NO_UNIT.fullmatch(name.lower()) for name in names)):
             continue
@@ -355,6 +356,7 @@ def _name(name: str) -> str | None:
 def _unit(text: str) -> str:
     """One way of writing a unit; `?` and its words where it is unknown, as apples are."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace(r"\cdot", " ").replace(r"^\circ", " deg ")
+    text = text.replace("}{", "}/{")  # of a fraction
     text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", re.sub(r"\bper\b|/", " / ", text))
     tokens = re.findall(r"[a-zA-Z$€£¥₹°]+|\^-?\d|/", text)
     names = [token if token[0] in "/^" else _name(token) for token in tokens]

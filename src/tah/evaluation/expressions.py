@@ -98,9 +98,14 @@ def is_words(text: str) -> bool:
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
         return False
-    words = WORD.findall(plain)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return any((len(word) > 2 or word.lower() in ("no", "on", "if")) and word not in letters for word in words)
+    return any(map(_is_word, WORD.findall(plain)))
+
+
+def _is_word(letters: str) -> bool:
+    """Whether letters in a row are no product: cab is one of a, b and c."""
+    if len(letters) < 3:
+        return letters.lower() in ("no", "on", "if", "or", "so")
+    return "".join(sorted(letters)) not in "abcdefghijklmnopqrstuvwxyz"
 
 
 def _depth(text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 Grade = Literal["right", "wrong", "unparsed", "untestable"]
 
-BRACE = re.compile(r"(?P<box>\\{1,2}f?boxed\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is text
+BRACE = re.compile(r"(?P<box>\\{1,2}(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is text
 # What stands in a box that is only spoken of: "the answer in \boxed{}", "as \boxed{...}"
 PLACEHOLDER = re.compile(r"(?:[\s.?_~]|\\[,;:! ]|\\[lc]?dots\b|\\text\s*\{\s*\})*")
 
