@@ -379,3 +379,115 @@ def test_other_dress(gold, text, grade):
 @pytest.mark.parametrize("gold, text, grade", SIMPLE)
 def test_plain_numbers(gold, text, grade):
     assert grade_math(gold, text) == grade
+
+
+# Right answers in the style of OlympiadBench, MATH-500, Minerva, AIME and GSM8K, each with pieces of it: a member, a side, a
+# term dropped, another index
+GOLDS = {
+    # numbers
+    "42": ["4", "2"],
+    "-7": ["7"],
+    "204": ["20", "24"],
+    "1,800": ["1", "800", "1,8"],
+    "0.25": ["0", "25"],
+    "\\frac{3}{4}": ["3", "4"],
+    "-\\frac{3}{4}": ["\\frac{3}{4}", "-3"],
+    "\\frac{\\sqrt{3}}{2}": ["\\sqrt{3}", "2", "3"],
+    "2\\sqrt{3}": ["2", "\\sqrt{3}"],
+    "1+\\sqrt{2}": ["1", "\\sqrt{2}"],
+    "2^{2023}": ["2", "2023"],
+    "10!": ["10"],
+    "\\binom{10}{3}": ["10", "3"],
+    "\\log_2 3": ["3", "2", "\\log 3"],
+    "\\ln 2": ["2"],
+    "3\\pi": ["3", "\\pi"],
+    "e^2": ["e", "2"],
+    "6.02e23": ["6.02", "23", "6.02e22"],
+    "9.109 \\times 10^{-31}": ["9.109", "10^{-31}", "9.109 \\times 10^{-30}"],
+    "1.6e-19": ["1.6", "1.6e-18", "0"],
+    "3+4i": ["3", "4i", "4"],
+    "1\\frac{1}{2}": ["1", "\\frac{1}{2}"],
+    "50\\%": ["5"],
+    "90^\\circ": ["9"],
+    "\\$18.90": ["18", "0.90"],
+    "5\\text{ cm}": ["5\\text{ m}", "\\text{cm}"],
+    "120_8": ["120", "8", "120_9"],
+    # several values
+    "1,-2": ["1", "-2"],
+    "69,84": ["69", "84"],
+    "-6,-2,4,12": ["-6,-2,4", "4", "12"],
+    "$1$ and $-2$": ["1", "-2"],
+    "\\pm 2": ["2", "-2"],
+    "1 \\pm \\sqrt{2}": ["1", "1+\\sqrt{2}"],
+    "\\frac{1}{2},-3": ["\\frac{1}{2}", "-3", "1,2,-3"],
+    "\\{1,2,3\\}": ["1", "\\{1,2\\}"],
+    "(1,2),(3,4)": ["(1,2)", "(3,4)"],
+    "k=3,-2": ["3", "-2", "k=3"],
+    "x=1, y=2": ["1", "2", "x=1"],
+    "2^{k}, k \\geq 1": ["2^{k}", "k \\geq 1"],
+    "\\frac{1}{3}, \\frac{2}{3}, 1": ["1", "\\frac{1}{3}, \\frac{2}{3}"],
+    "f(x)=0, f(x)=x^2": ["f(x)=0", "0", "x^2"],
+    # tuples, intervals, sets, matrices
+    "(1,2)": ["1", "2", "(2,1)"],
+    "(1,8,19)": ["1", "(1,8)", "(19,8,1)"],
+    "\\left(\\frac{3}{5}, \\frac{4}{5}\\right)": ["\\frac{3}{5}", "\\frac{4}{5}"],
+    "(x,y)=(1,2)": ["1", "2", "(x,y)"],
+    "[1,3]": ["1", "3", "(1,3)", "[1,3)"],
+    "(2,\\infty)": ["2", "\\infty", "[2,\\infty)"],
+    "(-\\infty, 0) \\cup\\{1\\}$.": ["(-\\infty,0)", "1", "0", "\\{1\\}"],
+    "(-\\infty,1)\\cup(3,\\infty)": ["(-\\infty,1)", "(3,\\infty)"],
+    "\\mathbb{R} \\setminus \\{0\\}": ["0", "\\mathbb{R}"],
+    "\\begin{pmatrix}1\\\\2\\end{pmatrix}": ["1", "2", "\\begin{pmatrix}2\\\\1\\end{pmatrix}"],
+    # expressions, equations, conditions
+    "x^2-1": ["x^2", "x", "-1", "x^2-2"],
+    "\\frac{n(n+1)}{2}": ["n(n+1)", "2", "\\frac{n(n-1)}{2}"],
+    "x^2+y^2=1": ["1", "x^2", "x^2+y^2"],
+    "y=2x+3": ["y", "2x", "3"],
+    "x>2": ["2", "x", "x\\geq 2"],
+    "1 \\le x \\le 3": ["1", "3", "x \\le 3", "1 \\le x"],
+    "a_{n}=2^{n}": ["2", "n", "a_{n}"],
+    "f(x)=\\frac{1}{x}": ["f(x)", "x", "1"],
+    "\\gamma^2-1": ["-1", "\\gamma^2", "1"],
+    "m_{p} c^{2}\\left(\\gamma^{2}-1\\right)": ["m_{p} c^{2}", "\\gamma^{2}-1", "m_{p} c^{2}(\\gamma-1)"],
+    "E_1": ["1", "E", "E_2"],
+    "\\frac{E_1+E_2}{2}": ["E_1+E_2", "E_1", "2"],
+    "I(0) e^{-t/RC}": ["I(0)", "e^{-t/RC}", "0"],
+    "\\frac{R-r}{R+r}": ["R-r", "R+r", "0"],
+    "\\frac{1}{2} m v^{2}": ["m v^{2}", "\\frac{1}{2}", "v^2"],
+    "\\sqrt{\\frac{2 g h}{1+\\beta}}": ["\\frac{2 g h}{1+\\beta}", "2gh", "\\sqrt{2gh}"],
+    "\\frac{d y}{d x}=3x": ["3x", "3", "x"],
+    "y''+y=0": ["y+y=0", "0", "y''"],
+    "3t": ["3", "t"],
+    "3x-2t": ["3x-2", "3x", "2t"],
+    "A \\sin(\\omega t+\\phi)": ["A", "\\sin(\\omega t)", "A\\sin(\\omega t)"],
+    "\\arctan\\left(\\frac{1}{2}\\right)": ["\\frac{1}{2}", "\\arctan 2"],
+    "n \\equiv 1 \\pmod{3}": ["1", "3", "n"],
+    "1+2+\\ldots+n": ["1+2+n", "n", "1+2"],
+    "\\{x \\mid x>2\\}": ["2", "x"],
+    "\\sum_{k=1}^{n} k^2": ["k^2", "n", "\\sum_{k=1}^{n} k"],
+    "2023^{2024}-1": ["2023^{2024}", "1", "-1"],
+    # words
+    "east": ["teas", "eas", "e"],
+    "\\text{even}": ["\\text{e}", "\\text{eve}"],
+    "yes": ["y", "es"],
+    "Alice and Bob": ["Alice", "Bob"],
+    "all odd primes": ["all primes", "odd"],
+    "The function is even": ["even", "The function"],
+    "\\text{MULTINOMIAL}": ["M", "NOMIAL"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_a_right_answer_accepts_itself_and_no_piece(gold):
+    bare = gold.removesuffix("$.").strip("$")
+    for text in (f"\\boxed{{{gold}}}", f"So it is $\\boxed{{{bare}}}$.", f"$$\\boxed{{{bare}.}}$$"):
+        assert grade_math(gold, text) == "right", text
+    for piece in GOLDS[gold]:
+        assert grade_math(gold, f"\\boxed{{{piece}}}") == "wrong", piece
+    rows.check({"question": "q", "answer": gold}, "math", "line 1")
+
+
+@pytest.mark.parametrize("gold", ["}", "{", "\\frac{1}{2", "", "$", ".", "?", "\\boxed{}"])
+def test_a_right_answer_that_cannot_be_read_is_named(gold):
+    with pytest.raises(ValueError, match="line 3"):
+        rows.check({"question": "q", "answer": gold}, "math", "line 3")

@@ -61,7 +61,7 @@ REWRITES = [
         (r"(?<![\\a-zA-Z])(sqrt|infty|pi)\b", r"\\\1 "),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<=\d)i\b", " i"),
-        (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),  # not Euler's number
+        (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
         (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
         (r"(?<=\d) (?:thousand)\b", r" \\times 10^{3}"),
         (r"(?<=\d) (?:million)\b", r" \\times 10^{6}"),
@@ -69,7 +69,7 @@ REWRITES = [
         (r"(?<=\d) (?:trillion)\b", r" \\times 10^{12}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
-        (r"\\text\{((?:[-+\d.,\s]|and|or)*)\}", r" \1 "),
+        (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
     )
 ]  # fmt: skip
 # "70 000": three digits after each space, and no list of such

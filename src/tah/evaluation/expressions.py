@@ -6,8 +6,9 @@ Before: a text is read whole or not at all. After: what math-verify takes for eq
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -30,8 +31,8 @@ GREEK = (
     "alpha|beta|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|varphi|chi|psi|omega|"
     "Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|Gamma|infty|emptyset"
 )
-TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*)\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
-SPARE = "qwkzvujpQWKZVUJP"
+TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
+SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
 
@@ -41,7 +42,7 @@ Expression = Any  # sympy's Basic or one of its matrices, which are none
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, cased: bool = False, real: bool = True) -> Expression | None:
-    """The whole of a text as an expression; None where it cannot be read, or not whole.
+    """A text as an expression; None where it cannot be read.
 
     Args:
         text: one value of `dress`.
@@ -50,11 +51,7 @@ def read(text: str, cased: bool = False, real: bool = True) -> Expression | None
     """
     if len(text) > LONGEST or LEFT_OUT.search(text) or _depth(text) > DEEPEST or is_words(text):
         return None
-    latex = normalize_latex(text, NORMAL)
-    found = _parse(latex, cased, real)
-    if found is None or (not re.fullmatch(r"[-+\d./\s]*", latex) and not _is_whole(latex, found, cased, real)):
-        return None
-    return found
+    return _parse(normalize_latex(text, NORMAL), cased, real)
 
 
 def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
@@ -70,27 +67,47 @@ def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
         return None
 
 
-def _is_whole(latex: str, found: Expression, cased: bool, real: bool) -> bool:
-    """Whether each number and symbol counts: with another in its place, another expression must be read."""
-    for token in TOKEN.finditer(latex):
-        if not (instead := _other(token, latex)):
-            continue
-        at = token.start(token.lastgroup or 0) - (token.lastgroup == "greek")
-        changed = latex[:at] + instead + latex[token.end(token.lastgroup or 0) :]
-        if _parse(changed, cased, real) == found:
-            return False
+@functools.lru_cache(maxsize=4096)
+def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
+    """Whether `read` reads all of a text: each number and each symbol counts, another in its place is another expression."""
+    found = read(text, cased, real)
+    latex = normalize_latex(text, NORMAL)
+    if found is None or re.fullmatch(r"[-+\d./\s]*", latex):
+        return found is not None
+    tokens = [token for token in TOKEN.finditer(latex) if token.lastgroup]
+    spare = iter(letter for letter in SPARE if letter not in latex.lower())
+    primes = map(sympy.prime, itertools.count(60))
+    names = {token[0]: _instead(token, spare) for token in tokens if not token["number"]}
+    marks = {token: str(next(primes)) if token["number"] else names[token[0]] for token in tokens}
+    # All at once first: an expression that shows each mark has read each token. Numbers that were added up, and what is
+    # part of a longer name, are looked for one by one.
+    shown = re.findall(r"[a-zA-Z]+|\d+", _shown(_parse(_with(latex, marks), cased, real)))
+    for token, mark in marks.items():
+        if not any(part == mark.strip(" }").removeprefix(r"\text{") or (part.isdigit() and part.startswith(mark)) for part in shown):
+            if _parse(_with(latex, {token: mark}), cased, real) == found:
+                return False
     return True
 
 
-def _other(token: re.Match[str], latex: str) -> str | None:
-    """Something else in the place of a number or a symbol; None for a command."""
-    if token["number"]:
-        return "7" if token["number"] != "7" else "3"
-    if token["word"] is not None:
-        return "qq" if token["word"].strip() else None
-    if token["letter"] or token["greek"]:
-        return next((spare for spare in SPARE if spare not in latex), None)
-    return None
+def _instead(token: re.Match[str], spare: Iterator[str]) -> str:
+    letter = next(spare, "kk")
+    return rf"\text{{{letter}{letter}}}" if token["word"] else f" {letter} "
+
+
+def _shown(found: Expression | None) -> str:
+    try:
+        return str(found)
+    except RecursionError:
+        return ""
+
+
+def _with(latex: str, change: dict[re.Match[str], str]) -> str:
+    """The text with others in the places of some tokens."""
+    parts, at = [], 0
+    for token, instead in change.items():
+        parts += [latex[at : token.start()], instead]
+        at = token.end()
+    return "".join([*parts, latex[at:]])
 
 
 def is_words(text: str) -> bool:
@@ -145,8 +162,10 @@ def equal(gold: str, said: str) -> bool:
     cased = any(letter.isupper() and letter.lower() in letters for letter in letters) or _two_cases(gold, said)
     real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
     first = read(gold, cased, real)
-    second = read(said, cased, real) if first is not None else None
-    return second is not None and same(first, second)
+    second = read(said, cased, real)
+    if first is None or second is None or not is_whole(gold, cased, real):
+        return False
+    return same(first, second) and is_whole(said, cased, real)
 
 
 def _two_cases(*texts: str) -> bool:
@@ -230,12 +249,16 @@ def region(text: str) -> sympy.Set | None:
     """The set of numbers that inequalities or intervals describe, joined by "and" and "or"; None where there is none."""
     pieces = []
     for either in re.split(r"\\text\{\s*,?\s*or\s*\}|\bor\b|\\lor\b|\\vee\b", text):
-        both = [read(part.strip(" ,")) for part in re.split(r"\\text\{\s*,?\s*and\s*\}|\band\b|\\land\b|\\wedge\b", either)]
+        both = [_read_whole(part.strip(" ,")) for part in re.split(r"\\text\{\s*,?\s*and\s*\}|\band\b|\\land\b|\\wedge\b", either)]
         try:
             pieces.append(sympy.Intersection(*(_as_set(part) for part in both)))
         except Exception:  # of any type, where there is no such set
             return None
     return sympy.Union(*pieces)
+
+
+def _read_whole(text: str) -> Expression | None:
+    return read(text) if is_whole(text) else None
 
 
 def _as_set(found: Expression | None) -> sympy.Set:
