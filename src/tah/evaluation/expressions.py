@@ -31,7 +31,8 @@ GREEK = (
     "alpha|beta|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|varphi|chi|psi|omega|"
     "Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|Gamma|infty|emptyset"
 )
-TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
+TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?:begin|end)\{{\w+\*?\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
+MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # in an expression as sympy prints it: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
@@ -75,23 +76,15 @@ def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
     if found is None or re.fullmatch(r"[-+\d./\s]*", latex):
         return found is not None
     tokens = [token for token in TOKEN.finditer(latex) if token.lastgroup]
-    spare = iter(letter for letter in SPARE if letter not in latex.lower())
+    spare = (letter for letter in SPARE if letter not in latex.lower())
+    names = {name: next(spare, "k") for name in dict.fromkeys(token[0] for token in tokens if not token["number"])}
     primes = map(sympy.prime, itertools.count(60))
-    names = {token[0]: _instead(token, spare) for token in tokens if not token["number"]}
-    marks = {token: str(next(primes)) if token["number"] else names[token[0]] for token in tokens}
-    # All at once first: an expression that shows each mark has read each token. Numbers that were added up, and what is
-    # part of a longer name, are looked for one by one.
-    shown = re.findall(r"[a-zA-Z]+|\d+", _shown(_parse(_with(latex, marks), cased, real)))
-    for token, mark in marks.items():
-        if not any(part == mark.strip(" }").removeprefix(r"\text{") or (part.isdigit() and part.startswith(mark)) for part in shown):
-            if _parse(_with(latex, {token: mark}), cased, real) == found:
-                return False
-    return True
-
-
-def _instead(token: re.Match[str], spare: Iterator[str]) -> str:
-    letter = next(spare, "kk")
-    return rf"\text{{{letter}{letter}}}" if token["word"] else f" {letter} "
+    marks = {token: names.get(token[0]) or str(next(primes)) for token in tokens}
+    # All at once first: an expression that shows each mark has read each token. What it does not show, as numbers that were
+    # added up and letters within a longer name, is looked for one by one.
+    shown = MARK.findall(_shown(_parse(_with(latex, marks), cased, real)))
+    hidden = [token for token, mark in marks.items() if mark not in shown]
+    return all(_parse(_with(latex, {token: marks[token]}), cased, real) != found for token in hidden)
 
 
 def _shown(found: Expression | None) -> str:
@@ -105,6 +98,7 @@ def _with(latex: str, change: dict[re.Match[str], str]) -> str:
     """The text with others in the places of some tokens."""
     parts, at = [], 0
     for token, instead in change.items():
+        instead = rf"\text{{{instead}}}" if token["word"] else instead if instead.isdigit() else f" {instead} "
         parts += [latex[at : token.start()], instead]
         at = token.end()
     return "".join([*parts, latex[at:]])
