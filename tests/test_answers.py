@@ -381,8 +381,8 @@ def test_plain_numbers(gold, text, grade):
     assert grade_math(gold, text) == grade
 
 
-# Right answers in the style of OlympiadBench, MATH-500, Minerva, AIME and GSM8K, each with pieces of it: a member, a side, a
-# term dropped, another index
+# Right answers in the style of OlympiadBench, MATH-500, Minerva, AIME and GSM8K, each with pieces of it: a member, a
+# side, a term dropped, another index
 GOLDS = {
     # numbers
     "42": ["4", "2"],

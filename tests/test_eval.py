@@ -21,12 +21,12 @@ from tah import TaHForCausalLM
 from tah.cli import run
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math
-from tah.evaluation.letters import letter_of
 from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown
 from tah.evaluation.evaluate import _run, evaluate
 from tah.evaluation.harness import TaHLM
+from tah.evaluation.letters import letter_of
 from tah.evaluation.request import Sampling, build
 from tah.files import differences
 from tah.session import Session

@@ -1,7 +1,7 @@
 r"""Whether a mathematical answer is right.
 
-What the reply states (`statement.py`) is undressed (`dress.py`), cut into values, and each value compared with one of the right
-answer's, by math-verify where both can be read whole, else as text (`expressions.py`).
+What the reply states (`statement.py`) is undressed and cut into values (`dress.py`, `units.py`). Each value is compared
+with one of the right answer's, by math-verify where both can be read whole, else as text (`expressions.py`).
 
 `letters.py` grades letters; its `grade_choice` can be imported from here too.
 """
@@ -25,15 +25,16 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
-from .dress import SIGNS, Value, dressed, inner, plus_and_minus, same_unit, split, undress
+from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
 from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
 from .letters import grade_choice as grade_choice
 from .reply import Grade, Verdict, after_thoughts, boxes
 from .statement import said, statements
+from .units import same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
-# For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search goes on
-# after a candidate that cannot be parsed, as "**18**" cannot.
+# For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search
+# goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
 NAME = re.compile(r"^(\\?[a-zA-Z]+(?:_(?:\{\w+\}|\w))?)\s*=(?!=)\s*")
@@ -126,7 +127,7 @@ def _unboxed(gold: Gold, reply: str) -> Verdict:
     except Exception:  # of any type, as of a number of a hundred thousand digits
         found = []
     if not found:
-        return Verdict("unparsed")
+        return Verdict("wrong", phrase, "compared as text") if phrase and not gold.mathematics else Verdict("unparsed")
     wanted = [read(value.bare) for value in gold.values]
     if not gold.mathematics or isinstance(found[0], str):
         return Verdict("wrong", str(found[-1])[:SHOWN], None if gold.mathematics else "compared as text")
@@ -165,7 +166,7 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
         return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
     else:
         right = False
-    return right or _values_match(gold, said_values) or _same_region(gold.text, whole)
+    return right or _values_match(gold, said_values) or _same_region(gold.text, r" \text{ or } ".join(texts))
 
 
 def _one_whole(gold: Gold, whole: str) -> bool:

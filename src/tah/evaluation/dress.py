@@ -1,7 +1,7 @@
-"""The dress of a mathematical answer: signs, spaces, labels, units and lists, taken off before anything is compared.
+"""The dress of a mathematical answer: signs, spaces, labels and lists, taken off before anything is compared.
 
-math-verify takes off some of it, and with it what is no dress: `3t` loses its t as a unit, `x'` its prime. So it is done here,
-and math-verify is handed bare mathematics.
+math-verify takes off some of it, and with it what is no dress: `3t` loses its t as a unit, `x'` its prime. So it is
+done here, and math-verify is handed bare mathematics.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from .reply import boxes
+from .units import without_unit
 
 # -- signs and spaces ------------------------------------------------------------------------------------------------
 
@@ -20,12 +21,12 @@ SIGNS = str.maketrans(
     | dict.fromkeys(map(ord, SPACES), " ")
     | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), "")
     | {ord(one): f" {latex} " for one, latex in {
-        "×": r"\times", "·": r"\cdot", "⋅": r"\cdot", "÷": "/", "°": r"^\circ", "π": r"\pi", "∞": r"\infty", "≤": r"\leq",
-        "⩽": r"\leq", "≥": r"\geq", "⩾": r"\geq", "≠": r"\ne", "∪": r"\cup", "∩": r"\cap", "±": r"\pm", "∓": r"\mp",
-        "√": r"\sqrt", "∈": r"\in", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "∅": r"\emptyset",
-        "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "α": r"\alpha", "β": r"\beta", "γ": r"\gamma",
-        "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu", "σ": r"\sigma", "φ": r"\phi", "ω": r"\omega", "，": ", ", "；": ";",
-        "％": "%", "．": ".", "＝": "=",
+        "×": r"\times", "·": r"\cdot", "⋅": r"\cdot", "÷": "/", "°": r"^\circ", "π": r"\pi", "∞": r"\infty",
+        "≤": r"\leq", "⩽": r"\leq", "≥": r"\geq", "⩾": r"\geq", "≠": r"\ne", "∪": r"\cup", "∩": r"\cap",
+        "±": r"\pm", "∓": r"\mp", "√": r"\sqrt", "∈": r"\in", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}", "∅": r"\emptyset", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+        "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu",
+        "σ": r"\sigma", "φ": r"\phi", "ω": r"\omega", "，": ", ", "；": ";", "％": "%", "．": ".", "＝": "=",
     }.items()}
 )  # fmt: skip
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ"
@@ -37,7 +38,9 @@ REWRITES = [
     for pattern, to in (
         (r"\\\$", r" \\dollars "),
         (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # the marks around mathematics, and bold
+        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # the space between two rows of a matrix
         (r"(?<!\\)\\!", ""),
+        (r"[\"`]", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|scriptstyle|limits|strut|mathstrut)\b", ""),
@@ -54,7 +57,10 @@ REWRITES = [
         (r"\\gt\b", ">"),
         (r"\\neq\b|!=", r"\\ne "),
         (r"\\varnothing\b", r"\\emptyset "),
-        (r"\{\s*,\s*\}", ","),
+        (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
+        (r"(?<!\\)\{ +\}", " "),
+        (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
         (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
         (r"\\degrees?\b|\\(?:text|mathrm)\s*\{\s*°\s*\}", r"^\\circ "),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
@@ -99,7 +105,9 @@ def _unboxed(text: str) -> list[str]:
 # -- several values --------------------------------------------------------------------------------------------------
 
 WORD = r"and|or|for|where|with|when|if"
-SEPARATOR = re.compile(rf",|;|\\\\(?!\[)|\\lor\b|\\vee\b|(?<![a-zA-Z\\])(?:{WORD})(?![a-zA-Z])|\\text\s*\{{\s*,?\s*(?:{WORD})\s*\}}")
+SEPARATOR = re.compile(
+    rf",|;|\\\\(?!\[)|\\lor\b|\\vee\b|(?<![a-zA-Z\\])(?:{WORD})(?![a-zA-Z])|\\text\s*\{{\s*,?\s*(?:{WORD})\s*\}}"
+)
 MARK = re.compile(rf"\\[{{}}]|\\begin\b|\\end\b|[()\[\]{{}}]|{SEPARATOR.pattern}|\\?[a-zA-Z]+")
 OPENS, CLOSES = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
 CLOSING = {"(": ")", r"\{": r"\}", "[": "]"}
@@ -186,15 +194,17 @@ class Value:
     unit: str | None = None
 
 
-LABEL = r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
+LABEL = (
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
+)
 LABELS = [
     (re.compile(pattern, re.IGNORECASE), to)
     for pattern, to in (
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
         (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
-        (r"^(?:=|\\approx|\\text\{\s*\}|[\s,;:])+", ""),
-        (r"(?:\\text\{[\s.]*\}|(?<!\.)\.|[\s,;:])+$", ""),
+        (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
+        (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
     )
 ]
 
@@ -214,9 +224,14 @@ def dressed(text: str, gold: bool = False) -> Value:
         gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
     """
     text = without_labels(text)
-    if (set_of := re.fullmatch(r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text)):
+    if set_of := re.fullmatch(
+        r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text
+    ):
         text = set_of[2].strip()
-    body, unit = _without_unit(text, gold)
+    if not gold and r"\approx" in text:
+        exact, _, rounded = text.partition(r"\approx")
+        text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
+    body, unit = without_unit(text, gold)
     return Value(_plain(text), _plain(body), unit)
 
 
@@ -225,150 +240,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
     text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
     text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
-    text = re.sub(r"(?<![a-zA-Z\\{])([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text)  # no constant has an index
+    text = re.sub(
+        r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text
+    )  # no constant has an index
     return text.strip()
-
-
-# -- units -----------------------------------------------------------------------------------------------------------
-
-UNITS = {
-    name: names[0]
-    for names in (
-        line.split()
-        for line in """
-        mm millimeter millimetre
-        cm centimeter centimetre
-        dm decimeter decimetre
-        m meter metre
-        km kilometer kilometre
-        in inch inche inches
-        ft foot feet
-        yd yard
-        mi mile
-        mg milligram
-        g gram gm
-        kg kilogram
-        lb pound lbs
-        oz ounce
-        ml mL milliliter millilitre
-        l L liter litre
-        s sec second
-        min minute
-        h hr hour
-        day
-        week
-        month
-        yr year
-        deg degree °
-        rad radian
-        K kelvin
-        N newton
-        J joule
-        kJ kilojoule
-        eV
-        W watt
-        kW kilowatt
-        V volt
-        A amp ampere
-        C coulomb
-        Hz hertz
-        Pa pascal
-        T tesla
-        mol mole
-        ohm
-        dollar usd $
-        cent
-        euro eur €
-        pence
-        rupee rs ₹
-        yen ¥
-        sq square
-        cu cubic
-        mph
-        kmh kmph kph
-        unit
-        """.strip().splitlines()
-    )
-    for name in names
-}
-# Words that change a value or speak of it: no units
-NO_UNIT = re.compile(
-    r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
-    r"all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
-    r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
-)
-POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
-# What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
-AMOUNT = re.compile(
-    r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\})+"
-)
-SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
-IN_TEXT = re.compile(rf"(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$")
-IN_LETTERS = re.compile(rf"(?:[a-zA-Z.]|{POWER}|[/\s]|\\cdot)+$")
-CURRENCY = re.compile(r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d))\s*")
-
-
-def _without_unit(text: str, gold: bool) -> tuple[str, str | None]:
-    """The value and its unit, None where it has none."""
-    if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
-        body, unit = _without_unit(text[sign.end() :], gold)
-        return sign[1] + body, unit or _unit(sign[2] or "$")
-    if text.endswith(r"\dollars"):
-        return text[: -len(r"\dollars")].strip(), "dollar"
-    degrees = re.search(r"\^\s*\\circ\s*(?:\\text\{\s*)?([CF]?)\s*\}?$", text)
-    if degrees and degrees.start():
-        return text[: degrees.start()].strip(), "deg" + degrees[1]
-    for pattern, spoken in ((IN_TEXT, True), (IN_LETTERS, False)):
-        found = pattern.search(text)
-        if not found or not (body := text[: found.start()].strip()) or "text" in body:
-            continue
-        names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ|frac)", " ", found[0]))
-        known = all(_name(name) or name == "per" for name in names)
-        if not names or (not known and any(NO_UNIT.fullmatch(name.lower()) for name in names)):
-            continue
-        if spoken:
-            amount = re.search(r"[\w)}\]]$|\\pi$", body) and (known or (re.search(r"\d", body) and len(names[0]) > 1))
-        elif known:
-            product = gold and any(len(name) == 1 or name in ("mg", "ml") for name in names)
-            amount = not product and AMOUNT.fullmatch(body)
-        else:
-            spaced = text[: found.start()] != body or found[0][0].isspace()
-            words = len(names) < 5 and all(len(name) > 3 or _name(name) for name in names)
-            amount = words and spaced and not any(map(_alphabet, names)) and AMOUNT.fullmatch(body)
-        if amount:
-            return body, _unit(found[0])
-    return text, None
-
-
-def _alphabet(name: str) -> bool:
-    """Whether the letters follow each other as in the alphabet, as the factors of abcd do."""
-    return len(name) > 1 and name in "abcdefghijklmnopqrstuvwxyz"
-
-
-def _name(name: str) -> str | None:
-    """The one name of a known unit."""
-    for form in (name, name.lower(), name.lower().removesuffix("s")):
-        if form in UNITS and (len(name) > 2 or form == name):
-            return UNITS[form]
-    return None
-
-
-def _unit(text: str) -> str:
-    """One way of writing a unit; `?` and its words where it is unknown, as apples are."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace(r"\cdot", " ").replace(r"^\circ", " deg ")
-    text = text.replace("}{", "}/{")  # of a fraction
-    text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", re.sub(r"\bper\b|/", " / ", text))
-    tokens = re.findall(r"[a-zA-Z$€£¥₹°]+|\^-?\d|/", text)
-    names = [token if token[0] in "/^" else _name(token) for token in tokens]
-    if None in names:
-        return "? " + " ".join(tokens)
-    unit = " ".join(name for name in names if name)
-    unit = re.sub(r"\b(sq|cu) (\w+)", lambda found: f"{found[2]} ^{'2' if found[1] == 'sq' else '3'}", unit)
-    return {"mph": "mi / h", "kmh": "km / h"}.get(unit, unit)
-
-
-def same_unit(one: str | None, other: str | None) -> bool:
-    """Whether two units can belong to the same value: a missing one fits any, an unknown one any unknown."""
-    if one is None or other is None or one == other or "unit" in (one, other):
-        return True
-    return one.startswith("?") and other.startswith("?")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -26,12 +26,16 @@ LONGEST = 2000  # characters; nothing longer is mathematics
 DEEPEST = 40  # brackets within each other
 NORMAL = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
 # What the parser or its normalization leaves out without a word
-LEFT_OUT = re.compile(r"['\"`]|\\[lcvd]?dots\b|\.\.|\\prime\b|\\approx|\\sim\b|\\mid\b|\\bmod|\\pmod|\\mod\b|!!|\d\s*_|\)\s*_|:[^:]*:|[{}]\s*:\s*\w+[<>=]")
+LEFT_OUT = re.compile(
+    r"['\"`]|\\[lcvd]?dots\b|\.\.|\\prime\b|\\approx|\\sim\b|\\mid\b|\\bmod|\\pmod|\\mod\b|!!|\d\s*_|\)\s*_|:[^:]*:|[{}]\s*:\s*\w+[<>=]"
+)
 GREEK = (
     "alpha|beta|delta|epsilon|varepsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|phi|varphi|chi|psi|omega|"
     "Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|Gamma|infty|emptyset"
 )
-TOKEN = re.compile(rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?:begin|end)\{{\w+\*?\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])")
+TOKEN = re.compile(
+    rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?:begin|end)\{{\w+\*?\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])"
+)
 MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # in an expression as sympy prints it: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
@@ -70,7 +74,7 @@ def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
 
 @functools.lru_cache(maxsize=4096)
 def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
-    """Whether `read` reads all of a text: each number and each symbol counts, another in its place is another expression."""
+    """Whether `read` reads all of a text: with another number or symbol in one place it reads another expression."""
     found = read(text, cased, real)
     latex = normalize_latex(text, NORMAL)
     if found is None or re.fullmatch(r"[-+\d./\s]*", latex):
@@ -80,8 +84,8 @@ def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
     names = {name: next(spare, "k") for name in dict.fromkeys(token[0] for token in tokens if not token["number"])}
     primes = map(sympy.prime, itertools.count(60))
     marks = {token: names.get(token[0]) or str(next(primes)) for token in tokens}
-    # All at once first: an expression that shows each mark has read each token. What it does not show, as numbers that were
-    # added up and letters within a longer name, is looked for one by one.
+    # All at once first: an expression that shows each mark has read each token. What it does not show, as numbers that
+    # were added up and letters within a longer name, is looked for one by one.
     shown = MARK.findall(_shown(_parse(_with(latex, marks), cased, real)))
     hidden = [token for token, mark in marks.items() if mark not in shown]
     return all(_parse(_with(latex, {token: marks[token]}), cased, real) != found for token in hidden)
@@ -132,7 +136,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])|[\s$]|\\ ", "", text)
     text = re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
-    return text.casefold() if re.fullmatch(r"[a-zA-Z,.'()-]*", text) else text
+    return text if re.search(r"\\|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", text) else text.casefold()
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
@@ -152,8 +156,7 @@ def equal(gold: str, said: str) -> bool:
         golds, saids = split(parts[0]), split(parts[1])
         if len(golds) > 1 or len(saids) > 1:
             return len(golds) == len(saids) and all(map(equal, golds, saids))
-    letters = set(re.sub(r"\\text\{[^{}]*\}", "", gold + said))
-    cased = any(letter.isupper() and letter.lower() in letters for letter in letters) or _two_cases(gold, said)
+    cased = _two_cases(gold) or _two_cases(said)
     real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
     first = read(gold, cased, real)
     second = read(said, cased, real)
@@ -162,10 +165,13 @@ def equal(gold: str, said: str) -> bool:
     return same(first, second) and is_whole(said, cased, real)
 
 
-def _two_cases(*texts: str) -> bool:
-    r"""Whether a Greek letter occurs in both cases: \omega and \Omega."""
-    names = {name for text in texts for name in re.findall(r"\\([a-zA-Z]+)", text)}
-    return any(name[0].isupper() and name[0].lower() + name[1:] in names for name in names)
+def _two_cases(text: str) -> bool:
+    r"""Whether a letter occurs in both cases, as in R-r or \omega-\Omega: then they are two."""
+    names = set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\\text\{[^{}]{2,}\}", "", text)))
+    return any(
+        name[-1].islower() and (name.upper() if len(name) == 1 else name[:2].upper() + name[2:]) in names
+        for name in names
+    )
 
 
 def same(gold: Expression, said: Expression) -> bool:
@@ -185,10 +191,21 @@ def same(gold: Expression, said: Expression) -> bool:
         found = sympy_expr_eq(gold, said, DECIMALS, DIGITS, allow_set_relation_comp=True)
     except Exception:  # sympy's, of any type, where it cannot compare
         found = False
+    if found and isinstance(gold, Relational) and isinstance(said, Relational):
+        return _same_ends(gold, said)
     gold, said = (side.rhs if isinstance(side, sympy.Eq) and side.lhs.is_Symbol else side for side in (gold, said))
     if isinstance(gold, sympy.Expr) and isinstance(said, sympy.Expr):
         return not _differ(gold, said) if found else _equal_floats(gold, said)
     return bool(found)
+
+
+def _same_ends(gold: Relational, said: Relational) -> bool:
+    """Whether two inequalities that math-verify takes for equal have the same ends, however small."""
+    try:
+        one, other = gold.as_set(), said.as_set()
+    except Exception:  # sympy's, of any type: of several unknowns, or not solved
+        return True
+    return same(one, other) if isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval) else True
 
 
 def matched(gold: Sequence[Any], said: Sequence[Any], alike: Any) -> bool:
@@ -240,15 +257,25 @@ def _equal_floats(gold: sympy.Expr, said: sympy.Expr) -> bool:
 
 
 def region(text: str) -> sympy.Set | None:
-    """The set of numbers that inequalities or intervals describe, joined by "and" and "or"; None where there is none."""
+    """The numbers that inequalities or intervals describe, joined by "and" and "or"; None where there is none."""
     pieces = []
-    for either in re.split(r"\\text\{\s*,?\s*or\s*\}|\bor\b|\\lor\b|\\vee\b", text):
-        both = [_read_whole(part.strip(" ,")) for part in re.split(r"\\text\{\s*,?\s*and\s*\}|\band\b|\\land\b|\\wedge\b", either)]
+    for either in re.split(rf"{_joint('or')}|\\lor\b|\\vee\b", text):
+        both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
+        if len(both) == 1 and (both[0] is None or isinstance(both[0], sympy.FiniteSet)):  # intervals in a list
+            parts = [_read_whole(part) for part in split(either)]
+            pieces += [part for part in parts if isinstance(part, (sympy.Interval, sympy.Union))]
+            if len(pieces) < len(parts):
+                return None
+            continue
         try:
-            pieces.append(sympy.Intersection(*(_as_set(part) for part in both)))
+            pieces.append(sympy.Intersection(*map(_as_set, both)))
         except Exception:  # of any type, where there is no such set
             return None
     return sympy.Union(*pieces)
+
+
+def _joint(word: str) -> str:
+    return rf"\\text\{{\s*,?\s*{word}\s*\}}|(?<![a-zA-Z]){word}(?![a-zA-Z])"
 
 
 def _read_whole(text: str) -> Expression | None:

@@ -1,4 +1,4 @@
-"""What a reply states in the end: its last box, the list of boxes that this one closes, or a sentence that says "the answer is"."""
+"""What a reply states in the end: its last box, the list of boxes that this one closes, or "the answer is ..."."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from .reply import Box
 
-# Between two boxes of one list: marks, "and", "x =", and words that only point. One alternative fits at each place, so that
-# this takes time in proportion to the text.
+# Between two boxes of one list: marks, "and", "x =", and words that only point. One alternative fits at each place, so
+# that this takes time in proportion to the text.
 POINTING = (
     "and|or|also|as|well|both|either|the|other|another|one|first|second|third|next|last|is|are|solutions?|roots?|values?|numbers?|"
     "answers?|text|quad|qquad|mathrm|textbf|respectively|we|have|case|if|when|while|for|in"
@@ -17,18 +17,26 @@ LIST = re.compile(
     rf"\b\d{{1,2}}\.(?=\s))*",
     re.IGNORECASE,
 )
-JOINED = re.compile(r"(?:,|;|\band\b|\bor\b)(?:[\s$({\[}*]|\\[,;:! (\[{]|\\text\b|\b[a-zA-Z](?:_\{?\w+\}?)?\s?=)*$", re.IGNORECASE)
+JOINED = re.compile(
+    r"(?:,|;|\band\b|\bor\b)(?:[\s$({\[}*]|\\[,;:! (\[{]|\\text\b|\b[a-zA-Z](?:_\{?\w+\}?)?\s?=)*$", re.IGNORECASE
+)
 SEPARATE = re.compile(  # says more than a list would: a step, a doubt, another sentence
     r"[.!?:=]\s|\b(?:not|no|but|so|then|hence|thus|therefore|wrong|wait|which|gives|becomes|hmm|actually|rather|sorry|correct|mean|get)\b",
     re.IGNORECASE,
 )
-# After this, what was boxed before is no longer said
-CORRECTION = re.compile(
+# After a doubt, what was boxed before is no longer said; nor after a conclusion, unless it is that of another part
+DOUBT = re.compile(
     r"\b(?:wait|actually|instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|hmm|rather|recheck|reconsider|oops|"
-    r"not right|not correct|misread|final answers?|let me (?:re|try|check)\w*|no,|"
-    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both) (?:\w+ ){0,2}?(?:answers?|solutions?|values?|roots?)|"
-    r"(?:the|our|my) (?:answers?|solutions?) (?:is|are))",
+    r"not right|not correct|misread|let me (?:re|try|check)\w*|no,|but the (?:\w+ )?answers?)\b",
     re.IGNORECASE,
+)
+CONCLUSION = re.compile(
+    r"\b(?:final answers?|(?:the|our|my) (?:answers?|solutions?) (?:is|are)|"
+    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both) (?:\w+ ){0,2}?(?:answers?|solutions?|values?|roots?))\b",
+    re.IGNORECASE,
+)
+ANOTHER = re.compile(
+    r"\b(?:part|case|question|problem|second|third|other|another)\b|\([b-e]\)|\b[2-9]\.", re.IGNORECASE
 )
 FARTHEST = 200  # characters between two boxes of one list
 ANSWER = re.compile(r"\banswers?\b[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)[\s*]*([^\n]+)", re.IGNORECASE)
@@ -51,7 +59,7 @@ def statements(text: str, found: list[Box]) -> list[list[str]]:
     listed = since = len(found) - 1
     while listed > 0 and _is_list(between[listed - 1]):
         listed -= 1
-    while since > 0 and not CORRECTION.search(between[since - 1]):
+    while since > 0 and not _takes_back(between[since - 1]):
         since -= 1
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
     return [list(dict.fromkeys(box.content for box in span)) for span in spans if len(span) <= MOST]
@@ -63,6 +71,10 @@ def _is_list(between: str) -> bool:
     if LIST.fullmatch(between):
         return True
     return len(between) <= 40 and bool(JOINED.search(between)) and not SEPARATE.search(between)
+
+
+def _takes_back(between: str) -> bool:
+    return bool(DOUBT.search(between) or (CONCLUSION.search(between) and not ANOTHER.search(between)))
 
 
 def said(text: str) -> str | None:
