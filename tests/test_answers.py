@@ -4,15 +4,18 @@ Each kind has right and wrong answers; the first cases of each come from public 
 lm-evaluation-harness), the others are ours. Where a case has no box, none is added.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tah.evaluation.answers import grade_math, judge_math, read_math
-from tah.evaluation.dress import split, undress
-from tah.evaluation.reply import boxes
+from tah.evaluation.reply import Verdict, boxes
 from tah.tasks import rows
 
+DATA = Path(__file__).parent / "data"
 SEVERAL = [
     ("1,-2", r"The solutions are $\boxed{1}$ and $\boxed{-2}$.", "right"),
     ("69,84", r"\boxed{69}, \boxed{84}", "right"),
@@ -491,3 +494,138 @@ def test_a_right_answer_accepts_itself_and_no_piece(gold):
 def test_a_right_answer_that_cannot_be_read_is_named(gold):
     with pytest.raises(ValueError, match="line 3"):
         rows.check({"question": "q", "answer": gold}, "math", "line 3")
+
+
+def test_further_answers():
+    """Right and wrong answers of all four kinds, of which the wrong ones are near to the right."""
+    cases = [json.loads(line) for line in (DATA / "grading_math.jsonl").read_text("utf-8").splitlines()]
+    assert len(cases) > 300
+    assert [case for case in cases if grade_math(case["gold"], case["answer"]) != case["want"]] == []
+
+
+# -- properties ------------------------------------------------------------------------------------------------------
+
+BOXED = {  # ways of writing several values
+    "a box each": lambda values: ", ".join(f"\\boxed{{{value}}}" for value in values),
+    "a box each, and": lambda values: " and ".join(f"$\\boxed{{{value}}}$" for value in values),
+    "a sentence each": lambda values: " ".join(f"One value is \\boxed{{{value}}}." for value in values),
+    "a line each": lambda values: "\n".join(f"- $\\boxed{{{value}}}$" for value in values),
+    "one box": lambda values: f"\\boxed{{{','.join(values)}}}",
+    "one box, or": lambda values: "\\boxed{" + " \\text{ or } ".join(f"x={value}" for value in values) + "}",
+    "a set": lambda values: f"$$\\boxed{{\\left\\{{{', '.join(values)}\\right\\}}}}$$",
+    "on the way": lambda values: (
+        "".join(f"We get \\boxed{{{v}}}. " for v in values) + f"\\boxed{{{', '.join(values)}}}"
+    ),
+}
+VALUES = st.lists(
+    st.sampled_from(["0", "-1", "2", "17", "\\frac{1}{2}", "-\\frac{3}{4}", "\\sqrt{2}", "2\\pi", "x+1", "(1,2)", "i"]),
+    min_size=2,
+    max_size=5,
+    unique=True,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, st.randoms(use_true_random=False), st.sampled_from(sorted(BOXED)))
+def test_the_order_and_the_form_of_several_values_do_not_matter(values, random, form):
+    gold = ", ".join(values)
+    random.shuffle(values)
+    assert grade_math(gold, BOXED[form](values)) == "right"
+    assert grade_math(gold, BOXED[form](values[1:])) == "wrong"
+    assert grade_math(gold, BOXED[form]([*values[1:], "23"])) == "wrong"
+    assert grade_math(gold, BOXED[form]([*values, "23"])) == "wrong"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(100, 999), st.integers(100, 999), st.integers(8, 60))
+def test_small_numbers_are_equal_where_all_digits_are(one, other, exponent):
+    said = f"\\boxed{{{other} \\times 10^{{-{exponent}}}}}"
+    assert grade_math(f"{one / 100}e-{exponent - 2}", said) == ("right" if one == other else "wrong")
+
+
+@given(
+    st.recursive(
+        st.sampled_from(["", "5", "x", "\\{", "\\}", "\\\\"]),
+        lambda inner: st.tuples(inner, inner).map("{%s}%s".__mod__),
+    )
+)
+def test_a_box_holds_braces_to_any_depth(content):
+    found = boxes(f"so \\boxed{{{content}5}}, {{not}} \\boxed{{")
+    assert [box.content for box in found] == [content + "5"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.sampled_from("\\{}()[],.$^_%=<>|& 0123456789abixyE-+/*\n°−"), max_size=30))
+def test_no_answer_makes_the_grader_fail(content):
+    for text in (content, f"\\boxed{{{content}}}", f"The answer is {content}"):
+        assert judge_math("5", text).grade in ("right", "wrong", "unparsed")
+
+
+# -- what a verdict says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gold, text, grade, extracted, reason",
+    [
+        ("1,-2", r"$x=\boxed{1}$ or $x=\boxed{-2}$", "right", "1, -2", None),
+        ("4,9", r"First $\boxed{4}$. Then $\boxed{9}$.", "right", "4, 9", None),
+        ("5", r"\boxed{3}. No: \boxed{4 \text{ cm}}", "wrong", r"4 \text{ cm}", None),
+        ("east", r"\boxed{\text{west}}", "wrong", r"\text{west}", "compared as text"),
+        ("east", "The answer is west.", "wrong", "west", "compared as text"),
+        ("18", "She has 17.", "wrong", "17", None),
+        ("18", "I do not know.", "unparsed", None, None),
+        ("5", "\\boxed{9^{9^{9^9}}}", "wrong", "9^{9^{9^9}}", "comparing took more than 5 s"),
+        ("5", "\\boxed{((((9!)!)!)!)!}", "wrong", "((((9!)!)!)!)!", "comparing took more than 5 s"),
+    ],
+)
+def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, reason):
+    assert judge_math(gold, text) == Verdict(grade, extracted, reason)
+
+
+@pytest.mark.parametrize(
+    "text, grade",
+    [
+        ("\\boxed{" * 14_000, "unparsed"),
+        ("\\boxed{" * 7_000 + "5" + "}" * 7_000, "wrong"),  # longer than mathematics is
+        ("\\boxed{" + "{" * 20_000 + "6" + "}" * 20_000 + "}", "wrong"),
+        ("\\boxed{5} " * 10_000 + "\\boxed{6}", "wrong"),
+        ("word " * 20_000 + "\\boxed{5}", "right"),
+        ("\\boxed{5" + " " * 90_000 + "}", "right"),
+        ("\\boxed{5" + " " * 90_000 + "x}", "wrong"),
+        ("\\boxed{5 " + "a" * 1_900 + "}", "wrong"),
+        ("\\boxed{" + "1" * 100_000 + "}", "wrong"),
+        ("\\boxed{5}" + "," * 90_000 + "\\boxed{6}", "wrong"),
+        ("1" * 100_000, "unparsed"),
+    ],
+    ids=range(11),
+)
+def test_long_answers(text, grade):
+    assert grade_math("5", text) == grade
+
+
+# -- questions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "final, several, answer",
+    [
+        (["$2$"], False, "2"),
+        (["1,-2"], True, "1,-2"),
+        (["100,200"], True, "100, 200"),
+        (["100,200"], False, "100,200"),
+        (["$1$", "$-2$"], True, "1, -2"),
+        (["$(1,200),(3,4)$"], True, "(1, 200),(3,4)"),
+    ],
+)
+def test_olympiadbench_says_which_commas_separate(final, several, answer):
+    row = rows.olympiadbench({"question": "q", "final_answer": final, "is_multiple_answer": several})
+    assert row["answer"] == answer
+    assert len(read_math(answer).values) == (2 if several else 1)
+
+
+def test_dollars_within_a_right_answer_are_kept(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "q", "answer": "$1$ and $-2$"}\n', "utf-8")
+    loaded = rows.load(name="q", kind="math", hub="", split="", read=rows.plain, data={"q": str(path)})
+    assert loaded["test"][0]["answer"] == "$1$ and $-2$"
+    assert grade_math("$1$ and $-2$", r"\boxed{-2}, \boxed{1}") == "right"

@@ -39,6 +39,7 @@ EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfi
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
 NAME = re.compile(r"^(\\?[a-zA-Z]+(?:_(?:\{\w+\}|\w))?)\s*=(?!=)\s*")
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
+PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 MOST = 4  # forms in which an answer may give the same value
 SHOWN = 1000  # characters of an extracted answer
 
@@ -121,7 +122,7 @@ def _unboxed(gold: Gold, reply: str) -> Verdict:
     """Without a box: what the reply says the answer is, else what math-verify finds."""
     if (phrase := said(reply)) and _is_right(gold, [phrase]):
         return Verdict("right", phrase, None if gold.mathematics else "compared as text")
-    text = re.sub(r"\\\$", "", reply.translate({sign: to for sign, to in SIGNS.items() if to in ("-", " ", "")}))
+    text = reply.translate(PROSE).replace(r"\$", "")
     try:
         found = extract_target_from_pred(text, get_extraction_regexes(EXTRACTION), fallback_mode="first_match")
     except Exception:  # of any type, as of a number of a hundred thousand digits

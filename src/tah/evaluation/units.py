@@ -117,7 +117,7 @@ def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
     if known:
         return not (gold and any(len(name) == 1 or name in ("mg", "ml") for name in names))
     first = len(names[0]) > 3 or _name(names[0]) is not None
-    return first and 5 > len(names) and all(len(name) > 1 and not _alphabet(name) for name in names)
+    return first and 5 > len(names) and all(1 < len(name) < 20 and not _alphabet(name) for name in names)
 
 
 def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
