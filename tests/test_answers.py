@@ -5,6 +5,7 @@ lm-evaluation-harness), the others are ours. Where a case has no box, none is ad
 """
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -377,6 +378,16 @@ def test_small_numbers(gold, text, grade):
 @pytest.mark.parametrize("gold, text, grade", DRESS)
 def test_other_dress(gold, text, grade):
     assert grade_math(gold, text) == grade
+
+
+@pytest.mark.parametrize("depth", [1, 6, 20, 45])
+def test_fractions_within_fractions(depth):
+    text, value = "1", Fraction(1)
+    for _ in range(depth):
+        text, value = f"1+\\frac{{1}}{{{text}}}", 1 + 1 / value
+    gold = f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    assert grade_math(gold, f"\\boxed{{3}}. No: $\\boxed{{{text}}}$") == "right"
+    assert grade_math(gold, f"\\boxed{{{text}+1}}") == "wrong"
 
 
 @pytest.mark.parametrize("gold, text, grade", SIMPLE)

@@ -23,7 +23,8 @@ DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decim
 SMALL = 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
 RELATIVE = 1e-6
 LONGEST = 2000  # characters; nothing longer is mathematics
-DEEPEST = 40  # brackets within each other
+DEEPEST = 100  # brackets within each other
+NESTED = 5  # fractions; with more, they may be a continued fraction
 NORMAL = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
 # What the parser or its normalization leaves out without a word
 LEFT_OUT = re.compile(
@@ -36,7 +37,7 @@ GREEK = (
 TOKEN = re.compile(
     rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?:begin|end)\{{\w+\*?\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])"
 )
-MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # in an expression as sympy prints it: the decimals of 283.293 are 293000000000
+MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # as sympy prints them: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
@@ -59,7 +60,7 @@ def read(text: str, cased: bool = False, real: bool = True) -> Expression | None
     return _parse(normalize_latex(text, NORMAL), cased, real)
 
 
-def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
+def _parse(latex: str, cased: bool, real: bool, fold: bool = True) -> Expression | None:
     config = ConversionConfig(lowercase_symbols=not cased)
     try:
         found = latex2sympy(
@@ -67,9 +68,21 @@ def _parse(latex: str, cased: bool, real: bool) -> Expression | None:
         )
         if not isinstance(found, (sympy.Basic, sympy.MatrixBase)) or found.has(sympy.zoo, sympy.nan):
             return None
-        return found.xreplace({sympy.Symbol("i", real=False): sympy.I})
+        found = found.xreplace({sympy.Symbol("i", real=False): sympy.I})
+        return _folded(found) if fold and latex.count(r"\frac") > NESTED else found
     except Exception:  # the parser's own are bare ones, and sympy's of any type
         return None
+
+
+def _folded(found: Expression) -> Expression:
+    """Fractions within fractions as one number: left open by the parser, they take sympy twice the time per level."""
+    if not isinstance(found, (sympy.Add, sympy.Mul, sympy.Pow)):
+        return found
+    args = [_folded(arg) for arg in found.args]
+    small = not isinstance(found, sympy.Pow) or (args[1].is_Integer and abs(args[1]) < 64)
+    if small and all(isinstance(arg, sympy.Number) for arg in args):
+        return found.func(*args)
+    return found if tuple(args) == found.args else found.func(*args, evaluate=False)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,16 +99,17 @@ def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
     marks = {token: names.get(token[0]) or str(next(primes)) for token in tokens}
     # All at once first: an expression that shows each mark has read each token. What it does not show, as numbers that
     # were added up and letters within a longer name, is looked for one by one.
-    shown = MARK.findall(_shown(_parse(_with(latex, marks), cased, real)))
+    shown = _names(_parse(_with(latex, marks), cased, real, fold=False))
     hidden = [token for token, mark in marks.items() if mark not in shown]
     return all(_parse(_with(latex, {token: marks[token]}), cased, real) != found for token in hidden)
 
 
-def _shown(found: Expression | None) -> str:
-    try:
-        return str(found)
-    except RecursionError:
-        return ""
+def _names(found: Expression | None) -> set[str]:
+    """The numbers and names in an expression."""
+    if found is None:
+        return set()
+    functions = {type(function).__name__ for function in found.atoms(sympy.Function)}
+    return set(MARK.findall(" ".join([*map(str, found.atoms()), *functions])))
 
 
 def _with(latex: str, change: dict[re.Match[str], str]) -> str:
