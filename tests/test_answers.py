@@ -75,6 +75,16 @@ SEVERAL = [
     ("12", r"Area \boxed{3}. Perimeter \boxed{5}. In all \boxed{12}.", "right"),
     ("5", r"\boxed{5} and \boxed{5}", "right"),
     ("0.5", r"\boxed{\frac12} or \boxed{0.5}", "right"),
+    # forms of OlympiadBench
+    (r"$\angle B E A_{1}=90$,$\angle A E B_{1}=90$", r"Both are \boxed{90^\circ}.", "right"),
+    (r"$\angle B E A_{1}=90$,$\angle A E B_{1}=60$", r"\boxed{90^\circ} and \boxed{60^\circ}", "right"),
+    ("$2,-1,-18$", r"\boxed{a=2, h=-1, k=-18}", "right"),
+    ("$10^{3},10$", r"\boxed{(1000, 10)}", "right"),
+    (r"$m_{\max }=n^{2}-n-1$", r"\boxed{n^2-n-1}", "right"),
+    ("$6764$,$10945$", r"$e(18)=\boxed{6764}$ and $e(19)=\boxed{10945}$", "right"),
+    ("19,0,1", r"$x=\boxed{19}$, $y=\boxed{0}$, $z=\boxed{1}$", "right"),
+    ("$f(x)=x$,$f(x)=2-x$", r"\boxed{f(x)=x} and \boxed{f(x)=2-x}", "right"),
+    (r"(-\infty,-1],[1,\infty)", r"\boxed{(-\infty,-1] \cup [1,\infty)}", "right"),
     # members, and more than was asked for
     ("5", r"\boxed{5}, \boxed{7}", "wrong"),
     ("5", r"\boxed{7} or \boxed{5}", "wrong"),
@@ -443,6 +453,11 @@ GOLDS = {
     "f(x)=0, f(x)=x^2": ["f(x)=0", "0", "x^2"],
     # tuples, intervals, sets, matrices
     "(1,2)": ["1", "2", "(2,1)"],
+    "(1,1006),(3,331),(11,31)": ["(1,1006)", "(3,331)"],
+    "(-\\infty,-1],[1,\\infty)": ["(-\\infty,-1]", "[1,\\infty)"],
+    "m_{\\max }=n^{2}-n-1": ["m_{\\max}", "n^2", "n^{2}-n"],
+    "$\\angle B E A_{1}=90$,$\\angle A E B_{1}=60$": ["90", "60", "90,90"],
+    "352146,362145,452136": ["352146", "352146,362145"],
     "(1,8,19)": ["1", "(1,8)", "(19,8,1)"],
     "\\left(\\frac{3}{5}, \\frac{4}{5}\\right)": ["\\frac{3}{5}", "\\frac{4}{5}"],
     "(x,y)=(1,2)": ["1", "2", "(x,y)"],

@@ -37,7 +37,7 @@ SECONDS = 5  # for reading and comparing together; an expression may be made to 
 # goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
-NAME = re.compile(r"^(\\?[a-zA-Z]+(?:_(?:\{\w+\}|\w))?)\s*=(?!=)\s*")
+NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 MOST = 4  # forms in which an answer may give the same value
@@ -164,6 +164,8 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
         right = len(texts) == 1 and _one_whole(gold, whole)
         right = right or _in_order(gold, said_values)
     elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
+        if len(said_values) == 1:  # the same for all
+            said_values *= len(gold.values)
         return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
     else:
         right = False
@@ -189,7 +191,7 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
 
 def _names(values: Sequence[Value]) -> int:
     """How many different names the values have, as x in x=1."""
-    return len({name[1] for value in values if (name := NAME.match(value.text))})
+    return len({name[1].strip() for value in values if (name := NAME.match(value.text))})
 
 
 def _in_order(gold: Gold, values: list[Value]) -> bool:
@@ -214,8 +216,13 @@ def _same_region(gold: str, text: str) -> bool:
     unknown = unknowns(gold), unknowns(text)
     if all(unknown) and unknown[0] != unknown[1]:
         return False
-    one, other = region(gold), region(text)
-    return one is not None and other is not None and (one == other or one.symmetric_difference(other).is_empty is True)
+    try:
+        one, other = region(gold), region(text)
+        return (
+            one is not None and other is not None and (one == other or one.symmetric_difference(other).is_empty is True)
+        )
+    except Exception:  # sympy's, of any type, where it cannot join or compare them
+        return False
 
 
 def _alike(gold: Value, value: Value) -> bool:

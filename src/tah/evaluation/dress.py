@@ -238,6 +238,7 @@ def dressed(text: str, gold: bool = False) -> Value:
 def _plain(text: str) -> str:
     """Without \text around a single letter, and with what math-verify takes for functions as symbols."""
     text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
+    text = re.sub(r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}", text)
     text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
     text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
     text = re.sub(

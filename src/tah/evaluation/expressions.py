@@ -277,15 +277,20 @@ def region(text: str) -> sympy.Set | None:
         both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
         if len(both) == 1 and (both[0] is None or isinstance(both[0], sympy.FiniteSet)):  # intervals in a list
             parts = [_read_whole(part) for part in split(either)]
-            pieces += [part for part in parts if isinstance(part, (sympy.Interval, sympy.Union))]
-            if len(pieces) < len(parts):
+            if not all(isinstance(part, (sympy.Interval, sympy.Union)) and not _may_be_pair(part) for part in parts):
                 return None
+            pieces += parts
             continue
         try:
             pieces.append(sympy.Intersection(*map(_as_set, both)))
         except Exception:  # of any type, where there is no such set
             return None
     return sympy.Union(*pieces)
+
+
+def _may_be_pair(part: sympy.Set) -> bool:
+    """Whether it was written (1,2), which in a list is a pair."""
+    return isinstance(part, sympy.Interval) and part.is_open and not (part.start.is_infinite or part.end.is_infinite)
 
 
 def _joint(word: str) -> str:
