@@ -615,6 +615,8 @@ def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, rea
         ("\\boxed{" * 7_000 + "5" + "}" * 7_000, "wrong"),  # longer than mathematics is
         ("\\boxed{" + "{" * 20_000 + "6" + "}" * 20_000 + "}", "wrong"),
         ("\\boxed{5} " * 10_000 + "\\boxed{6}", "wrong"),
+        ("\\boxed{5}\n" * 3_000, "right"),  # a model that repeats itself
+        ("".join(f"\\boxed{{{at}}}, " for at in range(3_000)) + "\\boxed{5}", "wrong"),
         ("word " * 20_000 + "\\boxed{5}", "right"),
         ("\\boxed{5" + " " * 90_000 + "}", "right"),
         ("\\boxed{5" + " " * 90_000 + "x}", "wrong"),
@@ -623,7 +625,7 @@ def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, rea
         ("\\boxed{5}" + "," * 90_000 + "\\boxed{6}", "wrong"),
         ("1" * 100_000, "unparsed"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_long_answers(text, grade):
     assert grade_math("5", text) == grade

@@ -41,7 +41,7 @@ ANOTHER = re.compile(
 FARTHEST = 200  # characters between two boxes of one list
 ANSWER = re.compile(r"\banswers?\b[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)[\s*]*([^\n]+)", re.IGNORECASE)
 SENTENCE = re.compile(r"[.!](?=\s|\*|$)")
-MOST = 64  # boxes of one statement
+MOST = 64  # different boxes of one statement; a model that repeats itself may write one a thousand times
 
 
 def statements(text: str, found: list[Box]) -> list[list[str]]:
@@ -62,7 +62,8 @@ def statements(text: str, found: list[Box]) -> list[list[str]]:
     while since > 0 and not _takes_back(between[since - 1]):
         since -= 1
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
-    return [list(dict.fromkeys(box.content for box in span)) for span in spans if len(span) <= MOST]
+    distinct = [list(dict.fromkeys(box.content for box in span)) for span in spans]
+    return [contents for contents in distinct if len(contents) <= MOST]
 
 
 def _is_list(between: str) -> bool:
