@@ -230,7 +230,8 @@ def test_likelihoods_follow_the_policy(wild):
         ("1e-3", "\\boxed{0.001}", "right"),
         ("1e-3", "\\boxed{0.01}", "wrong"),
         ("2e", "\\boxed{2e}", "right"),  # Euler's number
-        ("2", "\\boxed{1} or \\boxed{2}", "right"),  # of several boxes the last counts, however close they are
+        ("2", "\\boxed{1} or \\boxed{2}", "wrong"),  # a list is not right for one of its members
+        ("2", "\\boxed{1}. No, \\boxed{2}", "right"),  # of several boxes the last counts, however close they are
         ("1", "\\boxed{1} or \\boxed{2}", "wrong"),
         ("2", "Not \\boxed{\\frac{1}{2}} but $\\boxed{\\frac{4}{2}}$.", "right"),
     ],

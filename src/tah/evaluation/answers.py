@@ -1,39 +1,84 @@
-"""Whether a mathematical answer is right: math-verify, and what it reads wrongly.
+r"""Whether a mathematical answer is right.
+
+What the reply states (`statement.py`) is undressed and cut into values (`dress.py`, `units.py`). Each value is compared
+with one of the right answer's, by math-verify where both can be read whole, else as text (`expressions.py`).
 
 `letters.py` grades letters; its `grade_choice` can be imported from here too.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from math_verify import parse, verify
-from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+import sympy
+from math_verify.errors import TimeoutException
+from math_verify.parser import (
+    ExprExtractionConfig,
+    LatexExtractionConfig,
+    extract_target_from_pred,
+    get_extraction_regexes,
+)
+from math_verify.utils import timeout
 
+from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
+from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
 from .letters import grade_choice as grade_choice
 from .reply import Grade, Verdict, after_thoughts, boxes
+from .statement import said, statements
+from .units import same_unit
 
-SECONDS = 5  # for each of parsing and comparing; an expression may be made to explode
-# The paper's order (spec D.1): boxed LaTeX before other LaTeX before plain numbers. Unlike the paper's, the search
+SECONDS = 5  # for reading and comparing together; an expression may be made to explode
+# For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search
 # goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])")
+VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
+NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
+INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
+PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
+MOST = 4  # forms in which an answer may give the same value
+SHOWN = 1000  # characters of an extracted answer
 
 
-def read_math(gold: str) -> list[Any]:
-    """The right answer as math-verify's expressions. In the main thread only: its time limit is a signal.
+@dataclass(frozen=True)
+class Gold:
+    """A right answer.
 
     Args:
-        gold: LaTeX or plain, with or without dollars.
+        text: all of it, undressed.
+        values: one, or several, of which the order does not matter.
+        mathematics: each value can be read as mathematics; else it is compared as text.
+    """
+
+    text: str
+    values: tuple[Value, ...]
+    mathematics: bool
+
+
+@functools.lru_cache(maxsize=65536)
+def read_math(gold: str) -> Gold:
+    """Read the right answer. In the main thread only: the time limit is a signal.
+
+    Args:
+        gold: LaTeX or plain, with or without dollars; several values with commas, "and", "or", or as a set.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, neither as mathematics nor as words.
     """
-    found: list[Any] = parse(rf"\boxed{{{_scientific(gold)}}}", EXTRACTION, parsing_timeout=SECONDS)
-    if not found:
+    text = undress(gold)
+    balanced = len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
+    if not balanced or not re.search(r"\w", text.replace(r"\boxed", "")):
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
-    return found
+    values = _unlike([dressed(part, gold=True) for part in members(text)], _same_text)
+    try:
+        known = timeout(SECONDS)(lambda: all(is_whole(value.bare) for value in values))()
+    except (TimeoutException, RecursionError):
+        known = False
+    return Gold(text, tuple(values), known)
 
 
 def grade_math(gold: str, text: str) -> Grade:
@@ -42,26 +87,159 @@ def grade_math(gold: str, text: str) -> Grade:
 
 
 def judge_math(gold: str, text: str) -> Verdict:
-    """Grade a mathematical answer.
+    """Grade a mathematical answer. In the main thread only, as `read_math`.
 
     Args:
         gold: the right answer, as in `read_math`.
         text: the whole answer.
     """
+    started = time.monotonic()
     wanted = read_math(gold)
-    said = _last_box(after_thoughts(text))
-    found = parse(_scientific(said), EXTRACTION, parsing_timeout=SECONDS)
+    reply = after_thoughts(text)
+    found = boxes(reply)
+    stated = statements(reply, found) if found else []
+    shown = ", ".join(stated[0])[:SHOWN] if stated else None
+    limit = max(1, round(SECONDS - (time.monotonic() - started)))
+    try:
+        return timeout(limit)(lambda: _boxed(wanted, stated) if found else _unboxed(wanted, reply))()
+    except (TimeoutException, RecursionError) as error:
+        why = f"comparing took more than {limit} s" if isinstance(error, TimeoutException) else "nested too deeply"
+        return Verdict("wrong" if shown else "unparsed", shown, why)
+
+
+def _boxed(gold: Gold, stated: list[list[str]]) -> Verdict:
+    reason = None if gold.mathematics else "compared as text"
+    if not stated:
+        return Verdict("wrong", None, "more boxes than an answer has")
+    # A right answer of one value is looked for in the last list only: what was boxed on the way is no part of it
+    for parts in stated if len(gold.values) > 1 else stated[:1]:
+        if _is_right(gold, parts):
+            return Verdict("right", ", ".join(parts)[:SHOWN], reason)
+    return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
+
+
+def _unboxed(gold: Gold, reply: str) -> Verdict:
+    """Without a box: what the reply says the answer is, else what math-verify finds."""
+    if (phrase := said(reply)) and _is_right(gold, [phrase]):
+        return Verdict("right", phrase, None if gold.mathematics else "compared as text")
+    text = reply.translate(PROSE).replace(r"\$", "")
+    try:
+        found = extract_target_from_pred(text, get_extraction_regexes(EXTRACTION), fallback_mode="first_match")
+    except Exception:  # of any type, as of a number of a hundred thousand digits
+        found = []
     if not found:
-        return Verdict("unparsed")
-    return Verdict("right" if verify(wanted, found, timeout_seconds=SECONDS) else "wrong", str(found[-1]))
+        return Verdict("wrong", phrase, "compared as text") if phrase and not gold.mathematics else Verdict("unparsed")
+    wanted = [read(value.bare) for value in gold.values]
+    if not gold.mathematics or isinstance(found[0], str):
+        return Verdict("wrong", str(found[-1])[:SHOWN], None if gold.mathematics else "compared as text")
+    values = list(found[0]) if len(wanted) > 1 and isinstance(found[0], (sympy.FiniteSet, sympy.Tuple)) else found[:1]
+    return Verdict("right" if matched(wanted, values, same) else "wrong", str(found[-1])[:SHOWN])
 
 
-def _last_box(text: str) -> str:
-    """What follows the last box but one: math-verify makes a set of boxes that are close to each other."""
-    found = list(boxes(text))
-    return text[found[-2].end :] if len(found) > 1 else text
+# -- values ----------------------------------------------------------------------------------------------------------
 
 
-def _scientific(text: str) -> str:
-    """1e-3 in LaTeX; math-verify reads Euler's number."""
-    return SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+def members(text: str) -> list[str]:
+    r"""The values of an undressed text: of a list, a set, or both signs of \pm."""
+    values: list[str] = []
+    for part in split(text):
+        part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part
+        within = inner(part, r"\{")
+        if within is None or re.search(r"\\mid|\||:", within) or part == text == within:
+            values += plus_and_minus(part)
+        else:
+            values += members(within)
+    return values
+
+
+def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
+    """Whether the boxes of a statement hold the right answer."""
+    parts = [re.sub(r"\s+", " ", part) for part in parts]
+    if sum(map(len, parts)) > LONGEST:
+        return False
+    texts = [undress(part) for part in parts]
+    whole = ", ".join(text for text in texts if text)
+    said_values = [dressed(value) for text in texts for value in members(text)]
+    if len(gold.values) == 1:
+        right = len(texts) == 1 and _one_whole(gold, whole)
+        right = right or _in_order(gold, said_values)
+    elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
+        if len(said_values) == 1:  # the same for all
+            said_values *= len(gold.values)
+        return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
+    else:
+        right = False
+    return right or _values_match(gold, said_values) or _same_region(gold.text, r" \text{ or } ".join(texts))
+
+
+def _one_whole(gold: Gold, whole: str) -> bool:
+    """Whether the text is the one value, commas and all: a function's arguments, a decimal comma."""
+    if _alike(gold.values[0], dressed(whole)):
+        return True
+    return bool(re.fullmatch(r"-?\d+,\d+", whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
+
+
+def _values_match(gold: Gold, values: list[Value]) -> bool:
+    """Whether each value of the one is a value of the other."""
+    if len(values) == 1 and len(gold.values) > 1 and (within := inner(values[0].text, "(")):
+        values = [dressed(part) for part in split(within)]  # (1, -2) for both of them
+    values = _unlike(values, _same_text)
+    if len(gold.values) < len(values) <= MOST * len(gold.values):  # some may be one value in two forms
+        values = _unlike(values, _alike)
+    return matched(gold.values, values, _alike)
+
+
+def _names(values: Sequence[Value]) -> int:
+    """How many different names the values have, as x in x=1."""
+    return len({name[1].strip() for value in values if (name := NAME.match(value.text))})
+
+
+def _in_order(gold: Gold, values: list[Value]) -> bool:
+    """Whether the values are the coordinates of the right answer, a tuple."""
+    if len(gold.values) != 1 or len(values) < 2:
+        return False
+    within = inner(gold.values[0].text.rpartition("=")[2].strip(), "(")
+    coordinates = [dressed(part, gold=True) for part in split(within)] if within else []
+    return len(coordinates) > 1 and _pairwise(coordinates, values)
+
+
+def _pairwise(golds: Sequence[Value], values: Sequence[Value]) -> bool:
+    """Whether the values are the same one by one, whatever their names."""
+    nameless = [[dressed(NAME.sub("", one.text)) for one in side] for side in (golds, values)]
+    return len(golds) == len(values) and all(map(_alike, *nameless))
+
+
+def _same_region(gold: str, text: str) -> bool:
+    """Whether both describe the same numbers: an inequality and an interval, several of them."""
+    if not (INEQUALITY.search(gold) and INEQUALITY.search(text)):
+        return False
+    unknown = unknowns(gold), unknowns(text)
+    if all(unknown) and unknown[0] != unknown[1]:
+        return False
+    try:
+        one, other = region(gold), region(text)
+        return (
+            one is not None and other is not None and (one == other or one.symmetric_difference(other).is_empty is True)
+        )
+    except Exception:  # sympy's, of any type, where it cannot join or compare them
+        return False
+
+
+def _alike(gold: Value, value: Value) -> bool:
+    """Whether two values are the same, and their units where both have one."""
+    if (gold.unit or value.unit) and same_unit(gold.unit, value.unit) and equal(gold.bare, value.bare):
+        return True
+    return equal(gold.text, value.text)
+
+
+def _same_text(one: Value, other: Value) -> bool:
+    return plain_text(one.text) == plain_text(other.text)
+
+
+def _unlike(values: Sequence[Value], alike: Callable[[Any, Any], bool]) -> list[Value]:
+    """The values without those that were said before."""
+    kept: list[Value] = []
+    for value in values:
+        if not any(alike(one, value) for one in kept):
+            kept.append(value)
+    return kept

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 Grade = Literal["right", "wrong", "unparsed", "untestable"]
 
-BOX = re.compile(r"\\f?boxed\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
+BRACE = re.compile(r"(?P<box>\\{1,2}(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is text
+# What stands in a box that is only spoken of: "the answer in \boxed{}", "as \boxed{...}"
+PLACEHOLDER = re.compile(r"(?:[\s.?_~]|\\[,;:! ]|\\[lc]?dots\b|\\text\s*\{\s*\})*")
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,22 @@ def after_thoughts(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def boxes(text: str) -> Iterator[Box]:
+def boxes(text: str) -> list[Box]:
     r"""The boxes of a text in their order, with braces nested to any depth; a box within a box is part of its content.
 
-    A box that is empty or not closed is left out.
+    A box that is not closed is left out, and so is one that holds nothing (`\boxed{}`, `\boxed{...}`).
     """
-    at = 0
-    while found := BOX.search(text, at):
-        depth, at = 1, found.end()
-        for brace in BRACE.finditer(text, found.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                at = brace.end()
-                if text[found.end() : brace.start()].strip():
-                    yield Box(found.start(), at, text[found.end() : brace.start()])
-                break
+    opened: list[tuple[int, int] | None] = []  # of each open brace: where its box and the box's content start
+    found: list[tuple[int, int, int, int]] = []
+    for brace in BRACE.finditer(text):
+        if brace[0] == "}":
+            if opened and (box := opened.pop()):
+                while found and found[-1][0] > box[0]:  # each box is dropped once at most, so this stays linear
+                    found.pop()
+                found.append((*box, brace.start(), brace.end()))
+        elif brace["box"]:
+            opened.append(brace.span())
+        elif brace[0] == "{":
+            opened.append(None)
+    whole = (Box(start, end, text[inner:inner_end]) for start, inner, inner_end, end in found)
+    return [box for box in whole if not PLACEHOLDER.fullmatch(box.content)]

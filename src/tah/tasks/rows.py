@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -167,7 +168,7 @@ def _fill(row: Row, kind: Kind, number: int) -> Row:
     if kind == "choice":
         filled["choices"] = [str(choice) for choice in filled["choices"]]
     if kind == "math":
-        filled["answer"] = str(row["answer"]).strip().strip("$")
+        filled["answer"] = str(row["answer"]).strip()
     return {"id": str(row.get("id", row.get("task_id", number)))} | filled
 
 
@@ -186,8 +187,14 @@ def gsm8k(row: Row) -> Row:
 
 
 def olympiadbench(row: Row) -> Row:
-    """The answers are a list, of which almost every one has a single entry."""
-    return {"question": row["question"], "answer": ", ".join(answer.strip("$ ") for answer in row["final_answer"])}
+    """The answers are a list, of which almost every one has a single entry; one entry may hold several values.
+
+    There `100,200` are two values and not a number of six digits, which the row says.
+    """
+    answer = ", ".join(answer.strip("$ ") for answer in row["final_answer"])
+    if row.get("is_multiple_answer"):
+        answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", ", ", answer)
+    return {"question": row["question"], "answer": answer}
 
 
 def gpqa(row: Row) -> Row:

@@ -1,0 +1,247 @@
+"""The dress of a mathematical answer: signs, spaces, labels and lists, taken off before anything is compared.
+
+math-verify takes off some of it, and with it what is no dress: `3t` loses its t as a unit, `x'` its prime. So it is
+done here, and math-verify is handed bare mathematics.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .reply import boxes
+from .units import without_unit
+
+# -- signs and spaces ------------------------------------------------------------------------------------------------
+
+SPACES = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+MINUS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
+SIGNS = str.maketrans(
+    MINUS
+    | dict.fromkeys(map(ord, SPACES), " ")
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"), "")
+    | {ord(one): f" {latex} " for one, latex in {
+        "×": r"\times", "·": r"\cdot", "⋅": r"\cdot", "÷": "/", "°": r"^\circ", "π": r"\pi", "∞": r"\infty",
+        "≤": r"\leq", "⩽": r"\leq", "≥": r"\geq", "⩾": r"\geq", "≠": r"\ne", "∪": r"\cup", "∩": r"\cap",
+        "±": r"\pm", "∓": r"\mp", "√": r"\sqrt", "∈": r"\in", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}", "∅": r"\emptyset", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+        "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu",
+        "σ": r"\sigma", "φ": r"\phi", "ω": r"\omega", "，": ", ", "；": ";", "％": "%", "．": ".", "＝": "=",
+    }.items()}
+)  # fmt: skip
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ"
+LOWERED = "₀₁₂₃₄₅₆₇₈₉"
+FROM_RAISED, FROM_LOWERED = str.maketrans(RAISED, "0123456789-n"), str.maketrans(LOWERED, "0123456789")
+
+REWRITES = [
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\\$", r" \\dollars "),
+        (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # the marks around mathematics, and bold
+        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # the space between two rows of a matrix
+        (r"(?<!\\)\\!", ""),
+        (r"[\"`]", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|strut|mathstrut)\b", ""),
+        (r"\\lbrace\b", r"\\{"),
+        (r"\\rbrace\b", r"\\}"),
+        (r"\\[lr]vert\b|\\vert\b", "|"),
+        (r"\\langle\b", "("),
+        (r"\\rangle\b", ")"),
+        (r"\\[dtc]frac\b", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\(?:leqslant|leqq|le)\b|<=|=<", r"\\leq "),
+        (r"\\(?:geqslant|geqq|ge)\b|>=", r"\\geq "),
+        (r"\\lt\b", "<"),
+        (r"\\gt\b", ">"),
+        (r"\\neq\b|!=", r"\\ne "),
+        (r"\\varnothing\b", r"\\emptyset "),
+        (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
+        (r"(?<!\\)\{ +\}", " "),
+        (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
+        (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
+        (r"\\degrees?\b|\\(?:text|mathrm)\s*\{\s*°\s*\}", r"^\\circ "),
+        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"(?<![\\a-zA-Z])(sqrt|infty|pi)\b", r"\\\1 "),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<=\d)i\b", " i"),
+        (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
+        (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
+        (r"(?<=\d) (?:thousand)\b", r" \\times 10^{3}"),
+        (r"(?<=\d) (?:million)\b", r" \\times 10^{6}"),
+        (r"(?<=\d) (?:billion)\b", r" \\times 10^{9}"),
+        (r"(?<=\d) (?:trillion)\b", r" \\times 10^{12}"),
+        (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
+        (r"\\text\s+\{", r"\\text{"),
+        (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
+    )
+]  # fmt: skip
+# "70 000": three digits after each space, and no list of such
+SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,]| ?/)")
+
+
+def undress(text: str) -> str:
+    """The text of an answer, a value or several, with one way of writing for what has many."""
+    text = "".join(_unboxed(text)).translate(SIGNS)
+    text = re.sub(f"[{RAISED}]+", lambda found: f"^{{{found[0].translate(FROM_RAISED)}}}", text)
+    text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
+    for pattern, to in REWRITES:
+        text = pattern.sub(to, text)
+    text = SPACED.sub(lambda found: found[0].replace(" ", ""), text)
+    return without_labels(re.sub(" {2,}", " ", text).strip())
+
+
+def _unboxed(text: str) -> list[str]:
+    """The text with the contents of its boxes in their places."""
+    parts, at = [], 0
+    for box in boxes(text):
+        parts += [text[at : box.start], box.content]
+        at = box.end
+    return [*parts, text[at:]]
+
+
+# -- several values --------------------------------------------------------------------------------------------------
+
+WORD = r"and|or|for|where|with|when|if"
+SEPARATOR = re.compile(
+    rf",|;|\\\\(?!\[)|\\lor\b|\\vee\b|(?<![a-zA-Z\\])(?:{WORD})(?![a-zA-Z])|\\text\s*\{{\s*,?\s*(?:{WORD})\s*\}}"
+)
+MARK = re.compile(rf"\\[{{}}]|\\begin\b|\\end\b|[()\[\]{{}}]|{SEPARATOR.pattern}|\\?[a-zA-Z]+")
+OPENS, CLOSES = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
+CLOSING = {"(": ")", r"\{": r"\}", "[": "]"}
+
+
+def split(text: str) -> list[str]:
+    """The values of a list, or the one value: cut at commas and the like outside of brackets.
+
+    A comma between thousands does not cut.
+    """
+    cuts, depth = [], 0
+    for mark in MARK.finditer(text):
+        if mark[0] in OPENS:
+            depth += 1
+        elif mark[0] in CLOSES:
+            depth = max(0, depth - 1)
+        elif depth == 0 and SEPARATOR.fullmatch(mark[0]):
+            cuts.append(mark)
+    thousands = {cut.start() for cut in cuts if cut[0] == "," and _between_thousands(text, cut.start())}
+    tight = {cut.start() for cut in cuts if cut[0] == "," and not text[cut.end() : cut.end() + 1].isspace()}
+    if tight - thousands:  # 1,-2,300: its commas are those of a list
+        thousands = set()
+    parts, at = [], 0
+    for cut in cuts:
+        if cut.start() not in thousands:
+            parts.append(text[at : cut.start()])
+            at = cut.end()
+    whole = [part.strip() for part in [*parts, text[at:]]]
+    return [_joined(part) for part in whole if part]
+
+
+def _between_thousands(text: str, comma: int) -> bool:
+    before, after = text[max(0, comma - 4) : comma], text[comma + 1 : comma + 5]
+    return bool(re.search(r"(?<!\d)\d{1,3}$", before) and re.match(r"\d{3}(?!\d)", after))
+
+
+def _joined(part: str) -> str:
+    """The number without its thousands' commas; within brackets commas separate."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", part) if not re.search(r"[(\[]|\\\{", part) else part
+
+
+def inner(text: str, opening: str) -> str | None:
+    r"""What is between the brackets that enclose the whole text, if they do: `(`, `[` or `\{`."""
+    closing = CLOSING[opening]
+    if not (text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing)):
+        return None
+    depth = 0
+    for mark in MARK.finditer(text):
+        depth += (mark[0] in OPENS) - (mark[0] in CLOSES)
+        if depth == 0 and mark.end() < len(text):
+            return None
+    return text[len(opening) : -len(closing)] if depth == 0 else None
+
+
+def plus_and_minus(text: str) -> list[str]:
+    r"""The values that \pm stands for: two, or with \mp or several of \pm each choice."""
+    if not (times := len(re.findall(r"\\pm(?![a-zA-Z])", text))) or times > 2:
+        return [text]
+    linked = bool(re.search(r"\\mp(?![a-zA-Z])", text))
+    choices = ["+" * times, "-" * times] if linked or times == 1 else ["++", "--", "+-", "-+"]
+    values = []
+    for signs in choices:
+        left = iter(signs)
+        value = re.sub(r"\\pm(?![a-zA-Z])", lambda _, left=left: f" {next(left)} ", text)  # type: ignore[misc]
+        values.append(re.sub(r"\\mp(?![a-zA-Z])", " - " if signs[0] == "+" else " + ", value).strip().lstrip("+ "))
+    return values
+
+
+# -- one value -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an answer.
+
+    Args:
+        text: as it was written, without labels, full stops and empty dress.
+        bare: without the unit; as `text` where there is none.
+        unit: in one way of writing; None where there is none.
+    """
+
+    text: str
+    bare: str
+    unit: str | None = None
+
+
+LABEL = (
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
+)
+LABELS = [
+    (re.compile(pattern, re.IGNORECASE), to)
+    for pattern, to in (
+        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
+        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
+        (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
+        (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
+        (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
+    )
+]
+
+
+def without_labels(text: str) -> str:
+    """Without "Answer:" before it and a full stop after it."""
+    for pattern, to in LABELS:
+        text = pattern.sub(to, text)
+    return text
+
+
+def dressed(text: str, gold: bool = False) -> Value:
+    """Read one value of an undressed text.
+
+    Args:
+        text: of the value, from `split`.
+        gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
+    """
+    text = without_labels(text)
+    if set_of := re.fullmatch(
+        r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text
+    ):
+        text = set_of[2].strip()
+    if not gold and r"\approx" in text:
+        exact, _, rounded = text.partition(r"\approx")
+        text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
+    body, unit = without_unit(text, gold)
+    return Value(_plain(text), _plain(body), unit)
+
+
+def _plain(text: str) -> str:
+    """Without \text around a single letter, and with what math-verify takes for functions as symbols."""
+    text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
+    text = re.sub(r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}", text)
+    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
+    text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
+    text = re.sub(
+        r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text
+    )  # no constant has an index
+    return text.strip()

@@ -1,0 +1,175 @@
+"""Units of mathematical answers: `5 km`, `\\$18`, `90^\\circ`, `12 apples`; and what only looks like one."""
+
+from __future__ import annotations
+
+import re
+
+UNITS = {
+    name: names[0]
+    for names in (
+        line.split()
+        for line in """
+        mm millimeter millimetre
+        cm centimeter centimetre
+        dm decimeter decimetre
+        m meter metre
+        km kilometer kilometre
+        in inch inche inches
+        ft foot feet
+        yd yard
+        mi mile
+        mg milligram
+        g gram gm
+        kg kilogram
+        lb pound lbs
+        oz ounce
+        ml mL milliliter millilitre
+        l L liter litre
+        s sec second
+        min minute
+        h hr hour
+        day
+        week
+        month
+        yr year
+        deg degree °
+        rad radian
+        K kelvin
+        N newton
+        J joule
+        kJ kilojoule
+        eV
+        W watt
+        kW kilowatt
+        V volt
+        A amp ampere
+        C coulomb
+        Hz hertz
+        Pa pascal
+        T tesla
+        mol mole
+        ohm
+        dollar usd $
+        cent ¢
+        euro eur €
+        pence
+        rupee rs ₹
+        yen ¥
+        sq square
+        cu cubic
+        mph
+        kmh kmph kph
+        unit
+        """.strip().splitlines()
+    )
+    for name in names
+}
+# Words that change a value or speak of it: no units
+NO_UNIT = re.compile(
+    r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
+    r"all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
+    r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
+)
+POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
+# What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
+AMOUNT = re.compile(
+    r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\}|\^-?\d)+"
+)
+SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
+IN_TEXT = re.compile(
+    rf"(?=\s*\\(?:text|frac))(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$"
+)
+IN_LETTERS = re.compile(rf"(?:(?<![a-zA-Z\\])(?=[a-zA-Z])|(?=\s+[a-zA-Z]))(?:[a-zA-Z.]|{POWER}|[/\s]|\\cdot)+$")
+CURRENCY = re.compile(r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d))\s*")
+
+
+def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
+    """A value and its unit, in one way of writing; None where it has none.
+
+    Args:
+        text: of one value, undressed.
+        gold: it is the right answer, in which `5m` is a product.
+    """
+    if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
+        body, unit = without_unit(text[sign.end() :], gold)
+        return sign[1] + body, unit or _unit(sign[2] or "$")
+    if (sign := re.search(r"(?:\\dollars|[€£¥₹¢])$", text)) and sign.start():
+        return text[: sign.start()].strip(), _unit(sign[0].replace(r"\dollars", "$"))
+    degrees = re.search(r"\^\s*\\circ\s*(?:\\text\{\s*)?([CF]?)\s*\}?$", text)
+    if degrees and degrees.start():
+        return text[: degrees.start()].strip(), f"deg{degrees[1]}^1"
+    for pattern, spoken in ((IN_TEXT, True), (IN_LETTERS, False)):
+        found = pattern.search(text)
+        if not found or not (body := text[: found.start()].strip()) or "text" in body:
+            continue
+        names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ|frac)", " ", found[0]))
+        known = all(_name(name) or name == "per" for name in names)
+        if not names or (not known and any(NO_UNIT.fullmatch(name.lower()) for name in names)):
+            continue
+        if _is_unit(names, known, spoken, gold) and _follows(body, spoken, known, text[len(body) :]):
+            return body, _unit(found[0])
+    return text, None
+
+
+def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
+    if spoken:  # in \\text
+        return known or len(names[0]) > 1
+    if known:
+        return not (gold and any(len(name) == 1 or name in ("mg", "ml") for name in names))
+    first = len(names[0]) > 3 or _name(names[0]) is not None
+    return first and 5 > len(names) and all(1 < len(name) < 20 and not _alphabet(name) for name in names)
+
+
+def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
+    """Whether a unit can follow this: an amount, and a space where the unit is a word that is not known."""
+    if spoken:
+        return bool(re.search(r"[\w)}\]]$|\\pi$", body)) and (known or bool(re.search(r"\d", body)))
+    return bool(AMOUNT.fullmatch(body)) and (known or rest[0].isspace())
+
+
+def _alphabet(name: str) -> bool:
+    """Whether the letters follow each other as in the alphabet, as the factors of abcd do."""
+    return len(name) > 1 and name in "abcdefghijklmnopqrstuvwxyz"
+
+
+def _name(name: str) -> str | None:
+    """The one name of a known unit."""
+    for form in (name, name.lower(), name.lower().removesuffix("s")):
+        if form in UNITS and (len(name) > 2 or form == name):
+            return UNITS[form]
+    return None
+
+
+def _unit(text: str) -> str:
+    """One way of writing a unit; `?` and its words where it is unknown, as apples are."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace(r"\cdot", " ").replace(r"^\circ", " deg ")
+    text = text.replace("}{", "}/{")  # of a fraction
+    text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", re.sub(r"\bper\b|/", " / ", text))
+    tokens = re.findall(r"[a-zA-Z$€£¥₹¢°]+|\^-?\d|/", text)
+    if any(token[0] not in "/^" and _name(token) is None for token in tokens):
+        return "? " + " ".join(tokens)
+    powers: dict[str, int] = {}
+    sign = power = 1
+    last = ""
+    for token in tokens:
+        name = _name(token) or token
+        if token == "/":
+            sign = -1
+        elif token[0] == "^":
+            powers[last] = powers.get(last, 0) + sign * (int(token[1:]) - 1)
+        elif name in ("sq", "cu"):
+            power = 2 if name == "sq" else 3
+        else:
+            last = {"mph": "mi", "kmh": "km"}.get(name, name)
+            powers[last] = powers.get(last, 0) + sign * power
+            if last != name:
+                powers["h"] = powers.get("h", 0) - sign
+            power = 1
+    return " ".join(f"{name}^{powers[name]}" for name in sorted(powers))
+
+
+def same_unit(one: str | None, other: str | None) -> bool:
+    """Whether two units can belong to the same value: a missing one fits any, an unknown one any unknown."""
+    if one is None or other is None or one == other or "unit" in one or "unit" in other:
+        return True
+    return one.startswith("?") and other.startswith("?")
