@@ -150,7 +150,7 @@ def test_a_run_from_before_protocols_is_of_the_default(pupil, tmp_path):
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     path = tmp_path / "old" / "run.json"
     run = json.loads(path.read_text())
-    for name in ("protocol", "overrides", "ours"):
+    for name in ("protocol", "overrides", "ours", "dtype", "device"):
         del run[name]
     for facts in run["tasks"].values():
         del facts["samples"]
@@ -159,6 +159,14 @@ def test_a_run_from_before_protocols_is_of_the_default(pupil, tmp_path):
     assert again["protocol"] == "default" and "Protocol default: avg@2" in as_markdown(again)
     found = compare(str(tmp_path / "new"), str(tmp_path / "old"))
     assert all(pair["average"]["difference"]["value"] == 0 for pair in found["comparisons"])
+
+
+def test_a_run_goes_on_in_its_own_precision(pupil, tmp_path):
+    """`--dtype auto` may mean another one on another machine."""
+    found = go(pupil, tmp_path / "run", tasks=["gsm8k"], limit=1, data={"gsm8k": FILES["gsm8k"]})
+    assert found["dtype"] == "float32" and found["device"] == "cpu"
+    with pytest.raises(ValueError, match=r"dtype='float32' \(now 'bfloat16'\)"):
+        go(pupil, tmp_path / "run", tasks=["gsm8k"], limit=1, data={"gsm8k": FILES["gsm8k"]}, dtype="bfloat16")
 
 
 def test_the_prompt_of_the_paper_reaches_the_model(pupil, paper):

@@ -40,6 +40,7 @@ VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
 NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
+GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
 MOST = 4  # forms in which an answer may give the same value
 SHOWN = 1000  # characters of an extracted answer
 
@@ -115,6 +116,10 @@ def _boxed(gold: Gold, stated: list[list[str]]) -> Verdict:
     for parts in stated if len(gold.values) > 1 else stated[:1]:
         if _is_right(gold, parts):
             return Verdict("right", ", ".join(parts)[:SHOWN], reason)
+    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each.
+    if GROUPED.fullmatch(gold.text) and len(stated[0]) == gold.text.count(",") + 1:
+        if _is_right(read_math(gold.text.replace(",", ", ")), stated[0]):
+            return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
     return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
 
 

@@ -132,7 +132,7 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
         ValueError: No isolation here.
         OSError: The sandbox failed to start for this answer.
     """
-    entry, tests = _entry_point(item), _tests(item)
+    entry, tests = entry_point_of(item), _tests(item)
     code = extract_code(answer, entry)
     if not code.strip():
         return Verdict(False, "no code", "the answer has no code", 0, 0.0)
@@ -191,7 +191,7 @@ def _defines(code: str, name: str) -> bool:
     return re.search(rf"^(?:(?:async )?def {name}\b|class {name}\b|{name}\s*[:=](?!=))", code, re.MULTILINE) is not None
 
 
-def _entry_point(item: Mapping[str, Any]) -> str | None:
+def entry_point_of(item: Mapping[str, Any]) -> str | None:
     """The function under test; for MBPP, which does not name it, the one of the reference solution that tests use."""
     if item.get("entry_point"):
         return str(item["entry_point"])

@@ -29,7 +29,7 @@ from ..files import differences, write_atomically
 LOCK = ".lock"
 # Entries of run.json that may differ when a run is continued. `overrides` and `ours` only name what `sampling` and
 # `tasks` hold.
-FACTS = ("tah", "model", "versions", "batch_size", "started", "overrides", "ours")
+FACTS = ("tah", "model", "versions", "batch_size", "device", "started", "overrides", "ours")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     before, after = read_run(directory), json.loads(json.dumps(settings))
-    if differs := differences(before, after, without=FACTS):
+    unknown = [name for name in ("dtype",) if name not in before]  # of runs from before it was recorded
+    if differs := differences(before, after, without=(*FACTS, *unknown)):
         raise ValueError(f"{directory} holds an evaluation with {differs}; give the same, or another directory")
 
 
@@ -136,7 +137,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         for facts in found["tasks"].values():  # runs from before there were protocols
             facts.setdefault("samples", found["sampling"]["samples"])
         return {"backend": "transformers", "protocol": "default", "ours": {}} | found
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"
         ) from error
@@ -189,7 +190,7 @@ class Samples:
                 _generated(found)
                 key, *_ = (found["number"], found["sample"]), found["prompt"], found["question"], found["verdict"]
                 self.lines[key] = found
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if at < len(lines):
                     raise ValueError(
                         f"{self.path} line {at} is damaged ({type(error).__name__}); delete that line to have it "
@@ -280,7 +281,7 @@ def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
         return None
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give the data again") from error
 
 

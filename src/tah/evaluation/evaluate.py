@@ -126,6 +126,8 @@ def evaluate(
             "template": "none" if raw else "chat",
             "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
             "backend": backend,
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+            "device": str(session.model.device),
             "batch_size": batch_size,
             "engine": dict(engine or {}),
         } | _settings(lm, chosen, built, limit)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from .answers import judge_math
-from .code_tasks import _entry_point, extract_code, grade_all
+from .code_tasks import entry_point_of, extract_code, grade_all
 from .letters import judge_choice
 from .reply import Grade
 from .sandbox import Sandbox
@@ -70,7 +70,7 @@ def _programs(row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
     grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     gold = row["test"] or "\n".join(row["test_list"])
     for text, found in zip(texts, grade_all([row] * len(texts), texts, _sandbox()), strict=True):
-        code = extract_code(text, _entry_point(row)).strip("\n") or None
+        code = extract_code(text, entry_point_of(row)).strip("\n") or None
         reason = found.reason if found.status in ("passed", "wrong") else f"{found.status}: {found.reason}"
         yield Graded(grades.get(found.status, "wrong"), gold[:LONGEST_GOLD], code, reason or None, grader())
 

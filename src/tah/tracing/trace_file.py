@@ -87,7 +87,7 @@ def parse_line(line: str | bytes, header: Mapping[str, Any]) -> tuple[TracedText
     """
     try:
         return _parse(json.loads(line), header["max_depth"], header["top_k"])
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__} {error}") from error
 
 
@@ -162,7 +162,7 @@ def _read(path: Path) -> tuple[Trace, int]:
         header = json.loads(lines[0])
         if header["tah_trace"] != VERSION:
             raise ValueError(f"{path} is a trace of format {header['tah_trace']}; this version reads {VERSION}")
-    except (UnicodeDecodeError, json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no trace: its first line is not the header that tah trace writes") from error
     if header.get("policy") == "confidence" and "confidence_measure" not in header:
         raise ValueError(f"{path} does not say how its policy measured confidence; trace again into another file")
