@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -780,7 +781,9 @@ def test_a_reader_that_went_away_is_no_error(tiny_checkpoint, words, closed):
 
 
 def test_ctrl_c_ends_a_command_quietly(tiny_checkpoint):
-    process = start("chat", tiny_checkpoint, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Where the tests run in the background of a shell, they and their children ignore Ctrl-C unless told otherwise.
+    heed: Any = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = start("chat", tiny_checkpoint, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **heed)
     while "/help" not in process.stdout.readline():  # it is there and waits for a line
         pass
     process.send_signal(signal.SIGINT)

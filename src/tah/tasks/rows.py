@@ -168,7 +168,9 @@ def _fill(row: Row, kind: Kind, number: int) -> Row:
     if kind == "choice":
         filled["choices"] = [str(choice) for choice in filled["choices"]]
     if kind == "math":
-        filled["answer"] = str(row["answer"]).strip()
+        answer = str(row["answer"]).strip()
+        bare = answer.strip("$")
+        filled["answer"] = answer if "$" in bare else bare  # "$1$ and $-2$" needs its dollars
     return {"id": str(row.get("id", row.get("task_id", number)))} | filled
 
 
