@@ -562,6 +562,13 @@ def test_unknown_words_of_a_trace_are_named(capsys, tmp_path):
         assert code == 0 and ("does not know 'hello'" in err) == (name != "known")
 
 
+@pytest.mark.parametrize("turns", ["5", "true", '"x"', "null", "{}", "[5]", '[{"content": 5}]'])
+def test_a_trace_of_no_conversation_is_one_line(capsys, tmp_path, tiny_checkpoint, turns):
+    (tmp_path / "rows.jsonl").write_text(f'{{"messages": {turns}}}\n')
+    code, _, err = said(capsys, "trace", tiny_checkpoint, tmp_path / "rows.jsonl", "-o", tmp_path / "trace.jsonl")
+    assert code == 2 and "unexpected" not in err and len(err.splitlines()) == 1, err
+
+
 def test_unknown_words_are_named_in_a_chat(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello e1\ne1\n"))
     code, out, _ = said(capsys, "chat", "follow-tah", "--max-new-tokens", 2)

@@ -149,8 +149,9 @@ def _said(row: Mapping[str, Any]) -> str:
     """The words of a row of text or of a conversation; of others, which have ids or columns of their own, none."""
     if isinstance(row.get("text"), str):
         return str(row["text"])
-    turns = row.get("messages") or ()
-    said = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
+    turns = row.get("messages", row.get("conversations"))
+    turns = turns if isinstance(turns, list) else ()
+    said = (turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping))
     return " ".join(content for content in said if isinstance(content, str))
 
 
