@@ -640,20 +640,19 @@ def test_long_answers(text, grade):
 
 
 @pytest.mark.parametrize(
-    "final, several, answer",
+    "final, answer, values",
     [
-        (["$2$"], False, "2"),
-        (["1,-2"], True, "1,-2"),
-        (["100,200"], True, "100, 200"),
-        (["100,200"], False, "100,200"),
-        (["$1$", "$-2$"], True, "1, -2"),
-        (["$(1,200),(3,4)$"], True, "(1, 200),(3,4)"),
+        (["$2$"], "2", 1),
+        (["1,-2"], "1,-2", 2),
+        (["100,200"], "100,200", 1),  # or a list: see `test_several_answers`
+        (["$1$", "$-2$"], "1, -2", 2),
+        (["$1,000$", "$2,500$"], "1,000, 2,500", 2),
+        (["$(1,200),(3,4)$"], "(1,200),(3,4)", 2),
     ],
 )
-def test_olympiadbench_says_which_commas_separate(final, several, answer):
-    row = rows.olympiadbench({"question": "q", "final_answer": final, "is_multiple_answer": several})
-    assert row["answer"] == answer
-    assert len(read_math(answer).values) == (2 if several else 1)
+def test_answers_of_olympiadbench(final, answer, values):
+    row = rows.olympiadbench({"question": "q", "final_answer": final})
+    assert row["answer"] == answer and len(read_math(answer).values) == values
 
 
 def test_dollars_within_a_right_answer_are_kept(tmp_path):

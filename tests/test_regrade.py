@@ -147,6 +147,50 @@ def test_an_old_run_is_brought_up_to_date(copy, done):
     assert regrade(copy)["results"] == found["results"]  # the questions are kept now
 
 
+def test_nothing_is_graded_before_all_questions_are_there(copy):
+    """One file fits, the other does not."""
+    older(copy)
+    before = lines_of(copy)
+    other = copy.with_name("other.jsonl")
+    other.write_text('{"question": "q", "choices": ["a", "b"], "answer": "A"}\n')
+    with pytest.raises(ValueError, match="does not hold the questions of arc_e"):
+        regrade(copy, data={"gsm8k": ITEMS / "math.jsonl", "arc_e": other})
+    assert lines_of(copy) == before
+
+
+def test_graders_of_different_tasks_are_not_mixed(copy, done):
+    """Even where each task by itself has one version on both sides."""
+    path = copy / "samples" / "never" / "gsm8k.jsonl"
+    lines = [json.loads(line) | {"grader": "1"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="were graded by the versions 1 and 2"):
+        compare(f"{copy}:never", f"{copy}:never")
+    assert compare(f"{done}:never", f"{done}:never")["comparisons"]
+
+
+def test_questions_hold_any_text(pupil, tmp_path):
+    """Line separators of Unicode are part of a question."""
+    (tmp_path / "q.jsonl").write_text('{"question": "one\u2028two\u0085three", "answer": "29"}\n', "utf-8")
+    data, sampling = {"gsm8k": tmp_path / "q.jsonl"}, Sampling(max_new_tokens=24, temperature=0.0)
+    evaluate(str(pupil), ["gsm8k"], tmp_path / "run", data=data, policies=["never"], sampling=sampling)
+    assert regrade(tmp_path / "run")["results"] is not None
+
+
+def test_a_run_without_answers_is_left_as_it_is(copy):
+    shutil.rmtree(copy / "samples")
+    for name in ("results.json", "results.md"):
+        (copy / name).unlink()
+    assert regrade(copy)["results"] is None and (copy / "run.json").is_file() and (copy / "questions").is_dir()
+
+
+def test_lm_evals_tasks_that_are_not_scored_are_unfinished(copy):
+    settings = json.loads((copy / "run.json").read_text())
+    settings["tasks"]["lm_eval:arc_easy"] = dict(settings["tasks"]["arc_e"])
+    (copy / "run.json").write_text(json.dumps(settings))
+    found = regrade(copy)
+    assert found["results"] is None and len(found["changes"]) == 4
+
+
 def test_a_run_of_two_graders_is_refused(copy):
     path = copy / "samples" / "never" / "gsm8k.jsonl"
     lines = [json.loads(line) | {"grader": "1"} for line in path.read_text().splitlines()]

@@ -91,8 +91,12 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path, tidy: bool = True) -> Iterator[None]:
     """Keep other processes out of a run's directory, which is made if need be.
+
+    Args:
+        directory: of the run.
+        tidy: remove a run in which there is no answer to keep.
 
     Raises:
         ValueError: another one is in it, or it cannot be written to.
@@ -111,7 +115,7 @@ def alone(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if {path.name for path in directory.iterdir()} <= {LOCK, "run.json", "questions"}:  # there is no answer to keep
+        if tidy and {path.name for path in directory.iterdir()} <= {LOCK, "run.json", "questions"}:
             shutil.rmtree(directory / "questions", ignore_errors=True)
             for name in (LOCK, "run.json"):
                 (directory / name).unlink(missing_ok=True)
@@ -280,7 +284,7 @@ def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give the data again") from error
 

@@ -281,12 +281,14 @@ def _compared(first: Path, second: Path, pair: tuple[str, str], counts: Mapping[
     """Two policies; `counts`: answers of each task."""
     rows: list[dict[str, Any]] = []
     drawn: list[tuple[Resampled, np.ndarray]] = []
+    graders: set[str] = set()
     for name, count in counts.items():
         one, two = Samples(first, pair[0], name), Samples(second, pair[1], name)
         for samples in (one, two):
             if not samples.graded(count):
                 raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
-        if len(graders := one.graders | two.graders) > 1:
+        graders |= one.graders | two.graders
+        if len(graders) > 1:
             raise ValueError(
                 f"{first} and {second} were graded by the versions {_listed(graders)} of the grader; give tah eval "
                 "regrade to those that are older"

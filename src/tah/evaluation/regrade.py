@@ -49,20 +49,27 @@ def regrade(
     files = {name: str(path) for name, path in (data or {}).items()}
     if unknown := [name for name in files if name not in names]:
         raise ValueError(f"--data {unknown[0]}=...: {unknown[0]} is not among the tasks {', '.join(names)}")
-    changes, finished = [], True
-    with alone(directory):
+    changes, finished = [], _scored(directory, run)
+    with alone(directory, tidy=False):
+        questions = {name: _questions(directory, run, name, files) for name in names}  # before any verdict is changed
         for name in names:
-            questions = _questions(directory, run, name, files)
             for policy in run["rule"]["policy"]:
                 samples = Samples(directory, policy, name)
                 facts = run["tasks"][name]
                 if not samples.graded(facts["questions"] * facts["samples"]):
                     finished = False  # its answers are graded when the last one is there
                     continue
-                changed = _regrade(samples, questions, told)
+                changed = _regrade(samples, questions[name], told)
                 changes.append({"policy": policy, "task": name, "answers": len(samples.lines), "changed": changed})
         results = write_results(directory) if finished else None
     return {"grader": grader(), "changes": changes, "results": results}
+
+
+def _scored(directory: Path, run: Mapping[str, Any]) -> bool:
+    """Whether lm-eval has scored those of its own tasks that the run has; that is not done again."""
+    stock = [name for name in run["tasks"] if name.startswith(ours.STOCK)]
+    paths = [Samples(directory, policy, name).path for name in stock for policy in run["rule"]["policy"]]
+    return all(path.with_suffix(".json").is_file() for path in paths)
 
 
 def _questions(directory: Path, run: Mapping[str, Any], name: str, files: Mapping[str, str]) -> list[Mapping[str, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import codecs
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -189,14 +188,8 @@ def gsm8k(row: Row) -> Row:
 
 
 def olympiadbench(row: Row) -> Row:
-    """The answers are a list, of which almost every one has a single entry; one entry may hold several values.
-
-    There `100,200` are two values and not a number of six digits, which the row says.
-    """
-    answer = ", ".join(answer.strip("$ ") for answer in row["final_answer"])
-    if row.get("is_multiple_answer"):
-        answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", ", ", answer)
-    return {"question": row["question"], "answer": answer}
+    """The answers are a list, of which almost every one has a single entry; one entry may hold several values."""
+    return {"question": row["question"], "answer": ", ".join(answer.strip("$ ") for answer in row["final_answer"])}
 
 
 def gpqa(row: Row) -> Row:
