@@ -390,6 +390,11 @@ def test_rows_of_the_hub():
             r"line 2 has half of a surrogate pair, '.ud800', which is no text",
         ),
         ('{"question": "", "answer": "1"}', "line 2 has no 'question'"),
+        ('{"question": "q", "answer": true}', "line 2: answer True is neither a text nor a number"),
+        ('{"question": "q", "answer": NaN}', "line 2: answer nan is neither a text nor a number"),
+        ('{"question": "q", "answer": ["1"]}', r"line 2: answer \['1'\] is neither a text nor a number"),
+        ('{"id": null, "question": "q", "answer": "1"}', "line 2: id None is neither a text nor an integer"),
+        ('{"id": ["x"], "question": "q", "answer": "1"}', r"line 2: id \['x'\] is neither a text nor an integer"),
     ],
 )
 def test_a_bad_line_of_data_is_named(tmp_path, line, message):

@@ -118,6 +118,8 @@ def test_a_run_records_its_protocol(pupil, paper, tmp_path):
     assert run["overrides"]["data"].keys() == {"gsm8k", "arc_e"} and run["ours"] == {"arc_e": "prompt"}
     assert notes == ["protocol paper: not published, so decided by ours: prompt (arc_e)"]
     assert "Protocol paper: avg@2, T 0.7" in as_markdown(found)
+    given = "Given beside the protocol: samples 2, temperature 0.7, max_new_tokens 24, data gsm8k="
+    assert given in as_markdown(found)
     assert "Not published, so decided by ours: prompt (arc_e)." in as_markdown(found)
     with pytest.raises(ValueError, match=r"holds an evaluation with protocol='paper' \(now 'default'\)"):
         go(pupil, directory)

@@ -180,7 +180,9 @@ def test_a_run_without_answers_is_left_as_it_is(copy):
     shutil.rmtree(copy / "samples")
     for name in ("results.json", "results.md"):
         (copy / name).unlink()
-    assert regrade(copy)["results"] is None and (copy / "run.json").is_file() and (copy / "questions").is_dir()
+    found = regrade(copy)
+    assert found["results"] is None and as_text(found).startswith("Nothing was graded again.")
+    assert (copy / "run.json").is_file() and (copy / "questions").is_dir()
 
 
 def test_lm_evals_tasks_that_are_not_scored_are_unfinished(copy):
@@ -212,6 +214,7 @@ def test_an_unfinished_run_keeps_its_open_tasks(copy, pupil, done):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = regrade(copy)
     assert found["results"] is None and len(found["changes"]) == 3 and "is not finished" in as_text(found)
+    assert "random on arc_e: 5 of 6 answers are there; left as it is" in as_text(found)
     go(pupil, copy)
     assert lines_of(copy) == lines_of(done)
 

@@ -140,7 +140,7 @@ def read_run(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
         for facts in found["tasks"].values():  # runs from before there were protocols
             facts.setdefault("samples", found["sampling"]["samples"])
-        return {"backend": "transformers", "protocol": "default", "ours": {}} | found
+        return {"backend": "transformers", "protocol": "default", "overrides": {}, "ours": {}} | found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}); evaluate again into another directory"

@@ -176,6 +176,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"{results['backend']}{graded}.",
         "",
     ]
+    if results["protocol"] != "default" and results["overrides"]:
+        given = ", ".join(f"{name} {_given(value)}" for name, value in results["overrides"].items())
+        lines += [f"Given beside the protocol: {given}.", ""]
     if results["ours"]:
         lines += [f"Not published, so decided by ours: {named_gaps(results['ours'])}.", ""]
     if results["results"]:
@@ -194,6 +197,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         cost = f"; mean depth {row['mean_depth']:.3f}, cost {row['cost']:.3f}" if "cost" in row else ""
         lines.append(f"\n{row['policy']} on {row['task']} (lm-eval's own prompt and metrics): {metrics}{cost}")
     return "\n".join(lines) + "\n"
+
+
+def _given(value: Any) -> str:
+    return ", ".join(f"{task}={path}" for task, path in value.items()) if isinstance(value, dict) else str(value)
 
 
 def named_gaps(ours: Mapping[str, str]) -> str:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +27,7 @@ from ..training.reference import weights_fingerprint
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
 from .eval_report import named_gaps, write_results
 from .harness import TaHLM
-from .request import Sampling, build, check_engine, check_request, expand, find_protocol, vllm_version
+from .request import Sampling, build, check_engine, check_request, expand, find_protocol, quiet, vllm_version
 from .served import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -93,7 +91,7 @@ def evaluate(
     check_request(names, policies, files, reference, allow_code_execution, backend, device)
     drawing = sampling.under(asking)
     check_engine(backend, model, engine or {}, drawing)
-    with _quiet():
+    with quiet():
         built = build(names, files, sampling, asking)
         place: dict[str, Any] = {"dtype": dtype, "device": device, "note": note}
         handed_on = backend == "vllm"
@@ -240,15 +238,3 @@ def _run(
         samples.grade({entry["doc_id"]: entry["graded"] for entry in found["samples"][task.task_name]})
     else:
         write_atomically(scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's log, which repeats settings and warns of what is meant."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

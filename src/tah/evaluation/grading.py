@@ -69,6 +69,7 @@ def grade(kind: Kind, row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[
 def _programs(row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
     grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     gold = row["test"] or "\n".join(row["test_list"])
+    row = {"task_id": row.get("id", "an item")} | dict(row)  # what reasons call it
     for text, found in zip(texts, grade_all([row] * len(texts), texts, _sandbox()), strict=True):
         code = extract_code(text, entry_point_of(row)).strip("\n") or None
         reason = found.reason if found.status in ("passed", "wrong") else f"{found.status}: {found.reason}"

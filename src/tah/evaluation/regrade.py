@@ -13,7 +13,7 @@ from ..tasks import rows
 from .eval_files import Samples, alone, facts_of_data, read_questions, read_run, write_questions
 from .eval_report import write_results
 from .grading import grade, grader
-from .request import Sampling, build, find_protocol
+from .request import Sampling, build, find_protocol, quiet
 from .sandbox import Sandbox
 
 
@@ -34,7 +34,8 @@ def regrade(
 
     Returns:
         `grader`: its version; `changes`: for each policy and task the number of answers, and how many verdicts changed
-        from what to what; `results`: what `results.json` holds, or None where the evaluation is not finished.
+        from what to what; `left`: those that are not finished, which `tah eval` grades; `results`: what `results.json`
+        holds, or None where the evaluation is not finished.
 
     Raises:
         ValueError: there is no evaluation, it is in use, or its questions are not to be had; says what to do.
@@ -49,20 +50,21 @@ def regrade(
     files = {name: str(path) for name, path in (data or {}).items()}
     if unknown := [name for name in files if name not in names]:
         raise ValueError(f"--data {unknown[0]}=...: {unknown[0]} is not among the tasks {', '.join(names)}")
-    changes, finished = [], _scored(directory, run)
-    with alone(directory, tidy=False):
+    changes: list[dict[str, Any]] = []
+    left: list[dict[str, Any]] = []
+    with alone(directory, tidy=False), quiet():
         questions = {name: _questions(directory, run, name, files) for name in names}  # before any verdict is changed
         for name in names:
             for policy in run["rule"]["policy"]:
                 samples = Samples(directory, policy, name)
-                facts = run["tasks"][name]
-                if not samples.graded(facts["questions"] * facts["samples"]):
-                    finished = False  # its answers are graded when the last one is there
-                    continue
-                changed = _regrade(samples, questions[name], told)
-                changes.append({"policy": policy, "task": name, "answers": len(samples.lines), "changed": changed})
-        results = write_results(directory) if finished else None
-    return {"grader": grader(), "changes": changes, "results": results}
+                found: dict[str, Any] = {"policy": policy, "task": name, "answers": len(samples.lines)}
+                of = run["tasks"][name]["questions"] * run["tasks"][name]["samples"]
+                if samples.graded(of):
+                    changes.append(found | {"changed": _regrade(samples, questions[name], told)})
+                else:  # lm-eval grades a task when its last answer is there
+                    left.append(found | {"of": of})
+        results = write_results(directory) if not left and _scored(directory, run) else None
+    return {"grader": grader(), "changes": changes, "left": left, "results": results}
 
 
 def _scored(directory: Path, run: Mapping[str, Any]) -> bool:
@@ -111,10 +113,16 @@ def _regrade(samples: Samples, questions: list[Mapping[str, Any]], told: Callabl
 
 def as_text(found: Mapping[str, Any]) -> str:
     """A line for each policy and task."""
-    lines = [f"Graded again by version {found['grader']} of the grader."]
+    lines = (
+        [f"Graded by version {found['grader']} of the grader:"] if found["changes"] else ["Nothing was graded again."]
+    )
     for its in found["changes"]:
         changed = ", ".join(f"{count} {how}" for how, count in sorted(its["changed"].items())) or "no verdict changed"
         lines.append(f"{its['policy']} on {its['task']}, {its['answers']} answers: {changed}")
+    for its in found["left"]:
+        lines.append(
+            f"{its['policy']} on {its['task']}: {its['answers']} of {its['of']} answers are there; left as it is"
+        )
     if found["results"] is None:
         lines.append("The evaluation is not finished, so results.json is not written: run the same tah eval again.")
     return "\n".join(lines) + "\n"

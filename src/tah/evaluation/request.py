@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -262,3 +263,17 @@ def vllm_version() -> str:
     raise ImportError(
         "--backend vllm needs vLLM, in an environment of its own: make serve-env, or pip install 'tah[serve,eval]'"
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the logs of lm-eval, which repeat settings and warn of what is meant, and of the Hub, which tell each
+    retry where there is no network; the error that ends them is enough."""
+    levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "huggingface_hub", "datasets"))}
+    for log in levels:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)

@@ -10,6 +10,7 @@ One schema for each kind of task, the same in memory and in a file (`id` is opti
 from __future__ import annotations
 
 import codecs
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,13 @@ def check(row: Any, kind: Kind, where: str) -> None:
         if not (row.get(field) or row.get(field) == 0):
             raise ValueError(f"{where} has no {field!r}; a question of kind {kind} has {', '.join(FIELDS[kind])}")
     _check_fields(row, kind, where)
+    if not isinstance(row.get("id", ""), str | int) or isinstance(row.get("id"), bool):
+        raise ValueError(f"{where}: id {_short(row['id'])} is neither a text nor an integer")
     if kind == "math":
+        answer = row["answer"]
+        number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+        if not isinstance(answer, str) and not number:
+            raise ValueError(f"{where}: answer {_short(answer)} is neither a text nor a number")
         try:
             read_math(str(row["answer"]).strip())
         except ValueError as error:
