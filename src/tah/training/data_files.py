@@ -123,7 +123,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
 
     It ends before what is no JSON, of which the parser says what is wrong.
     """
-    text, at, line, entry, inside, size = "", 0, 1, 0, False, CHUNK
+    text, at, line, counted, entry, inside, size = "", 0, 1, 0, 0, False, CHUNK
     with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
         while True:
             at = SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
@@ -136,7 +136,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
                 value, stop = None, len(text)
             # It may go on, as "1e+" does. Every time twice as much is read, or a long one would take for ever.
             if stop > len(text) - 4:
-                line, text, at = line + text.count("\n", 0, at), text[at:], 0
+                line, text, at, counted = line + text.count("\n", counted, at), text[at:], 0, 0
                 if more := file.read(size):
                     text, size = text + more, 2 * size
                     continue
@@ -144,8 +144,8 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
                     value, stop = DECODER.raw_decode(text, at)
                 except ValueError:
                     return
-            entry, size = entry + inside, CHUNK
-            yield (f"entry {entry} of its list" if inside else f"line {line + text.count(chr(10), 0, at)}"), value
+            line, counted, entry, size = line + text.count("\n", counted, at), at, entry + inside, CHUNK
+            yield f"entry {entry} of its list" if inside else f"line {line}", value
             at = stop
 
 
@@ -249,7 +249,7 @@ def _late_values(path: Path, keys: Iterable[str], first: int) -> Iterator[tuple[
     also be spelled with escapes.
     """
     names = b"|".join(re.escape(json.dumps(key)[1:-1].encode()) for key in keys)
-    maybe = re.compile(rb'"(?:' + names + rb')"\s*(?:\Z|:\s*(?:\Z|[^"n\s]))|\\u00[0-7]')
+    maybe = re.compile(rb'"(?:' + names + rb')"\s*(?:\Z|:\s*(?:\Z|[^"n\s]))|\\u00[5-7]')
     at = 0
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
