@@ -144,6 +144,7 @@ TEMPLATES = {
     "python messages": CHATML.replace("{{ message['content'] }}", "{{ message }}"),
     "python items": CHATML.replace("{{ message['content'] }}", "{{ message.values() | list }}"),
     "python questions": PYTHON_QUESTIONS,
+    "in quotation marks": CHATML.replace("{{ message['content'] }}", "'{{ message['content'] }}'"),
     "python calls": PYTHON_CALLS,
     "chatml": CHATML,
     "qwen": QWEN,
@@ -703,6 +704,18 @@ PAIRS = {
         "python calls",
         called(call('{"city": "P"}')),
         PYTHON.replace("message", "tool call"),
+        [],
+    ),
+    "answers in quotation marks": (
+        "in quotation marks",
+        {"messages": HI},
+        ["'Yo'<|im_end|>\n"],
+        ["user\n'Hi'<|im_end|>"],
+    ),
+    "a call that shows what Python writes": (
+        "qwen",
+        called(call({"city": "{'name': 'w'}"})),
+        [QWEN_CALL.replace("P", "{'name': 'w'}"), SUNNY["qwen"]],
         [],
     ),
     "an answer that shows what Python writes": (
