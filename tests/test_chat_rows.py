@@ -128,7 +128,24 @@ TAGS_WITHOUT_END = (
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
 )
 TAGS_ONLY_THE_LAST = TAGS_WITHOUT_END.replace("if m.role == 'assistant'", "if loop.last")
+# As Vicuna's: nothing ends a turn but a line break, and the marker of the next turn.
+OPEN = (
+    "{% for m in messages %}{{ ('<|user|>: ' if m.role == 'user' else 'ASSISTANT: ') + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+PYTHON_CALLS = STRING_ARGUMENTS.replace(
+    "{{ '<call>' + call['function']['name'] + '\n' + call['function']['arguments'] }}", "{{ call }}"
+)
+PYTHON_QUESTIONS = CHATML.replace(
+    "{{ message['content'] }}", "{{ message['content'] if message.role == 'assistant' else message }}"
+)
 TEMPLATES = {
+    "open": OPEN,
+    "python messages": CHATML.replace("{{ message['content'] }}", "{{ message }}"),
+    "python items": CHATML.replace("{{ message['content'] }}", "{{ message.values() | list }}"),
+    "python questions": PYTHON_QUESTIONS,
+    "in quotation marks": CHATML.replace("{{ message['content'] }}", "'{{ message['content'] }}'"),
+    "python calls": PYTHON_CALLS,
     "chatml": CHATML,
     "qwen": QWEN,
     "llama": LLAMA,
@@ -307,6 +324,12 @@ MISTRAL_CALL = '[CALLS] [{"name": "w", "arguments": {"city": "P"}}]<|im_end|>'
 SUNNY = {"qwen": "Sunny.<|im_end|>\n", "llama": "Sunny.<|im_end|>", "mistral": " Sunny.<|im_end|>"}
 SUNNY |= {"glm": "\n<think></think>\nSunny.<|im_end|>", "string arguments": "Sunny.<|im_end|>\n"}
 BE_BRIEF = [{"role": "developer", "content": "Be brief."}, *HI]
+NO_REASONING = "the chat template leaves out the reasoning of the last answer"
+PYTHON = "the chat template writes a message as Python does"
+YO, GLM_YO = ["Yo<|im_end|>\n"], "\n<think></think>\nYo<|im_end|>"
+BLANK = user("", value="Q?")
+MARKUP = ("<b>Yo</b>", "<answer>4</answer>", "a[TODO]", "4 [/INST]", "```html\n<p>x</p>\n```", "<br>", "a </b> </b>")
+MARKUP += ('<tool_call>\n{"name": "w"}\n</tool_call>', "| a |\n|---|\n<details>x</details>", "<b>a</b> b")
 THOUGHT = answer("<think>r</think>\n\nYo")
 
 # What depends on the template: (template, row, what is learnt exactly or why nothing is, what else the text holds).
@@ -554,10 +577,175 @@ PAIRS = {
         [],
     ),
     # reasoning
-    "reasoning that the template leaves out": (
+    "reasoning that the template leaves out": ("glm", {"messages": [user("Hi"), THOUGHT]}, NO_REASONING, []),
+    "reasoning that the template leaves out of an earlier answer": (
         "glm",
-        {"messages": [user("Hi"), THOUGHT]},
+        {"messages": [user("Hi"), THOUGHT, *HI]},
+        ["\n<think></think>\nYo<|user|>", "\n<think></think>\nYo<|im_end|>"],
+        [],
+    ),
+    "reasoning in its key that is left out of an earlier answer": (
+        "chatml",
+        {"messages": [user("Hi"), answer("Yo", reasoning_content="r r"), *HI]},
+        ["Yo<|im_end|>\n"] * 2,
+        [],
+    ),
+    "reasoning that was only read": (
+        "glm",
+        {"prompt": [user("Hi"), THOUGHT, user("Hi")], "completion": [answer("Yo")]},
         ["\n<think></think>\nYo<|im_end|>"],
+        [],
+    ),
+    "reasoning of a completion": ("glm", {"prompt": [user("Hi")], "completion": [THOUGHT]}, NO_REASONING, []),
+    "reasoning in its key": ("chatml", {"messages": [*HI, user("a"), answer("b", reasoning="r r")]}, NO_REASONING, []),
+    "reasoning, tags": ("tags without end", {"messages": [user("a"), answer("b", thinking="r")]}, NO_REASONING, []),
+    "reasoning, parts": ("needs parts", {"messages": [user("a"), answer("b", thinking="r r")]}, NO_REASONING, []),
+    "blank reasoning in its key": ("chatml", {"messages": [user("Hi"), answer("Yo", reasoning=" \n")]}, YO, []),
+    "reasoning that is shown": (
+        "chatml",
+        {"messages": [user("Hi"), THOUGHT]},
+        [THOUGHT["content"] + "<|im_end|>\n"],
+        [],
+    ),
+    "what is no reasoning and left out as if": (
+        "glm",
+        {"messages": [user("a"), answer("Say </think>. Yo")]},
+        NO_REASONING,
+        [],
+    ),
+    "reasoning before a call": (
+        "qwen",
+        {"messages": [user("a"), answer("", reasoning_content="r r", tool_calls=[call({"city": "P"})])]},
+        NO_REASONING,
+        [],
+    ),
+    # which answers are learnt
+    **{
+        f"{name} {value}, {template}": (
+            template,
+            {"messages": [user("a"), answer("bad", **{name: value}), *HI]},
+            want,
+            ["bad"],
+        )
+        for name, value in (
+            ("weight", 0),
+            ("weight", 0.0),
+            ("train", False),
+            ("training", False),
+            ("train_on_turn", False),
+        )
+        for template, want in (("chatml", YO), ("glm", [GLM_YO]), ("tags without end", ["Yo<|im_end|>"]))
+    },
+    "weight 0, mistral": (
+        "mistral",
+        {"messages": [user("a"), answer("bad", weight=0), *HI]},
+        [" Yo<|im_end|>"],
+        ["bad"],
+    ),
+    "weight 0 of the last": ("chatml", {"messages": [*HI, user("a"), answer("bad", weight=0)]}, YO, ["bad"]),
+    "weight 0 of a last with reasoning": (
+        "glm",
+        {"messages": [*HI, user("a"), THOUGHT | {"weight": 0}]},
+        [GLM_YO.replace("<|im_end|>", "<|user|>")],
+        [],
+    ),
+    "weight 0 and a system column": (
+        "chatml",
+        {"messages": [user("a"), answer("bad", weight=0), *HI], "system": "Be brief."},
+        YO,
+        ["Be brief.", "bad"],
+    ),
+    "weight 0 in a completion": (
+        "tags without end",
+        {"prompt": HI, "completion": [user("a"), answer("bad", weight=0), *HI]},
+        ["Yo<|im_end|>"],
+        ["bad"],
+    ),
+    "weight 0, empty": ("chatml", {"messages": [user("a"), answer("", weight=0), *HI]}, YO, []),
+    "weight 0 of ShareGPT": (
+        "chatml",
+        {"conversations": [human("a"), gpt("bad") | {"weight": 0}, human("Hi"), gpt("Yo") | {"weight": 1}]},
+        YO,
+        ["bad"],
+    ),
+    "weight 1": ("chatml", {"messages": [user("Hi", weight=0), answer("Yo", weight=1, train=True)]}, YO, []),
+    "weight null": ("chatml", {"messages": [user("Hi", weight=None), answer("Yo", weight=None)]}, YO, []),
+    "weight 0 everywhere": ("chatml", {"messages": [user("Hi"), answer("Yo", weight=0)]}, "no assistant tokens", []),
+    "weight 0.5": (
+        "chatml",
+        {"messages": [user("Hi"), answer("Yo", weight=0.5)]},
+        "weight that is neither 0 nor 1",
+        [],
+    ),
+    "train no": ("chatml", {"messages": [user("Hi"), answer("Yo", train="no")]}, "train that is neither 0 nor 1", []),
+    "train_detail": (
+        "chatml",
+        {"messages": [user("Hi"), answer("Yo", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])]},
+        "train_detail, which is not understood",
+        [],
+    ),
+    "weight 0, tags of the last turn alone": (
+        "tags only the last",
+        {"messages": [user("a"), answer("bad", weight=0), *HI]},
+        "the chat template does not mark each answer by itself, and one is not to be learnt",
+        [],
+    ),
+    # what Python writes
+    "messages as Python writes them": ("python messages", {"messages": HI}, PYTHON, []),
+    "messages as Python writes them, with a quotation mark": (
+        "python messages",
+        {"messages": [user("a"), answer("It's")]},
+        PYTHON,
+        [],
+    ),
+    "items as Python writes them": ("python items", {"messages": HI}, PYTHON, []),
+    "only questions as Python writes them": ("python questions", {"messages": HI}, PYTHON, []),
+    "calls as Python writes them": (
+        "python calls",
+        called(call('{"city": "P"}')),
+        PYTHON.replace("message", "tool call"),
+        [],
+    ),
+    "answers in quotation marks": (
+        "in quotation marks",
+        {"messages": HI},
+        ["'Yo'<|im_end|>\n"],
+        ["user\n'Hi'<|im_end|>"],
+    ),
+    "a call that shows what Python writes": (
+        "qwen",
+        called(call({"city": "{'name': 'w'}"})),
+        [QWEN_CALL.replace("P", "{'name': 'w'}"), SUNNY["qwen"]],
+        [],
+    ),
+    "an answer that shows what Python writes": (
+        "chatml",
+        {"messages": [user("Hi"), answer("{'role': 'user', 'content': 'Hi'}")]},
+        ["{'role': 'user', 'content': 'Hi'}<|im_end|>\n"],
+        [],
+    ),
+    # content and value
+    "a blank content and a value": ("chatml", {"messages": [BLANK, answer("Yo")]}, YO, ["user\nQ?<|im_end|>"]),
+    "a blank content and an answer as value": ("chatml", {"messages": [user("Hi"), answer(" ", value="Yo")]}, YO, []),
+    "no parts and a value": (
+        "chatml",
+        {"messages": [BLANK | {"content": []}, answer("Yo")]},
+        YO,
+        ["user\nQ?<|im_end|>"],
+    ),
+    "a content and a blank value": ("chatml", {"messages": [user("Hi", value=""), answer("Yo", value=" ")]}, YO, []),
+    "a content and the same value": ("chatml", {"messages": [user("Hi", value="Hi"), answer("Yo")]}, YO, []),
+    "a content and a score": ("chatml", {"messages": [user("Hi"), answer("Yo", value=0.5)]}, YO, []),
+    "a content and another value": (
+        "chatml",
+        {"messages": [user("Hi", value="Q?"), answer("Yo")]},
+        "a content and a value that differ",
+        [],
+    ),
+    "a blank content and a value that is no text": (
+        "chatml",
+        {"messages": [user("", value={"a": 1}), answer("Yo")]},
+        NO_TEXT,
         [],
     ),
     "nothing but reasoning, left out": (
@@ -585,6 +773,28 @@ PAIRS = {
         "glm",
         {"prompt": [*HI, user("a")], "completion": [answer("b")]},
         ["\n<think></think>\nb<|im_end|>"],
+        [],
+    ),
+    **{
+        f"{said}, {template}": (template, {"messages": [user("a"), answer(said), *HI]}, [*ends], [])
+        for said in MARKUP
+        for template, ends in {
+            "glm": ("\n<think></think>\n" + said + "<|user|>", GLM_YO),
+            "tags without end": (said + "<|im_end|>", "Yo<|im_end|>"),
+            "open": (" " + said + "\n<|user|>", " Yo\n<|im_end|>"),
+            "chatml": (said + "<|im_end|>\n", *YO),
+        }.items()
+    },
+    "markup after reasoning": (
+        "glm",
+        {"messages": [user("a"), answer("<think>r</think>\n\n<answer>4</answer>"), *HI]},
+        ["\n<think></think>\n<answer>4</answer><|user|>", GLM_YO],
+        [],
+    ),
+    "an answer that brings its end": (
+        "open",
+        {"messages": [user("a"), answer("b<|im_end|>"), user("a"), answer("b<|im_end|>")]},
+        [" b<|im_end|>\n"] * 2,
         [],
     ),
     "an end that the tags leave out": (
@@ -741,12 +951,12 @@ def test_what_is_learnt_is_what_was_said(tokenizer):
 
 def test_a_template_that_ends_no_turn_and_says_nothing_either_is_told_once(tokenizer, caplog):
     turns._warn_of_no_end.cache_clear()
-    TEMPLATES["open"] = (
+    TEMPLATES["endless"] = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    TEMPLATES["named"] = {"default": TEMPLATES["open"]}  # a tokenizer may have several
-    for name in ("open", "open", "named"):
+    TEMPLATES["named"] = {"default": TEMPLATES["endless"]}  # a tokenizer may have several
+    for name in ("endless", "endless", "named"):
         found = learn({"messages": [*HI, user("a"), answer("b")]}, tokenizer, name)
         assert found[0] == ["Yo", "b<|im_end|>"]
     del TEMPLATES["named"]

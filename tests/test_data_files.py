@@ -16,6 +16,7 @@ from tah.tasks import rows as questions
 from tah.tracing.trace_texts import read_rows
 from tah.training import turns
 from tah.training.data import load_rows, tokenize_row
+from tah.training.data_files import PACKED, _values
 from test_chat_rows import PAIRS, ROWS, TEMPLATES
 
 
@@ -140,6 +141,131 @@ def test_files_of_a_directory_are_as_good_as_the_first(tmp_path):
         load_rows(str(tmp_path))
     (tmp_path / "train" / "b.jsonl").write_text(chat("Yo") + chat('"content": ["a"]'))
     assert len(load_rows(str(tmp_path))) == 3
+
+
+M, ANSWER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], {"role": "assistant"}
+TOOLS = [{"name": "set", "parameters": {"properties": {"value": {"type": "number"}, "content": {"type": "string"}}}}]
+SHARE = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+BACKSLASH = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "cont\\u0065nt": ["b"]}]}'
+# What is in the first file, or in the first bytes of the only one; what comes late; whether that is as good.
+LATE = {
+    "a schema with a value": ({"messages": M, "tools": TOOLS}, {"messages": M, "tools": TOOLS}, True),
+    "a value in another column": (
+        {"messages": M, "meta": {"value": [1]}},
+        {"messages": M, "meta": {"value": [2]}},
+        True,
+    ),
+    "a column named value": ({"messages": M, "value": True}, {"messages": M, "value": False}, True),
+    "a column named content": ({"text": "t", "content": {"a": 1}}, {"text": "t", "content": {"a": 2}}, True),
+    "a content in another column": (
+        {"conversations": SHARE, "more": {"content": {"a": 1}}},
+        {"conversations": SHARE, "more": {"content": {"a": 2}}},
+        True,
+    ),
+    "a text that looks like it": ({"text": "t"}, {"text": '"text": [1], "content": {'}, True),
+    "an integer": ({"messages": M}, {"messages": [M[0], {**ANSWER, "content": 42}]}, True),
+    "null": ({"messages": M}, {"messages": [M[0], {**ANSWER, "content": None}]}, True),
+    "a null text": ({"text": "t"}, {"text": None}, True),
+    "tools as JSON, then as a list": ({"messages": M, "tools": "[]"}, {"messages": M, "tools": TOOLS}, True),
+    "messages after messages": ({"prompt": M[:1], "completion": M[1:]}, {"prompt": M[:1], "completion": M[1:]}, True),
+    "an object as text": ({"text": "t"}, {"text": {"a": [1]}}, False),
+    "a list as text": ({"text": "t"}, {"text": ["a"]}, False),
+    "a truth value as text": ({"text": "t"}, {"text": True}, False),
+    "a fraction as text": ({"text": "t"}, {"text": 1.50}, False),
+    "an object as completion": ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": {"y": 1}}, False),
+    "an object as prompt": ({"prompt": "a", "completion": "b"}, {"prompt": {"y": 1}, "completion": "b"}, False),
+    "parts as system prompt": ({"messages": M, "system": "a"}, {"messages": M, "system": ["a"]}, False),
+    "a fraction": ({"messages": M}, {"messages": [M[0], {**ANSWER, "content": 4.5}]}, False),
+    "parts in a value": (
+        {"conversations": SHARE},
+        {"conversations": [SHARE[0], {"from": "gpt", "value": ["b"]}]},
+        False,
+    ),
+    "parts in a completion": (
+        {"prompt": M[:1], "completion": M[1:]},
+        {"prompt": M[:1], "completion": [{**ANSWER, "content": ["b"]}]},
+        False,
+    ),
+    "parts after a schema": (
+        {"messages": M, "n": 1},
+        {"messages": [M[0], {**ANSWER, "content": ["b"]}], "n": 1},
+        False,
+    ),
+    "an escape in the key": ({"messages": M}, BACKSLASH, False),
+}
+
+
+@pytest.mark.parametrize("where", ["directory", "file", "list"])
+@pytest.mark.parametrize("name", LATE)
+def test_only_what_is_learnt_has_to_be_text_as_before(name, where, tmp_path, monkeypatch):
+    """Good data is not refused for a key that is named as a message's is, and nothing is learnt as JSON writes it."""
+    monkeypatch.setattr("tah.training.data_files.FIRST", 2**16)
+    early, late, good = LATE[name]
+    early, late = json.dumps(early) + "\n", (late if isinstance(late, str) else json.dumps(late)) + "\n"
+    if where == "file":
+        source = tmp_path / "a.jsonl"
+        source.write_text(early * (2**16 // len(early) + 5) + late)
+    else:
+        source, many = tmp_path / "d", where == "list"
+        source.mkdir()
+        for file, line in (("train-0", early), ("train-1", early + late)):
+            text = "[" + line.strip().replace("\n", ",\n") + "]" if many else line
+            (source / f"{file}.json{'' if many else 'l'}").write_text(text)
+    if good:
+        assert len(load_rows(str(source))) >= 3
+        return
+    with pytest.raises(
+        ValueError, match=r" has a content that is no text, unlike what comes first; move it there$"
+    ) as error:
+        load_rows(str(source))
+    place = {"directory": "train-1.jsonl line 2 has", "file": " line ", "list": "train-1.json entry 2 of its list has"}
+    assert place[where] in str(error.value)
+
+
+def test_columns_that_a_recipe_names_are_looked_at_by_their_names_in_the_file(tmp_path):
+    for number, row in enumerate(({"said": "t", "text": "a"}, {"said": {"a": 1}, "text": "a"})):
+        (tmp_path / f"train-{number}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"train-1.jsonl line 1 has a content that is no text"):
+        load_rows(str(tmp_path), columns={"text": "said"})
+    assert len(load_rows(str(tmp_path))) == 2
+
+
+def test_files_of_another_split_do_not_matter(tmp_path):
+    (tmp_path / "train.jsonl").write_text(chat("Yo"))
+    (tmp_path / "test.jsonl").write_text(chat(PARTS))
+    assert len(load_rows(str(tmp_path))) == 1
+    with pytest.raises(ValueError, match=r"test.jsonl line 1 has a content that is no text"):
+        load_rows(str(tmp_path), split="test")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_a_small_file_that_unpacks_to_much_is_refused(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("tah.training.data_files.SMALL", 2**20)
+    path = tmp_path / f"train.json{suffix}"
+    with PACKED[suffix](path, "wb") as file:
+        file.write(b"[" + b'{"text": "a"},' * 2**18 + b'{"text": "a"}]')
+    with pytest.raises(
+        ValueError, match=rf"train.json{suffix} unpacks to more than \d+ bytes, 100 times its size; unpack"
+    ):
+        load_rows(str(tmp_path))
+    monkeypatch.setattr("tah.training.data_files.MOST_PACKED", 10**9)
+    assert len(load_rows(str(tmp_path))) == 2**18 + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 2**22])
+def test_values_of_a_file_are_read_one_by_one(chunk, tmp_path, monkeypatch):
+    """The same in whatever pieces the file is read: numbers and literals are not cut."""
+    monkeypatch.setattr("tah.training.data_files.CHUNK", chunk)
+    path, entries = tmp_path / "a.json", [{"a": [1, "\u00e9]"]}, 1234, "x,]", None, -1.5, [], {"b": {}}]
+    for text in (json.dumps(entries), json.dumps(entries, indent=1), "\ufeff" + json.dumps(entries), "[]", "[] []"):
+        path.write_text(text)
+        want = [(f"entry {at} of its list", each) for at, each in enumerate(entries if "1234" in text else [], 1)]
+        assert list(_values(path)) == want
+    path.write_text('\n{"a":\n1}\n{"b": 2} {"c": ' + "9" * 5000 + "}\n12")
+    places = [(place, list(value) if isinstance(value, dict) else value) for place, value in _values(path)]
+    assert places == [("line 2", ["a"]), ("line 4", ["b"]), ("line 4", ["c"]), ("line 5", 12)]
+    path.write_text('[{"a": 1}, {"b"')
+    assert list(_values(path)) == [("entry 1 of its list", {"a": 1})]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train.jsonl.gz"])

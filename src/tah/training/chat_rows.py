@@ -27,6 +27,7 @@ SPEAKERS = {
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts that are text
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
 QUOTED = re.compile(r"""['"](\w+)['"]""")
+UNLEARNT = ("weight", "train", "training", "train_on_turn")  # 0 or false: a turn that is read, not learnt
 LARGEST = 2**64  # integers that a data set can hold
 
 
@@ -47,12 +48,14 @@ class Chat:
         first: how many messages at the start are only read.
         tools: that may be called, as the chat template takes them; None where there are none.
         options: further arguments of the chat template.
+        unlearnt: numbers of assistant's messages after the first that are only read, too.
     """
 
     messages: Messages
     first: int
     tools: list[dict[str, Any]] | None
     options: dict[str, Any]
+    unlearnt: frozenset[int] = frozenset()
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
@@ -102,19 +105,25 @@ def read_chat(row: Mapping[str, Any], template: str) -> Chat:
     if not isinstance(read, list) or not isinstance(said, list) or not said:
         raise Unusable("malformed row")
     messages, first = [_message(entry, template) for entry in [*read, *said]], len(read)
+    unlearnt = {
+        at
+        for at, (message, entry) in enumerate(zip(messages, [*read, *said], strict=True))
+        if at >= first and message["role"] == "assistant" and not _is_learnt(entry)
+    }
     system = _text(row.get("system", ""))
     if system.strip():
         if messages[0]["role"] != "system":
             messages, first = [{"role": "system", "content": system}, *messages], first + bool(read)
+            unlearnt = {at + 1 for at in unlearnt}
         elif messages[0].get("content") != system:
             raise Unusable("two system prompts")
-    for message in messages[first:]:
-        if message["role"] == "assistant" and not says_something(message):
+    for at, message in enumerate(messages[first:], first):
+        if message["role"] == "assistant" and at not in unlearnt and not says_something(message):
             raise Unusable("empty assistant message")
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise Unusable("malformed chat_template_kwargs")
-    return Chat(messages, first, tools_of(row), options)
+    return Chat(messages, first, tools_of(row), options, frozenset(unlearnt))
 
 
 def says_something(message: Mapping[str, Any]) -> bool:
@@ -130,8 +139,8 @@ def _message(entry: Any, template: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or not ({"role", "from"} & set(entry)):
         raise Unusable("malformed message")
     role = _role(entry.get("role", entry.get("from")), template)
-    said = entry.get("content", entry.get("value"))
-    message = {key: value for key, value in entry.items() if key not in ("from", "value", "function_call")}
+    said = _said(entry)
+    message = {k: v for k, v in entry.items() if k not in ("from", "value", "function_call", *UNLEARNT)}
     calls = [*_calls(entry.get("tool_calls")), *_calls(entry.get("function_call"))]
     if role == CALL:
         role, calls, said = "assistant", [*calls, *map(openai_call, _calls(said))], ""
@@ -149,6 +158,28 @@ def _message(entry: Any, template: str) -> dict[str, Any]:
     if said is None and not says_something(message):
         raise Unusable("message without content")
     return message
+
+
+def _said(entry: Mapping[str, Any]) -> Any:
+    """A message's content or value. A blank one does not hide the other; of two texts nobody knows which is meant."""
+    content, value = entry.get("content"), entry.get("value")
+    if value is None or content == value:
+        return content
+    if content is None or not (content.strip() if isinstance(content, str) else content != []):
+        return value
+    if isinstance(value, str | list) and (value.strip() if isinstance(value, str) else value):
+        raise Unusable("a content and a value that differ")
+    return content
+
+
+def _is_learnt(entry: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message is to be learnt, as OpenAI's and axolotl's files say it."""
+    for name in UNLEARNT:
+        if entry.get(name) not in (None, 0, 1):  # True is 1, too
+            raise Unusable(f"{name} that is neither 0 nor 1")
+    if entry.get("train_detail"):
+        raise Unusable("train_detail, which is not understood")
+    return all(entry.get(name) != 0 for name in UNLEARNT)
 
 
 def _role(speaker: Any, template: str) -> str:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..load import first_line, hub_reachable
+from ..hub import hub_reachable
+from ..load import first_line
 from ..loss import IGNORE
 from . import data_files
 from .chat_rows import Unusable
-from .data_files import READERS, TEXTS, bad_line, check_directory, check_text, check_values
+from .data_files import READERS, TEXTS, bad_line, check_text, check_values
 from .forms import form_of, map_columns
 from .turns import encode
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
-ALL_TEXT = r"'(content|value)': Value\('string'\)"  # in the features of rows: every content is a text
 MOST_REASONS = 30  # of which details are told: a name, what the chat template said
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
 MISSING = "reading data needs one more package: pip install 'tah[train]'"
@@ -74,7 +74,7 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
-    rows = _open(source, split)
+    rows = _open(source, split, columns or {})
     if len(rows) == 0:
         raise ValueError(f"{source} is empty: it has no rows")
     try:
@@ -87,7 +87,7 @@ def load_rows(
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def _open(source: str, split: str) -> Dataset:
+def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
     try:
         import datasets
     except ImportError as error:
@@ -99,9 +99,9 @@ def _open(source: str, split: str) -> Dataset:
                 raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
             if path.stat().st_size < 2**16 and not path.read_bytes().strip():
                 return datasets.Dataset.from_dict({})
-            return _open_file(path)
+            return _open_file(path, columns)
         if path.is_dir():
-            return _open_directory(path, split)
+            return _open_directory(path, split, columns)
         if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ValueError("there is no such file or directory")
         cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
@@ -120,20 +120,20 @@ def _open(source: str, split: str) -> Dataset:
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
 
 
-def _open_file(path: Path) -> Dataset:
+def _open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
     import datasets
 
     lines = check_text(path) if path.suffix in TEXTS else 0
     size = {"chunksize": data_files.FIRST} if READERS[path.suffix] == "json" else {}
     rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
-    if size and path.stat().st_size > data_files.FIRST and re.search(ALL_TEXT, str(rows.features)):
-        data_files.check_late(path, data_files.FIRST)
+    if size and path.stat().st_size > data_files.FIRST:
+        data_files.check_late(path, *data_files.text_columns(rows.features, columns), data_files.FIRST)
     if len(rows) != lines:  # {"a": 1},} makes two rows, and no error
         check_values(path)
     return rows
 
 
-def _open_directory(path: Path, split: str) -> Dataset:
+def _open_directory(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
     import datasets
 
     if (path / "settings.json").is_file() and (path / "data").is_dir():
@@ -146,10 +146,10 @@ def _open_directory(path: Path, split: str) -> Dataset:
         if isinstance(saved, datasets.DatasetDict) and split not in saved:
             raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    check_directory(path)
+    data_files.check_directory(path)
     rows = datasets.load_dataset(str(path), split=split)
-    if re.search(ALL_TEXT, str(rows.features)):  # of the first file
-        check_directory(path, late=True)
+    used = (datasets.load_dataset_builder(str(path)).config.data_files or {}).get(split)
+    data_files.check_late_files(path, used, *data_files.text_columns(rows.features, columns))
     return rows
 
 

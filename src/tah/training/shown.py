@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .chat_rows import Chat, Messages, Refused, Unusable, names_of
+from .chat_rows import REASONING, Chat, Messages, Refused, Unusable, names_of
 
 MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again
 MARKER = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]")  # between an answer and its reasoning, which templates may leave out
@@ -21,6 +21,10 @@ Turns = Sequence[tuple[list[int], list[tuple[int, int]]]]  # numbers of messages
 
 class LeftOut(Unusable):
     """The chat template does not show everything, or not as text."""
+
+
+class NoReasoning(LeftOut):
+    """It shows everything but how the last answer was found."""
 
 
 def check_turns(chat: Chat, text: str, turns: Turns, render: Callable[..., Any], knows_tools: bool) -> None:
@@ -36,13 +40,16 @@ def check_turns(chat: Chat, text: str, turns: Turns, render: Callable[..., Any],
         LeftOut: it does not; says what is missing.
     """
     _check_marks(chat.messages, render)
+    last = max((number for numbers, _ in turns for number in numbers), default=None)
     if knows_tools and not all(name in text for name in names_of(chat.tools or [])):
         raise LeftOut("the chat template leaves out a tool")
     for numbers, spans in turns:
         learnt, at = "".join(text[start:stop] for start, stop in spans), 0
         for number in numbers:
             message = chat.messages[number]
-            at = _check_said(message, learnt, at)
+            start, at = at, _check_said(message, learnt, at)
+            if number == last and not _keeps_reasoning(message, learnt[start:]):
+                raise NoReasoning("the chat template leaves out the reasoning of the last answer")
             for call in message.get("tool_calls", []):
                 _check_call(call, learnt)
 
@@ -72,6 +79,9 @@ def _check_marks(messages: Messages, render: Callable[..., Any]) -> None:
     for mark, what in marks:
         if mark not in shown:
             raise LeftOut(f"the chat template leaves out {what}")
+        # As in {'role': 'user', 'content': 'Hi'}, or in a list of what is in there; 'Hi' alone may well be meant.
+        if re.search(rf"[\[({{:,] ?'{mark}'[\])}},]", shown):
+            raise LeftOut(f"the chat template writes {what.partition(' of the role')[0]} as Python does")
 
 
 def _check_said(message: dict[str, Any], learnt: str, at: int) -> int:
@@ -80,14 +90,36 @@ def _check_said(message: dict[str, Any], learnt: str, at: int) -> int:
     Its reasoning may be missing, as long as there is more than that.
     """
     content = message.get("content", "").strip()
-    for part in (content, last_part(content)):
-        if part and part in learnt[at:]:
-            return learnt.index(part, at) + len(part)
-    thoughts = [message.get(name, "").strip() for name in ("reasoning_content", "reasoning", "thinking")]
+    if f"'content': {content!r}" in learnt[at:] and "'content': " not in content:
+        raise LeftOut("the chat template writes a message as Python does")
+    if part := _shown_part(content, learnt[at:]):
+        return learnt.index(part, at) + len(part)
+    thoughts = [message.get(name, "").strip() for name in REASONING]
     alone = not content and "tool_calls" not in message
     if content or (alone and not any(thought and thought in learnt[at:] for thought in thoughts)):
         raise LeftOut("the chat template leaves out a message of the role assistant")
     return at
+
+
+def _shown_part(content: str, learnt: str) -> str:
+    """The longest part of a content that stands in what is learnt: all of it, or what follows one of its markers.
+
+    It is empty where nothing stands there.
+    """
+    starts = [0, *(marker.end() for marker in MARKER.finditer(content))]
+    parts = [*(content[start:].strip() for start in starts), last_part(content)]
+    return next((part for part in parts if part and part in learnt), "")
+
+
+def _keeps_reasoning(message: dict[str, Any], learnt: str) -> bool:
+    """Whether all that a message says and thinks stands in what is learnt, whatever the markers in between are."""
+    content, at = message.get("content", "").strip(), 0
+    for part in [] if content in learnt else MARKER.split(content):
+        at = learnt.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    return all(message.get(name, "").strip() in learnt for name in REASONING)
 
 
 def _check_call(call: dict[str, Any], learnt: str) -> None:
@@ -146,8 +178,9 @@ def closes(message: dict[str, Any] | None, learnt: str, render: Callable[..., An
         tagged: whether the template tells what is to be learnt.
     """
     if message is not None and "tool_calls" not in message:
-        part = last_part(message.get("content", ""))
-        if learnt[learnt.rfind(part) + len(part) :].strip():
+        # Of a content that ends in markup all counts, or "</answer>" would be taken for the end of the turn.
+        part = _shown_part(message.get("content", "").strip(), learnt)
+        if part and learnt[learnt.rindex(part) + len(part) :].strip():
             return True
     try:
         text, spans = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}], tags=tagged)

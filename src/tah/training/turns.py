@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..load import first_line
 from .chat_rows import Chat, Messages, Refused, Unusable, is_chat, read_chat, tools_of
 from .shapes import Shape, shapes
-from .shown import MARK, LeftOut, check_turns, closes
+from .shown import MARK, LeftOut, NoReasoning, check_turns, closes
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # where two texts part within a marker, as "<think>" and "<tool_call>" do
@@ -128,21 +128,24 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, list[int]
     template = tokenizer.get_chat_template(None, tools)
     chat = read_chat(row, template)
     tagged = bool(GENERATION_TAG.search(template))
-    why: Unusable | None = None
+    end, why = tokenizer.eos_token or MARK, None  # the mark is never said
     for shape in shapes(chat):
         render = functools.partial(_render, shape, chat, template, tokenizer)
         try:
             text, turns = _turns(chat, render, tagged)
             check_turns(chat, text, turns, render, "tools" in template)
         except (Refused, LeftOut) as error:
-            why = why or error
+            why = error if isinstance(error, NoReasoning) else why or error
             continue
         if shape.is_quoted(chat, text):
             continue
         unclosed = []
         for numbers, spans in turns:
             message = chat.messages[numbers[0]] if len(numbers) == 1 else None
-            unclosed += [span[1] for span in spans if not closes(message, text[slice(*span)], render, tagged)]
+            for start, stop in spans:
+                said = text[start:stop]  # which may bring its end along
+                if not said.rstrip().endswith(end) and not closes(message, said, render, tagged):
+                    unclosed.append(stop)
         return text, [span for _, spans in turns for span in spans], unclosed
     raise why or Unusable("malformed row")
 
@@ -174,13 +177,19 @@ def _render(
 def _turns(chat: Chat, render: Render, tagged: bool) -> tuple[str, Turns]:
     """The conversation as text, and the assistant's messages to be learnt with the characters in which they stand.
 
-    Tags do not say to which message they belong, so that all of these come together.
+    Tags do not say to which message they belong, so that all of these come together. Where some answers are not to be
+    learnt, there has to be a tag for each answer; the check of what was found shows that they are in order.
     """
     messages, first = chat.messages, chat.first
     text, spans = render(messages, tags=tagged)
-    learnt = [at for at in range(first, len(messages)) if messages[at]["role"] == "assistant"]
+    said = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    learnt = [at for at in said if at >= first and at not in chat.unlearnt]
     if not learnt:
         return text, []
+    if tagged and chat.unlearnt:
+        if len(spans) != len(said):
+            raise Unusable("the chat template does not mark each answer by itself, and one is not to be learnt")
+        return text, [([at], [span]) for at, span in zip(said, spans, strict=True) if at in learnt]
     if tagged:
         begin = _end(messages, first - 1, text, render) if first else 0
         return text, [(learnt, [span for span in spans if span[0] >= begin])]
