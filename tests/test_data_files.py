@@ -583,3 +583,23 @@ def test_any_questions_are_read_or_refused(many, kind, tmp_path):
         try_questions(tmp_path / "q.jsonl", content, kind)
 
     run()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "2020-01-01"},
+        {"prompt": "When?", "completion": "2020-01-02T03:04:05Z"},
+        {"messages": [{"role": "user", "content": "2020-01-01"}, {"role": "assistant", "content": "2020-01-02"}]},
+        {"prompt": "When?", "completion": "It was in 2020.", "when": "2020-01-01 10:00:00"},
+    ],
+)
+def test_texts_that_look_like_dates_stay_texts(tmp_path, row, suffix):
+    """The parser makes points in time of a column in which every text is a date."""
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n" if suffix == "jsonl" else json.dumps([row, row]))
+    found = load_rows(str(path), "train", {})
+    assert len(found) == 2
+    for name, value in row.items():
+        assert found[1][name] == value

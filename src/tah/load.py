@@ -251,5 +251,6 @@ def quiet() -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, or the beginning of it: others' messages go on for pages."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

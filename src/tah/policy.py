@@ -197,7 +197,7 @@ class Rule:
         policy = config.policy if policy is None else policy
         if policy == "decider":
             if decider is None:
-                raise ValueError("this model has no decider; give another policy, such as policy='confidence'")
+                raise ValueError("this model has no decider; give another policy, such as confidence")
             policy = decider
         elif isinstance(policy, str):
             policy = build_policy(policy, config)

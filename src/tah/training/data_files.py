@@ -318,3 +318,36 @@ def _kind(path: Path) -> str:
 
 def _opened(path: Path) -> Any:
     return PACKED.get(path.suffix, open)(path, "rb")
+
+
+# -- texts that look like dates --------------------------------------------------------------------------------------
+
+
+def with_dates_as_texts(path: Path, rows: Any) -> Any:
+    """Rows of a JSON file whose texts the parser took for points in time, read anew: "2020-01-01" stays what it is.
+
+    Args:
+        path: of the file.
+        rows: a `datasets.Dataset` of it; returned as it is where no column holds times.
+    """
+    import datasets
+    import pyarrow as pa
+
+    schema = pa.schema([(field.name, _timeless(field.type)) for field in rows.features.arrow_schema])
+    if schema.types == rows.features.arrow_schema.types:
+        return rows
+    content = path.read_text("utf-8-sig")
+    listed = content.lstrip().startswith("[")
+    found = json.loads(content) if listed else [json.loads(line) for line in content.split("\n") if line.strip()]
+    return datasets.Dataset(pa.Table.from_pylist(found, schema=schema))
+
+
+def _timeless(kind: Any) -> Any:
+    """An Arrow type with texts for points in time."""
+    import pyarrow as pa
+
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _timeless(field.type)) for field in kind])
+    return pa.list_(_timeless(kind.value_type)) if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
