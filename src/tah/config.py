@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Collection, Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +19,7 @@ ATTENTION = ("duo", "own", "blind")
 COMBINE = ("sum", "zero_init")
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 CONFIDENCE_MEASURES = ("probability", "entropy")
+KERNELS = ("attn_implementation", "experts_implementation")  # settings that may name code to download
 DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
     "lean": {"layers": None, "width": 256},
     "mlp": {
@@ -85,7 +87,7 @@ class TaHConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.base_config, dict):
-            _refuse_kernels(self.base_config)
+            refuse_kernels(self.base_config)
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
             check_family(self.base_config["model_type"])
@@ -106,8 +108,14 @@ class TaHConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        _refuse_kernels(config_dict)
-        return super().from_dict(config_dict, **kwargs)
+        """As in transformers. Kernels that the caller names replace the configuration's, wherever they stand in it.
+
+        Raises:
+            ValueError: the configuration names a kernel to download, or a field is out of its range.
+        """
+        given = [name for name in KERNELS if kwargs.get(name) is not None]
+        refuse_kernels(config_dict, given=given)
+        return super().from_dict(_without_kernels(config_dict, given) if given else config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Without the directory the base was loaded from: a checkpoint must not tell about its maker's machine."""
@@ -151,13 +159,45 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
 
 
-def _refuse_kernels(config: dict[str, Any]) -> None:
-    """A checkpoint may not name kernels to download: that would be code from a stranger."""
-    for name, value in config.items():
-        if name.lstrip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise ValueError(
-                f"the configuration asks for the kernel {value!r}; pass {name.lstrip('_')} yourself if meant"
-            )
+def parts(described: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a configuration in JSON: itself, and those that stand in it, however deep."""
+    todo = [described]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield part
+            todo.extend(part.values())
+        elif isinstance(part, list):
+            todo.extend(item for item in part if isinstance(item, (dict, list)))
+
+
+def refuse_kernels(described: dict[str, Any], where: str = "the configuration", given: Collection[str] = ()) -> None:
+    """Refuse a configuration that names a kernel to download, however deep: that would be code from a stranger.
+
+    Args:
+        described: the configuration in JSON.
+        where: what the message calls it.
+        given: those of `KERNELS` that the caller set, so that the configuration's are not used.
+
+    Raises:
+        ValueError: it names one.
+    """
+    for part in parts(described):
+        for name, value in part.items():
+            its = name.lstrip("_")
+            if its.startswith(KERNELS) and not its.startswith(tuple(given)) and "/" in str(value):
+                raise ValueError(f"{where} asks for the kernel {_short(value)}; pass {its} yourself if meant")
+
+
+def _without_kernels(described: Any, given: Collection[str]) -> Any:
+    """A copy of a configuration without the settings that the caller makes."""
+    if isinstance(described, dict):
+        return {
+            name: _without_kernels(value, given)
+            for name, value in described.items()
+            if not name.lstrip("_").startswith(tuple(given))
+        }
+    return [_without_kernels(item, given) for item in described] if isinstance(described, list) else described
 
 
 def check_max_depth(value: Any) -> None:

@@ -99,7 +99,7 @@ class Session:
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
         check_generation_config(model.generation_config, source)
-        tokenizer = load_tokenizer(path, source)
+        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` says what a template runs into
         if not as_saved:
             put(model, source, dtype=dtype, device=device, note=note)
         return cls(source, model.eval(), tokenizer, kind == "base")

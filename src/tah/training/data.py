@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..load import first_line, hub_reachable
+from ..hub import hub_reachable
+from ..load import first_line
 from ..loss import IGNORE
 from . import data_files
 from .chat_rows import Unusable
