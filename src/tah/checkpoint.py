@@ -99,7 +99,7 @@ def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any =
             return empty_base(directory, bool(options.get("trust_remote_code")))
         chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
         own = isinstance(given, PreTrainedConfig)
-        config = copy.deepcopy(given) if own else kind.config_class.from_pretrained(directory, **chosen)
+        config: Any = copy.deepcopy(given) if own else kind.config_class.from_pretrained(directory, **chosen)
         config._attn_implementation = "eager"  # kernels change no shapes, and may be missing
         return kind(config)
 
@@ -107,7 +107,8 @@ def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any =
     try:
         check_model(directory, empty, options, slack=SLACK if named_later else 0)
     except ValueError as error:
-        raise ValueError(f"{error}{advice(directory)}") from error
+        again = advice(directory)
+        raise ValueError(f"{str(error).removesuffix('; copy them again')}{again}" if again else str(error)) from error
     left = {name: value for name, value in options.items() if name not in PLACES}
     return str(directory), left | {"use_safetensors": True}
 

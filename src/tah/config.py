@@ -114,8 +114,10 @@ class TaHConfig(PreTrainedConfig):
             ValueError: the configuration names a kernel to download, or a field is out of its range.
         """
         given = [name for name in KERNELS if kwargs.get(name) is not None]
-        refuse_kernels(config_dict, given=given)
-        return super().from_dict(_without_kernels(config_dict, given) if given else config_dict, **kwargs)
+        if given:
+            config_dict = without_kernels(config_dict, given)
+        refuse_kernels(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Without the directory the base was loaded from: a checkpoint must not tell about its maker's machine."""
@@ -177,27 +179,32 @@ def refuse_kernels(described: dict[str, Any], where: str = "the configuration", 
     Args:
         described: the configuration in JSON.
         where: what the message calls it.
-        given: those of `KERNELS` that the caller set, so that the configuration's are not used.
+        given: those of `KERNELS` that the caller set. transformers then does not use the entry of that name at the
+            top, but those deeper or with an underscore it may.
 
     Raises:
         ValueError: it names one.
     """
     for part in parts(described):
         for name, value in part.items():
-            its = name.lstrip("_")
-            if its.startswith(KERNELS) and not its.startswith(tuple(given)) and "/" in str(value):
-                raise ValueError(f"{where} asks for the kernel {_short(value)}; pass {its} yourself if meant")
+            its = str(name).lstrip("_")  # keys of a configuration in memory may be numbers
+            replaced = part is described and name in given
+            if its.startswith(KERNELS) and not replaced and "/" in str(value):
+                raise ValueError(
+                    f"{where} asks for the kernel {_short(value)}, code to download; remove that entry, or pass {its} "
+                    "yourself if meant"
+                )
 
 
-def _without_kernels(described: Any, given: Collection[str]) -> Any:
-    """A copy of a configuration without the settings that the caller makes."""
+def without_kernels(described: Any, given: Collection[str]) -> Any:
+    """A copy of a configuration in JSON without those of `KERNELS` that the caller sets, however deep they stand."""
     if isinstance(described, dict):
         return {
-            name: _without_kernels(value, given)
+            name: without_kernels(value, given)
             for name, value in described.items()
-            if not name.lstrip("_").startswith(tuple(given))
+            if not str(name).lstrip("_").startswith(tuple(given))
         }
-    return [_without_kernels(item, given) for item in described] if isinstance(described, list) else described
+    return [without_kernels(item, given) for item in described] if isinstance(described, list) else described
 
 
 def check_max_depth(value: Any) -> None:

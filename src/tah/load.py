@@ -83,8 +83,9 @@ def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
     try:
         return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
     except Exception as error:
-        line = first_line(error)
-        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
+        if isinstance(error, ValueError) and str(error).startswith(path) and "\n" not in str(error):
+            raise  # a line of ours, which ends in what to do
+        raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:

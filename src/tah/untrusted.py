@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .config import KERNELS, check_family, parts, refuse_kernels
+from .config import KERNELS, TaHConfig, check_family, parts, refuse_kernels, without_kernels
 from .files import parse_json
 
 MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
@@ -187,6 +187,8 @@ def check_config(described: dict[str, Any], where: str, given: Collection[str] =
         given: those of `KERNELS` that the caller chose instead of the configuration's.
         trusted: the caller runs the model's own code, which may define its family.
     """
+    if described.get("model_type") == TaHConfig.model_type and given:
+        described = without_kernels(described, given)  # as `TaHConfig.from_dict` does
     refuse_kernels(described, where, given)
     models: list[Any] = [described, described.get("base_config")]
     for part in models:
