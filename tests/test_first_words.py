@@ -100,6 +100,18 @@ def test_a_base_answers_as_itself(capsys, tiny_base):
     assert NOTE in err and "--policy confidence" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [("generate", "hi"), ("chat",)])
+@pytest.mark.parametrize("option", [("--threshold", 0.3), ("--max-depth", 2), ("--max-depth", 3, "--threshold", 0)])
+def test_what_changes_nothing_is_refused_before_anything_is_loaded(capsys, tiny_base, tmp_path, command, option):
+    """There is nothing to load, and nobody notices."""
+    empty = shutil.copytree(tiny_base, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    name, *rest = command
+    assert "changes nothing while the base model" in one_line(capsys, name, empty, *rest, *option)
+    for options in (("--max-depth", 1), (*option, "--policy", "confidence")):  # controls: these would load it
+        assert "has no model.safetensors" in one_line(capsys, name, empty, *rest, *options)
+
+
 @pytest.mark.parametrize(
     ("options", "policy", "noted"),
     [
