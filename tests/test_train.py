@@ -117,7 +117,7 @@ def test_training_looks_at_the_tokenizer_like_every_command(stage, run, recipe_o
     (source / "tokenizer_config.json").write_text((tiny_base / "tokenizer_config.json").read_text())
     prepare_model(recipe, stage, run)
     (source / "chat_template.jinja").write_text("{% for a in range(10 ** 9) %}{% endfor %}")
-    with pytest.raises(ValueError, match="the chat template takes more time or memory"):
+    with pytest.raises(ValueError, match="the chat template takes more than a template may"):
         prepare_model(recipe, stage, run)
 
 
