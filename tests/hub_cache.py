@@ -32,7 +32,8 @@ def publish(cache: Path, repository: str, source: Path, commit: str = FIRST) -> 
 def use(cache: Path, ours: Path, patch: pytest.MonkeyPatch) -> None:
     """Have this process take `cache` for the hub's and `ours` for tah's, and no network."""
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_HUB_OFFLINE", "1")  # for other processes; this one has read it
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     patch.setenv("TAH_CACHE", str(ours))
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
         patch.delenv(name, raising=False)

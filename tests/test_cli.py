@@ -39,6 +39,7 @@ GOLDEN = Path(__file__).parent / "data"
 def plain(monkeypatch, tmp_path):
     """No network, no colours, and a working directory to see what was written."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.delenv("TAH_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ NOTE = "is a base model without a trained second pass"
 def plain(monkeypatch, tmp_path):
     """No network, no colours, and a working directory of its own."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.delenv("TAH_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -96,6 +98,18 @@ def test_a_base_answers_as_itself(capsys, tiny_base):
     assert code == 0 and [token["id"] for token in got["tokens"]] == want
     assert {token["depth"] for token in got["tokens"]} == {1} and got["policy"] == "never"
     assert NOTE in err and "--policy confidence" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("generate", "hi"), ("chat",)])
+@pytest.mark.parametrize("option", [("--threshold", 0.3), ("--max-depth", 2), ("--max-depth", 3, "--threshold", 0)])
+def test_what_changes_nothing_is_refused_before_anything_is_loaded(capsys, tiny_base, tmp_path, command, option):
+    """There is nothing to load, and nobody notices."""
+    empty = shutil.copytree(tiny_base, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    name, *rest = command
+    assert "changes nothing while the base model" in one_line(capsys, name, empty, *rest, *option)
+    for options in (("--max-depth", 1), (*option, "--policy", "confidence")):  # controls: these would load it
+        assert "has no model.safetensors" in one_line(capsys, name, empty, *rest, *options)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +250,36 @@ def test_a_device_that_is_not_there(capsys, tiny_checkpoint, name):
     if name.partition(":")[0] not in ("cuda" * here.cuda, "mps" * here.mps, *here.other):
         line = one_line(capsys, "generate", tiny_checkpoint, "hi", "--device", name)
         assert repr(name) in line and "choose from auto, cpu" in line
+
+
+class NoOneDNN:
+    """`torch.ops.mkldnn` of a torch that was built without oneDNN, as for macOS."""
+
+    def __getattr__(self, name):
+        raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute {name!r}")
+
+
+@pytest.mark.parametrize("arm", ["arm64", "aarch64", "ARM64"])
+@pytest.mark.parametrize(
+    ("built", "operation", "has"),
+    [
+        (False, None, False),
+        (True, None, False),  # a build that has oneDNN, but not the question
+        (True, lambda: True, True),
+        (True, lambda: False, False),
+        (False, lambda: True, False),
+    ],
+)
+def test_an_arm_processor_with_and_without_onednn(monkeypatch, tiny_checkpoint, capsys, arm, built, operation, has):
+    from tah.place import Machine
+
+    ops = NoOneDNN() if operation is None else SimpleNamespace(_is_mkldnn_bf16_supported=operation)
+    monkeypatch.setattr("platform.machine", lambda: arm)
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
+    assert ("cpu" in Machine.here().bfloat16) == has
+    if operation is None:
+        assert run(["generate", str(tiny_checkpoint), "hi", "--max-new-tokens", "1"]) == 0
 
 
 def test_a_precision_that_the_device_lacks_is_replaced_and_said(tiny_base):

@@ -8,18 +8,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hub_cache import SECOND, publish, use
 from originals import GOLDEN, Command, edit
 from tah import TaHForCausalLM, UnsupportedBase
 from tah.cli import run
-from tah.convert import convert
+from tah.convert import convert, files_read
+from tah.hub import Snapshot, hub_reachable
 from tah.load import find, load_tah
 from tah.session import Session
 from tah.tracing.tuning import check_tunable
+from tah.training.contents import contents as file_hash
 
 NAME = "nics-efc/TaH-tiny"
 
@@ -108,6 +112,77 @@ def test_a_directory_that_changed_is_converted_again(hub: Path, original: Path, 
     assert load_tah(find(str(original))[0]).config.max_depth == 2
     edit(original / "tah_config.json", max_iter=1)
     assert load_tah(find(str(original))[0]).config.max_depth == 1 and len(made(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "beside", ["train.log", "optimizer.pt", "notes.json", "lora/README.md", "checkpoints/x", "iter_decider.bin.old"]
+)
+def test_what_is_not_converted_does_not_matter(hub: Path, original: Path, tmp_path: Path, beside: str) -> None:
+    first = find(str(original))
+    (original / beside).parent.mkdir(exist_ok=True)
+    (original / beside).write_text("step 1")
+    assert find(str(original)) == first and len(made(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["model.safetensors", "iter_decider.bin", "lora/adapter_model.safetensors", "lora/adapter_config.json"]
+    + ["config.json", "tah_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
+)
+def test_what_is_converted_matters(hub: Path, original: Path, tmp_path: Path, changed: str) -> None:
+    before = files_read(original)
+    key = file_hash(str(original), before)
+    (original / changed).write_bytes((original / changed).read_bytes() + b"\n")
+    assert changed in before and file_hash(str(original), files_read(original)) != key
+
+
+def test_all_shards_and_a_moved_decider_matter(original: Path) -> None:
+    (original / "deciders").mkdir()
+    (original / "iter_decider.bin").rename(original / "deciders" / "iter_decider.bin")
+    config = json.loads((original / "tah_config.json").read_text())
+    moved = {**(config.get("iter_decider_kwargs") or {}), "load_path": "deciders"}
+    edit(original / "tah_config.json", iter_decider_kwargs=moved)
+    (original / "model.safetensors").rename(original / "model-00001-of-00001.safetensors")
+    shards = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (original / "model.safetensors.index.json").write_text(json.dumps(shards))
+    found = files_read(original)
+    wanted = {"deciders/iter_decider.bin", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    assert wanted <= set(found)
+    for name in wanted:
+        key = file_hash(str(original), found)
+        (original / name).write_bytes((original / name).read_bytes() + b"\n")
+        assert file_hash(str(original), found) != key, name
+
+
+@pytest.mark.parametrize("where", ["hub", "directory"])
+@pytest.mark.parametrize("damage", ["cut", "lacks a tensor", "config.json"])
+def test_a_damaged_conversion_says_what_to_delete(
+    capsys: pytest.CaptureFixture[str], hub: Path, original: Path, where: str, damage: str
+) -> None:
+    source = NAME if where == "hub" else str(original)
+    path = Path(find(source)[0])
+    if damage == "cut":
+        (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-50])
+    elif damage == "config.json":
+        edit(path / "config.json", threshold="high")
+    else:
+        tensors = load_file(path / "model.safetensors")
+        tensors.pop(max(tensors))
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    line = fails(capsys, "generate", source, "Hi", "--max-new-tokens", 2)
+    assert str(path) in line and line.endswith("; delete that directory, and it is converted again\n")
+    with pytest.raises(ValueError, match="delete that directory, and it is converted again"):
+        TaHForCausalLM.from_pretrained(source)
+    shutil.rmtree(path)
+    works(capsys, "generate", source, "Hi", "--max-new-tokens", 2)
+
+
+def test_other_directories_are_not_to_be_deleted(capsys: pytest.CaptureFixture[str], hub: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(find(NAME)[0], tmp_path / "mine-tah-v1")
+    (own / "model.safetensors").write_bytes((own / "model.safetensors").read_bytes()[:-50])
+    capsys.readouterr()
+    assert "delete" not in fails(capsys, "generate", own, "Hi")
 
 
 def test_damaged_and_half_written_conversions_are_made_again(hub: Path, tmp_path: Path) -> None:
@@ -245,3 +320,38 @@ def test_a_base_and_a_checkpoint_of_ours_on_the_hub(hub: Path, tiny_base: Path, 
         assert torch.equal(TaHForCausalLM.from_pretrained("someone/ours")(ids).logits, wanted)
         plain = TaHForCausalLM.from_base(str(tiny_base))(ids).logits
         assert torch.equal(TaHForCausalLM.from_base("someone/base")(ids).logits, plain)
+
+
+def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, hub: Path) -> None:
+    """By huggingface_hub's own rule for its patterns, over the files of a repository."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: list[dict[str, Any]] = []
+    folder = hub / "models--nics-efc--TaH-tiny" / "snapshots" / ("1" * 40)
+    monkeypatch.setattr("tah.hub.snapshot_download", lambda name, **options: asked.append(options) or str(folder))
+    Snapshot(NAME, subfolder="sub")
+    Snapshot(NAME)
+    small = ["config.json", "generation_config.json", "model.safetensors.index.json", "tah_config.json"]
+    small += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "qwen.tiktoken"]
+    small += ["chat_template.jinja", "additional_chat_templates/rag.jinja", "model.safetensors.index.fp16.json"]
+    other = ["huge.json", "pytorch_model.bin", "model.safetensors", "mine.py", "notes.txt", "onnx/config.json.onnx"]
+    other += ["data/train.json", "trainer_state.json", "README.md", "original/consolidated.00.pth", "training_args.bin"]
+    for options, inside in zip(asked, ("sub/", ""), strict=True):
+        assert options.get("ignore_patterns") is None
+        files = [inside + name for name in (*small, *other)]
+        found = list(filter_repo_objects(files, allow_patterns=options["allow_patterns"]))
+        assert found == [inside + name for name in small]
+
+
+@pytest.mark.parametrize(
+    ("value", "offline"), [("0", False), ("no", False), ("", False), ("1", True), ("true", True), ("ON", True)]
+)
+def test_offline_as_huggingface_hub_reads_it(monkeypatch: pytest.MonkeyPatch, value: str, offline: bool) -> None:
+    code = "from huggingface_hub import constants; print(bool(constants.HF_HUB_OFFLINE))"
+    variables = os.environ | {"HF_HUB_OFFLINE": value}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(offline)
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # so that no name is looked up
+    assert hub_reachable() is not offline

@@ -338,6 +338,17 @@ def test_contents_of_files(tmp_path, monkeypatch):
     assert contents(str(file)) != before
 
 
+def test_contents_of_named_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    of = {names: contents(str(tmp_path), names) for names in ((), ("a",), ("b",), ("a", "b"))}
+    assert len(set(of.values())) == 4 and of["a", "b"] == contents(str(tmp_path), ["b", "a", "b", "missing"])
+    (tmp_path / "train.log").write_text("step 1")
+    assert contents(str(tmp_path), ["a", "b"]) == of["a", "b"] != contents(str(tmp_path))
+    (tmp_path / "a").write_text("c")
+    assert contents(str(tmp_path), ["b"]) == of["b",] and contents(str(tmp_path), ["a", "b"]) != of["a", "b"]
+
+
 def test_flat():
     assert flat({"a": {"b": 1, "c": {}}, "d": [1]}, "x") == {"x.a.b": 1, "x.a.c": {}, "x.d": [1]}
     assert flat(None, "x") == {"x": None}
@@ -351,6 +362,7 @@ def work(tiny_base, tmp_path, monkeypatch) -> Path:
     """A working directory with a recipe and its data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
     rows = [(f"{n % 7}+{n % 5}", str(n % 7 + n % 5)) for n in range(24)]
     lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in rows]
     Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

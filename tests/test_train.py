@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,27 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def digest(directory: Path) -> str:
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("stage", ["backbone", "decider"])
+def test_training_looks_at_the_tokenizer_like_every_command(stage, run, recipe_of, tiny_base, tiny_checkpoint):
+    """Its code is not run, nor asked about, and its chat template is tried."""
+    source = run / "backbone" if stage == "decider" else run / "base"
+    shutil.copytree(tiny_checkpoint if stage == "decider" else tiny_base, source)
+    recipe = recipe_of(base={"model": str(source), "dtype": "float32"})
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "evil.py").write_text("raise SystemExit('ran')")
+    try:  # transformers may do without the class, but never with its code
+        prepare_model(recipe, stage, run)
+    except ValueError as error:
+        assert "has no usable tokenizer" in str(error)
+    (source / "tokenizer_config.json").write_text((tiny_base / "tokenizer_config.json").read_text())
+    prepare_model(recipe, stage, run)
+    (source / "chat_template.jinja").write_text("{% for a in range(10 ** 9) %}{% endfor %}")
+    with pytest.raises(ValueError, match="the chat template takes more than a template may"):
+        prepare_model(recipe, stage, run)
 
 
 @pytest.mark.parametrize("method", ["paper", "lookahead", "standard", "always", "random", "confidence", "blind"])

@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import untrusted_cases as cases
 from families import tiny
+from hub_cache import publish, use
 from models import distance, tah, token_ids
 from tah import TaHConfig, TaHForCausalLM
-from tah.chat_template import check_template
+from tah.chat_template import _fault, check_template
 from tah.cli import run
+from tah.config import refuse_kernels
 from tah.load import load_base, load_tah, load_tokenizer
 from tah.session import Session
-from tah.untrusted import check_model
+from tah.untrusted import check_model, empty_base
 
 FILES = cases.PICKLES | cases.PATHS | cases.INDEXES | cases.HEADS | cases.KINDS
 ADVICE = ("torch.load", "weights_only", "use_safetensors", "trust_remote_code", "CVE", "Traceback")
@@ -233,6 +235,213 @@ def test_a_config_without_files_is_checked_too() -> None:
     assert len(str(error.value)) < 200
 
 
+# -- what switches a check off -----------------------------------------------------------------------------------------
+
+QUANTIZED = {  # entries that transformers does not take for quantized weights, wherever a stranger puts them
+    "null": {"quantization_config": None},
+    "empty": {"quantization_config": {}},
+    "no method": {"quantization_config": {"bits": 4}},
+    "an unknown method": {"quantization_config": {"quant_method": "mine"}},
+    "a method that is a list": {"quantization_config": {"quant_method": ["gptq"]}},
+    "elsewhere": {"foo": {"quantization_config": {"quant_method": "gptq"}}},
+    "in a list": {"foo": [{"quantization_config": {"quant_method": "gptq"}}]},
+    "in the positions": {"rope_scaling": None, "extra": {"text_config": {"quantization_config": {"bits": 4}}}},
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_no_entry_makes_integers_weights(base: Path, checkpoint: Path, case: str) -> None:
+    for load, where in ((load_base, base), (load_tah, checkpoint)):
+        cases.numbers(torch.int8, "q_proj.weight")(where)
+        cases.of_base(**QUANTIZED[case])(where)
+        assert "has I8 numbers, not floating point ones" in refused(load, where)
+        shutil.rmtree(where)
+
+
+@pytest.mark.parametrize("value", [False, True, 1, 4.5, "gptq", [{"quant_method": "gptq"}], [[]]])
+def test_quantization_config_of_a_wrong_kind(base: Path, value: Any) -> None:
+    cases.numbers(torch.int8, "q_proj.weight")(base)
+    cases.config(quantization_config=value)(base)
+    refused(load_base, base)
+
+
+@pytest.mark.parametrize("case", ["null", "elsewhere", "in a list"])
+def test_such_an_entry_beside_good_weights_is_no_fault(base: Path, case: str) -> None:
+    cases.config(**QUANTIZED[case])(base)
+    load_base(str(base))
+
+
+def test_quantized_weights_are_still_taken_for_such(base: Path) -> None:
+    """The check lets them through; whether this machine can read them is for transformers to say."""
+    cases.numbers(torch.int8, "q_proj.weight")(base)
+    cases.config(quantization_config={"quant_method": "gptq", "bits": 4})(base)
+    check_model(base, lambda: empty_base(base))
+
+
+@pytest.mark.parametrize("value", ["load", "int8", "bool", "", "float", "os", "torch.save", "bfloat17", "x" * 10_000])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype_that_is_none(base: Path, checkpoint: Path, name: str, value: str) -> None:
+    if value == "float":  # another name of torch's for float32
+        return
+    for load, where in ((load_base, base), (load_tah, checkpoint)):
+        cases.of_base(**{name: value})(where)
+        assert f"{name}={value[:40]!r} is no floating point type of torch" in refused(load, where)
+
+
+@pytest.mark.parametrize("value", ["float32", "bfloat16", "float16", "float64", None])
+def test_dtype_that_is_one(base: Path, value: str | None) -> None:
+    cases.config(dtype=value)(base)
+    load_base(str(base))
+
+
+def test_a_transposed_tensor_is_named(base: Path, checkpoint: Path) -> None:
+    """It has the right size, so only the loader sees it."""
+    for load, where in ((load_base, base), (TaHForCausalLM.from_base, base), (load_tah, checkpoint)):
+        tensors = load_file(where / cases.WEIGHTS)
+        name = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+        if tensors[name].shape == (48, 32):
+            save_file(tensors | {name: tensors[name].T.contiguous()}, where / cases.WEIGHTS, metadata={"format": "pt"})
+        line = refused(load, where)
+        assert f"{name} is [32, 48], not [48, 32]" in line and "report" not in line
+
+
+def test_a_transposed_tensor_is_accepted_where_asked_for(base: Path) -> None:
+    cases.config(vocab_size=300)(base)
+    refused(TaHForCausalLM.from_base, base)
+    TaHForCausalLM.from_base(str(base), ignore_mismatched_sizes=True)
+
+
+# -- what the caller asks for ------------------------------------------------------------------------------------------
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(__file__).with_name("ran").touch()
+class MyConfig(LlamaConfig):
+    model_type = "myllama"
+class MyForCausalLM(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def with_code(where: Path) -> None:
+    (where / "mine.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyForCausalLM"}
+    cases.config(model_type="myllama", architectures=["MyForCausalLM"], auto_map=classes)(where)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_code_of_a_model_runs_where_the_caller_says_so(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: bool
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    use(tmp_path / "hub", tmp_path / "ours", monkeypatch)
+    wanted = TaHForCausalLM.from_base(str(base))
+    with_code(base)
+    name = f"someone/{'code-on-the-hub' if hub else 'x'}"
+    source = name if hub else str(base)
+    publish(tmp_path / "hub", name, base)
+    for load in (TaHForCausalLM.from_base, load_base, lambda it: TaHForCausalLM.from_base(it, trust_remote_code=False)):
+        with pytest.raises(ValueError, match="model_type is 'myllama', a family that transformers"):
+            load(source)
+    assert not list((tmp_path / "modules").rglob("ran"))
+    found = TaHForCausalLM.from_base(source, trust_remote_code=True)
+    assert type(found.base).__name__ == "MyForCausalLM" and list((tmp_path / "modules").rglob("ran"))
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, wanted(ids).logits)
+
+
+def test_sizes_are_compared_of_trusted_models_too(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    with_code(base)
+    cases.config(vocab_size=10**9)(base)
+    with pytest.raises(ValueError, match="weights, but the files hold"):
+        TaHForCausalLM.from_base(str(base), trust_remote_code=True)
+
+
+KERNELS = ["flash_attention_2", "someone/kernel", {"": "someone/kernel"}]
+
+
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_callers_kernel_counts(base: Path, checkpoint: Path, kernel: Any, entry: str) -> None:
+    for where in (base, checkpoint):
+        cases.of_base(**{entry: kernel})(where)
+    loaders: list[tuple[Any, Path]] = [(TaHForCausalLM.from_pretrained, checkpoint)]
+    if entry[0] != "_":
+        loaders.append((TaHForCausalLM.from_base, base))
+    if kernel == "flash_attention_2":
+        cases.config(**{entry: kernel})(checkpoint)
+    for load, where in loaders:
+        for chosen in ("eager", "sdpa"):
+            model = load(str(where), attn_implementation=chosen)
+            assert model.base.config._attn_implementation == chosen
+        with pytest.raises((ValueError, ImportError)) as error:
+            load(str(where))
+        assert ("FlashAttention2" if kernel == "flash_attention_2" else "asks for the kernel") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_attn_implementation": "someone/kernel"},
+        {"text_config": {"attn_implementation": "someone/kernel"}},
+        {"_attn_implementation": {"": "someone/kernel"}, "attn_implementation": "sdpa"},
+    ],
+)
+def test_a_kernel_that_transformers_would_use_all_the_same(base: Path, values: dict[str, Any]) -> None:
+    """It replaces the caller's choice by an entry with an underscore."""
+    cases.config(**values)(base)
+    with pytest.raises(ValueError, match="asks for the kernel .*someone/kernel.*, code to download"):
+        TaHForCausalLM.from_base(str(base), attn_implementation="eager")
+
+
+def test_one_setting_of_the_caller_does_not_open_the_other(base: Path) -> None:
+    cases.config(attn_implementation="eager", experts_implementation="someone/kernel")(base)
+    with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel', code to download"):
+        TaHForCausalLM.from_base(str(base), attn_implementation="eager")
+    deep = {"a": [{"text_config": {"_experts_implementation": "x/y"}}]}
+    top: dict[Any, Any] = {"experts_implementation": "x/y", 0: "LABEL_0"}
+    refuse_kernels(top, given=["experts_implementation"])
+    for described, given in ((deep, ["experts_implementation"]), (deep, []), (top, ["attn_implementation"]), (top, [])):
+        with pytest.raises(ValueError, match="the configuration asks for the kernel 'x/y'"):
+            refuse_kernels(described, given=given)
+
+
+# -- what is handed to vLLM --------------------------------------------------------------------------------------------
+
+
+def test_serve_looks_at_a_checkpoint_first(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(sys.modules["tah.cli_serve"], "find_spec", lambda name: True)
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    assert run(["serve", str(checkpoint)]) == 0 and len(started) == 1
+    wrong: dict[str, tuple[cases.Change, str]] = {
+        "sizes": (cases.of_base(intermediate_size=10**9), "weights, but the files hold"),
+        "many layers": (cases.of_base(num_hidden_layers=10**7), "cannot be, but the weights hold"),
+        "decider": (cases.config(decider={"kind": "lean", "width": 10**9}), "weights, but the files hold"),
+        "numbers": (cases.numbers(torch.int8, "q_proj.weight"), "has I8 numbers"),
+        "dtype": (cases.config(dtype="load"), "is no floating point type"),
+        "template that hangs": (cases.text("chat_template.jinja", BAD_TEMPLATES["a loop too long"]), "chat template"),
+        "template cut": (cases.text("chat_template.jinja", BAD_TEMPLATES["no end"]), "cannot be read: line 1"),
+        "no tokenizer": (lambda where: [path.unlink() for path in where.glob("*token*")], "has no usable tokenizer"),
+    }
+    for name, (change, said) in wrong.items():
+        where = shutil.copytree(checkpoint, checkpoint.with_name("case"))
+        change(where)
+        capsys.readouterr()
+        assert run(["serve", str(where)]) == 2, name
+        line = capsys.readouterr().err
+        assert said in line and line.count("\n") == 1, (name, line)
+        shutil.rmtree(where)
+    assert len(started) == 1
+
+
 # -- chat templates ----------------------------------------------------------------------------------------------------
 
 ONCE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -252,6 +461,7 @@ BAD_TEMPLATES = {
     "an unknown tag": "{% run 'x' %}",
     "an unknown filter": "{{ messages | evil }}",
 }
+UNREADABLE = ("no end", "an unknown tag", "an unknown filter")
 GOOD_TEMPLATES = {
     "plain": ONCE,
     "answers marked": "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
@@ -277,7 +487,15 @@ def with_template(base: Path, template: Any) -> PreTrainedTokenizerFast:
 def test_bad_template_is_refused(base: Path, case: str) -> None:
     with_template(base, BAD_TEMPLATES[case]).save_pretrained(base)
     assert "chat template" in refused(load_tokenizer, base)
-    refused(Session.open, base)
+    if case not in UNREADABLE:
+        refused(Session.open, base)
+        return
+    session = Session.open(str(base))  # which may be asked to leave the template out
+    assert session.encode([{"role": "user", "content": "hi"}], raw=True)
+    with pytest.raises(ValueError, match="cannot write this conversation .* tah generate --raw does without"):
+        session.encode([{"role": "user", "content": "hi"}])
+    assert run(["generate", str(base), "hi", "--raw", "--max-new-tokens", "2"]) == 0
+    assert run(["generate", str(base), "hi"]) == 2
 
 
 @pytest.mark.parametrize("case", GOOD_TEMPLATES)
@@ -290,3 +508,27 @@ def test_each_of_several_templates_is_tried(tiny_base: Path) -> None:
     with pytest.raises(ValueError, match="there: the chat template 'tool_use' cannot be read: line 1"):
         check_template(with_template(tiny_base, several), "there")
     check_template(with_template(tiny_base, None), "there")
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("/bin/false", "could not be tried: the process that renders it ended with code 1"),
+        ("/nonexistent/python", "could not be tried: Python cannot be started as '/nonexistent/python' (No such file"),
+        ("", "could not be tried: Python cannot be started as ''"),
+        ("/bin/sh", "could not be tried: the process that renders it ended with code"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="programs of Unix")
+def test_a_probe_that_fails_does_not_blame_the_template(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str
+) -> None:
+    _fault.cache_clear()
+    tokenizer = with_template(tiny_base, ONCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        with pytest.raises(ValueError) as error:
+            check_template(tokenizer, "there")
+        assert f"there: the chat template {said}" in str(error.value) and "\n" not in str(error.value)
+        assert "time or memory" not in str(error.value)
+    check_template(tokenizer, "there")  # the failure is not remembered

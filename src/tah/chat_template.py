@@ -16,27 +16,44 @@ from typing import Any
 
 PROBE = Path(__file__).with_name("chat_template_probe.py")
 PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 3 of the processor
+UNREADABLE = "cannot be read: "  # how the probe begins what it says of a template that is no program
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-def check_template(tokenizer: Any, source: str) -> None:
-    """Raise `ValueError` for a tokenizer whose chat template is blocked by the sandbox, or does not come to an end.
+class Untried(Exception):
+    """A template could not be tried, for a reason that is not the template's."""
+
+
+def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
+    """Refuse a tokenizer whose chat template is blocked by the sandbox, or does not come to an end.
 
     Args:
         tokenizer: one of transformers.
         source: where it is from, for the message.
+        readable: also refuse a template that jinja cannot read. That harms nobody who does not render it, and who does
+            is told then.
+
+    Raises:
+        ValueError: the template cannot be used, or could not be tried.
     """
     template = getattr(tokenizer, "chat_template", None)
     templates = template if isinstance(template, dict) else {"": template}
     words = {name: str(getattr(tokenizer, name, None) or "") for name in NAMES}
     for name, text in templates.items():
-        if isinstance(text, str) and (reason := _fault(text, tuple(words.items()))):
-            raise ValueError(f"{source}: the chat template{f' {name!r}' if name else ''} {reason}")
+        if not isinstance(text, str):
+            continue
+        its = f"{source}: the chat template{f' {name!r}' if name else ''}"
+        try:
+            reason = _fault(text, tuple(words.items()))
+        except Untried as error:
+            raise ValueError(f"{its} could not be tried: {error}") from error
+        if reason and (readable or not reason.startswith(UNREADABLE)):
+            raise ValueError(f"{its} {reason}")
 
 
 @lru_cache(maxsize=64)
 def _fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
-    """Why the template cannot be used; empty where it can."""
+    """Why the template cannot be used; empty where it can. Raises `Untried`, which is not kept for the next time."""
     places = [place for place in sys.path if place]  # where this process finds its packages, but for its directory
     asked = json.dumps({"template": template, "words": dict(words), "places": places})
     command = [sys.executable, "-I", str(PROBE)]
@@ -44,9 +61,15 @@ def _fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
         done = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=PATIENCE, check=False)
     except subprocess.TimeoutExpired:
         return "does not come to an end; remove it, or use another"
+    except OSError as error:
+        raise Untried(f"Python cannot be started as {sys.executable!r} ({error.strerror})") from error
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     if lines and lines[-1].startswith("fault: "):
         return lines[-1].removeprefix("fault: ")
     if lines and lines[-1] == "fine":
         return ""
-    return "takes more time or memory than a template may; remove it, or use another"  # killed by the system
+    if done.returncode < 0:  # killed by the system
+        return "takes more time or memory than a template may; remove it, or use another"
+    said = done.stderr.decode("utf-8", "replace").split("\n")
+    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    raise Untried(f"the process that renders it ended with code {done.returncode} ({last[:200]})")

@@ -71,6 +71,8 @@ def fault(template: str, words: dict[str, str]) -> str:
         return f"cannot be read: line {error.lineno}: {error.message}"
     except RecursionError:
         return "cannot be read: too much stands within something else"
+    except (MemoryError, OverflowError):
+        return "takes more time or memory than a template may; remove it, or use another"
     turns = [{"role": "user", "content": "Is 91 prime?"}, {"role": "assistant", "content": "No: 7 times 13."}]
     for system in ([], [{"role": "system", "content": "Be brief."}]):
         for messages, start in (([*system, *turns], False), ([*system, *turns, turns[0]], True)):

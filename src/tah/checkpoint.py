@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -12,7 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .hub import OPTIONS, local
+from .config import KERNELS
+from .hub import OPTIONS, advice, local
 from .untrusted import SLACK, check_model, empty_base
 
 PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
@@ -34,22 +36,24 @@ class SafeCheckpoint:
         named = source
         if isinstance(source, (str, os.PathLike)):  # else its tensors are given
             source, kwargs = checked(source, kwargs, cls)
+        again = advice(source)
         wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
         try:
             model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
-            raise ValueError(f"{source}: the weights are damaged or cut short ({error}); copy them again") from error
+            again = again or "; copy them again"
+            raise ValueError(f"{source}: the weights are damaged or cut short ({error}){again}") from error
         if source != str(named):
             model.name_or_path = model.config.name_or_path = str(named)
         problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
         if not ignore_mismatch:
-            problems["wrongly shaped"] = [key[0] for key in info["mismatched_keys"]]
+            problems["wrongly shaped"] = misshapen(info)
         for what, keys in problems.items():
             if keys:
                 shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-                raise ValueError(f"{source}: not a complete TaH checkpoint: {what} tensors {shown}")
+                raise ValueError(f"{source}: not a complete TaH checkpoint: {what} tensors {shown}{again}")
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -92,11 +96,19 @@ def checked(source: str | os.PathLike[str], options: dict[str, Any], kind: Any =
 
     def empty() -> Any:
         if kind is None:
-            return empty_base(directory)
-        return kind(given if isinstance(given, PreTrainedConfig) else kind.config_class.from_pretrained(directory))
+            return empty_base(directory, bool(options.get("trust_remote_code")))
+        chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
+        own = isinstance(given, PreTrainedConfig)
+        config: Any = copy.deepcopy(given) if own else kind.config_class.from_pretrained(directory, **chosen)
+        config._attn_implementation = "eager"  # kernels change no shapes, and may be missing
+        return kind(config)
 
     named_later = kind is not None or options.get("ignore_mismatched_sizes")  # single tensors that do not fit
-    check_model(directory, empty, options.get("variant") or "", slack=SLACK if named_later else 0)
+    try:
+        check_model(directory, empty, options, slack=SLACK if named_later else 0)
+    except ValueError as error:
+        again = advice(directory)
+        raise ValueError(f"{str(error).removesuffix('; copy them again')}{again}" if again else str(error)) from error
     left = {name: value for name, value in options.items() if name not in PLACES}
     return str(directory), left | {"use_safetensors": True}
 
@@ -109,20 +121,34 @@ def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedMode
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: it is not there, cannot be loaded, or tensors are missing.
+        ValueError: it is not there, cannot be loaded, or tensors are missing or of another shape.
     """
     directory, options = checked(source, options)
+    accepted = options.pop("ignore_mismatched_sizes", False)  # transformers would only refer to a table in the log
+    reading = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, **options, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
     except Exception as error:
         line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"{source} cannot be loaded: {line[:300]}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{source}: the weights lack {', '.join(missing[:3])}{more}; copy or download them again")
+    if (wrong := misshapen(info)) and not accepted:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source}: the weights do not fit config.json: {', '.join(wrong[:3])}{more}")
     if directory != str(source):
         model.name_or_path = model.config.name_or_path = str(source)
     return model
+
+
+def misshapen(info: dict[str, Any]) -> list[str]:
+    """Tensors that transformers left out for their shapes, with both.
+
+    Args:
+        info: what it says about loading, `output_loading_info`.
+    """
+    return [f"{name} is {list(is_)}, not {list(wanted)}" for name, is_, wanted in sorted(info["mismatched_keys"])]
 
 
 def replace_files(source: Path, target: Path) -> None:

@@ -151,6 +151,7 @@ def generate(
     prompt = _text(prompt)
     if not prompt.strip():
         raise typer.BadParameter("PROMPT is empty; give at least one word")
+    _check_changes(model, policy, threshold, max_depth)
     session = _open(model, dtype, device)
     _answers_as_itself(session, policy, threshold, max_depth)
     from .session import sampling
@@ -194,6 +195,7 @@ def chat(
     no_color: NoColorOption = False,
 ) -> None:
     """Talk to a model; /help lists the commands."""
+    _check_changes(model, policy, threshold, max_depth)
     session = _open(model, dtype, device)
     _answers_as_itself(session, policy, threshold, max_depth)
     from .chat import Chat
@@ -220,6 +222,16 @@ def _open(model: str, dtype: str, device: str) -> Session:
 
     quiet()
     return Session.open(model, dtype=dtype, device=device, note=_note)
+
+
+def _check_changes(model: str, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
+    """Refuse what changes nothing for a base that answers as itself, before its weights are loaded."""
+    if policy is None and (threshold, max_depth) != (None, None):
+        from .load import find
+        from .session import check_idle
+
+        if find(model, weights=False)[1] == "base":
+            check_idle(model, threshold, max_depth)
 
 
 def _answers_as_itself(session: Session, policy: str | None, threshold: float | None, max_depth: int | None) -> None:

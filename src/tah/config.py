@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Collection, Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +19,7 @@ ATTENTION = ("duo", "own", "blind")
 COMBINE = ("sum", "zero_init")
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 CONFIDENCE_MEASURES = ("probability", "entropy")
+KERNELS = ("attn_implementation", "experts_implementation")  # settings that may name code to download
 DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
     "lean": {"layers": None, "width": 256},
     "mlp": {
@@ -85,7 +87,7 @@ class TaHConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.base_config, dict):
-            _refuse_kernels(self.base_config)
+            refuse_kernels(self.base_config)
             if "model_type" not in self.base_config:
                 raise ValueError("base_config has no model_type, so the base family is unknown")
             check_family(self.base_config["model_type"])
@@ -106,7 +108,15 @@ class TaHConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        _refuse_kernels(config_dict)
+        """As in transformers. Kernels that the caller names replace the configuration's, wherever they stand in it.
+
+        Raises:
+            ValueError: the configuration names a kernel to download, or a field is out of its range.
+        """
+        given = [name for name in KERNELS if kwargs.get(name) is not None]
+        if given:
+            config_dict = without_kernels(config_dict, given)
+        refuse_kernels(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,13 +161,50 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
 
 
-def _refuse_kernels(config: dict[str, Any]) -> None:
-    """A checkpoint may not name kernels to download: that would be code from a stranger."""
-    for name, value in config.items():
-        if name.lstrip("_").startswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise ValueError(
-                f"the configuration asks for the kernel {value!r}; pass {name.lstrip('_')} yourself if meant"
-            )
+def parts(described: Any) -> Iterator[dict[str, Any]]:
+    """The objects of a configuration in JSON: itself, and those that stand in it, however deep."""
+    todo = [described]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield part
+            todo.extend(part.values())
+        elif isinstance(part, list):
+            todo.extend(item for item in part if isinstance(item, (dict, list)))
+
+
+def refuse_kernels(described: dict[str, Any], where: str = "the configuration", given: Collection[str] = ()) -> None:
+    """Refuse a configuration that names a kernel to download, however deep: that would be code from a stranger.
+
+    Args:
+        described: the configuration in JSON.
+        where: what the message calls it.
+        given: those of `KERNELS` that the caller set. transformers then does not use the entry of that name at the
+            top, but those deeper or with an underscore it may.
+
+    Raises:
+        ValueError: it names one.
+    """
+    for part in parts(described):
+        for name, value in part.items():
+            its = str(name).lstrip("_")  # keys of a configuration in memory may be numbers
+            replaced = part is described and name in given
+            if its.startswith(KERNELS) and not replaced and "/" in str(value):
+                raise ValueError(
+                    f"{where} asks for the kernel {_short(value)}, code to download; remove that entry, or pass {its} "
+                    "yourself if meant"
+                )
+
+
+def without_kernels(described: Any, given: Collection[str]) -> Any:
+    """A copy of a configuration in JSON without those of `KERNELS` that the caller sets, however deep they stand."""
+    if isinstance(described, dict):
+        return {
+            name: without_kernels(value, given)
+            for name, value in described.items()
+            if not str(name).lstrip("_").startswith(tuple(given))
+        }
+    return [without_kernels(item, given) for item in described] if isinstance(described, list) else described
 
 
 def check_max_depth(value: Any) -> None:

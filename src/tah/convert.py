@@ -35,20 +35,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapters import Adapter, read_adapter
-from .checkpoint import WEIGHTS
+from .checkpoint import WEIGHTS, misshapen
 from .config import TaHConfig
 from .decider import build_decider
-from .hub import Snapshot, is_repository, original_directory
+from .hub import TOKENIZER, Snapshot, is_repository, original_directory, own_files
 from .model import TaHForCausalLM
 from .original import CONFIG, DECIDER, READ, OriginalDecider, read_config, read_decider
 from .smollm2 import cache_dir, locked, progress
-from .untrusted import build_empty, check_model, empty_base, read_json
+from .untrusted import build_empty, check_model, empty_base, read_json, weight_files
 
 VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
-TOKENIZER = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
-    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
-).split()
 
 
 @dataclass
@@ -210,6 +206,17 @@ def convert_once(name: str, key: str, fetch: Callable[[], Path]) -> Path:
     return target
 
 
+def files_read(source: Path) -> list[str]:
+    """The files of an original checkpoint that `convert` reads, and so those that its result depends on."""
+    names = ["config.json", "generation_config.json", "model.safetensors.index.json", CONFIG, *TOKENIZER]
+    try:
+        names += [path.name for path in weight_files(source, read_json(source / "config.json"))]
+        names += own_files(read_config(source))
+    except ValueError:  # `convert` says so
+        pass
+    return names
+
+
 def _is_whole(directory: Path) -> bool:
     """Whether a converted checkpoint is there: it got its name when it was, so only a later hand can have harmed it."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
@@ -225,8 +232,6 @@ def _check_base_files(source: Path) -> None:
     try:
         described = read_json(source / "config.json")
         wanted = {key for key, value in described.items() if key in ("auto_map", "quantization_config") and value}
-        # Kernels transformers would download and run.
-        wanted |= {key for key, value in described.items() if "implementation" in key and "/" in str(value)}
         if not wanted:
             check_model(source, lambda: empty_base(source))
     except ValueError as error:
@@ -249,6 +254,7 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the base in {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -256,6 +262,8 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
         if names := sorted(loading[f"{what}_keys"]):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"the base weights have {what} tensors: {', '.join(names[:3])}{more}")
+    if wrong := misshapen(loading):
+        raise ValueError(f"the base weights do not fit config.json: {wrong[0]}")
     if dict(base.named_modules()).get(embedding_key) is not base.get_input_embeddings():
         raise ValueError(f"tah_config.json: embedding_key is {embedding_key!r}, not the input embedding of the base")
     base.config.name_or_path = ""  # the new checkpoint does not say where the old one lay

@@ -14,14 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .untrusted import shards
 
 ORIGINAL = "tah_config.json"  # only checkpoints of the original implementation have this file
 OPTIONS = {"cache_dir", "token", "local_files_only", "force_download"}  # of from_pretrained and of a download alike
-SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+TOKENIZER = (  # what tokenizers of transformers read; a repository's other JSON may have any size
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
+    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
+).split()
+RARE = (
+    "tokenizer.*.json byte_maps.json emoji.json entity_vocab.json normalizer.json target_vocab.json vocab-src.json "
+    "vocab-tgt.json word_pronunciation.json word_shape.json bpe.codes dict.txt prophetnet.tokenizer "
+    "sentencepiece.model spm.model spm_char.model source.spm target.spm tekken.json tokenizer.model.v* *.tiktoken "
+    "additional_chat_templates/*.jinja"
+).split()
+MODEL = ("config.json", "generation_config.json", "model.safetensors.index*.json", ORIGINAL)
 
 
 class Snapshot:
@@ -41,9 +51,8 @@ class Snapshot:
         if not options.get("local_files_only"):
             options["local_files_only"] = not hub_reachable()
         self._download = partial(snapshot_download, repository, **options)
-        patterns = [self.inside + pattern for pattern in SMALL]
-        # A pattern's * takes in slashes, so what lies deeper is kept out by name.
-        self.root = self._get(revision=revision, allow_patterns=patterns, ignore_patterns=[f"{self.inside}*/*"])
+        patterns = [self.inside + name for name in (*MODEL, *TOKENIZER, *RARE)]
+        self.root = self._get(revision=revision, allow_patterns=patterns)
         self.directory = self.root / self.inside
 
     @property
@@ -76,14 +85,16 @@ def is_repository(source: str) -> bool:
 
 
 def hub_reachable() -> bool:
-    """False where asking the hub would only run into a minute of retries."""
+    """False where the user wants no requests, or asking the hub would only run into a minute of retries."""
+    if constants.HF_HUB_OFFLINE:  # as huggingface_hub reads the variable: `0` and `no` are not offline
+        return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
         return True
     try:
         socket.getaddrinfo("huggingface.co", 443)
     except OSError:
         return False
-    return not os.environ.get("HF_HUB_OFFLINE")
+    return True
 
 
 def local(source: str | os.PathLike[str], options: dict[str, Any]) -> Path:
@@ -106,22 +117,34 @@ def local(source: str | os.PathLike[str], options: dict[str, Any]) -> Path:
     )
     if is_original(found.directory):
         return converted(name, found)
-    return found.complete(variant=options.get("variant") or "")
+    code = ["*.py"] if options.get("trust_remote_code") else []
+    return found.complete(*code, variant=options.get("variant") or "")
 
 
 def converted(name: str, found: Path | Snapshot) -> Path:
-    """A checkpoint in the authors' layout as one of ours: in the cache, by revision, or by contents where it is local.
+    """A checkpoint in the authors' layout as one of ours: in the cache, by revision, or, where it is local, by the
+    contents of the files that are converted.
 
     Raises:
         ValueError: it cannot be converted.
     """
-    from .convert import convert_once
+    from .convert import convert_once, files_read
     from .training.contents import contents
 
     if isinstance(found, Snapshot):
         return convert_once(name, found.commit[:12], lambda: original_directory(found))
-    key = str(contents(str(found))).rpartition(" ")[2]
+    key = str(contents(str(found), files_read(found))).rpartition(" ")[2]
     return convert_once(os.path.basename(os.path.abspath(name)), key, lambda: found)
+
+
+def advice(directory: Any) -> str:
+    """What to do about a damaged directory, to be put behind the reason: it may be one that `converted` has made."""
+    from .smollm2 import cache_dir
+
+    if not isinstance(directory, (str, os.PathLike)) or not re.search(r"-tah-v\d+$", os.path.basename(directory)):
+        return ""
+    ours = os.path.realpath(os.path.dirname(directory)) == os.path.realpath(cache_dir())
+    return "; delete that directory, and it is converted again" if ours else ""
 
 
 def is_original(directory: Path) -> bool:
@@ -133,9 +156,14 @@ def original_directory(found: Snapshot) -> Path:
     """A checkpoint of the authors, with all of it that `convert` reads; what cannot be converted is not downloaded."""
     from .original import read_config
 
-    kwargs = read_config(found.directory).get("iter_decider_kwargs")
+    return found.complete(*own_files(read_config(found.directory)))
+
+
+def own_files(config: dict[str, Any]) -> list[str]:
+    """Where the decider and the adapter of the authors' checkpoint may be, by its `tah_config.json`."""
+    kwargs = config.get("iter_decider_kwargs")
     moved = kwargs.get("load_path") if isinstance(kwargs, dict) else None
     files = ["iter_decider.bin", "lora/adapter_config.json", "lora/adapter_model.safetensors"]
     if isinstance(moved, str) and not set("*?[") & set(moved):
         files += [os.path.normpath(moved), f"{os.path.normpath(moved)}/iter_decider.bin"]
-    return found.complete(*files)
+    return files

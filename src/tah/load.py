@@ -13,7 +13,6 @@ from .chat_template import check_template
 from .checkpoint import load_plain
 from .families import UnsupportedBase, check_base
 from .hub import Snapshot, converted, is_original, is_repository
-from .hub import hub_reachable as hub_reachable
 from .model import TaHForCausalLM
 from .untrusted import build_empty, check_config, check_counts, empty_base, read_json
 
@@ -84,8 +83,9 @@ def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
     try:
         return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
     except Exception as error:
-        line = first_line(error)
-        raise ValueError(line if line.startswith(path) else f"{path} cannot be loaded: {line}") from error
+        if isinstance(error, ValueError) and str(error).startswith(path) and "\n" not in str(error):
+            raise  # a line of ours, which ends in what to do
+        raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
@@ -110,11 +110,13 @@ def outline(path: str) -> PreTrainedModel:
     return build_empty(lambda: empty_base(path), None, where)
 
 
-def load_tokenizer(path: str, source: str | None = None) -> Any:
+def load_tokenizer(path: str, source: str | None = None, readable: bool = True) -> Any:
     """The tokenizer at `path`.
 
     Args:
+        path: the directory of its model.
         source: what the user calls it, for messages.
+        readable: also refuse a chat template that jinja cannot read; False where it may never be rendered.
 
     Raises:
         ValueError: there is none, or its chat template cannot be used.
@@ -128,7 +130,7 @@ def load_tokenizer(path: str, source: str | None = None) -> Any:
         raise ValueError(f"{name} has no usable tokenizer ({first_line(error)}); copy the base's into it") from error
     if not tried:  # transformers makes up an empty one
         raise ValueError(f"{name} has no usable tokenizer (it is empty); copy the base's into it")
-    check_template(tokenizer, name)
+    check_template(tokenizer, name, readable)
     return tokenizer
 
 

@@ -85,9 +85,19 @@ def _cpu_has_bfloat16() -> bool:
     """Whether the processor itself multiplies bfloat16. torch computes in it on any, but then by way of float32, which
     is slower than float32 and no more exact."""
     if platform.machine().lower() in ("arm64", "aarch64"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return _onednn_has_bfloat16()
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in known)
+
+
+def _onednn_has_bfloat16() -> bool:
+    """False also where torch was built without oneDNN, as for macOS: the question itself is missing there."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # torch raises the one or the other for a missing operation
+        return False
 
 
 def put(

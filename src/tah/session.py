@@ -99,7 +99,7 @@ class Session:
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
         check_generation_config(model.generation_config, source)
-        tokenizer = load_tokenizer(path, source)
+        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` says what a template runs into
         if not as_saved:
             put(model, source, dtype=dtype, device=device, note=note)
         return cls(source, model.eval(), tokenizer, kind == "base")
@@ -122,13 +122,7 @@ class Session:
         """
         if not self.wrapped:
             return None
-        idle = {"--threshold": threshold, "--max-depth": None if max_depth == 1 else max_depth}
-        for option, value in idle.items():
-            if value is not None:
-                raise ValueError(
-                    f"{option} {value} changes nothing while the base model {self.source} answers as itself; add "
-                    "--policy confidence, or leave it out"
-                )
+        check_idle(self.source, threshold, max_depth)
         return (
             f"{self.source} is a base model without a trained second pass, so it answers as itself; --policy "
             "confidence gives one to tokens it is unsure of"
@@ -252,6 +246,26 @@ class Session:
             return DuoCache()
         self.cache.crop(common - seen)
         return self.cache
+
+
+def check_idle(source: str, threshold: float | None = None, max_depth: int | None = None) -> None:
+    """Refuse settings of a base that answers as itself, which would silently change nothing.
+
+    Args:
+        source: what the user calls the base.
+        threshold: that was asked for, if any.
+        max_depth: that was asked for; 1 is what such a base does.
+
+    Raises:
+        ValueError: one of them was asked for.
+    """
+    idle = {"--threshold": threshold, "--max-depth": None if max_depth == 1 else max_depth}
+    for option, value in idle.items():
+        if value is not None:
+            raise ValueError(
+                f"{option} {value} changes nothing while the base model {source} answers as itself; add "
+                "--policy confidence, or leave it out"
+            )
 
 
 def sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:

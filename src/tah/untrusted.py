@@ -12,7 +12,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .config import KERNELS, TaHConfig, check_family, parts, refuse_kernels, without_kernels
 from .files import parse_json
 
-MOST = 16 * 2**20  # bytes of a JSON file beside the weights; the largest that is known has 3 MB
+MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
 SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
 BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
-KERNELS = ("attn_implementation", "experts_implementation")
 
 
 @dataclass
@@ -46,29 +46,33 @@ class Held:
 
 
 def check_model(
-    directory: str | Path, build: Callable[[], nn.Module] | None = None, variant: str = "", slack: int = SLACK
+    directory: str | Path,
+    build: Callable[[], Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    slack: int = SLACK,
 ) -> Held:
     """What the weight files of a model hold, once its configuration fits them.
 
     Args:
         directory: with `config.json` and safetensors weights.
         build: makes the model that the configuration describes; called once, on the meta device, after all else.
-        variant: of the weights, as transformers puts it into their names.
+        options: of `from_pretrained`: the `variant` of the weights, kernels that the caller chose, and
+            `trust_remote_code`.
         slack: by how many elements a tensor may differ from the model's before that is said here.
 
     Raises:
         ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
             describes more than the files hold.
     """
-    source = Path(directory)
+    source, options = Path(directory), options or {}
     described = read_json(source / "config.json")
-    check_config(described, f"{source}/config.json")
-    held = read_heads(weight_files(source, described, variant))
+    given = [name for name in KERNELS if options.get(name) is not None]
+    check_config(described, f"{source}/config.json", given, bool(options.get("trust_remote_code")))
+    held = read_heads(weight_files(source, described, options.get("variant") or ""))
     check_counts(described, len(held.tensors), f"{source}/config.json")
-    quantized = any("quantization_config" in part for part in _parts(described))
     if build is not None:
         model = build_empty(build, len(held.tensors), f"{source}/config.json")
-        _check_fit(model, held, source, quantized, slack)
+        _check_fit(model, held, source, _is_quantized(model.config), slack)
     return held
 
 
@@ -174,22 +178,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_config(described: dict[str, Any], where: str) -> None:
-    """Raise `ValueError` for a configuration that names code to download, or a family that nobody knows."""
-    from .config import check_family
+def check_config(described: dict[str, Any], where: str, given: Collection[str] = (), trusted: bool = False) -> None:
+    """Raise `ValueError` for a configuration that names code to download, or a family or a dtype that nobody knows.
 
-    for part in _parts(described):
-        for name, value in part.items():
-            its = name.lstrip("_")
-            if its.startswith(KERNELS) and "/" in str(value):
-                raise ValueError(f"{where} asks for the kernel {str(value)[:100]!r}; pass {its} yourself if meant")
-    families: list[Any] = [described, described.get("base_config")]
-    for part in families:
-        if isinstance(part, dict) and part.get("model_type") is not None:
+    Args:
+        described: the configuration in JSON.
+        where: its file.
+        given: those of `KERNELS` that the caller chose instead of the configuration's.
+        trusted: the caller runs the model's own code, which may define its family.
+    """
+    if described.get("model_type") == TaHConfig.model_type and given:
+        described = without_kernels(described, given)  # as `TaHConfig.from_dict` does
+    refuse_kernels(described, where, given)
+    models: list[Any] = [described, described.get("base_config")]
+    for part in models:
+        if not isinstance(part, dict):
+            continue
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(value := part.get(name), str) and not _is_float(value):
+                raise ValueError(f"{where}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
+        if part.get("model_type") is not None and not trusted:
             try:
                 check_family(part["model_type"])
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
+
+
+def _is_float(dtype: str) -> bool:
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
@@ -199,7 +216,7 @@ def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> 
         tensors: in the weight files; None where they are not there yet, and anything that was ever built will do.
     """
     most = 10_000 if tensors is None else tensors
-    for part in _parts(described):
+    for part in parts(described):
         for name, value in part.items():
             if not LAYERS.fullmatch(name) or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
@@ -230,8 +247,12 @@ def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str)
         raise ValueError(line if told else f"{where}: {kind}{line}") from error
 
 
-def empty_base(directory: str | Path) -> nn.Module:
-    """The base that a `config.json` describes.
+def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    """The base that a `config.json` describes, with eager attention: kernels change no shapes, and may be missing.
+
+    Args:
+        directory: with the `config.json`.
+        trust_remote_code: run code that comes with the model, as the caller asked for.
 
     Raises:
         ValueError: transformers has no causal language model of the family.
@@ -239,10 +260,11 @@ def empty_base(directory: str | Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config._attn_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 class _TooMany(Exception):
@@ -285,13 +307,13 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slac
             raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
 
 
-def _parts(described: Any) -> Iterator[dict[str, Any]]:
-    """The objects of a configuration: itself, and those that stand in it, however deep."""
-    todo = [described]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, dict):
-            yield part
-            todo.extend(part.values())
-        elif isinstance(part, list):
-            todo.extend(item for item in part if isinstance(item, (dict, list)))
+def _is_quantized(config: Any) -> bool:
+    """Whether transformers will read the weights as quantized ones: it looks in these two places."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    found = getattr(config, "quantization_config", None)
+    found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    try:
+        return isinstance(found, dict) and bool(AutoHfQuantizer.supports_quant_method(found))
+    except (ValueError, TypeError):  # it names no method
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,16 +14,22 @@ LOGS = ("checkpoints", "tensorboard")  # in a result, but nobody builds on them:
 WORDS = (".md", ".png")  # as these
 
 
-def contents(source: str | None) -> str | None:
+def contents(source: str | None, names: Iterable[str] | None = None) -> str | None:
     """What a local file or directory holds, as a hash; any other name as it is.
 
     Files of more than 64 MB count by size and time of change, smaller ones by their bytes.
+
+    Args:
+        source: the file, the directory or the name.
+        names: those files of the directory that count, where they are there; by default all that are not hidden.
     """
     path = Path(source or "")
     if not source or not path.exists():
         return source
     digest = hashlib.sha256()
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if names is not None:
+        files = sorted({path / name for name in names})
     for file in files:
         inside = file.relative_to(path).parts
         if not file.is_file() or any(part.startswith(".") for part in inside):

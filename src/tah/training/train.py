@@ -17,11 +17,11 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ..config import TaHConfig
-from ..load import find, load_base, load_tah
+from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
 from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
 from .data import COMPLETE, Collator, depth_labels, pack
@@ -179,7 +179,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
             raise ValueError(f"{source} has no decider; give the recipe a model.decider and train the backbone again")
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
-        return model, AutoTokenizer.from_pretrained(source)
+        return model, load_tokenizer(str(source))
     path, kind = find(backbone.init or recipe.base_path(output))
     torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
     if kind == "tah":
@@ -194,7 +194,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         parameter.requires_grad_(joint if name.startswith("decider.") else everything or own)
     if model.config.max_depth == 1 and not everything:
         raise ValueError("backbone.train: lora has nothing to train where no token runs a second pass; use all")
-    return model, AutoTokenizer.from_pretrained(find(recipe.tokenizer_path(output))[0])
+    return model, load_tokenizer(find(recipe.tokenizer_path(output))[0])
 
 
 def fields_of(recipe: Recipe) -> dict[str, Any]:
