@@ -6,6 +6,7 @@ In a real sandbox throughout; nothing is timed, short limits only keep programs 
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
@@ -155,6 +156,47 @@ MISSING = [  # and what makes the function fail although it stands outside it
     "def add(a, b):\n    return a + b\n\ndef add(a, b):\n    return 0",
     "def add(a, b):\n    return a + b\n\nadd = add(1, 2)",
     "def add(a, b):\n    return a + b\n\nclass add:\n    pass",
+    # what was to define it anew, and fails
+    RIGHT + "add: object = undefined",
+    RIGHT + "add += 1",
+    RIGHT + "add, z = undefined",
+    RIGHT + "z, (x, *add) = undefined",
+    RIGHT + "z = [add] = undefined",
+    RIGHT + "from nowhere import add",
+    RIGHT + "from nowhere import plus as add",
+    RIGHT + "import nowhere as add",
+    RIGHT + "import add",
+    RIGHT + "with open('x') as f: add = 3",
+    RIGHT + "with open('x') as add: pass",
+    RIGHT + "for add in undefined: pass",
+    RIGHT + "for x in undefined:\n    add = x",
+    RIGHT + "if undefined:\n    def add(a, b): return 0",
+    RIGHT + "try:\n    add = undefined\nfinally:\n    pass",
+    RIGHT + "print((add := undefined))or 1",
+    RIGHT + "[(add := x) for x in undefined].sort()",
+    RIGHT + "match undefined:\n    case {'a': 1, **add}: pass",
+    RIGHT + "match undefined:\n    case [1, *add]: pass",
+    RIGHT + "add = exit()",
+]
+UNTOUCHED = [  # what fails there and was to define something else
+    "plus: object = undefined",
+    "add: Undefined",
+    "plus += add",
+    "plus, z = undefined(add)",
+    "plus.add = 3",
+    "add.plus = undefined",
+    "plus[add] = undefined",
+    "from nowhere import add as plus",
+    "from add import plus",
+    "import nowhere.add",
+    "for plus in undefined: print(add)",
+    "with open('x') as f: print(add(1, 2))",
+    "[add for add in undefined].sort()",
+    "undefined(lambda add: add)",
+    "undefined(add=3)",
+    "@undefined\ndef plus():\n    add = 3",
+    "@undefined\nclass Plus:\n    add = 3",
+    "match undefined:\n    case {'add': plus}: pass",
 ]
 
 
@@ -162,6 +204,50 @@ MISSING = [  # and what makes the function fail although it stands outside it
 def test_what_the_function_needs_is_run():
     for code, verdict in zip(NEEDED, graded([fenced(code) for code in NEEDED]), strict=True):
         assert verdict.passed, (code, verdict)
+
+
+BY_ITSELF = [  # what a program needs of its own, whatever is imported beside it; whether it passes
+    ("def add(x: List[int], y) -> Optional[int]:\n    return x + y", False),
+    ("def add(x: Sequence, y):\n    return x + y", False),
+    ("def add(x, y) -> np.ndarray:\n    return x + y", False),
+    ("def add(x, *rest: Any):\n    return x + rest[0]", False),
+    ("def helper(x: Any):\n    return x\n\ndef add(x, y):\n    return helper(x) + y", False),
+    ("def add(x, y):\n    return helper(x) + y\n\ndef helper(x: Any):\n    return x", False),
+    ("total: Any = 0\n\ndef add(x, y):\n    return x + y + total", False),
+    ("class A:\n    x: Any = 0\n\ndef add(x, y):\n    return x + y + A.x", False),
+    ("from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: Optional[int]\n\n"
+     "def add(x, y):\n    return x + y", False),
+    # with the imports, with the future import, or without a need of either
+    ("from typing import List, Optional\n\ndef add(x: int, y: int) -> Optional[int]:\n    return x + y", True),
+    ("from typing import *\n\ndef add(x: Union[int, List[int]], y) -> Any:\n    return x + y", True),
+    ("from __future__ import annotations\n\ndef add(x: List[int], y) -> Optional[int]:\n    return x + y", True),
+    ('"""Adds."""\n\nfrom __future__ import annotations\nimport os\n\ndef add(x: Any, y):\n    return h(x, y)\n'
+     "\nTABLE: Any = 0\n\ndef h(x: Any, y):\n    return x + y + TABLE\n\nprint(no)", True),
+    ("def add(x: 'List[int]', y) -> 'Optional[int]':\n    return x + y", True),
+    ("def add(x: list[int], y: dict[str, int]) -> int | None:\n    return x + y", True),
+    ("def add(x: int, y):\n    return x + y if add.__annotations__['x'] is int else 0", True),
+    ("from __future__ import annotations\n\ndef add(x: int, y):\n"
+     "    return x + y if add.__annotations__['x'] == 'int' else 0", True),
+    ("def add(x: int, y):\n    return x + y if add.__annotations__['x'] == 'int' else 0", False),
+    ("import dataclasses\n\n@dataclasses.dataclass\nclass Pair:\n    x: int\n    y: int\n\n"
+     "def add(x, y):\n    return sum(f.type(getattr(Pair(x, y), f.name)) for f in dataclasses.fields(Pair))", True),
+    ("def add(x, y):\n    total: Any = x + y\n    return total", True),  # Python evaluates none within a function
+]  # fmt: skip
+
+
+@real
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="from 3.14 on no program evaluates its annotations at once")
+def test_annotations_mean_what_they_mean_in_a_program_by_itself():
+    for item in (ADD, {"task_id": 1, "text": "Add.", "code": RIGHT, "test_list": ["assert add(1, 2) == 3"]}):
+        for (code, passes), verdict in zip(BY_ITSELF, graded([fenced(c) for c, _ in BY_ITSELF], item), strict=True):
+            assert verdict.passed == passes and verdict.status in ("passed", "error", "wrong"), (code, verdict)
+    # The prompt's own imports, of names and of the future, are those of an answer that does not repeat them.
+    for line in ("from typing import *\n", "from __future__ import annotations\n"):
+        item = {**ADD, "prompt": line + ADD["prompt"]}
+        answers = [fenced("def add(x: List[int], y) -> Optional[int]:\n    return x + y"), "    return a + b"]
+        assert [verdict.passed for verdict in graded(answers, item)] == [True, True]
+    tests = {**ADD, "test": "x: Undefined = 0\n" + ADD["test"]}
+    assert [verdict.passed for verdict in graded([RIGHT], tests)] == [False]
 
 
 @real
@@ -177,6 +263,32 @@ def test_where_there_may_be_no_child_it_is_run_all_the_same():
 def test_what_the_function_lacks_fails_it():
     for code, verdict in zip(MISSING, graded([fenced(code) for code in MISSING]), strict=True):
         assert not verdict.passed and verdict.status in ("error", "wrong"), (code, verdict)
+
+
+@real
+def test_what_defines_something_else_may_fail():
+    """And a name of the function that a statement gets without failing is the function, or not, as in any program."""
+    for function, passes in ((RIGHT, True), (WRONG, False)):
+        for code, verdict in zip(UNTOUCHED, graded([function + code for code in UNTOUCHED]), strict=True):
+            assert verdict.passed == passes, (code, verdict)
+    kept = "try:\n    from nowhere import add\nexcept ImportError:\n    pass"
+    answers = [
+        RIGHT + kept,
+        RIGHT + "for add in [add]: pass",
+        RIGHT + "add, z = min, 1",
+        RIGHT + "for add in [max]: pass",
+    ]
+    assert [verdict.passed for verdict in graded(answers)] == [True, True, False, False]
+
+
+@real
+def test_what_defines_the_function_anew_counts_where_it_does_not_end():
+    """Or where so much does not end that little else is run."""
+    never = "import os\nos._exit(0)\n"
+    answers = [RIGHT + "while True: add = max", RIGHT + "import os\nadd = os._exit(0)", RIGHT + never * 4 + "add = max"]
+    answers += [RIGHT + "while True: plus = max", RIGHT + never * 4 + "plus = max", WRONG + never * 4 + RIGHT]
+    passed = [verdict.passed for verdict in graded(answers, seconds=3)]
+    assert passed == [False, False, False, True, True, True]
 
 
 @real
