@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tah.evaluation.answers import grade_choice
-from tah.evaluation.letters import judge_choice, letter_of
+from tah.evaluation.letters import judge_choice
 from tah.evaluation.markup import plain
 
 # The answer, and the letter that it settles on; None where it settles on none. Four choices.
@@ -815,6 +815,12 @@ def test_replies(text, letter):
     check(text, letter)
 
 
+def letter_of(text: str, choices: int) -> str | None:
+    """The letter that a text settles on, None where it settles on none of the choices."""
+    verdict = judge_choice("A", text, choices)
+    return None if verdict.grade == "unparsed" else verdict.extracted
+
+
 def check(text: str, letter: str | None) -> None:
     """Right for this letter, wrong or unparsed for every other."""
     assert letter_of(text, 4) == letter, plain(text)
@@ -857,6 +863,13 @@ def test_long_replies_are_read():
     for part in (
         "the answer ",
         "answer: ",
+        "the answer: ",
+        "answer: the ",
+        "answer option: ",
+        "the answer option: letter ",
+        "The answer :: ",
+        "the correct answer is the ",
+        "option ",
         "A ",
         "A, ",
         "A. ",
