@@ -36,11 +36,12 @@ SETTLES = re.compile(
     r"choice|letter|statement|response|one)\b"
     r"|\b(?:correct|result)(?= ?:)|\b(?:option|choice|letter|pick)(?= (?:is|should be|must be)\b))"
     r"(?:(?!\b(?:is|are|was|were|not|never|neither)\b|n['’]t\b)[^.!?\n;:=]){0,80}?"
-    r"(?:['’]s\b|\bis\b|\bare\b|\b(?P<modal>must|should|has to|have to|ought to|would|will|needs to|can only|"
+    r"(?:\bisn['’]t\b(?= [^.!?\n]{1,20}\b(?:but|it['’]?s|it is)\b)|"
+    r"['’]s\b|\bis\b|\bare\b|\b(?P<modal>must|should|has to|have to|ought to|would|will|needs to|can only|"
     r"seems to|appears to|turns out to)\b(?: [a-z]+)? be\b|[:=→⇒➔➜]|[-=]+>| [-–—] |\n)"
     + FILLING
-    + r"(?P<several>(?:either|both|between|neither)\b)?(?:not (?:option )?[(\[]?[A-J][)\]]?[,;:]? (?:but|it['’]?s|"
-    r"it is)(?: rather| instead| actually)? )?"
+    + r"(?P<several>(?:either|both|between|neither)\b)?(?:(?:not |(?<=n['’]t ))(?:option )?[(\[]?[A-J][)\]]?"
+    r"[,;:]? (?:but|it['’]?s|it is)(?: rather| instead| actually)? )?"
 )
 CORRECT = re.compile(
     r"(?P<other>\b[A-J]\)?(?: or | and | "
@@ -80,6 +81,8 @@ THOUGHT = re.compile(
     r"\b(?:th(?:ink|ought)|say|said|believe|argue|guess|assume|conclude|claim|suppose)\w*\b"
     r"(?!.*\b(?:but|however|so|therefore|thus|hence|yet|actually)\b)"
 )
+# Between two boxes that are one statement.
+JOINS = re.compile(r"[,&/]|,? ?(?:(?:and/or|or|and|else|also|even|maybe|perhaps|possibly)(?: |$))+")
 
 
 def statements(text: str) -> Iterator[Named]:
@@ -119,6 +122,8 @@ def _meant(text: str, cue: re.Match[str]) -> bool:
         return False
     if re.search(r"(?i)\b(?:not|unlike)(?: option| choice)? *\(?$", before):
         return False
+    if THOUGHT.search(before) and not re.search(r"(?i)\b(?:i|we)\b", before):
+        return False  # "it is tempting to say that A is correct"
     denied = r"|\bnot\b|n['’]t\b" if cue["verb"] is None else ""
     return not re.search(rf"(?i)\b(?:if|whether|suppose|neither)\b{denied}", before)
 
@@ -170,7 +175,7 @@ def settled(text: str) -> Named | None:
         pieces.append(plain(text[at : box.start]))
         last = _stated(pieces[-1]) or last
         found = _boxed(plain(box.content))
-        if found and found.letter and last and re.fullmatch(r"[,&/]|,? ?(?:or|and|and/or)", pieces[-1]):
+        if found and found.letter and last and JOINS.fullmatch(pieces[-1]):
             found = found if found.letter == last.letter else found._replace(letter=None)
         if found and not re.match(r"[ .\n$]*\bis (?:not|incorrect|wrong)\b", text[box.end : box.end + 30]):
             last = found

@@ -24,6 +24,14 @@ JOINED = re.compile(
 FORMULA = re.compile(
     r" ?(?:[=+^_/<>|×÷·%&]|[-–]\w|\\(?:cup|cap|times|cdot|pm|to|in|l?eq?|ge?|ne|sub|sup|approx|sim)[a-z]*)|\("
 )
+# A letter that belongs to the name of something else: a kind of cells, a key in music, a genus, an author.
+NAME = re.compile(
+    r"(?:B (?:cells?|lymphocytes?|vitamins?)|G proteins?|"
+    r"C (?:fib(?:er|re)s?|programs?)|[AI] bands?|H (?:bonds?|zones?)|"
+    r"D loops?|F (?:tests?|statistics?|distributions?)|[A-G] (?:major|minor|flat|sharp)|A\. thaliana|"
+    r"B\. (?:subtilis|anthracis|cereus)|C\. (?:elegans|albicans|difficile|botulinum|tetani)|D\. melanogaster|E\. coli|"
+    r"H\. (?:pylori|sapiens|erectus)|F\. Scott Fitzgerald|J\. (?:Edgar Hoover|Robert Oppenheimer))\b"
+)
 OTHER = re.compile(
     r"[.)]? ?\(?(?P<or>,? ?(?:and/or|or(?: else)?|nor|as well as|(?=(?:possibly|maybe|perhaps)\b))\b|/|"
     r"[-–—](?= ?\(?[A-J]\)?[.]?(?:\n|$)))?(?P<and>, ?and\b|and\b|[,;&])? ?"
@@ -48,6 +56,8 @@ def named(text: str, at: int) -> Named | None:
         return None
     kind = str(found.lastgroup) if found.lastgroup != "label" else "wrapped"
     letter, rest = found[kind], text[found.end() : found.end() + 60]
+    if kind != "wrapped" and not found["noun"] and NAME.match(text, found.start(kind)):
+        return None
     other = another(rest)
     if other:
         return Named(at, found.end(), letter.upper() if other == letter.upper() else None, True)
