@@ -330,6 +330,65 @@ FENCES = [  # an answer, and the code in it
 ]
 
 
+DOC = 'def add(a, b):\n    """Sum.\n\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b'
+IN_TEXTS = [  # an answer, and the code in it: fences in docstrings, and marks that nobody sees
+    (f"```python\n{DOC}\n```\nIt adds.", DOC),
+    (f"```python\n{DOC}\n```\n\nUse it:\n\n```python\nadd(1, 2)\n```", DOC),
+    (f"```python\n{DOC}```\nIt adds.", DOC),
+    (f"```python\n{DOC}", DOC),
+    (f"```\n{DOC}\n```", DOC),
+    (f"~~~python\n{DOC}\n~~~".replace("```", "~~~"), DOC.replace("```", "~~~")),
+    (f"{DOC}\n```\nIt adds.", DOC),
+    ("So:\n  ```python\n" + "\n".join("  " + line for line in DOC.splitlines()) + "\n  ```", DOC),
+    ("```python\n" + DOC.replace("    ```\n    add", "    ```python\n    add") + "\n```\nIt adds.",
+     DOC.replace("    ```\n    add", "    ```python\n    add")),
+    ("```python\n" + DOC.replace('"""', "'''") + "\n```", DOC.replace('"""', "'''")),
+    ("```python\n" + DOC.replace('"""Sum', 'r"""Sum') + "\n```", DOC.replace('"""Sum', 'r"""Sum')),
+    ('```python\n"""Adds.\n\n```\nadd(1, 2)\n```\n"""\n' + RIGHT + "```\nIt adds.",
+     '"""Adds.\n\n```\nadd(1, 2)\n```\n"""\n' + RIGHT),
+    ("```python\nTEXT = '''\n```\n'''\n" + RIGHT + "```", "TEXT = '''\n```\n'''\n" + RIGHT),
+    # quotes that open no docstring, and docstrings that nothing closes
+    ("```python\n# it's \"\"\" here\n" + RIGHT + "```\nIt adds \"\"\".", "# it's \"\"\" here\n" + RIGHT),
+    ("```python\nq = '\"\"\"'\n" + RIGHT + "```\nIt adds \"\"\".", "q = '\"\"\"'\n" + RIGHT),
+    ('```python\ndef add(a, b):\n    """Sum."""\n    return a + b\n```\nIt has """.',
+     'def add(a, b):\n    """Sum."""\n    return a + b'),
+    ("```python\ndef add(a, b):\n    '''Sum\n    return a\n```\nBetter:\n```python\n" + RIGHT + "```", RIGHT),
+    ("```\ndef add(a, b):\n    '''Sum\n    return a\n```\nBetter:\n```\n" + RIGHT + "'''x'''\n```",
+     RIGHT + "'''x'''"),
+    ("Texts have '''.\n```\n" + RIGHT + "'''x'''\n```", RIGHT + "'''x'''"),
+    ("```python\n" + RIGHT + "\n'''An example:\n```\nIt adds.", RIGHT + "\n'''An example:"),
+    # marks without width
+    ("\ufeff" + RIGHT, RIGHT),
+    ("\ufeff```python\n" + RIGHT + "```\nIt adds.", RIGHT),
+    ("```python\n\ufeff" + RIGHT + "```\nIt adds.", RIGHT),
+    ("```python\n\u200b" + RIGHT + "\u2060```\nIt adds.", RIGHT),
+    ("\ufeff    return a + b", "    return a + b"),
+    ("<think>no</think>\ufeff" + RIGHT, RIGHT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, code", IN_TEXTS)
+def test_fences_in_docstrings_and_marks_without_width(answer, code):
+    assert extract_code(answer, "add").strip("\n") == code.strip("\n")
+
+
+@real
+def test_answers_with_these_pass():
+    answers = [answer for answer, _ in IN_TEXTS]
+    for answer, verdict in zip(answers, graded(answers), strict=True):
+        assert verdict.passed, (answer, verdict)
+    wrong = [answer.replace("a + b", "a - b") for answer in answers]
+    for answer, verdict in zip(wrong, graded(wrong), strict=True):
+        assert not verdict.passed, (answer, verdict)
+
+
+def test_long_answers_are_read():
+    """pytest's time limit would end a search whose time grows with the square of the length."""
+    for part in ("'''\n```\n", "'''\n```py\n", "```\n", "```py\n", "'''x", "    '''\n", "'\\", "\ufeff\n", "'"):
+        for text in (part * (100_000 // len(part)), "```python\n'''\n" + part * (100_000 // len(part))):
+            assert isinstance(extract_code(text, "add"), str)
+
+
 @pytest.mark.parametrize("answer, code", FENCES)
 def test_a_fence_that_closes_on_the_last_line_of_code(answer, code):
     whole = answer.removeprefix("```python\n").removesuffix("\n```")
