@@ -2,7 +2,8 @@ r"""Which letter an answer to a multiple-choice question settles on.
 
 An answer settles on a letter by a statement: a box, "the answer is C", "C is correct", "I choose C", "therefore, C".
 The last statement counts, so that a model may correct itself. Without any statement the letter that the reply begins
-with counts ("C. 12", "(C) The mitochondria"), then one that its last line consists of or ends with.
+with counts ("C. 12", "(C) The mitochondria"), then one that its last line consists of, that something speaks for, or
+that the reply ends with (`unstated.py`).
 
 A letter that is merely mentioned is no statement ("option A is wrong because ..."), a statement that names several
 letters settles on none ("A or C"), and neither the article "A" nor the pronoun "I" is a letter. Before anything is
