@@ -809,6 +809,8 @@ NO_LETTER = [
     ("It is tempting to say A, but C is correct.", "C"),
     ("We may say that C is correct.", "C"),
     ("I would say that C is correct.", "C"),
+    ("I'd say that C is correct.", "C"),
+    ("'C' is correct.", "C"),
     # units
     (r"\boxed{5\text{ A}}", None),
     (r"\boxed{5\ \mathrm{A}}", None),

@@ -47,7 +47,7 @@ SETTLES = re.compile(
 CORRECT = re.compile(
     r"(?P<other>\b[A-J]\)?(?: or | and | "
     r"nor |, | ?/ ?)(?:[Oo]ption |[Cc]hoice )?)?[(\[\"“']?(?<![\w'’-])(?P<letter>[A-J])"
-    r"(?P<label>[.:)\]\"”'][^.!?;\n]{0,60}?)?,? (?:(?P<verb>is|are|was|must be|should be|would be|has to be|"
+    r"(?P<label>(?:[.:)\]\"”]|'(?!\w))[^.!?;\n]{0,60}?)?,? (?:(?P<verb>is|are|was|must be|should be|would be|has to be|"
     r"seems to be)\b"
     r"(?i: (?:the|indeed|clearly|therefore|thus|definitely|actually|most|more|likely|only|one|both|all|obviously|my|"
     r"certainly))*"
