@@ -6,6 +6,7 @@ In a real sandbox throughout; nothing is timed, short limits only keep programs 
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
@@ -155,6 +156,47 @@ MISSING = [  # and what makes the function fail although it stands outside it
     "def add(a, b):\n    return a + b\n\ndef add(a, b):\n    return 0",
     "def add(a, b):\n    return a + b\n\nadd = add(1, 2)",
     "def add(a, b):\n    return a + b\n\nclass add:\n    pass",
+    # what was to define it anew, and fails
+    RIGHT + "add: object = undefined",
+    RIGHT + "add += 1",
+    RIGHT + "add, z = undefined",
+    RIGHT + "z, (x, *add) = undefined",
+    RIGHT + "z = [add] = undefined",
+    RIGHT + "from nowhere import add",
+    RIGHT + "from nowhere import plus as add",
+    RIGHT + "import nowhere as add",
+    RIGHT + "import add",
+    RIGHT + "with open('x') as f: add = 3",
+    RIGHT + "with open('x') as add: pass",
+    RIGHT + "for add in undefined: pass",
+    RIGHT + "for x in undefined:\n    add = x",
+    RIGHT + "if undefined:\n    def add(a, b): return 0",
+    RIGHT + "try:\n    add = undefined\nfinally:\n    pass",
+    RIGHT + "print((add := undefined))or 1",
+    RIGHT + "[(add := x) for x in undefined].sort()",
+    RIGHT + "match undefined:\n    case {'a': 1, **add}: pass",
+    RIGHT + "match undefined:\n    case [1, *add]: pass",
+    RIGHT + "add = exit()",
+]
+UNTOUCHED = [  # what fails there and was to define something else
+    "plus: object = undefined",
+    "add: Undefined",
+    "plus += add",
+    "plus, z = undefined(add)",
+    "plus.add = 3",
+    "add.plus = undefined",
+    "plus[add] = undefined",
+    "from nowhere import add as plus",
+    "from add import plus",
+    "import nowhere.add",
+    "for plus in undefined: print(add)",
+    "with open('x') as f: print(add(1, 2))",
+    "[add for add in undefined].sort()",
+    "undefined(lambda add: add)",
+    "undefined(add=3)",
+    "@undefined\ndef plus():\n    add = 3",
+    "@undefined\nclass Plus:\n    add = 3",
+    "match undefined:\n    case {'add': plus}: pass",
 ]
 
 
@@ -162,6 +204,50 @@ MISSING = [  # and what makes the function fail although it stands outside it
 def test_what_the_function_needs_is_run():
     for code, verdict in zip(NEEDED, graded([fenced(code) for code in NEEDED]), strict=True):
         assert verdict.passed, (code, verdict)
+
+
+BY_ITSELF = [  # what a program needs of its own, whatever is imported beside it; whether it passes
+    ("def add(x: List[int], y) -> Optional[int]:\n    return x + y", False),
+    ("def add(x: Sequence, y):\n    return x + y", False),
+    ("def add(x, y) -> np.ndarray:\n    return x + y", False),
+    ("def add(x, *rest: Any):\n    return x + rest[0]", False),
+    ("def helper(x: Any):\n    return x\n\ndef add(x, y):\n    return helper(x) + y", False),
+    ("def add(x, y):\n    return helper(x) + y\n\ndef helper(x: Any):\n    return x", False),
+    ("total: Any = 0\n\ndef add(x, y):\n    return x + y + total", False),
+    ("class A:\n    x: Any = 0\n\ndef add(x, y):\n    return x + y + A.x", False),
+    ("from dataclasses import dataclass\n\n@dataclass\nclass A:\n    x: Optional[int]\n\n"
+     "def add(x, y):\n    return x + y", False),
+    # with the imports, with the future import, or without a need of either
+    ("from typing import List, Optional\n\ndef add(x: int, y: int) -> Optional[int]:\n    return x + y", True),
+    ("from typing import *\n\ndef add(x: Union[int, List[int]], y) -> Any:\n    return x + y", True),
+    ("from __future__ import annotations\n\ndef add(x: List[int], y) -> Optional[int]:\n    return x + y", True),
+    ('"""Adds."""\n\nfrom __future__ import annotations\nimport os\n\ndef add(x: Any, y):\n    return h(x, y)\n'
+     "\nTABLE: Any = 0\n\ndef h(x: Any, y):\n    return x + y + TABLE\n\nprint(no)", True),
+    ("def add(x: 'List[int]', y) -> 'Optional[int]':\n    return x + y", True),
+    ("def add(x: list[int], y: dict[str, int]) -> int | None:\n    return x + y", True),
+    ("def add(x: int, y):\n    return x + y if add.__annotations__['x'] is int else 0", True),
+    ("from __future__ import annotations\n\ndef add(x: int, y):\n"
+     "    return x + y if add.__annotations__['x'] == 'int' else 0", True),
+    ("def add(x: int, y):\n    return x + y if add.__annotations__['x'] == 'int' else 0", False),
+    ("import dataclasses\n\n@dataclasses.dataclass\nclass Pair:\n    x: int\n    y: int\n\n"
+     "def add(x, y):\n    return sum(f.type(getattr(Pair(x, y), f.name)) for f in dataclasses.fields(Pair))", True),
+    ("def add(x, y):\n    total: Any = x + y\n    return total", True),  # Python evaluates none within a function
+]  # fmt: skip
+
+
+@real
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="from 3.14 on no program evaluates its annotations at once")
+def test_annotations_mean_what_they_mean_in_a_program_by_itself():
+    for item in (ADD, {"task_id": 1, "text": "Add.", "code": RIGHT, "test_list": ["assert add(1, 2) == 3"]}):
+        for (code, passes), verdict in zip(BY_ITSELF, graded([fenced(c) for c, _ in BY_ITSELF], item), strict=True):
+            assert verdict.passed == passes and verdict.status in ("passed", "error", "wrong"), (code, verdict)
+    # The prompt's own imports, of names and of the future, are those of an answer that does not repeat them.
+    for line in ("from typing import *\n", "from __future__ import annotations\n"):
+        item = {**ADD, "prompt": line + ADD["prompt"]}
+        answers = [fenced("def add(x: List[int], y) -> Optional[int]:\n    return x + y"), "    return a + b"]
+        assert [verdict.passed for verdict in graded(answers, item)] == [True, True]
+    tests = {**ADD, "test": "x: Undefined = 0\n" + ADD["test"]}
+    assert [verdict.passed for verdict in graded([RIGHT], tests)] == [False]
 
 
 @real
@@ -177,6 +263,32 @@ def test_where_there_may_be_no_child_it_is_run_all_the_same():
 def test_what_the_function_lacks_fails_it():
     for code, verdict in zip(MISSING, graded([fenced(code) for code in MISSING]), strict=True):
         assert not verdict.passed and verdict.status in ("error", "wrong"), (code, verdict)
+
+
+@real
+def test_what_defines_something_else_may_fail():
+    """And a name of the function that a statement gets without failing is the function, or not, as in any program."""
+    for function, passes in ((RIGHT, True), (WRONG, False)):
+        for code, verdict in zip(UNTOUCHED, graded([function + code for code in UNTOUCHED]), strict=True):
+            assert verdict.passed == passes, (code, verdict)
+    kept = "try:\n    from nowhere import add\nexcept ImportError:\n    pass"
+    answers = [
+        RIGHT + kept,
+        RIGHT + "for add in [add]: pass",
+        RIGHT + "add, z = min, 1",
+        RIGHT + "for add in [max]: pass",
+    ]
+    assert [verdict.passed for verdict in graded(answers)] == [True, True, False, False]
+
+
+@real
+def test_what_defines_the_function_anew_counts_where_it_does_not_end():
+    """Or where so much does not end that little else is run."""
+    never = "import os\nos._exit(0)\n"
+    answers = [RIGHT + "while True: add = max", RIGHT + "import os\nadd = os._exit(0)", RIGHT + never * 4 + "add = max"]
+    answers += [RIGHT + "while True: plus = max", RIGHT + never * 4 + "plus = max", WRONG + never * 4 + RIGHT]
+    passed = [verdict.passed for verdict in graded(answers, seconds=3)]
+    assert passed == [False, False, False, True, True, True]
 
 
 @real
@@ -216,6 +328,65 @@ FENCES = [  # an answer, and the code in it
     ("```python\nfence = '```'\n\ndef add(a, b):\n    return a + b\n```", None),
     ("```python\ndef add(a, b):\n    x = '~~~'  # ~~~\n    return a + b\n```", None),
 ]
+
+
+DOC = 'def add(a, b):\n    """Sum.\n\n    ```\n    add(1, 2)\n    ```\n    """\n    return a + b'
+IN_TEXTS = [  # an answer, and the code in it: fences in docstrings, and marks that nobody sees
+    (f"```python\n{DOC}\n```\nIt adds.", DOC),
+    (f"```python\n{DOC}\n```\n\nUse it:\n\n```python\nadd(1, 2)\n```", DOC),
+    (f"```python\n{DOC}```\nIt adds.", DOC),
+    (f"```python\n{DOC}", DOC),
+    (f"```\n{DOC}\n```", DOC),
+    (f"~~~python\n{DOC}\n~~~".replace("```", "~~~"), DOC.replace("```", "~~~")),
+    (f"{DOC}\n```\nIt adds.", DOC),
+    ("So:\n  ```python\n" + "\n".join("  " + line for line in DOC.splitlines()) + "\n  ```", DOC),
+    ("```python\n" + DOC.replace("    ```\n    add", "    ```python\n    add") + "\n```\nIt adds.",
+     DOC.replace("    ```\n    add", "    ```python\n    add")),
+    ("```python\n" + DOC.replace('"""', "'''") + "\n```", DOC.replace('"""', "'''")),
+    ("```python\n" + DOC.replace('"""Sum', 'r"""Sum') + "\n```", DOC.replace('"""Sum', 'r"""Sum')),
+    ('```python\n"""Adds.\n\n```\nadd(1, 2)\n```\n"""\n' + RIGHT + "```\nIt adds.",
+     '"""Adds.\n\n```\nadd(1, 2)\n```\n"""\n' + RIGHT),
+    ("```python\nTEXT = '''\n```\n'''\n" + RIGHT + "```", "TEXT = '''\n```\n'''\n" + RIGHT),
+    # quotes that open no docstring, and docstrings that nothing closes
+    ("```python\n# it's \"\"\" here\n" + RIGHT + "```\nIt adds \"\"\".", "# it's \"\"\" here\n" + RIGHT),
+    ("```python\nq = '\"\"\"'\n" + RIGHT + "```\nIt adds \"\"\".", "q = '\"\"\"'\n" + RIGHT),
+    ('```python\ndef add(a, b):\n    """Sum."""\n    return a + b\n```\nIt has """.',
+     'def add(a, b):\n    """Sum."""\n    return a + b'),
+    ("```python\ndef add(a, b):\n    '''Sum\n    return a\n```\nBetter:\n```python\n" + RIGHT + "```", RIGHT),
+    ("```\ndef add(a, b):\n    '''Sum\n    return a\n```\nBetter:\n```\n" + RIGHT + "'''x'''\n```",
+     RIGHT + "'''x'''"),
+    ("Texts have '''.\n```\n" + RIGHT + "'''x'''\n```", RIGHT + "'''x'''"),
+    ("```python\n" + RIGHT + "\n'''An example:\n```\nIt adds.", RIGHT + "\n'''An example:"),
+    # marks without width
+    ("\ufeff" + RIGHT, RIGHT),
+    ("\ufeff```python\n" + RIGHT + "```\nIt adds.", RIGHT),
+    ("```python\n\ufeff" + RIGHT + "```\nIt adds.", RIGHT),
+    ("```python\n\u200b" + RIGHT + "\u2060```\nIt adds.", RIGHT),
+    ("\ufeff    return a + b", "    return a + b"),
+    ("<think>no</think>\ufeff" + RIGHT, RIGHT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, code", IN_TEXTS)
+def test_fences_in_docstrings_and_marks_without_width(answer, code):
+    assert extract_code(answer, "add").strip("\n") == code.strip("\n")
+
+
+@real
+def test_answers_with_these_pass():
+    answers = [answer for answer, _ in IN_TEXTS]
+    for answer, verdict in zip(answers, graded(answers), strict=True):
+        assert verdict.passed, (answer, verdict)
+    wrong = [answer.replace("a + b", "a - b") for answer in answers]
+    for answer, verdict in zip(wrong, graded(wrong), strict=True):
+        assert not verdict.passed, (answer, verdict)
+
+
+def test_long_answers_are_read():
+    """pytest's time limit would end a search whose time grows with the square of the length."""
+    for part in ("'''\n```\n", "'''\n```py\n", "```\n", "```py\n", "'''x", "    '''\n", "'\\", "\ufeff\n", "'"):
+        for text in (part * (100_000 // len(part)), "```python\n'''\n" + part * (100_000 // len(part))):
+            assert isinstance(extract_code(text, "add"), str)
 
 
 @pytest.mark.parametrize("answer, code", FENCES)

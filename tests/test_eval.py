@@ -27,7 +27,7 @@ from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown
 from tah.evaluation.evaluate import _run, evaluate
 from tah.evaluation.harness import TaHLM
-from tah.evaluation.letters import letter_of
+from tah.evaluation.letters import judge_choice
 from tah.evaluation.request import Sampling, build
 from tah.files import differences
 from tah.session import Session
@@ -245,7 +245,11 @@ def test_mathematics(gold, text, grade):
 )
 def test_letters(text):
     """math-verify finds none of these in a box or in parentheses."""
-    assert letter_of(text, 4) == "C" and grade_choice("C", text, 4) == "right" and grade_choice("A", text, 4) == "wrong"
+    assert (
+        judge_choice("C", text, 4).extracted == "C"
+        and grade_choice("C", text, 4) == "right"
+        and grade_choice("A", text, 4) == "wrong"
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,8 @@ def test_letters(text):
     ],
 )
 def test_a_letter_or_none(text, letter):
-    assert letter_of(text, 4) == letter
+    verdict = judge_choice("C", text, 4)
+    assert (None if verdict.grade == "unparsed" else verdict.extracted) == letter
 
 
 def test_an_unreadable_right_answer_is_named():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tah.evaluation.answers import grade_choice
-from tah.evaluation.letters import judge_choice, letter_of
+from tah.evaluation.letters import judge_choice
 from tah.evaluation.markup import plain
 
 # The answer, and the letter that it settles on; None where it settles on none. Four choices.
@@ -800,6 +800,164 @@ REPLIES = [  # both kinds, as models phrase them
 ]
 
 
+# Ten choices. The second of a pair of lines is the control: what looks like the first and means something else.
+NO_LETTER = [
+    ("The answer is D; it is tempting to say that A is correct, but it is not.", "D"),
+    ("The answer is D. Many students believe that A is correct.", "D"),
+    ("The answer is D. One might think that A is the right answer.", "D"),
+    ("Some people think that A is correct.", None),
+    ("It is tempting to say A, but C is correct.", "C"),
+    ("We may say that C is correct.", "C"),
+    ("I would say that C is correct.", "C"),
+    ("I'd say that C is correct.", "C"),
+    ("'C' is correct.", "C"),
+    # units
+    (r"\boxed{5\text{ A}}", None),
+    (r"\boxed{5\ \mathrm{A}}", None),
+    (r"\boxed{5\,\text{C}}", None),
+    (r"\boxed{1.6 \times 10^{-19}\text{ C}}", None),
+    (r"\boxed{3 \text{ J}}", None),
+    (r"The current is 5\text{ A}.", None),
+    (r"\boxed{12 \text{ (A)}}", "A"),
+    (r"\boxed{12 \textbf{(A)}}", "A"),
+    (r"\boxed{\text{Option }\text{A}}", "A"),
+    (r"\boxed{\text{A } 5}", "A"),
+    (r"Question 12\n\n\textbf{A}".replace("\\n", "\n"), "A"),
+    # two boxes
+    (r"\boxed{A} or maybe \boxed{B}", None),
+    (r"\boxed{A}, perhaps \boxed{B}", None),
+    (r"\boxed{A} or possibly even \boxed{B}", None),
+    (r"\boxed{A} and also \boxed{B}", None),
+    (r"\boxed{A} or else \boxed{B}", None),
+    (r"\boxed{B} or maybe \boxed{B}", "B"),
+    (r"\boxed{A}. Or maybe not: \boxed{B}", "B"),
+    # names
+    ("The answer is E. coli", None),
+    ("The answer is *E. coli*.", None),
+    ("The answer is C. elegans.", None),
+    ("The answer is H. pylori.", None),
+    ("The answer is F. Scott Fitzgerald", None),
+    ("The answer is B cells", None),
+    ("The answer is B lymphocytes.", None),
+    ("The answer is G protein", None),
+    ("The answer is F major.", None),
+    (r"The answer is C e^{2t}", None),
+    (r"The answer is $C e^{2t}$.", None),
+    (r"\boxed{A x_{1}}", None),
+    (r"The answer is $A x^2$.", None),
+    ("The answer is C. coli", "C"),
+    ("The answer is E. E. coli", "E"),
+    ("The answer is B. elegans", "B"),
+    ("The answer is E, coli.", "E"),
+    ("The answer is F. Isaac Newton", "F"),
+    ("The answer is B. F. Scott Fitzgerald", "B"),
+    ("The answer is B. cells", "B"),
+    ("The answer is B: B cells", "B"),
+    ("The answer is option B cells", "B"),
+    ("The answer is B because cells divide.", "B"),
+    ("The answer is G. G protein", "G"),
+    ("The answer is F, major.", "F"),
+    (r"The answer is C, $e^{2t}$", "C"),
+    (r"The answer is C. e^{2t}", "C"),
+    (r"The answer is (C) e^{2t}", "C"),
+    (r"The answer is C $x^2$.", "C"),
+]
+# Four choices.
+UNSTATED = [
+    ("The answer isn't A, it's B.", "B"),
+    ("The answer isn’t A but B.", "B"),
+    ("The correct option isn't (A); it is (B).", "B"),
+    ("The answer isn't A. It's B.", "B"),
+    ("The answer isn't A, it's a trick.", None),
+    ("The answer isn't A or B.", None),
+    ("I don't think it's B.", None),
+    ("The answer isn't B, but close.", None),
+    ("Only option B satisfies this.", "B"),
+    ("Option B satisfies all conditions.", "B"),
+    ("Among the options, B matches our result.", "B"),
+    ("So (B) fulfills both requirements.", "B"),
+    ("Only B is consistent with the data.", "B"),
+    ("Option A fits our result. So only A fits the graph.", "A"),
+    ("The number is 12. A matches this.", "A"),
+    ("Option B satisfies all conditions but the last.", None),
+    ("Option B satisfies all conditions except one.", None),
+    ("Option B satisfies this only if x = 0.", None),
+    ("If option B satisfies this, then 2 = 3.", None),
+    ("Option B does not satisfy this.", None),
+    ("I doubt that it is so; option B satisfies the first condition.", None),
+    ("Option B satisfies all conditions. Option C matches our result.", None),
+    ("Vitamin B matches our result.", None),
+    ("Technician B fits the part.", None),
+    ("Option B satisfies all conditions. The answer is C.", "C"),
+    ("The answer is C. Option B satisfies all conditions.", "C"),
+    ("x = 5 → B", "B"),
+    ("x = 5 => B.", "B"),
+    ("x = 5 ⇒ (B)", "B"),
+    (r"$x = 5 \Rightarrow B$", "B"),
+    ("∴ B", "B"),
+    ("=> B", "B"),
+    ("The capital of France is Paris → C", "C"),
+    ("A + B → C", None),
+    ("f: A → B", None),
+    ("2 A => B", None),
+    ("∴ A = B", None),
+    ("x → Bx", None),
+    ("1 → A\n2 → B", None),
+    ("x = 5 → B\n\nThe answer is C.", "C"),
+    ("Choose B", "B"),
+    ("x is 5. Choose (B).", "B"),
+    ("So choose B, the second one.", "B"),
+    ("Choose B or C", None),
+    ("Choose B = 5.", None),
+    ("Do not choose B.", None),
+    ("Choose A large number.", None),
+    ("Looks like B.", "B"),
+    ("It looks like B.", "B"),
+    ("It looks like B, but it is not.", None),
+    ("It looks like B or C.", None),
+    ("This doesn't look like B.", None),
+    ("The false statement is B.", "B"),
+    ("The incorrect statement is (B).", "B"),
+    ("The exception is B.", "B"),
+    ("The odd one out is B.", "B"),
+    ("The statement that is NOT true is option B.", "B"),
+    ("The incorrect answer is B.", None),
+    ("The false statement isn't B.", None),
+    ("The false statement is B or C.", None),
+    ("The false statement is B. So the answer is C.", "C"),
+    ("The answer is C. The false statement is B.", "C"),
+    ("Thus, statement B is the correct one.", "B"),
+    ("Statement B is the incorrect one.", "B"),
+    ("Statement B is not the correct one.", None),
+    ("Statement B is correct in part.", None),
+    ("Statement B is the correct one if x = 0.", None),
+    ("A) incorrect\nB) correct\nC) incorrect\nD) incorrect", "B"),
+    ("A. Paris: wrong\nB. London: wrong\nC. Rome: right\nD. Oslo: wrong", "C"),
+    ("A) ❌\nB) ❌\nC) ❌\nD) ✅", "D"),
+    ("- **A**: False.\n- **B**: True.\n- **C**: False.", "B"),
+    ("(A) No, it is too small.\n(B) Yes, it fits.\n(C) No.\n(D) No.", "B"),
+    ("A) It isn't.\nB) correct", "B"),
+    ("A) correct\nB) correct\nC) incorrect", None),
+    ("A) correct\nB) incorrect\nC) perhaps", None),
+    ("A) not correct\nB) incorrect", None),
+    ("A) true\nB) true\nC) false\nD) true", None),
+    ("B) correct", "B"),
+    ("A) incorrect\nB) correct\n\nThe answer is A.", "A"),
+]
+
+
+@pytest.mark.parametrize("text, letter", NO_LETTER)
+def test_a_letter_that_means_something_else(text, letter):
+    assert letter_of(text, 10) == letter, plain(text)
+    if letter is None or letter in "ABCD":
+        check(text, letter)
+
+
+@pytest.mark.parametrize("text, letter", UNSTATED)
+def test_a_letter_that_something_speaks_for(text, letter):
+    check(text, letter)
+
+
 @pytest.mark.parametrize("text, letter", DISCUSSED)
 def test_a_letter_that_is_only_discussed(text, letter):
     check(text, letter)
@@ -813,6 +971,12 @@ def test_a_letter_with_its_text_or_in_a_wrapper(text, letter):
 @pytest.mark.parametrize("text, letter", REPLIES)
 def test_replies(text, letter):
     check(text, letter)
+
+
+def letter_of(text: str, choices: int) -> str | None:
+    """The letter that a text settles on, None where it settles on none of the choices."""
+    verdict = judge_choice("A", text, choices)
+    return None if verdict.grade == "unparsed" else verdict.extracted
 
 
 def check(text: str, letter: str | None) -> None:
@@ -857,6 +1021,25 @@ def test_long_replies_are_read():
     for part in (
         "the answer ",
         "answer: ",
+        "the answer: ",
+        "answer: the ",
+        "answer option: ",
+        "the answer option: letter ",
+        "The answer :: ",
+        "the correct answer is the ",
+        "option ",
+        "x → ",
+        "x → B\n",
+        "→",
+        "A) correct\n",
+        "A) incorrect\nB) ",
+        "choose ",
+        "choose B",
+        "only B matches ",
+        "or maybe ",
+        "5\\text{ A}",
+        "isn't A ",
+        "The answer isn't A, it's ",
         "A ",
         "A, ",
         "A. ",

@@ -9,6 +9,7 @@ a loop fills) is run. What stands before the function has to work, as in any pro
 """
 
 from __future__ import annotations
+import __future__
 
 import _ast
 import json
@@ -26,21 +27,28 @@ if TYPE_CHECKING:
     from typing import Any
 
 ATTEMPTS = 3  # at what follows the function under test, one statement that does not end being left out each time
+SCOPES = (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef, _ast.Lambda)  # names in these are their own
 DEFINITIONS = (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef, _ast.Import, _ast.ImportFrom)
+FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 USES = ("print", "input", "exit", "quit", "help")  # calls that are left out behind the function under test
 
 
-def parsed(code: str, least: int) -> list[_ast.stmt]:
-    """Its statements; of a code that is not Python as a whole, the beginning that is, if longer than `least` lines.
+def parsed(code: str, least: int) -> tuple[list[_ast.stmt], int]:
+    """The statements of a code and its `__future__` flags, which each of them is run with.
 
-    Models run out of tokens in the middle of a line, or add a remark. evalplus cuts answers in the same spirit.
+    Of a code that is not Python as a whole it is the beginning that is, if that is longer than `least` lines: models
+    run out of tokens in the middle of a line, or add a remark. evalplus cuts answers in the same spirit.
+
+    Raises:
+        SyntaxError: No such beginning is Python.
     """
     lines = code.splitlines()
 
-    def statements(source: str) -> list[_ast.stmt]:
-        compile(source, "answer.py", "exec")  # finds what parsing alone does not, such as a return outside a function
-        program: Any = compile(source, "answer.py", "exec", _ast.PyCF_ONLY_AST)
-        return list(program.body)
+    def statements(source: str) -> tuple[list[_ast.stmt], int]:
+        # This finds what parsing alone does not, such as a return outside a function.
+        whole: types.CodeType = compile(source, "answer.py", "exec", dont_inherit=True)
+        program: Any = compile(source, "answer.py", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+        return list(program.body), whole.co_flags & FUTURES
 
     try:
         return statements(code)
@@ -53,14 +61,14 @@ def parsed(code: str, least: int) -> list[_ast.stmt]:
         raise
 
 
-def define(statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None) -> list[_ast.stmt]:
+def define(statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None) -> list[_ast.stmt]:
     """Run the statements up to the one that defines the function under test; gives back those behind it.
 
     Without the name of that function, up to the first function.
     """
     stub = scope.get(entry) if entry else None  # HumanEval's prompt defines it without a body
     for number, statement in enumerate(statements):
-        run(statement, scope)
+        run(statement, scope, futures)
         if isinstance(statement, DEFINITIONS[:2]) if entry is None else scope.get(entry, stub) is not stub:
             return statements[number + 1 :]
     return []
@@ -77,11 +85,38 @@ def only_uses(statement: _ast.stmt, entry: str | None) -> bool:
     return isinstance(statement, _ast.Assert)
 
 
-def finish(statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None, tell: int | None = None) -> None:
+def binds(statement: _ast.stmt, name: str) -> bool:
+    """Whether a statement gives this name a value where it stands, wherever in it: not in the functions in it."""
+    nodes: list[Any] = [statement]
+    while nodes:
+        node = nodes.pop()
+        bound: list[str | None]
+        if isinstance(node, _ast.alias):
+            bound = [node.asname or node.name.split(".")[0]]
+        elif isinstance(node, _ast.Name):
+            bound = [node.id] if isinstance(node.ctx, _ast.Store) else []
+        else:  # functions, classes, exceptions and patterns; a pattern for a dict has a `rest`
+            bound = [getattr(node, "name", None), getattr(node, "rest", None)]
+        if name in bound:
+            return True
+        if isinstance(node, SCOPES) or (isinstance(node, _ast.AnnAssign) and node.value is None):
+            continue
+        for field in node._fields:
+            if field == "target" and isinstance(node, _ast.comprehension):
+                continue
+            value = getattr(node, field, None)
+            nodes += [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, _ast.AST)]
+    return False
+
+
+def finish(
+    statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None, tell: int | None = None
+) -> None:
     """Run what stands behind the function under test. What fails or exits there is left out, not the answer's failure.
 
     Args:
         statements: of the answer.
+        futures: its `__future__` flags.
         scope: where its names are.
         entry: name of the function under test.
         tell: a pipe for the number of each statement that is begun.
@@ -93,15 +128,19 @@ def finish(statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None
         if tell is not None:
             os.write(tell, b"%d\n" % number)
         try:
-            run(statement, scope)
+            run(statement, scope, futures)
         except BaseException:
-            targets = [statement, *getattr(statement, "targets", ())]
-            if entry and any(entry in (getattr(one, "name", None), getattr(one, "id", None)) for one in targets):
+            if entry and binds(statement, entry):
                 raise
 
 
 def go_on(
-    statements: list[_ast.stmt], scope: dict[str, Any], entry: str | None, patience: float, pipes: list[Any]
+    statements: list[_ast.stmt],
+    futures: int,
+    scope: dict[str, Any],
+    entry: str | None,
+    patience: float,
+    pipes: list[Any],
 ) -> None:
     """`finish` in a child process, which returns and goes on as the answer; this process waits for it to end.
 
@@ -109,18 +148,18 @@ def go_on(
     here. After so many attempts only definitions and imports are run, in this process.
 
     Raises:
-        BaseException: as `finish`.
+        BaseException: as `finish`; a RuntimeError where that statement was to define the function under test anew.
     """
     for _ in range(ATTEMPTS):
         news, tell = os.pipe()
         try:
             child = os.fork()
         except OSError:  # no more processes
-            return finish(statements, scope, entry)
+            return finish(statements, futures, scope, entry)
         if not child:
             os.close(news)
             try:
-                finish(statements, scope, entry, tell)
+                finish(statements, futures, scope, entry, tell)
             finally:
                 os.write(tell, b"done\n")
                 os.close(tell)
@@ -135,8 +174,11 @@ def go_on(
             os._exit(code if code >= 0 else 128 - code)  # as a shell says it, and bubblewrap
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        if entry and any(binds(one, entry) for one in statements[at : at + 1]):
+            raise RuntimeError(f"the statement that defines {entry} anew does not end")
         statements = statements[:at] + statements[at + 1 :]
-    finish([one for one in statements if isinstance(one, DEFINITIONS)], scope, entry)
+    kept = [one for one in statements if isinstance(one, DEFINITIONS) or (entry and binds(one, entry))]
+    finish(kept, futures, scope, entry)
 
 
 def watch(news: int, deadline: float) -> int | None:
@@ -165,13 +207,16 @@ def serve(prompt: str, code: str, least: int, entry: str | None, patience: float
     sys.modules["answer"] = module
     failure: BaseException | None = None
     try:
-        exec(compile(prompt, "prompt.py", "exec"), module.__dict__)
-        rest = define(parsed(code, least), module.__dict__, entry)
+        head: types.CodeType = compile(prompt, "prompt.py", "exec", dont_inherit=True)
+        exec(head, module.__dict__)
+        statements, futures = parsed(code, least)
+        futures |= head.co_flags & FUTURES
+        rest = define(statements, futures, module.__dict__, entry)
         rest = [statement for statement in rest if not only_uses(statement, entry)]
         if all(isinstance(statement, DEFINITIONS) for statement in rest):
-            finish(rest, module.__dict__, entry)
+            finish(rest, futures, module.__dict__, entry)
         else:
-            go_on(rest, module.__dict__, entry, patience, [calls, replies])
+            go_on(rest, futures, module.__dict__, entry, patience, [calls, replies])
     except BaseException as error:
         failure = error
     things: list[Any] = []

@@ -158,7 +158,7 @@ def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
     """
     scope: dict[str, Any] = {}
     try:
-        program: Any = compile(reference, "<reference>", "exec", _ast.PyCF_ONLY_AST)
+        program: Any = compile(reference, "<reference>", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
         statements = program.body
     except (SyntaxError, ValueError):
         statements = []
@@ -185,10 +185,10 @@ def run_tests(prompt: str, tests: str, entry: str | None, reference: str, link: 
     """Run the tests, with stand-ins for all names that they use and nobody but the answer can have defined."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
-        exec(compile(prompt, "<prompt>", "exec"), scope)  # tests may use its helpers
+        exec(compile(prompt, "<prompt>", "exec", dont_inherit=True), scope)  # tests may use its helpers
     except Exception:  # prose
         pass
-    program = compile(tests, "<tests>", "exec")
+    program = compile(tests, "<tests>", "exec", dont_inherit=True)
     codes, names = [program], set()
     while codes:
         code = codes.pop()

@@ -38,6 +38,12 @@ Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "kil
 REASON = 600  # characters of a verdict's reason
 PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # indentation, fence, language
+INVISIBLE = re.compile("^[\ufeff\u200b\u2060]+", re.MULTILINE)
+# Remarks and texts in quotes, each as a whole; a docstring that its line does not close has no group "closed".
+QUOTED = re.compile(
+    r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?"
+    r"|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
+)
 # How a program or the rest of one may begin.
 CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w|\w+ *(?::[^=]+)?=[^=]")
 
@@ -68,17 +74,23 @@ def extract_code(text: str, entry_point: str | None = None) -> str:
     Thoughts up to `</think>` are dropped. A block that is not closed goes to the end. Text that begins with code and
     then closes a block is the continuation of a block opened in the prompt. Text without any fence is returned as it
     is, indentation included, since it may continue the prompt's function; a remark before a definition of `entry_point`
-    is left out. What comes after the code is cut where it is run.
+    is left out. What comes after the code is cut where it is run. A fence in a docstring closes nothing, and marks
+    without width at the beginning of a line, such as the byte order mark, are left out.
     """
-    text = text.rsplit("</think>", 1)[-1]
+    text = INVISIBLE.sub("", text.rsplit("</think>", 1)[-1])
     if "<think>" in text:  # still thinking when the tokens ran out
         return ""
     blocks: list[tuple[str, str]] = []
     lines: list[str] = []
     opened: tuple[str, str, str] | None = None  # indentation, fence, language
-    for line in text.splitlines():
-        fence = FENCE.match(line)
-        last = None if fence else _last_line(line, lines, opened[1] if opened else "```")
+    whole = text.splitlines()
+    begins_with_code = CODE.match(next(filter(str.strip, whole), "")) is not None
+    end = -1  # of a docstring: the number of the line that closes it
+    for number, line in enumerate(whole):
+        fence = FENCE.match(line) if number > end else None
+        if not fence and number > end and (opened or (begins_with_code and not blocks)):
+            end = _docstring(whole, number, opened[0] if opened else "")
+        last = None if fence or number < end else _last_line(line, lines, opened[1] if opened else "```")
         if last is not None and (opened or (not blocks and CODE.match(next(filter(str.strip, [*lines, last]))))):
             indentation, _, language = opened or ("", "", "")
             blocks.append((language, "\n".join([*lines, last.removeprefix(indentation)])))
@@ -115,6 +127,25 @@ def _last_line(line: str, lines: Sequence[str], fence: str) -> str | None:
         return None
     block = "\n".join([*lines, code])
     return None if block.count('"""') % 2 or block.count("'''") % 2 else code
+
+
+def _docstring(lines: Sequence[str], number: int, margin: str) -> int:
+    """Number of the line that closes the docstring which this line opens, or this number where it opens none.
+
+    A docstring has no fence that stands further left than itself, and none that begins a block in a language at the
+    margin of the code: where there is one before its end, the code is broken.
+    """
+    opened = [text["quote"] for text in QUOTED.finditer(lines[number]) if text["quote"] and not text["closed"]]
+    if not opened:
+        return number
+    left = len(lines[number]) - len(lines[number].lstrip())
+    for later in range(number + 1, len(lines)):
+        if opened[0] in lines[later]:
+            return later
+        fence = FENCE.match(lines[later])
+        if fence and (len(fence[1]) < left or (fence[3] and fence[1] == margin)):
+            break
+    return number
 
 
 def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdict:

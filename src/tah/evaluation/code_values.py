@@ -90,6 +90,16 @@ def decode(wire: Any, thing: Callable[[Any], Any]) -> Any:
     return makers[kind](content)
 
 
-def run(statement: _ast.stmt, scope: dict[str, Any]) -> None:
-    """Run one statement of a program."""
-    exec(compile(_ast.Module([statement], []), "answer.py", "exec"), scope)
+def run(statement: _ast.stmt, scope: dict[str, Any], futures: int = 0) -> None:
+    """Run one statement of a program that has these `__future__` flags.
+
+    Args:
+        statement: the statement, as the parser gave it.
+        scope: the names that it may use, where those that it defines are put.
+        futures: the flags of its program, of which it has none by itself.
+
+    Raises:
+        BaseException: What the statement raises.
+    """
+    # Without `dont_inherit` it would have the flags of this file, which leave annotations alone.
+    exec(compile(_ast.Module([statement], []), "answer.py", "exec", futures, dont_inherit=True), scope)

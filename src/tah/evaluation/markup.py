@@ -17,6 +17,10 @@ COMMANDS = re.compile(
     r"large|Large|displaystyle|mbox|hbox|checkmark)\b"
 )
 COMMAND = re.compile(r"\\(?:text|math|operatorname|emph|underline)[a-z]* ?\{ ?[(\[]?([A-Za-z])[)\]]?[.:]? ?\}")
+# "5\\text{ A}" is in ampere: what is not bold behind a number is no letter of its own, unless it is in parentheses.
+UNIT = re.compile(r"(\d\}?) ?\\(?:text|textrm|mathrm|operatorname|mbox) ?\{ ?([A-Z]) ?\}")
+# A letter times a power or an index is a formula: "C e^{2t}", "$A x^2$".
+FACTOR = re.compile(r"(?<![\w\\])([A-J]) (?=[a-z][\^_]\{)|(?<=[$(])([A-J]) (?=[a-z][\^_(])")
 ANSWER_TAG = re.compile(r"<(?:final_?)?answer>|<answer:", re.IGNORECASE)
 TAGS = re.compile(r"</?(?:b|strong|i|em|code|p|u|span|br|div|mark|(?:final_?)?answer)\b[^<>\n]{0,80}>", re.IGNORECASE)
 DRESS = re.compile(r"\\f?boxed\b|\\\$|\\[()\[\]{}]|[*`${}]|__+")
@@ -29,6 +33,7 @@ def plain(text: str) -> str:
     text = BREAKS.sub(" ", text.translate(FULL_WIDTH))
     text = re.sub(" +", " ", text)
     text = TAGS.sub("\n", ANSWER_TAG.sub("\nAnswer: ", text)) if "<" in text else text
+    text = FACTOR.sub(r"\1\2·", UNIT.sub(r"\1 \2", text))
     for _ in range(2):  # \text{\textbf{C}}
         text = COMMAND.sub(r"{(\1) }", text)
     text = COMMANDS.sub("", text)
