@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
+DECIMAL_COMMA = re.compile(r"-?\d+,(?!\d{3}$)\d+|-?0,\d+")  # 3,14; but 3,000 is three thousand
 MOST = 4  # forms in which an answer may give the same value
 SHOWN = 1000  # characters of an extracted answer
 
@@ -60,26 +62,45 @@ class Gold:
     mathematics: bool
 
 
-@functools.lru_cache(maxsize=65536)
 def read_math(gold: str) -> Gold:
-    """Read the right answer. In the main thread only: the time limit is a signal.
+    """Read the right answer. This works in the main thread only, because the time limit is a signal.
 
     Args:
         gold: LaTeX or plain, with or without dollars; several values with commas, "and", "or", or as a set.
 
     Raises:
         ValueError: it cannot be read, neither as mathematics nor as words.
+        RuntimeError: it was called in another thread than the main one.
     """
+    _refuse_threads()
+    try:
+        return _read_math(gold)
+    except TimeoutException:  # is not remembered: on a machine that is less busy the time may suffice
+        return Gold(*_cut(gold), False)
+
+
+@functools.lru_cache(maxsize=65536)
+def _read_math(gold: str) -> Gold:
+    text, values = _cut(gold)
+    try:
+        known = timeout(SECONDS)(lambda: all(is_whole(value.bare) for value in values))()
+    except RecursionError:
+        known = False
+    return Gold(text, values, known)
+
+
+def _refuse_threads() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("mathematics is graded in the main thread only; use a process for each grader instead")
+
+
+def _cut(gold: str) -> tuple[str, tuple[Value, ...]]:
+    """The text of a right answer, undressed, and its values."""
     text = undress(gold)
     balanced = len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
     if not balanced or not re.search(r"\w", text.replace(r"\boxed", "")):
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
-    values = _unlike([dressed(part, gold=True) for part in members(text)], _same_text)
-    try:
-        known = timeout(SECONDS)(lambda: all(is_whole(value.bare) for value in values))()
-    except (TimeoutException, RecursionError):
-        known = False
-    return Gold(text, tuple(values), known)
+    return text, tuple(_unlike([dressed(part, gold=True) for part in members(text)], _same_text))
 
 
 def grade_math(gold: str, text: str) -> Grade:
@@ -88,38 +109,44 @@ def grade_math(gold: str, text: str) -> Grade:
 
 
 def judge_math(gold: str, text: str) -> Verdict:
-    """Grade a mathematical answer. In the main thread only, as `read_math`.
+    """Grade a mathematical answer. This works in the main thread only, as `read_math` does.
 
     Args:
         gold: the right answer, as in `read_math`.
         text: the whole answer.
+
+    Raises:
+        ValueError: the right answer cannot be read.
+        RuntimeError: it was called in another thread than the main one.
     """
     started = time.monotonic()
     wanted = read_math(gold)
+    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each. It is read here: reading has
+    # a time limit of its own, and there is one signal only
+    listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
     found = boxes(reply)
     stated = statements(reply, found) if found else []
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
     try:
-        return timeout(limit)(lambda: _boxed(wanted, stated) if found else _unboxed(wanted, reply))()
+        return timeout(limit)(lambda: _boxed(wanted, listed, stated) if found else _unboxed(wanted, reply))()
     except (TimeoutException, RecursionError) as error:
         why = f"comparing took more than {limit} s" if isinstance(error, TimeoutException) else "nested too deeply"
         return Verdict("wrong" if shown else "unparsed", shown, why)
 
 
-def _boxed(gold: Gold, stated: list[list[str]]) -> Verdict:
+def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
+    """What the boxes give; `listed` is the right answer as a list where its commas may separate."""
     reason = None if gold.mathematics else "compared as text"
     if not stated:
-        return Verdict("wrong", None, "more boxes than an answer has")
+        return Verdict("wrong", None, "its boxes are no one answer")
     # A right answer of one value is looked for in the last list only: what was boxed on the way is no part of it
     for parts in stated if len(gold.values) > 1 else stated[:1]:
         if _is_right(gold, parts):
             return Verdict("right", ", ".join(parts)[:SHOWN], reason)
-    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each.
-    if GROUPED.fullmatch(gold.text) and len(stated[0]) == gold.text.count(",") + 1:
-        if _is_right(read_math(gold.text.replace(",", ", ")), stated[0]):
-            return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
+    if listed and len(stated[0]) == gold.text.count(",") + 1 and _is_right(listed, stated[0]):
+        return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
     return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
 
 
@@ -181,7 +208,7 @@ def _one_whole(gold: Gold, whole: str) -> bool:
     """Whether the text is the one value, commas and all: a function's arguments, a decimal comma."""
     if _alike(gold.values[0], dressed(whole)):
         return True
-    return bool(re.fullmatch(r"-?\d+,\d+", whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
+    return bool(DECIMAL_COMMA.fullmatch(whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
 
 
 def _values_match(gold: Gold, values: list[Value]) -> bool:

@@ -20,7 +20,8 @@ from sympy.core.relational import Relational
 from .dress import inner, split
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
-SMALL = 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
+DECIMAL = 5e-7  # the sixth decimal, rounded
+SMALL, TINY = 5e-3, 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
 RELATIVE = 1e-6
 LONGEST = 2000  # characters; nothing longer is mathematics
 DEEPEST = 100  # brackets within each other
@@ -251,7 +252,8 @@ def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
         return False
     size = max(map(abs, values))
     symbols = bool(gold.free_symbols | said.free_symbols)
-    if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > RELATIVE * size:
+    tolerance = RELATIVE * size if symbols else _tolerance(size)
+    if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > tolerance:
         return False
     try:
         return sympy.simplify(gold - said) != 0
@@ -260,11 +262,16 @@ def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
 
 
 def _equal_floats(gold: sympy.Expr, said: sympy.Expr) -> bool:
-    """Whether they are one number, of which a side was written with a point: math-verify compares its last digits."""
+    """Whether they are one number, of which a side was written with a point, to six decimals or fifteen digits."""
     if gold.free_symbols | said.free_symbols or not (gold.has(sympy.Float) or said.has(sympy.Float)):
         return False
     values = _numbers(gold, said)
-    return values is not None and abs(values[0] - values[1]) <= 1e-9 * max(map(abs, values))
+    return values is not None and abs(values[0] - values[1]) <= _tolerance(max(map(abs, values)))
+
+
+def _tolerance(size: float) -> float:
+    """How far two numbers of this size may be apart: less for small ones, of which six decimals say little."""
+    return max(DECIMAL, 1e-14 * size) if size >= SMALL else (1e-4 if size >= TINY else RELATIVE) * size
 
 
 # -- regions ---------------------------------------------------------------------------------------------------------

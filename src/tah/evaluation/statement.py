@@ -25,18 +25,31 @@ SEPARATE = re.compile(  # says more than a list would: a step, a doubt, another 
     re.IGNORECASE,
 )
 # After a doubt, what was boxed before is no longer said; nor after a conclusion, unless it is that of another part
-DOUBT = re.compile(
-    r"\b(?:wait|actually|instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|hmm|rather|recheck|reconsider|oops|"
-    r"not right|not correct|misread|let me (?:re|try|check)\w*|no,|but the (?:\w+ )?answers?)\b",
+DENIAL = re.compile(
+    r"\b(?:instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|rather|oops|not right|not correct|misread|no,|"
+    r"does(?:n't| not)|fails?|failed|invalid|extraneous|discard\w*|reject\w*|errors?|redo|upon|review\w*|attempts?|should be|"
+    r"left with|only (?:valid|correct|acceptable|admissible|feasible)|but the (?:\w+ )?answers?)\b|"
+    r"\bonly[\s$(]*(?:[a-z]\s?=\s?)?$",
     re.IGNORECASE,
 )
+HESITATION = re.compile(
+    r"\b(?:wait|actually|hmm|recheck|reconsider|let me (?:re|try|check|double)\w*)\b", re.IGNORECASE
+)
+ADDITION = re.compile(r"\b(?:but|and|is|are|we|have|get) also\b[^.!?\n]{0,40}$", re.IGNORECASE)
 CONCLUSION = re.compile(
-    r"\b(?:final answers?|(?:the|our|my) (?:answers?|solutions?) (?:is|are)|"
-    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both) (?:\w+ ){0,2}?(?:answers?|solutions?|values?|roots?))\b",
+    r"\b(?:final answers?|(?:the|our|my) (?:answers?|solutions?) (?:is|are)|total of|in total|altogether|"
+    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both))\b",
     re.IGNORECASE,
 )
 ANOTHER = re.compile(
-    r"\b(?:part|case|question|problem|second|third|other|another)\b|\([b-e]\)|\b[2-9]\.", re.IGNORECASE
+    r"\b(?:part|case|question|problem|second|third|other|another|larger|smaller|largest|smallest)\b|\([b-e]\)|\b[2-9]\.",
+    re.IGNORECASE,
+)
+# Said behind a list: one of its members is left
+ONE_IS_LEFT = re.compile(
+    r"(?<!\bthe )\bonly (?:the )?(?:first|second|third|last|former|latter|one|positive|negative|larger|smaller|[$\\(]*[a-z]?\s?=?\s?-?\d+)"
+    r"(?![\d.])(?! (?:\w+ )?(?:solutions?|roots?|values?|numbers?)\b)",
+    re.IGNORECASE,
 )
 FARTHEST = 200  # characters between two boxes of one list
 ANSWER = re.compile(r"\banswers?\b[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)[\s*]*([^\n]+)", re.IGNORECASE)
@@ -62,6 +75,8 @@ def statements(text: str, found: list[Box]) -> list[list[str]]:
     while since > 0 and not _takes_back(between[since - 1]):
         since -= 1
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
+    if ONE_IS_LEFT.search(text[found[-1].end : found[-1].end + FARTHEST]):
+        spans = [span for span in spans if len(span) == 1]  # no list stands
     distinct = [list(dict.fromkeys(box.content for box in span)) for span in spans]
     return [contents for contents in distinct if len(contents) <= MOST]
 
@@ -75,7 +90,9 @@ def _is_list(between: str) -> bool:
 
 
 def _takes_back(between: str) -> bool:
-    return bool(DOUBT.search(between) or (CONCLUSION.search(between) and not ANOTHER.search(between)))
+    if DENIAL.search(between) or (HESITATION.search(between) and not ADDITION.search(between)):
+        return True
+    return bool(CONCLUSION.search(between) and not ANOTHER.search(between))
 
 
 def said(text: str) -> str | None:
