@@ -26,11 +26,12 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
+from .coordinates import coordinates, one_by_one, same_coordinates
 from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
 from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
 from .letters import grade_choice as grade_choice
 from .reply import Grade, Verdict, after_thoughts, boxes
-from .statement import said, statements
+from .statement import corrected, is_no_value, said, statements
 from .units import same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
@@ -38,7 +39,6 @@ SECONDS = 5  # for reading and comparing together; an expression may be made to 
 # goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
-NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
@@ -127,6 +127,8 @@ def judge_math(gold: str, text: str) -> Verdict:
     reply = after_thoughts(text)
     found = boxes(reply)
     stated = statements(reply, found) if found else []
+    if found and (later := corrected(reply[found[-1].end :])):
+        stated = [[later]]
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
     try:
@@ -152,8 +154,11 @@ def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
     """Without a box: what the reply says the answer is, else what math-verify finds."""
-    if (phrase := said(reply)) and _is_right(gold, [phrase]):
+    phrase, named = said(reply)
+    if phrase and _is_right(gold, [phrase]):
         return Verdict("right", phrase, None if gold.mathematics else "compared as text")
+    if phrase and named and is_no_value(phrase):  # its first number is not the answer
+        return Verdict("wrong", phrase[:SHOWN], None if gold.mathematics else "compared as text")
     text = reply.translate(PROSE).replace(r"\$", "")
     try:
         found = extract_target_from_pred(text, get_extraction_regexes(EXTRACTION), fallback_mode="first_match")
@@ -194,11 +199,10 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
     said_values = [dressed(value) for text in texts for value in members(text)]
     if len(gold.values) == 1:
         right = len(texts) == 1 and _one_whole(gold, whole)
-        right = right or _in_order(gold, said_values)
+        is_set = len(texts) == 1 and inner(texts[0], r"\{") is not None
+        right = right or (not is_set and len(said_values) > 1 and _in_order(gold, said_values))
     elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
-        if len(said_values) == 1:  # the same for all
-            said_values *= len(gold.values)
-        return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
+        return _for_names(gold, said_values)  # x=1, y=2 without its names
     else:
         right = False
     return right or _values_match(gold, said_values) or _same_region(gold.text, r" \text{ or } ".join(texts))
@@ -223,22 +227,23 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
 
 def _names(values: Sequence[Value]) -> int:
     """How many different names the values have, as x in x=1."""
-    return len({name[1].strip() for value in values if (name := NAME.match(value.text))})
+    return len({name for name, _ in one_by_one(values) if name})
+
+
+def _for_names(gold: Gold, values: list[Value]) -> bool:
+    """Whether a tuple, or values without names in the same order, are those of the names of the right answer."""
+    wanted = one_by_one(gold.values)
+    if len(values) == 1 and (found := coordinates(values[0].text)):
+        return same_coordinates(wanted, found, _alike)
+    if len(values) == 1:  # the same for all
+        values = values * len(wanted)
+    return len(wanted) == len(values) and all(_alike(one, other) for (_, one), other in zip(wanted, values, strict=True))
 
 
 def _in_order(gold: Gold, values: list[Value]) -> bool:
     """Whether the values are the coordinates of the right answer, a tuple."""
-    if len(gold.values) != 1 or len(values) < 2:
-        return False
-    within = inner(gold.values[0].text.rpartition("=")[2].strip(), "(")
-    coordinates = [dressed(part, gold=True) for part in split(within)] if within else []
-    return len(coordinates) > 1 and _pairwise(coordinates, values)
-
-
-def _pairwise(golds: Sequence[Value], values: Sequence[Value]) -> bool:
-    """Whether the values are the same one by one, whatever their names."""
-    nameless = [[dressed(NAME.sub("", one.text)) for one in side] for side in (golds, values)]
-    return len(golds) == len(values) and all(map(_alike, *nameless))
+    wanted = coordinates(gold.values[0].text, gold=True)
+    return wanted is not None and same_coordinates(wanted, one_by_one(values), _alike)
 
 
 def _same_region(gold: str, text: str) -> bool:

@@ -58,7 +58,7 @@ REWRITES = [
         (r"\\neq\b|!=", r"\\ne "),
         (r"\\varnothing\b", r"\\emptyset "),
         (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
-        (r"(?<!\\)\{ +\}", " "),
+        (r"(?<![\\a-zA-Z])\{ +\}", " "),
         (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
         (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
@@ -75,6 +75,8 @@ REWRITES = [
         (r"(?<=\d) (?:trillion)\b", r" \\times 10^{12}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
+        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
         (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
     )
 ]  # fmt: skip

@@ -17,7 +17,8 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify.grader import should_treat_as_complex, sympy_expr_eq
 from sympy.core.relational import Relational
 
-from .dress import inner, split
+from .coordinates import coordinates, same_coordinates
+from .dress import split
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
 DECIMAL = 5e-7  # the sixth decimal, rounded
@@ -166,11 +167,9 @@ def equal(gold: str, said: str) -> bool:
     """
     if plain_text(gold) == plain_text(said):
         return True
-    parts = [inner(text, "(") for text in (gold, said)]
-    if parts[0] is not None and parts[1] is not None:
-        golds, saids = split(parts[0]), split(parts[1])
-        if len(golds) > 1 or len(saids) > 1:
-            return len(golds) == len(saids) and all(map(equal, golds, saids))
+    golds, saids = coordinates(gold, True), coordinates(said)
+    if golds and saids:
+        return same_coordinates(golds, saids, lambda one, other: equal(one.text, other.text))
     cased = _two_cases(gold) or _two_cases(said)
     real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
     first = read(gold, cased, real)

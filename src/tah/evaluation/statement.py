@@ -51,8 +51,22 @@ ONE_IS_LEFT = re.compile(
     r"(?![\d.])(?! (?:\w+ )?(?:solutions?|roots?|values?|numbers?)\b)",
     re.IGNORECASE,
 )
+MINUS_BEFORE = re.compile(r"(?:^|[\s$=(\[])-$|[$=(\[]\s*-\s?$")
+FACTOR_AFTER = re.compile(r"\s?\\pi(?![a-zA-Z])|_(?:\{\d+\}|\d+)|[xyz](?!\w)")
 FARTHEST = 200  # characters between two boxes of one list
-ANSWER = re.compile(r"\banswers?\b[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)[\s*]*([^\n]+)", re.IGNORECASE)
+ANSWER = re.compile(
+    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)", re.IGNORECASE
+)
+# "not 42, it is 43" says 43
+NOT_BUT = re.compile(r"^not\b[^,;]*[,;]\s*(?:but|it is|it's|rather|instead)(?: rather)?\s+(?=\S)", re.IGNORECASE)
+# A phrase that holds a number and does not say that this is the answer: "at least 5", "3 or 5", "10x"
+BOUND = re.compile(
+    r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
+    re.IGNORECASE,
+)
+SEVERAL = re.compile(r"\d[\s$*)\]}\\]*(?:,\s+|,?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]", re.IGNORECASE)
+REASON = re.compile(r",?\s+(?:because|since|as|which|so|when|after|per|that)\b.*", re.IGNORECASE)
+LONG_NAME = re.compile(r"(?<!\\)\b[a-zA-Z]{2,}")
 SENTENCE = re.compile(r"[.!](?=\s|\*|$)")
 MOST = 64  # different boxes of one statement; a model that repeats itself may write one a thousand times
 
@@ -77,8 +91,15 @@ def statements(text: str, found: list[Box]) -> list[list[str]]:
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
     if ONE_IS_LEFT.search(text[found[-1].end : found[-1].end + FARTHEST]):
         spans = [span for span in spans if len(span) == 1]  # no list stands
-    distinct = [list(dict.fromkeys(box.content for box in span)) for span in spans]
+    distinct = [list(dict.fromkeys(_with_neighbours(text, box) for box in span)) for span in spans]
     return [contents for contents in distinct if len(contents) <= MOST]
+
+
+def _with_neighbours(text: str, box: Box) -> str:
+    r"""The content of a box with the sign before it and the factor or base after it: `-\boxed{12}`, `\boxed{12}\pi`."""
+    sign = "-" if MINUS_BEFORE.search(text[max(0, box.start - 4) : box.start]) else ""
+    after = FACTOR_AFTER.match(text, box.end)
+    return f"{sign}{box.content}{after[0] if after else ''}"
 
 
 def _is_list(between: str) -> bool:
@@ -95,8 +116,39 @@ def _takes_back(between: str) -> bool:
     return bool(CONCLUSION.search(between) and not ANOTHER.search(between))
 
 
-def said(text: str) -> str | None:
+def corrected(text: str) -> str | None:
+    """The number that "the answer is ..." gives after a doubt; None where there is no doubt or no number.
+
+    Args:
+        text: what follows the last box.
+    """
+    doubt = DENIAL.search(text) or HESITATION.search(text)
+    found = ANSWER.findall(text[doubt.end() :][-2000:]) if doubt else []
+    phrase = REASON.sub("", _sentence(found[-1])) if found else ""
+    if len(phrase) > 40:
+        return None
+    return phrase if re.match(r"[$(\s]*(?:\\[(\[])?\s*(?:[a-zA-Z]\s?=\s?)?(?:-?[\d.]|\\(?!boxed)[a-zA-Z])", phrase) else None
+
+
+def is_no_value(phrase: str) -> bool:
+    """Whether what follows "the answer is" denies, bounds or lists numbers, or is a formula instead of a number."""
+    letters = re.sub(r"\\[a-zA-Z]+", "", phrase)
+    formula = re.search(r"\d\s*[a-zA-Z^!]|\d\s*[-+*/]\s*[\da-zA-Z]", letters) and "=" not in phrase
+    return bool(
+        BOUND.search(phrase) or SEVERAL.search(phrase) or (formula and not LONG_NAME.search(letters))
+    )
+
+
+def _sentence(phrase: str) -> str:
+    """The first sentence."""
+    end = SENTENCE.search(phrase)
+    return NOT_BUT.sub("", phrase[: end.start() if end else None].strip("* "))
+
+
+def said(text: str) -> tuple[str | None, bool]:
     """What follows the last "the answer is", or all of a reply of one short line; None where neither is there.
+
+    The second of the two is whether the reply speaks of an answer.
 
     Args:
         text: a reply without boxes.
@@ -106,5 +158,5 @@ def said(text: str) -> str | None:
         phrase = phrases[-1]
         end = SENTENCE.search(phrase)
         rest = tail[tail.rindex(phrase) + (end.end() if end else len(phrase)) :]
-        return None if re.search(r"\d", rest) else phrase[: end.start() if end else None].strip("* ")
-    return tail.strip("*# ") if len(text) <= 80 and "\n" not in text.strip() else None
+        return (None if re.search(r"\d", rest) else _sentence(phrase)), True
+    return (tail.strip("*# ") if len(text) <= 80 and "\n" not in text.strip() else None), False

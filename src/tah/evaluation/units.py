@@ -67,14 +67,17 @@ UNITS = {
 # Words that change a value or speak of it: no units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
-    r"all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
+    r"st|nd|rd|th|all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
     r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
 )
+# These do speak of it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
+BEHIND = ("of", "in", "times", "all", "over", "to", "and")
 POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
 # What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
 AMOUNT = re.compile(
     r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\}|\^-?\d)+"
 )
+NUMBER_WITHIN = re.compile(r"(?<![\^\-{a-zA-Z\d.,])\d")  # another amount; `m^2`, `s^-1` and `cm2` hold none
 SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
 IN_TEXT = re.compile(
     rf"(?=\s*\\(?:text|frac))(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$"
@@ -104,7 +107,8 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
             continue
         names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ|frac)", " ", found[0]))
         known = all(_name(name) or name == "per" for name in names)
-        if not names or (not known and any(NO_UNIT.fullmatch(name.lower()) for name in names)):
+        changing = [name for name in names if NO_UNIT.fullmatch(name.lower()) and not (spoken and name in BEHIND)]
+        if not names or (not known and changing) or (spoken and NUMBER_WITHIN.search(found[0])):
             continue
         if _is_unit(names, known, spoken, gold) and _follows(body, spoken, known, text[len(body) :]):
             return body, _unit(found[0])
@@ -112,8 +116,8 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
 
 
 def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
-    if spoken:  # in \\text
-        return known or len(names[0]) > 1
+    if spoken:  # in \\text; M is molar there
+        return known or len(names[0]) > 1 or names == ["M"]
     if known:
         return not (gold and any(len(name) == 1 or name in ("mg", "ml") for name in names))
     first = len(names[0]) > 3 or _name(names[0]) is not None
@@ -123,7 +127,7 @@ def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
 def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
     """Whether a unit can follow this: an amount, and a space where the unit is a word that is not known."""
     if spoken:
-        return bool(re.search(r"[\w)}\]]$|\\pi$", body)) and (known or bool(re.search(r"\d", body)))
+        return bool(re.search(r"[\w)}\]]$|\\(?:pi|%)$", body)) and (known or bool(re.search(r"\d", body)))
     return bool(AMOUNT.fullmatch(body)) and (known or rest[0].isspace())
 
 
