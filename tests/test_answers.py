@@ -149,7 +149,7 @@ WHOLE = [
     ("1+2+\\ldots+n", r"\boxed{1+2+\ldots+n}", "right"),
     (r"\{x \mid x>2\}", r"\boxed{(2,\infty)}", "right"),
     (r"\{x \mid x>2\}", r"\boxed{2}", "wrong"),
-    (r"n \equiv 1 \pmod 3", r"\boxed{n \equiv 1 \pmod{3}}", "wrong"),  # as text: braces are not understood
+    (r"n \equiv 1 \pmod 3", r"\boxed{n \equiv 1 \pmod{3}}", "right"),
     (r"n \equiv 1 \pmod{3}", r"\boxed{n\equiv 1\pmod{3}}", "right"),
     (r"n \equiv 1 \pmod{3}", r"\boxed{1}", "wrong"),
     ("yes", r"\boxed{\text{Yes}}", "right"),

@@ -26,7 +26,7 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
-from .coordinates import coordinates, one_by_one, same_coordinates
+from .coordinates import TUPLE, coordinates, one_by_one, same_coordinates
 from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
 from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
 from .letters import grade_choice as grade_choice
@@ -248,7 +248,7 @@ def _in_order(gold: Gold, values: list[Value]) -> bool:
 
 def _same_region(gold: str, text: str) -> bool:
     """Whether both describe the same numbers: an inequality and an interval, several of them."""
-    if not (INEQUALITY.search(gold) and INEQUALITY.search(text)):
+    if not (INEQUALITY.search(gold) and INEQUALITY.search(text)) or TUPLE.match(gold) or TUPLE.match(text):
         return False
     unknown = unknowns(gold), unknowns(text)
     if all(unknown) and unknown[0] != unknown[1]:

@@ -18,7 +18,7 @@ from math_verify.grader import should_treat_as_complex, sympy_expr_eq
 from sympy.core.relational import Relational
 
 from .coordinates import coordinates, same_coordinates
-from .dress import split
+from .dress import inner, sides, split
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
 DECIMAL = 5e-7  # the sixth decimal, rounded
@@ -170,6 +170,10 @@ def equal(gold: str, said: str) -> bool:
     golds, saids = coordinates(gold, True), coordinates(said)
     if golds and saids:
         return same_coordinates(golds, saids, lambda one, other: equal(one.text, other.text))
+    if (golds or saids) and any(inner(side, r"\{") is not None or len(split(side)) > 1 for side in (gold, said)):
+        return False  # a set is no tuple
+    if (inner(gold, "[") is None) != (inner(said, "[") is None) or _is_side(gold, said):
+        return False
     cased = _two_cases(gold) or _two_cases(said)
     real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
     first = read(gold, cased, real)
@@ -177,6 +181,21 @@ def equal(gold: str, said: str) -> bool:
     if first is None or second is None or not is_whole(gold, cased, real):
         return False
     return same(first, second) and is_whole(said, cased, real)
+
+
+NAMED = re.compile(  # what an equation may only give a name by: x, x_{1}, \theta, f(x), AB, |S|, \angle A B C, \text{Profit}
+    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]+\s*)+(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
+)
+BARE = re.compile(r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?")
+
+
+def _is_side(gold: str, said: str) -> bool:
+    """Whether the answer is a side of an equation that says more than a name's value, as `m=n` and `a=b=1` do."""
+    first, *others = sides(gold)
+    if not others or len(sides(said)) > 1:
+        return False
+    named = NAMED.fullmatch(first)
+    return not named or (not named["of"] and any(BARE.fullmatch(other) for other in others))
 
 
 def _two_cases(text: str) -> bool:

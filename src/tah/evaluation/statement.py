@@ -66,6 +66,7 @@ BOUND = re.compile(
 )
 SEVERAL = re.compile(r"\d[\s$*)\]}\\]*(?:,\s+|,?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]", re.IGNORECASE)
 REASON = re.compile(r",?\s+(?:because|since|as|which|so|when|after|per|that)\b.*", re.IGNORECASE)
+FORMULA = re.compile(r"[\w\s+\-*/^!.,$()\[\]{}\\]*", re.ASCII)
 LONG_NAME = re.compile(r"(?<!\\)\b[a-zA-Z]{2,}")
 SENTENCE = re.compile(r"[.!](?=\s|\*|$)")
 MOST = 64  # different boxes of one statement; a model that repeats itself may write one a thousand times
@@ -133,10 +134,8 @@ def corrected(text: str) -> str | None:
 def is_no_value(phrase: str) -> bool:
     """Whether what follows "the answer is" denies, bounds or lists numbers, or is a formula instead of a number."""
     letters = re.sub(r"\\[a-zA-Z]+", "", phrase)
-    formula = re.search(r"\d\s*[a-zA-Z^!]|\d\s*[-+*/]\s*[\da-zA-Z]", letters) and "=" not in phrase
-    return bool(
-        BOUND.search(phrase) or SEVERAL.search(phrase) or (formula and not LONG_NAME.search(letters))
-    )
+    formula = FORMULA.fullmatch(letters) and not LONG_NAME.search(letters)
+    return bool(BOUND.search(phrase) or SEVERAL.search(phrase) or formula)
 
 
 def _sentence(phrase: str) -> str:

@@ -83,7 +83,20 @@ IN_TEXT = re.compile(
     rf"(?=\s*\\(?:text|frac))(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$"
 )
 IN_LETTERS = re.compile(rf"(?:(?<![a-zA-Z\\])(?=[a-zA-Z])|(?=\s+[a-zA-Z]))(?:[a-zA-Z.]|{POWER}|[/\s]|\\cdot)+$")
-CURRENCY = re.compile(r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d))\s*")
+CURRENCY = re.compile(
+    r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d)|\\text\{\s*(?:US|USD|Rs\.?)\s*\}(?=\s*\d))\s*"
+)
+# Units that are written with signs, as \\text: only in an answer, behind an amount; in a right answer they may be symbols
+SIGNED = [
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"(?:\\text\{\s*([kMG])\s*\}\s*|\b([kMG])\s*)?\\Omega$", r"\\text{\1\2ohm}"),
+        (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
+        (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\(?:AA|r\s+A)(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
+        (r"([MLR])_(?:\{\s*\\odot\s*\}|\\odot)$", r"\\text{solar \1}"),
+        (r"\\frac\{\s*([a-zA-Z]+)\s*\}\{\s*([a-zA-Z]+(?:\^\{?\d\}?)?)\s*\}$", r"\\text{\1}/\\text{\2}"),
+    )
+]
 
 
 def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
@@ -93,6 +106,8 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
         text: of one value, undressed.
         gold: it is the right answer, in which `5m` is a product.
     """
+    if not gold:
+        text = _spelled(text)
     if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
         body, unit = without_unit(text[sign.end() :], gold)
         return sign[1] + body, unit or _unit(sign[2] or "$")
@@ -113,6 +128,14 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
         if _is_unit(names, known, spoken, gold) and _follows(body, spoken, known, text[len(body) :]):
             return body, _unit(found[0])
     return text, None
+
+
+def _spelled(text: str) -> str:
+    """A value with its unit in words where this was written with signs, as \\Omega."""
+    for pattern, to in SIGNED:
+        if (found := pattern.search(text)) and found.start() and AMOUNT.fullmatch(text[: found.start()]):
+            return text[: found.start()] + found.expand(to)
+    return text
 
 
 def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
