@@ -147,9 +147,14 @@ def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
     for parts in stated if len(gold.values) > 1 else stated[:1]:
         if _is_right(gold, parts):
             return Verdict("right", ", ".join(parts)[:SHOWN], reason)
-    if listed and len(stated[0]) == gold.text.count(",") + 1 and _is_right(listed, stated[0]):
+    if listed and _many(stated[0]) == len(listed.values) and _is_right(listed, stated[0]):
         return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
     return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
+
+
+def _many(parts: list[str]) -> int:
+    """How many values somebody has set apart, by boxes or by a word, not only by commas between digits."""
+    return len(parts) if len(parts) > 1 else len(members(undress(parts[0][:LONGEST])))
 
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
@@ -237,7 +242,9 @@ def _for_names(gold: Gold, values: list[Value]) -> bool:
         return same_coordinates(wanted, found, _alike)
     if len(values) == 1:  # the same for all
         values = values * len(wanted)
-    return len(wanted) == len(values) and all(_alike(one, other) for (_, one), other in zip(wanted, values, strict=True))
+    return len(wanted) == len(values) and all(
+        _alike(one, other) for (_, one), other in zip(wanted, values, strict=True)
+    )
 
 
 def _in_order(gold: Gold, values: list[Value]) -> bool:

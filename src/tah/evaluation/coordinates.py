@@ -9,17 +9,22 @@ from .dress import Value, dressed, inner, split
 
 NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
 TUPLE = re.compile(r"^(\([^()]*,[^()]*\))\s*=\s*(\(.*\))$")
+COLUMN = re.compile(
+    r"^\\begin\{[pb]matrix\}((?:(?!\\\\|\\begin)[^&])*(?:\\\\(?:(?!\\\\|\\begin|\\end)[^&])+)+)\\end\{[pb]matrix\}$"
+)
 AXES = ("x", "y", "z")  # the only names that have an order of their own
 Coordinate = tuple[str | None, Value]
 
 
 def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
-    r"""The coordinates of `(1,2)` or `(a,b)=(1,2)` with their names; None where the text is no tuple.
+    r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where the text is no tuple.
 
     Args:
         text: of one value, undressed.
         gold: it is the right answer.
     """
+    if column := COLUMN.match(text):
+        return [(None, dressed(part, gold)) for part in column[1].split(r"\\")]
     names: list[str | None] = []
     if named := TUPLE.match(text):
         names = [re.sub(r"\s", "", name) for name in split(named[1][1:-1])]

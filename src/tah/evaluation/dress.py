@@ -76,7 +76,7 @@ REWRITES = [
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
         (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
-        (r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
         (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
         (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
         (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
@@ -90,6 +90,31 @@ WHOLE_TEXT = re.compile(r"\s*\\text\{([^{}]*)\}\s*")
 LISTED = re.compile(r",\s|;|\b(?:and|or)\b")
 AMOUNT_IN_TEXT = re.compile(r"^\\text\{\s*((?:\\dollars)?\s*-?\d[\d.,/]*)(?=[\sa-zA-Z])\s*([^{}]*)\}")
 
+REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")  # 0.1\overline{6}
+ROWS = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}")
+INTERVALS = [  # (0;1], ]0,1], [0,1[
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"([(\[\]])([^()\[\];,]*);([^()\[\];,]*)([)\[\]])", r"\1\2,\3\4"),
+        (r"^\]([^()\[\],]*,[^()\[\],]*)(?=[\[\])]$)", r"(\1"),
+        (r"^([(\[][^()\[\],]*,[^()\[\],]*)\[$", r"\1)"),
+    )
+]
+
+
+def _fraction(found: re.Match[str]) -> str:
+    r"""The repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
+    whole, before, period = found[1] + found[2], found[2], found[3] or found[4]
+    below = (10 ** len(period) - 1) * 10 ** len(before)
+    return rf"\frac{{{int(whole + period) - int(whole or 0)}}}{{{below}}}"
+
+
+def _listed(found: re.Match[str]) -> str:
+    """Equations below each other as a list; what else stands in rows, as the cases of a function, is left."""
+    rows = [row.replace("&", " ").strip(" ,;") for row in re.split(r"\\\\|\\newline", found[2])]
+    rows = [row for row in rows if row]
+    return ", ".join(rows) if all(len(sides(row)) == 2 and len(split(row)) == 1 for row in rows) else found[0]
+
 
 def undress(text: str) -> str:
     """The text of an answer, a value or several, with one way of writing for what has many."""
@@ -97,6 +122,9 @@ def undress(text: str) -> str:
     text = re.sub(f"[{RAISED}]+", lambda found: f"^{{{found[0].translate(FROM_RAISED)}}}", text)
     text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
     for pattern, to in REWRITES:
+        text = pattern.sub(to, text)
+    text = REPEATING.sub(_fraction, ROWS.sub(_listed, text))
+    for pattern, to in INTERVALS:
         text = pattern.sub(to, text)
     if (whole := WHOLE_TEXT.fullmatch(text)) and LISTED.search(whole[1]):
         text = whole[1]
@@ -224,10 +252,12 @@ LABELS = [
     (re.compile(pattern, re.IGNORECASE), to)
     for pattern, to in (
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
+        (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
         (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
         (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
         (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
+        (r"(?<=[a-zA-Z])\.\}$", "}"),
     )
 ]
 

@@ -184,7 +184,7 @@ def equal(gold: str, said: str) -> bool:
 
 
 NAMED = re.compile(  # what an equation may only give a name by: x, x_{1}, \theta, f(x), AB, |S|, \angle A B C, \text{Profit}
-    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]+\s*)+(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
+    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]\s*)+(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
 )
 BARE = re.compile(r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?")
 

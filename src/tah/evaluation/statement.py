@@ -55,16 +55,23 @@ MINUS_BEFORE = re.compile(r"(?:^|[\s$=(\[])-$|[$=(\[]\s*-\s?$")
 FACTOR_AFTER = re.compile(r"\s?\\pi(?![a-zA-Z])|_(?:\{\d+\}|\d+)|[xyz](?!\w)")
 FARTHEST = 200  # characters between two boxes of one list
 ANSWER = re.compile(
-    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)", re.IGNORECASE
+    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)",
+    re.IGNORECASE,
 )
 # "not 42, it is 43" says 43
-NOT_BUT = re.compile(r"^not\b[^,;]*[,;]\s*(?:but|it is|it's|rather|instead)(?: rather)?\s+(?=\S)", re.IGNORECASE)
+NOT_BUT = re.compile(
+    r"^not\b[^,;]*?(?:[,;]\s*|\s(?=but\b|rather\b))(?:but|it is|it's|rather|instead)(?: rather)?\s+(?=\S)",
+    re.IGNORECASE,
+)
 # A phrase that holds a number and does not say that this is the answer: "at least 5", "3 or 5", "10x"
 BOUND = re.compile(
     r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
     re.IGNORECASE,
 )
-SEVERAL = re.compile(r"\d[\s$*)\]}\\]*(?:,\s+|,?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]", re.IGNORECASE)
+SEVERAL = re.compile(
+    r"\d(?:\s*[a-zA-Z]+(?=\s+(?:or|and)\b)|[\s$*)\]}\\]*)(?:,\s+|,?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]",
+    re.IGNORECASE,
+)
 REASON = re.compile(r",?\s+(?:because|since|as|which|so|when|after|per|that)\b.*", re.IGNORECASE)
 FORMULA = re.compile(r"[\w\s+\-*/^!.,$()\[\]{}\\]*", re.ASCII)
 LONG_NAME = re.compile(r"(?<!\\)\b[a-zA-Z]{2,}")
@@ -128,7 +135,11 @@ def corrected(text: str) -> str | None:
     phrase = REASON.sub("", _sentence(found[-1])) if found else ""
     if len(phrase) > 40:
         return None
-    return phrase if re.match(r"[$(\s]*(?:\\[(\[])?\s*(?:[a-zA-Z]\s?=\s?)?(?:-?[\d.]|\\(?!boxed)[a-zA-Z])", phrase) else None
+    return (
+        phrase
+        if re.match(r"[$(\s]*(?:\\[(\[])?\s*(?:[a-zA-Z]\s?=\s?)?(?:-?[\d.]|\\(?!boxed)[a-zA-Z])", phrase)
+        else None
+    )
 
 
 def is_no_value(phrase: str) -> bool:

@@ -90,9 +90,9 @@ CURRENCY = re.compile(
 SIGNED = [
     (re.compile(pattern), to)
     for pattern, to in (
-        (r"(?:\\text\{\s*([kMG])\s*\}\s*|\b([kMG])\s*)?\\Omega$", r"\\text{\1\2ohm}"),
+        (r"(?:\\text\{)?\s*([kMGm]?)\s*\}?\s*\\Omega\s*\}?$", r"\\text{\1ohm}"),
         (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
-        (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\(?:AA|r\s+A)(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
+        (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\AA(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
         (r"([MLR])_(?:\{\s*\\odot\s*\}|\\odot)$", r"\\text{solar \1}"),
         (r"\\frac\{\s*([a-zA-Z]+)\s*\}\{\s*([a-zA-Z]+(?:\^\{?\d\}?)?)\s*\}$", r"\\text{\1}/\\text{\2}"),
     )
@@ -133,7 +133,10 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
 def _spelled(text: str) -> str:
     """A value with its unit in words where this was written with signs, as \\Omega."""
     for pattern, to in SIGNED:
-        if (found := pattern.search(text)) and found.start() and AMOUNT.fullmatch(text[: found.start()]):
+        found = pattern.search(text)
+        if not found or not found.start() or not AMOUNT.fullmatch(text[: found.start()]):
+            continue
+        if not found[0].startswith(r"\frac") or all(map(_name, re.findall(r"(?<!\\)\b[a-zA-Z]+", found[0]))):
             return text[: found.start()] + found.expand(to)
     return text
 
