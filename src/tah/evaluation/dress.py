@@ -24,7 +24,8 @@ SIGNS = str.maketrans(
         "×": r"\times", "·": r"\cdot", "⋅": r"\cdot", "÷": "/", "°": r"^\circ", "π": r"\pi", "∞": r"\infty",
         "≤": r"\leq", "⩽": r"\leq", "≥": r"\geq", "⩾": r"\geq", "≠": r"\ne", "∪": r"\cup", "∩": r"\cap",
         "±": r"\pm", "∓": r"\mp", "√": r"\sqrt", "∈": r"\in", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}", "∅": r"\emptyset", "≡": r"\equiv", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+        "¾": r"\frac{3}{4}", "∅": r"\emptyset", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+        "≡": r"\equiv",
         "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu",
         "σ": r"\sigma", "φ": r"\phi", "ω": r"\omega", "，": ", ", "；": ";", "％": "%", "．": ".", "＝": "=",
     }.items()}
@@ -75,8 +76,10 @@ REWRITES = [
         (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
-        (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
-        (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
+        (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)"
+         r"\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)"
+         r"\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
         (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
         (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
         (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),

@@ -183,8 +183,10 @@ def equal(gold: str, said: str) -> bool:
     return same(first, second) and is_whole(said, cased, real)
 
 
-NAMED = re.compile(  # what an equation may only give a name by: x, x_{1}, \theta, f(x), AB, |S|, \angle A B C, \text{Profit}
-    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]\s*)+(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
+# The left side of an equation that only names the right: x, x_{1}, \theta, f(x), AB, |S|, \angle A B C, \text{Profit}
+NAMED = re.compile(
+    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]\s*)+"
+    r"(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
 )
 BARE = re.compile(r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?")
 

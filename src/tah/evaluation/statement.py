@@ -26,10 +26,10 @@ SEPARATE = re.compile(  # says more than a list would: a step, a doubt, another 
 )
 # After a doubt, what was boxed before is no longer said; nor after a conclusion, unless it is that of another part
 DENIAL = re.compile(
-    r"\b(?:instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|rather|oops|not right|not correct|misread|no,|"
-    r"does(?:n't| not)|fails?|failed|invalid|extraneous|discard\w*|reject\w*|errors?|redo|upon|review\w*|attempts?|should be|"
-    r"left with|only (?:valid|correct|acceptable|admissible|feasible)|but the (?:\w+ )?answers?)\b|"
-    r"\bonly[\s$(]*(?:[a-z]\s?=\s?)?$",
+    r"\b(?:instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|rather|oops|not right|not correct|"
+    r"misread|does(?:n't| not)|fails?|failed|invalid|extraneous|discard\w*|reject\w*|errors?|redo|upon|review\w*|"
+    r"attempts?|should be|left with|only (?:valid|correct|acceptable|admissible|feasible)|but the (?:\w+ )?answers?)\b|"
+    r"\bno[,:]\s|\bonly[\s$(]*(?:[a-z]\s?=\s?)?$",
     re.IGNORECASE,
 )
 HESITATION = re.compile(
@@ -47,7 +47,8 @@ ANOTHER = re.compile(
 )
 # Said behind a list: one of its members is left
 ONE_IS_LEFT = re.compile(
-    r"(?<!\bthe )\bonly (?:the )?(?:first|second|third|last|former|latter|one|positive|negative|larger|smaller|[$\\(]*[a-z]?\s?=?\s?-?\d+)"
+    r"(?<!\bthe )\bonly (?:the )?(?:first|second|third|last|former|latter|one|positive|negative|"
+    r"larger|smaller|[$\\(]*[a-z]?\s?=?\s?-?\d+)"
     r"(?![\d.])(?! (?:\w+ )?(?:solutions?|roots?|values?|numbers?)\b)",
     re.IGNORECASE,
 )
@@ -55,7 +56,8 @@ MINUS_BEFORE = re.compile(r"(?:^|[\s$=(\[])-$|[$=(\[]\s*-\s?$")
 FACTOR_AFTER = re.compile(r"\s?\\pi(?![a-zA-Z])|_(?:\{\d+\}|\d+)|[xyz](?!\w)")
 FARTHEST = 200  # characters between two boxes of one list
 ANSWER = re.compile(
-    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)",
+    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|"
+    r"\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)",
     re.IGNORECASE,
 )
 # "not 42, it is 43" says 43
@@ -65,11 +67,13 @@ NOT_BUT = re.compile(
 )
 # A phrase that holds a number and does not say that this is the answer: "at least 5", "3 or 5", "10x"
 BOUND = re.compile(
-    r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
+    r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|"
+    r"smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
     re.IGNORECASE,
 )
 SEVERAL = re.compile(
-    r"\d(?:\s*[a-zA-Z]+(?=\s+(?:or|and)\b)|[\s$*)\]}\\]*)(?:,\s+|,?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]",
+    r"\d(?:\s*[a-zA-Z]+(?=\s+(?:or|and)\b)|[\s$*)\]}\\]*)(?:,\s+|"
+    r",?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]",
     re.IGNORECASE,
 )
 REASON = re.compile(r",?\s+(?:because|since|as|which|so|when|after|per|that)\b.*", re.IGNORECASE)

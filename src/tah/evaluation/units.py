@@ -86,7 +86,7 @@ IN_LETTERS = re.compile(rf"(?:(?<![a-zA-Z\\])(?=[a-zA-Z])|(?=\s+[a-zA-Z]))(?:[a-
 CURRENCY = re.compile(
     r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d)|\\text\{\s*(?:US|USD|Rs\.?)\s*\}(?=\s*\d))\s*"
 )
-# Units that are written with signs, as \\text: only in an answer, behind an amount; in a right answer they may be symbols
+# Units that are written with signs, as \\text: in an answer, behind an amount. In a right answer they may be symbols
 SIGNED = [
     (re.compile(pattern), to)
     for pattern, to in (
