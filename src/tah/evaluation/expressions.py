@@ -183,12 +183,11 @@ def equal(gold: str, said: str) -> bool:
     return same(first, second) and is_whole(said, cased, real)
 
 
-# The left side of an equation that only names the right: x, x_{1}, \theta, f(x), AB, |S|, \angle A B C, \text{Profit}
-NAMED = re.compile(
-    r"(?!\\(?:nabla|dot|ddot|text\{[^{}]*[^a-zA-Z\s{}]))\|?(?:\\?[a-zA-Z]\s*)+"
-    r"(?:_(?:\w|\{[^{}]*\}))?\|?(?:\{[a-zA-Z\s]*\})?(?P<of>\s*\([^()=]*\))?"
+# Left sides that are no name of the right side: `\nabla \cdot E`, `\dot{x}`, `\text{Yes, } x`
+NO_NAME = re.compile(r"\\(?:nabla|partial|d?dot)(?![a-zA-Z])|\\text\{[^{}]*[^\w\s{}]")
+BARE = re.compile(
+    r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?|\\text\{(?:[a-zA-Z]_\w+|gama|Gama)\}"
 )
-BARE = re.compile(r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?")
 
 
 def _is_side(gold: str, said: str) -> bool:
@@ -196,8 +195,7 @@ def _is_side(gold: str, said: str) -> bool:
     first, *others = sides(gold)
     if not others or len(sides(said)) > 1:
         return False
-    named = NAMED.fullmatch(first)
-    return not named or (not named["of"] and any(BARE.fullmatch(other) for other in others))
+    return bool(NO_NAME.search(first)) or (not first.endswith(")") and any(map(BARE.fullmatch, others)))
 
 
 def _two_cases(text: str) -> bool:
