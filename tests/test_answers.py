@@ -5,6 +5,9 @@ lm-evaluation-harness), the others are ours. Where a case has no box, none is ad
 """
 
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tah.evaluation import answers
 from tah.evaluation.answers import grade_math, judge_math, read_math
 from tah.evaluation.reply import Verdict, boxes
 from tah.tasks import rows
@@ -95,6 +99,8 @@ SEVERAL = [
     ("1,-2", r"\boxed{1}, \boxed{-2}, \boxed{3}", "wrong"),
     ("1,-2", r"\boxed{1,-2,0}", "wrong"),
     ("1,-2", r"\boxed{1}. That is wrong. \boxed{-2}", "wrong"),
+    ("1,-2", r"\boxed{1}. No, it is \boxed{-2}.", "wrong"),
+    ("1,-2", r"\boxed{1}. There is no other positive root. The negative one is \boxed{-2}.", "right"),
     ("1,-2", r"\boxed{-1,2}", "wrong"),
     (r"\pm 2", r"\boxed{2}", "wrong"),
     (r"(1,2),(3,4)", r"\boxed{(1,2)}", "wrong"),
@@ -149,7 +155,7 @@ WHOLE = [
     ("1+2+\\ldots+n", r"\boxed{1+2+\ldots+n}", "right"),
     (r"\{x \mid x>2\}", r"\boxed{(2,\infty)}", "right"),
     (r"\{x \mid x>2\}", r"\boxed{2}", "wrong"),
-    (r"n \equiv 1 \pmod 3", r"\boxed{n \equiv 1 \pmod{3}}", "wrong"),  # as text: braces are not understood
+    (r"n \equiv 1 \pmod 3", r"\boxed{n \equiv 1 \pmod{3}}", "right"),
     (r"n \equiv 1 \pmod{3}", r"\boxed{n\equiv 1\pmod{3}}", "right"),
     (r"n \equiv 1 \pmod{3}", r"\boxed{1}", "wrong"),
     ("yes", r"\boxed{\text{Yes}}", "right"),
@@ -527,9 +533,14 @@ def test_a_right_answer_that_cannot_be_read_is_named(gold):
         rows.check({"question": "q", "answer": gold}, "math", "line 3")
 
 
-def test_further_answers():
-    """Right and wrong answers of all four kinds, of which the wrong ones are near to the right."""
-    cases = [json.loads(line) for line in (DATA / "grading_math.jsonl").read_text("utf-8").splitlines()]
+@pytest.mark.parametrize("name", ["grading_math.jsonl", "grading_math_second.jsonl"])
+def test_further_answers(name):
+    """Right and wrong answers of all four kinds, of which the wrong ones are near to the right.
+
+    The second file has what a review found, with neighbours: numbers of any size, values taken back, denials, bounds,
+    coordinates with names, pieces of equations, units, words around amounts.
+    """
+    cases = [json.loads(line) for line in (DATA / name).read_text("utf-8").splitlines()]
     assert len(cases) > 300
     assert [case for case in cases if grade_math(case["gold"], case["answer"]) != case["want"]] == []
 
@@ -613,6 +624,31 @@ def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, rea
     assert judge_math(gold, text) == Verdict(grade, extracted, reason)
 
 
+def test_the_time_limit_holds_where_a_list_is_read_too():
+    """In a process of its own, which has read nothing before: reading the list once switched the limit off."""
+    code = (
+        "from tah.evaluation.answers import judge_math\n"
+        "print(judge_math('1,234', r'\\boxed{9^{9^{9}}}, \\boxed{\\text{foo}}').reason)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.strip() == "comparing took more than 5 s"
+
+
+def test_a_right_answer_that_took_too_long_is_read_again(monkeypatch):
+    monkeypatch.setattr(answers, "SECONDS", 1)
+    kept = answers._read_math.cache_info().currsize
+    assert not read_math(r"\binom{9^{9^9}}{3}").mathematics
+    assert answers._read_math.cache_info().currsize == kept
+    assert read_math("7!+1").mathematics
+    assert answers._read_math.cache_info().currsize == kept + 1
+
+
+def test_another_thread_is_refused_in_words():
+    for grade in (lambda: read_math("5"), lambda: judge_math("5", "5")):
+        with ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match="in the main thread only"):
+            pool.submit(grade).result()
+
+
 @pytest.mark.parametrize(
     "text, grade",
     [
@@ -629,8 +665,14 @@ def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, rea
         ("\\boxed{" + "1" * 100_000 + "}", "wrong"),
         ("\\boxed{5}" + "," * 90_000 + "\\boxed{6}", "wrong"),
         ("1" * 100_000, "unparsed"),
+        ("\\boxed{5}" + " only" * 20_000, "right"),
+        ("\\boxed{5} wait" + " the answer is" * 10_000, "right"),
+        ("The answer is " + "6 " * 50_000, "wrong"),
+        ("\\boxed{" + "ab" * 900 + "!=5}", "wrong"),
+        ("\\boxed{" + "\\begin{cases}" * 140 + "}", "wrong"),
+        ("\\boxed{" + "1" * 1_900 + ".\\overline{3}}", "wrong"),
     ],
-    ids=range(13),
+    ids=range(19),
 )
 def test_long_answers(text, grade):
     assert grade_math("5", text) == grade

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
+from .coordinates import TUPLE, coordinates, one_by_one, same_coordinates
 from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
 from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
 from .letters import grade_choice as grade_choice
 from .reply import Grade, Verdict, after_thoughts, boxes
-from .statement import said, statements
+from .statement import corrected, is_no_value, said, statements
 from .units import same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
@@ -37,10 +39,10 @@ SECONDS = 5  # for reading and comparing together; an expression may be made to 
 # goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
-NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
+DECIMAL_COMMA = re.compile(r"-?\d+,(?!\d{3}$)\d+|-?0,\d+")  # 3,14; but 3,000 is three thousand
 MOST = 4  # forms in which an answer may give the same value
 SHOWN = 1000  # characters of an extracted answer
 
@@ -60,26 +62,45 @@ class Gold:
     mathematics: bool
 
 
-@functools.lru_cache(maxsize=65536)
 def read_math(gold: str) -> Gold:
-    """Read the right answer. In the main thread only: the time limit is a signal.
+    """Read the right answer. This works in the main thread only, because the time limit is a signal.
 
     Args:
         gold: LaTeX or plain, with or without dollars; several values with commas, "and", "or", or as a set.
 
     Raises:
         ValueError: it cannot be read, neither as mathematics nor as words.
+        RuntimeError: it was called in another thread than the main one.
     """
+    _refuse_threads()
+    try:
+        return _read_math(gold)
+    except TimeoutException:  # is not remembered: on a machine that is less busy the time may suffice
+        return Gold(*_cut(gold), False)
+
+
+@functools.lru_cache(maxsize=65536)
+def _read_math(gold: str) -> Gold:
+    text, values = _cut(gold)
+    try:
+        known = timeout(SECONDS)(lambda: all(is_whole(value.bare) for value in values))()
+    except RecursionError:
+        known = False
+    return Gold(text, values, known)
+
+
+def _refuse_threads() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("mathematics is graded in the main thread only; use a process for each grader instead")
+
+
+def _cut(gold: str) -> tuple[str, tuple[Value, ...]]:
+    """The text of a right answer, undressed, and its values."""
     text = undress(gold)
     balanced = len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
     if not balanced or not re.search(r"\w", text.replace(r"\boxed", "")):
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
-    values = _unlike([dressed(part, gold=True) for part in members(text)], _same_text)
-    try:
-        known = timeout(SECONDS)(lambda: all(is_whole(value.bare) for value in values))()
-    except (TimeoutException, RecursionError):
-        known = False
-    return Gold(text, tuple(values), known)
+    return text, tuple(_unlike([dressed(part, gold=True) for part in members(text)], _same_text))
 
 
 def grade_math(gold: str, text: str) -> Grade:
@@ -88,45 +109,61 @@ def grade_math(gold: str, text: str) -> Grade:
 
 
 def judge_math(gold: str, text: str) -> Verdict:
-    """Grade a mathematical answer. In the main thread only, as `read_math`.
+    """Grade a mathematical answer. This works in the main thread only, as `read_math` does.
 
     Args:
         gold: the right answer, as in `read_math`.
         text: the whole answer.
+
+    Raises:
+        ValueError: the right answer cannot be read.
+        RuntimeError: it was called in another thread than the main one.
     """
     started = time.monotonic()
     wanted = read_math(gold)
+    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each. It is read here: reading has
+    # a time limit of its own, and there is one signal only
+    listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
     found = boxes(reply)
     stated = statements(reply, found) if found else []
+    if found and (later := corrected(reply[found[-1].end :])):
+        stated = [[later]]
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
     try:
-        return timeout(limit)(lambda: _boxed(wanted, stated) if found else _unboxed(wanted, reply))()
+        return timeout(limit)(lambda: _boxed(wanted, listed, stated) if found else _unboxed(wanted, reply))()
     except (TimeoutException, RecursionError) as error:
         why = f"comparing took more than {limit} s" if isinstance(error, TimeoutException) else "nested too deeply"
         return Verdict("wrong" if shown else "unparsed", shown, why)
 
 
-def _boxed(gold: Gold, stated: list[list[str]]) -> Verdict:
+def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
+    """What the boxes give; `listed` is the right answer as a list where its commas may separate."""
     reason = None if gold.mathematics else "compared as text"
     if not stated:
-        return Verdict("wrong", None, "more boxes than an answer has")
+        return Verdict("wrong", None, "its boxes are no one answer")
     # A right answer of one value is looked for in the last list only: what was boxed on the way is no part of it
     for parts in stated if len(gold.values) > 1 else stated[:1]:
         if _is_right(gold, parts):
             return Verdict("right", ", ".join(parts)[:SHOWN], reason)
-    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each.
-    if GROUPED.fullmatch(gold.text) and len(stated[0]) == gold.text.count(",") + 1:
-        if _is_right(read_math(gold.text.replace(",", ", ")), stated[0]):
-            return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
+    if listed and _many(stated[0]) == len(listed.values) and _is_right(listed, stated[0]):
+        return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
     return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
+
+
+def _many(parts: list[str]) -> int:
+    """How many values somebody has set apart, by boxes or by a word, not only by commas between digits."""
+    return len(parts) if len(parts) > 1 else len(members(undress(parts[0][:LONGEST])))
 
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
     """Without a box: what the reply says the answer is, else what math-verify finds."""
-    if (phrase := said(reply)) and _is_right(gold, [phrase]):
+    phrase, named = said(reply)
+    if phrase and _is_right(gold, [phrase]):
         return Verdict("right", phrase, None if gold.mathematics else "compared as text")
+    if phrase and named and is_no_value(phrase):  # its first number is not the answer
+        return Verdict("wrong", phrase[:SHOWN], None if gold.mathematics else "compared as text")
     text = reply.translate(PROSE).replace(r"\$", "")
     try:
         found = extract_target_from_pred(text, get_extraction_regexes(EXTRACTION), fallback_mode="first_match")
@@ -167,11 +204,10 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
     said_values = [dressed(value) for text in texts for value in members(text)]
     if len(gold.values) == 1:
         right = len(texts) == 1 and _one_whole(gold, whole)
-        right = right or _in_order(gold, said_values)
+        is_set = len(texts) == 1 and inner(texts[0], r"\{") is not None
+        right = right or (not is_set and len(said_values) > 1 and _in_order(gold, said_values))
     elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
-        if len(said_values) == 1:  # the same for all
-            said_values *= len(gold.values)
-        return _pairwise(gold.values, said_values)  # x=1, y=2 without its names
+        return _for_names(gold, said_values)  # x=1, y=2 without its names
     else:
         right = False
     return right or _values_match(gold, said_values) or _same_region(gold.text, r" \text{ or } ".join(texts))
@@ -181,7 +217,7 @@ def _one_whole(gold: Gold, whole: str) -> bool:
     """Whether the text is the one value, commas and all: a function's arguments, a decimal comma."""
     if _alike(gold.values[0], dressed(whole)):
         return True
-    return bool(re.fullmatch(r"-?\d+,\d+", whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
+    return bool(DECIMAL_COMMA.fullmatch(whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
 
 
 def _values_match(gold: Gold, values: list[Value]) -> bool:
@@ -196,27 +232,30 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
 
 def _names(values: Sequence[Value]) -> int:
     """How many different names the values have, as x in x=1."""
-    return len({name[1].strip() for value in values if (name := NAME.match(value.text))})
+    return len({name for name, _ in one_by_one(values) if name})
+
+
+def _for_names(gold: Gold, values: list[Value]) -> bool:
+    """Whether a tuple, or values without names in the same order, are those of the names of the right answer."""
+    wanted = one_by_one(gold.values)
+    if len(values) == 1 and (found := coordinates(values[0].text)):
+        return same_coordinates(wanted, found, _alike)
+    if len(values) == 1:  # the same for all
+        values = values * len(wanted)
+    return len(wanted) == len(values) and all(
+        _alike(one, other) for (_, one), other in zip(wanted, values, strict=True)
+    )
 
 
 def _in_order(gold: Gold, values: list[Value]) -> bool:
     """Whether the values are the coordinates of the right answer, a tuple."""
-    if len(gold.values) != 1 or len(values) < 2:
-        return False
-    within = inner(gold.values[0].text.rpartition("=")[2].strip(), "(")
-    coordinates = [dressed(part, gold=True) for part in split(within)] if within else []
-    return len(coordinates) > 1 and _pairwise(coordinates, values)
-
-
-def _pairwise(golds: Sequence[Value], values: Sequence[Value]) -> bool:
-    """Whether the values are the same one by one, whatever their names."""
-    nameless = [[dressed(NAME.sub("", one.text)) for one in side] for side in (golds, values)]
-    return len(golds) == len(values) and all(map(_alike, *nameless))
+    wanted = coordinates(gold.values[0].text, gold=True)
+    return wanted is not None and same_coordinates(wanted, one_by_one(values), _alike)
 
 
 def _same_region(gold: str, text: str) -> bool:
     """Whether both describe the same numbers: an inequality and an interval, several of them."""
-    if not (INEQUALITY.search(gold) and INEQUALITY.search(text)):
+    if not (INEQUALITY.search(gold) and INEQUALITY.search(text)) or TUPLE.match(gold) or TUPLE.match(text):
         return False
     unknown = unknowns(gold), unknowns(text)
     if all(unknown) and unknown[0] != unknown[1]:

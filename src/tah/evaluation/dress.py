@@ -25,6 +25,7 @@ SIGNS = str.maketrans(
         "≤": r"\leq", "⩽": r"\leq", "≥": r"\geq", "⩾": r"\geq", "≠": r"\ne", "∪": r"\cup", "∩": r"\cap",
         "±": r"\pm", "∓": r"\mp", "√": r"\sqrt", "∈": r"\in", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "∅": r"\emptyset", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+        "≡": r"\equiv",
         "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu",
         "σ": r"\sigma", "φ": r"\phi", "ω": r"\omega", "，": ", ", "；": ";", "％": "%", "．": ".", "＝": "=",
     }.items()}
@@ -58,7 +59,7 @@ REWRITES = [
         (r"\\neq\b|!=", r"\\ne "),
         (r"\\varnothing\b", r"\\emptyset "),
         (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
-        (r"(?<!\\)\{ +\}", " "),
+        (r"(?<![\\a-zA-Z])\{ +\}", " "),
         (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
         (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
         (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
@@ -68,18 +69,54 @@ REWRITES = [
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<=\d)i\b", " i"),
         (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
+        *(
+            (rf"(?<=\d) ?(?:(\\(?:text|mathrm)\s*\{{)\s*|\b){word}\b", rf" \\times 10^{{{power}}}\1")
+            for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+        ),
         (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
-        (r"(?<=\d) (?:thousand)\b", r" \\times 10^{3}"),
-        (r"(?<=\d) (?:million)\b", r" \\times 10^{6}"),
-        (r"(?<=\d) (?:billion)\b", r" \\times 10^{9}"),
-        (r"(?<=\d) (?:trillion)\b", r" \\times 10^{12}"),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)"
+         r"\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
+        (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)"
+         r"\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
+        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
+        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
         (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
     )
 ]  # fmt: skip
 # "70 000": three digits after each space, and no list of such
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,]| ?/)")
+
+# \text{18 cm}^2, \text{A and C}: what is in there is more than words
+WHOLE_TEXT = re.compile(r"\s*\\text\{([^{}]*)\}\s*")
+LISTED = re.compile(r",\s|;|\b(?:and|or)\b")
+AMOUNT_IN_TEXT = re.compile(r"^\\text\{\s*((?:\\dollars)?\s*-?\d[\d.,/]*)(?=[\sa-zA-Z])\s*([^{}]*)\}")
+
+REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")  # 0.1\overline{6}
+ROWS = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}")
+INTERVALS = [  # (0;1], ]0,1], [0,1[
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"([(\[\]])([^()\[\];,]*);([^()\[\];,]*)([)\[\]])", r"\1\2,\3\4"),
+        (r"^\]([^()\[\],]*,[^()\[\],]*)(?=[\[\])]$)", r"(\1"),
+        (r"^([(\[][^()\[\],]*,[^()\[\],]*)\[$", r"\1)"),
+    )
+]
+
+
+def _fraction(found: re.Match[str]) -> str:
+    r"""The repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
+    whole, before, period = found[1] + found[2], found[2], found[3] or found[4]
+    below = (10 ** len(period) - 1) * 10 ** len(before)
+    return rf"\frac{{{int(whole + period) - int(whole or 0)}}}{{{below}}}"
+
+
+def _listed(found: re.Match[str]) -> str:
+    """Equations below each other as a list; what else stands in rows, as the cases of a function, is left."""
+    rows = [row.replace("&", " ").strip(" ,;") for row in re.split(r"\\\\|\\newline", found[2])]
+    rows = [row for row in rows if row]
+    return ", ".join(rows) if all(len(sides(row)) == 2 and len(split(row)) == 1 for row in rows) else found[0]
 
 
 def undress(text: str) -> str:
@@ -89,6 +126,12 @@ def undress(text: str) -> str:
     text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
     for pattern, to in REWRITES:
         text = pattern.sub(to, text)
+    text = REPEATING.sub(_fraction, ROWS.sub(_listed, text))
+    for pattern, to in INTERVALS:
+        text = pattern.sub(to, text)
+    if (whole := WHOLE_TEXT.fullmatch(text)) and LISTED.search(whole[1]):
+        text = whole[1]
+    text = AMOUNT_IN_TEXT.sub(r"\1 \\text{\2}", text.strip())
     text = SPACED.sub(lambda found: found[0].replace(" ", ""), text)
     return without_labels(re.sub(" {2,}", " ", text).strip())
 
@@ -162,6 +205,17 @@ def inner(text: str, opening: str) -> str | None:
     return text[len(opening) : -len(closing)] if depth == 0 else None
 
 
+def sides(text: str) -> list[str]:
+    """The sides of an equation, or the text itself: cut at `=` outside of brackets."""
+    parts, at, depth = [], 0, 0
+    for mark in re.finditer(rf"=|{MARK.pattern}", text):
+        depth += (mark[0] in OPENS) - (mark[0] in CLOSES)
+        if mark[0] == "=" and depth == 0:
+            parts.append(text[at : mark.start()].strip())
+            at = mark.end()
+    return [*parts, text[at:].strip()]
+
+
 def plus_and_minus(text: str) -> list[str]:
     r"""The values that \pm stands for: two, or with \mp or several of \pm each choice."""
     if not (times := len(re.findall(r"\\pm(?![a-zA-Z])", text))) or times > 2:
@@ -201,10 +255,12 @@ LABELS = [
     (re.compile(pattern, re.IGNORECASE), to)
     for pattern, to in (
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
+        (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
         (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
         (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
         (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
         (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
+        (r"(?<=[a-zA-Z])\.\}$", "}"),
     )
 ]
 

@@ -17,10 +17,12 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify.grader import should_treat_as_complex, sympy_expr_eq
 from sympy.core.relational import Relational
 
-from .dress import inner, split
+from .coordinates import coordinates, same_coordinates
+from .dress import inner, sides, split
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
-SMALL = 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
+DECIMAL = 5e-7  # the sixth decimal, rounded
+SMALL, TINY = 5e-3, 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
 RELATIVE = 1e-6
 LONGEST = 2000  # characters; nothing longer is mathematics
 DEEPEST = 100  # brackets within each other
@@ -165,11 +167,13 @@ def equal(gold: str, said: str) -> bool:
     """
     if plain_text(gold) == plain_text(said):
         return True
-    parts = [inner(text, "(") for text in (gold, said)]
-    if parts[0] is not None and parts[1] is not None:
-        golds, saids = split(parts[0]), split(parts[1])
-        if len(golds) > 1 or len(saids) > 1:
-            return len(golds) == len(saids) and all(map(equal, golds, saids))
+    golds, saids = coordinates(gold, True), coordinates(said)
+    if golds and saids:
+        return same_coordinates(golds, saids, lambda one, other: equal(one.text, other.text))
+    if (golds or saids) and any(inner(side, r"\{") is not None or len(split(side)) > 1 for side in (gold, said)):
+        return False  # a set is no tuple
+    if (inner(gold, "[") is None) != (inner(said, "[") is None) or _is_side(gold, said):
+        return False
     cased = _two_cases(gold) or _two_cases(said)
     real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
     first = read(gold, cased, real)
@@ -177,6 +181,21 @@ def equal(gold: str, said: str) -> bool:
     if first is None or second is None or not is_whole(gold, cased, real):
         return False
     return same(first, second) and is_whole(said, cased, real)
+
+
+# Left sides that are no name of the right side: `\nabla \cdot E`, `\dot{x}`, `\text{Yes, } x`
+NO_NAME = re.compile(r"\\(?:nabla|partial|d?dot)(?![a-zA-Z])|\\text\{[^{}]*[^\w\s{}]")
+BARE = re.compile(
+    r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?|\\text\{(?:[a-zA-Z]_\w+|gama|Gama)\}"
+)
+
+
+def _is_side(gold: str, said: str) -> bool:
+    """Whether the answer is a side of an equation that says more than a name's value, as `m=n` and `a=b=1` do."""
+    first, *others = sides(gold)
+    if not others or len(sides(said)) > 1:
+        return False
+    return bool(NO_NAME.search(first)) or (not first.endswith(")") and any(map(BARE.fullmatch, others)))
 
 
 def _two_cases(text: str) -> bool:
@@ -251,7 +270,8 @@ def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
         return False
     size = max(map(abs, values))
     symbols = bool(gold.free_symbols | said.free_symbols)
-    if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > RELATIVE * size:
+    tolerance = RELATIVE * size if symbols else _tolerance(size)
+    if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > tolerance:
         return False
     try:
         return sympy.simplify(gold - said) != 0
@@ -260,11 +280,16 @@ def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
 
 
 def _equal_floats(gold: sympy.Expr, said: sympy.Expr) -> bool:
-    """Whether they are one number, of which a side was written with a point: math-verify compares its last digits."""
+    """Whether they are one number, of which a side was written with a point, to six decimals or fifteen digits."""
     if gold.free_symbols | said.free_symbols or not (gold.has(sympy.Float) or said.has(sympy.Float)):
         return False
     values = _numbers(gold, said)
-    return values is not None and abs(values[0] - values[1]) <= 1e-9 * max(map(abs, values))
+    return values is not None and abs(values[0] - values[1]) <= _tolerance(max(map(abs, values)))
+
+
+def _tolerance(size: float) -> float:
+    """How far two numbers of this size may be apart: less for small ones, of which six decimals say little."""
+    return max(DECIMAL, 1e-14 * size) if size >= SMALL else (1e-4 if size >= TINY else RELATIVE) * size
 
 
 # -- regions ---------------------------------------------------------------------------------------------------------

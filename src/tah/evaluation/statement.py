@@ -25,21 +25,60 @@ SEPARATE = re.compile(  # says more than a list would: a step, a doubt, another 
     re.IGNORECASE,
 )
 # After a doubt, what was boxed before is no longer said; nor after a conclusion, unless it is that of another part
-DOUBT = re.compile(
-    r"\b(?:wait|actually|instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|hmm|rather|recheck|reconsider|oops|"
-    r"not right|not correct|misread|let me (?:re|try|check)\w*|no,|but the (?:\w+ )?answers?)\b",
+DENIAL = re.compile(
+    r"\b(?:instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|rather|oops|not right|not correct|"
+    r"misread|does(?:n't| not)|fails?|failed|invalid|extraneous|discard\w*|reject\w*|errors?|redo|upon|review\w*|"
+    r"attempts?|should be|left with|only (?:valid|correct|acceptable|admissible|feasible)|but the (?:\w+ )?answers?)\b|"
+    r"\bno[,:]\s|\bonly[\s$(]*(?:[a-z]\s?=\s?)?$",
     re.IGNORECASE,
 )
+HESITATION = re.compile(
+    r"\b(?:wait|actually|hmm|recheck|reconsider|let me (?:re|try|check|double)\w*)\b", re.IGNORECASE
+)
+ADDITION = re.compile(r"\b(?:but|and|is|are|we|have|get) also\b[^.!?\n]{0,40}$", re.IGNORECASE)
 CONCLUSION = re.compile(
-    r"\b(?:final answers?|(?:the|our|my) (?:answers?|solutions?) (?:is|are)|"
-    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both) (?:\w+ ){0,2}?(?:answers?|solutions?|values?|roots?))\b",
+    r"\b(?:final answers?|(?:the|our|my) (?:answers?|solutions?) (?:is|are)|total of|in total|altogether|"
+    r"(?:so|thus|hence|therefore),? (?:the|our|my|all|both))\b",
     re.IGNORECASE,
 )
 ANOTHER = re.compile(
-    r"\b(?:part|case|question|problem|second|third|other|another)\b|\([b-e]\)|\b[2-9]\.", re.IGNORECASE
+    r"\b(?:part|case|question|problem|second|third|other|another|larger|smaller|largest|smallest)\b|\([b-e]\)|\b[2-9]\.",
+    re.IGNORECASE,
 )
+# Said behind a list: one of its members is left
+ONE_IS_LEFT = re.compile(
+    r"(?<!\bthe )\bonly (?:the )?(?:first|second|third|last|former|latter|one|positive|negative|"
+    r"larger|smaller|[$\\(]*[a-z]?\s?=?\s?-?\d+)"
+    r"(?![\d.])(?! (?:\w+ )?(?:solutions?|roots?|values?|numbers?)\b)",
+    re.IGNORECASE,
+)
+MINUS_BEFORE = re.compile(r"(?:^|[\s$=(\[])-$|[$=(\[]\s*-\s?$")
+FACTOR_AFTER = re.compile(r"\s?\\pi(?![a-zA-Z])|_(?:\{\d+\}|\d+)|[xyz](?!\w)")
 FARTHEST = 200  # characters between two boxes of one list
-ANSWER = re.compile(r"\banswers?\b[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)[\s*]*([^\n]+)", re.IGNORECASE)
+ANSWER = re.compile(
+    r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|"
+    r"\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)",
+    re.IGNORECASE,
+)
+# "not 42, it is 43" says 43
+NOT_BUT = re.compile(
+    r"^not\b[^,;]*?(?:[,;]\s*|\s(?=but\b|rather\b))(?:but|it is|it's|rather|instead)(?: rather)?\s+(?=\S)",
+    re.IGNORECASE,
+)
+# A phrase that holds a number and does not say that this is the answer: "at least 5", "3 or 5", "10x"
+BOUND = re.compile(
+    r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|"
+    r"smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
+    re.IGNORECASE,
+)
+SEVERAL = re.compile(
+    r"\d(?:\s*[a-zA-Z]+(?=\s+(?:or|and)\b)|[\s$*)\]}\\]*)(?:,\s+|"
+    r",?\s*\b(?:or|and|to|out of)\b\s*)[\s$*(\[{]*(?:[a-z]\s?=\s?)?[-\\]?[\d\\]",
+    re.IGNORECASE,
+)
+REASON = re.compile(r",?\s+(?:because|since|as|which|so|when|after|per|that)\b.*", re.IGNORECASE)
+FORMULA = re.compile(r"[\w\s+\-*/^!.,$()\[\]{}\\]*", re.ASCII)
+LONG_NAME = re.compile(r"(?<!\\)\b[a-zA-Z]{2,}")
 SENTENCE = re.compile(r"[.!](?=\s|\*|$)")
 MOST = 64  # different boxes of one statement; a model that repeats itself may write one a thousand times
 
@@ -62,8 +101,17 @@ def statements(text: str, found: list[Box]) -> list[list[str]]:
     while since > 0 and not _takes_back(between[since - 1]):
         since -= 1
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
-    distinct = [list(dict.fromkeys(box.content for box in span)) for span in spans]
+    if ONE_IS_LEFT.search(text[found[-1].end : found[-1].end + FARTHEST]):
+        spans = [span for span in spans if len(span) == 1]  # no list stands
+    distinct = [list(dict.fromkeys(_with_neighbours(text, box) for box in span)) for span in spans]
     return [contents for contents in distinct if len(contents) <= MOST]
+
+
+def _with_neighbours(text: str, box: Box) -> str:
+    r"""The content of a box with the sign before it and the factor or base after it: `-\boxed{12}`, `\boxed{12}\pi`."""
+    sign = "-" if MINUS_BEFORE.search(text[max(0, box.start - 4) : box.start]) else ""
+    after = FACTOR_AFTER.match(text, box.end)
+    return f"{sign}{box.content}{after[0] if after else ''}"
 
 
 def _is_list(between: str) -> bool:
@@ -75,11 +123,46 @@ def _is_list(between: str) -> bool:
 
 
 def _takes_back(between: str) -> bool:
-    return bool(DOUBT.search(between) or (CONCLUSION.search(between) and not ANOTHER.search(between)))
+    if DENIAL.search(between) or (HESITATION.search(between) and not ADDITION.search(between)):
+        return True
+    return bool(CONCLUSION.search(between) and not ANOTHER.search(between))
 
 
-def said(text: str) -> str | None:
+def corrected(text: str) -> str | None:
+    """The number that "the answer is ..." gives after a doubt; None where there is no doubt or no number.
+
+    Args:
+        text: what follows the last box.
+    """
+    doubt = DENIAL.search(text) or HESITATION.search(text)
+    found = ANSWER.findall(text[doubt.end() :][-2000:]) if doubt else []
+    phrase = REASON.sub("", _sentence(found[-1])) if found else ""
+    if len(phrase) > 40:
+        return None
+    return (
+        phrase
+        if re.match(r"[$(\s]*(?:\\[(\[])?\s*(?:[a-zA-Z]\s?=\s?)?(?:-?[\d.]|\\(?!boxed)[a-zA-Z])", phrase)
+        else None
+    )
+
+
+def is_no_value(phrase: str) -> bool:
+    """Whether what follows "the answer is" denies, bounds or lists numbers, or is a formula instead of a number."""
+    letters = re.sub(r"\\[a-zA-Z]+", "", phrase)
+    formula = FORMULA.fullmatch(letters) and not LONG_NAME.search(letters)
+    return bool(BOUND.search(phrase) or SEVERAL.search(phrase) or formula)
+
+
+def _sentence(phrase: str) -> str:
+    """The first sentence."""
+    end = SENTENCE.search(phrase)
+    return NOT_BUT.sub("", phrase[: end.start() if end else None].strip("* "))
+
+
+def said(text: str) -> tuple[str | None, bool]:
     """What follows the last "the answer is", or all of a reply of one short line; None where neither is there.
+
+    The second of the two is whether the reply speaks of an answer.
 
     Args:
         text: a reply without boxes.
@@ -89,5 +172,5 @@ def said(text: str) -> str | None:
         phrase = phrases[-1]
         end = SENTENCE.search(phrase)
         rest = tail[tail.rindex(phrase) + (end.end() if end else len(phrase)) :]
-        return None if re.search(r"\d", rest) else phrase[: end.start() if end else None].strip("* ")
-    return tail.strip("*# ") if len(text) <= 80 and "\n" not in text.strip() else None
+        return (None if re.search(r"\d", rest) else _sentence(phrase)), True
+    return (tail.strip("*# ") if len(text) <= 80 and "\n" not in text.strip() else None), False

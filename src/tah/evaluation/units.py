@@ -67,20 +67,36 @@ UNITS = {
 # Words that change a value or speak of it: no units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
-    r"all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
+    r"st|nd|rd|th|all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
     r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
 )
+# These do speak of it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
+BEHIND = ("of", "in", "times", "all", "over", "to", "and")
 POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
 # What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
 AMOUNT = re.compile(
     r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\}|\^-?\d)+"
 )
+NUMBER_WITHIN = re.compile(r"(?<![\^\-{a-zA-Z\d.,])\d")  # another amount; `m^2`, `s^-1` and `cm2` hold none
 SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
 IN_TEXT = re.compile(
     rf"(?=\s*\\(?:text|frac))(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$"
 )
 IN_LETTERS = re.compile(rf"(?:(?<![a-zA-Z\\])(?=[a-zA-Z])|(?=\s+[a-zA-Z]))(?:[a-zA-Z.]|{POWER}|[/\s]|\\cdot)+$")
-CURRENCY = re.compile(r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d))\s*")
+CURRENCY = re.compile(
+    r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d)|\\text\{\s*(?:US|USD|Rs\.?)\s*\}(?=\s*\d))\s*"
+)
+# Units that are written with signs, as \\text: in an answer, behind an amount. In a right answer they may be symbols
+SIGNED = [
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"(?:\\text\{)?\s*([kMGm]?)\s*\}?\s*\\Omega\s*\}?$", r"\\text{\1ohm}"),
+        (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
+        (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\AA(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
+        (r"([MLR])_(?:\{\s*\\odot\s*\}|\\odot)$", r"\\text{solar \1}"),
+        (r"\\frac\{\s*([a-zA-Z]+)\s*\}\{\s*([a-zA-Z]+(?:\^\{?\d\}?)?)\s*\}$", r"\\text{\1}/\\text{\2}"),
+    )
+]
 
 
 def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
@@ -90,6 +106,8 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
         text: of one value, undressed.
         gold: it is the right answer, in which `5m` is a product.
     """
+    if not gold:
+        text = _spelled(text)
     if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
         body, unit = without_unit(text[sign.end() :], gold)
         return sign[1] + body, unit or _unit(sign[2] or "$")
@@ -104,16 +122,28 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
             continue
         names = re.findall("[a-zA-Z]+", re.sub(r"\\(?:text|cdot|circ|frac)", " ", found[0]))
         known = all(_name(name) or name == "per" for name in names)
-        if not names or (not known and any(NO_UNIT.fullmatch(name.lower()) for name in names)):
+        changing = [name for name in names if NO_UNIT.fullmatch(name.lower()) and not (spoken and name in BEHIND)]
+        if not names or (not known and changing) or (spoken and NUMBER_WITHIN.search(found[0])):
             continue
         if _is_unit(names, known, spoken, gold) and _follows(body, spoken, known, text[len(body) :]):
             return body, _unit(found[0])
     return text, None
 
 
+def _spelled(text: str) -> str:
+    """A value with its unit in words where this was written with signs, as \\Omega."""
+    for pattern, to in SIGNED:
+        found = pattern.search(text)
+        if not found or not found.start() or not AMOUNT.fullmatch(text[: found.start()]):
+            continue
+        if not found[0].startswith(r"\frac") or all(map(_name, re.findall(r"(?<!\\)\b[a-zA-Z]+", found[0]))):
+            return text[: found.start()] + found.expand(to)
+    return text
+
+
 def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
-    if spoken:  # in \\text
-        return known or len(names[0]) > 1
+    if spoken:  # in \\text; M is molar there
+        return known or len(names[0]) > 1 or names == ["M"]
     if known:
         return not (gold and any(len(name) == 1 or name in ("mg", "ml") for name in names))
     first = len(names[0]) > 3 or _name(names[0]) is not None
@@ -123,7 +153,7 @@ def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
 def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
     """Whether a unit can follow this: an amount, and a space where the unit is a word that is not known."""
     if spoken:
-        return bool(re.search(r"[\w)}\]]$|\\pi$", body)) and (known or bool(re.search(r"\d", body)))
+        return bool(re.search(r"[\w)}\]]$|\\(?:pi|%)$", body)) and (known or bool(re.search(r"\d", body)))
     return bool(AMOUNT.fullmatch(body)) and (known or rest[0].isspace())
 
 
