@@ -25,12 +25,13 @@ endef
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv test test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
+.PHONY: help venv test test-slow test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make venv    development environment in $(VENV)"
 	@echo "make test    lint, types and tests: what CI runs"
+	@echo "make test-slow     tests that take minutes each: long fuzzing, all of HumanEval"
 	@echo "make test-lowest   tests with the oldest supported transformers"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff rewrite the files"
@@ -58,6 +59,10 @@ lint: $(DEV)
 # One thread per worker: several OpenMP pools on the same cores are many times slower than one thread each.
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+# Tests that take minutes each: long fuzzing, all of HumanEval.
+test-slow: $(DEV)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) -m slow --timeout 3000 $(ARGS)
 
 # The oldest transformers that tah supports (vLLM's CPU build needs one below 5.20), in an environment of its own.
 test-lowest: VENV := .venv-lowest
