@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ def pytest_configure(config: pytest.Config) -> None:
     with the CPU's numbers."""
     if "not gpu" in (config.option.markexpr or ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if find_spec("hypothesis") is not None:  # the environment for serving has none
+        from hypothesis import settings
+
+        # The same examples in every run, so that a change is judged by itself; `make test-slow` looks for new ones.
+        settings.register_profile("same", derandomize=True)
+        settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
