@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tah import DepthState, Policy, TaHForCausalLM
-from tah.smollm2 import smollm2_base
+from tah.checkpoints.smollm2 import smollm2_base
 
 base = smollm2_base()
 tokenizer = AutoTokenizer.from_pretrained(base)

@@ -31,8 +31,8 @@ import tah
 from measure import evaluate
 from optimiser import OPTIMISER, MuonAdamW
 from tah import TaHForCausalLM
-from tah.training.data import Collator, depth_labels
-from tah.training.reference import Reference
+from tah.data.rows import Collator, depth_labels
+from tah.data.scoring import Reference
 from tah.training.trainer import Objective, TaHTrainer
 from tasks import MADE, TASKS, Rows, Task
 from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective_of, parameters

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from tah import Confidence, Policy, TaHForCausalLM
-from tah.tracing.quality import threshold_for_share
-from tah.tracing.resample import ranking
-from tah.training.reference import Reference
-from tah.training.scores import TokenScores, score_answers, score_tokens
+from tah.data.scoring import Reference
+from tah.pipeline.scores import TokenScores, score_answers, score_tokens
+from tah.stats.bootstrap import ranking
+from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question
 
 SHARE = 0.1  # of the tokens made, that a policy may iterate

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from tah.pipeline.scores import last_number, score_answers
 from tah.session import Session
-from tah.tracing.resample import Resampled
-from tah.training.scores import last_number, score_answers
+from tah.stats.bootstrap import Resampled
 
 LONGEST = 128  # tokens of an answer
 SETS = {"sums": "sums", "test": "kinds of the training", "new_kinds": "other kinds"}

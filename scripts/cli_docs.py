@@ -9,7 +9,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from tah.cli import app
+from tah_cli.app import app
 
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """\

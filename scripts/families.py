@@ -13,9 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
-
 from families import FAMILIES, REFUSED, config_of  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "families.md"
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}

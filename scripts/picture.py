@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from tah.demo import QUESTIONS
-from tah.load import quiet
+from tah.checkpoints.load import quiet
 from tah.session import Session
-from tah.terminal import Painter, summary
+from tah_cli.demo import QUESTIONS
+from tah_cli.terminal import Painter, summary
 
 TARGET = Path(__file__).parents[1] / "docs" / "generate.svg"
 THEME = TerminalTheme((22, 24, 29), (215, 218, 224), [(0, 0, 0)] + [(190, 190, 190)] * 7, [(110, 115, 125)] * 8)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from models import CHAT_TEMPLATE
-from tah.smollm2 import converted_dir, is_complete, smollm2_base
+from helpers.models import CHAT_TEMPLATE
+from tah.checkpoints.smollm2 import converted_dir, is_complete, smollm2_base
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -102,7 +102,7 @@ def pupil(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     import torch
 
-    from evaluations import ITEMS, LONG
+    from helpers.evaluations import ITEMS, LONG
     from tah.session import Session
 
     directory = tmp_path_factory.mktemp("eval") / "pupil"

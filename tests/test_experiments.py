@@ -23,7 +23,7 @@ import tasks  # noqa: E402
 import variants  # noqa: E402
 import word_problems  # noqa: E402
 from tah import TaHForCausalLM  # noqa: E402
-from tah.training.turns import encode  # noqa: E402
+from tah.data.assistant_mask import encode  # noqa: E402
 
 VARIANTS = [
     "standard",

@@ -24,7 +24,7 @@ from typer.main import get_command
 
 pytest.importorskip("datasets")
 
-from tah.cli import app, run
+from tah_cli.app import app, run
 
 COMMANDS = get_command(app).commands
 # These would measure or serve for minutes, so they only get models that do not exist.

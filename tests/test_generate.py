@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
-from families import VOCAB
-from models import LENGTH, distance, middle, pad, tah, token_ids
+from helpers.families import VOCAB
+from helpers.models import LENGTH, distance, middle, pad, tah, token_ids
 from tah import Confidence, DuoCache, Random, TaHConfig, TaHForCausalLM
 
 NEW = 10

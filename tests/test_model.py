@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from families import tiny
-from models import LENGTH, distance, labels, middle, pad, tah, token_ids
-from reference import by_labels, by_policy, reference
+from helpers.families import tiny
+from helpers.models import LENGTH, distance, labels, middle, pad, tah, token_ids
+from helpers.reference import by_labels, by_policy, reference
 from tah import Always, Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM
-from tah.lora import at_depth
-from tah.outputs import CHUNK
+from tah.core.logits import CHUNK
+from tah.core.lora import at_depth
 
 EXACT = 2e-5  # float32 rounding of a different order of the same sums, relative
 SEAMS = list(itertools.product(("topk", "hidden"), ("duo", "own"), ("sum", "zero_init")))
@@ -525,7 +525,7 @@ def test_attention_by_block_equals_attention_at_once(monkeypatch, family, attent
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     found = []
     for queries in (2, 10**9):
-        monkeypatch.setattr("tah.masks.QUERIES", queries)
+        monkeypatch.setattr("tah.core.masks.QUERIES", queries)
         model.zero_grad()
         keys.clear()
         with torch.enable_grad():
@@ -549,7 +549,7 @@ def test_depth_one_of_packed_rows_is_computed_as_the_base_computes_it(monkeypatc
     ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
     found = []
     for queries in (2, 10**9):
-        monkeypatch.setattr("tah.masks.QUERIES", queries)
+        monkeypatch.setattr("tah.core.masks.QUERIES", queries)
         found.append(model(ids, position_ids=positions, policy="never").logits)
     assert torch.equal(*found)
 
@@ -558,7 +558,7 @@ def test_a_mask_of_another_length_is_refused(monkeypatch):
     """By block as at once: slices would hide that keys are missing from the mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    monkeypatch.setattr("tah.masks.QUERIES", 2)
+    monkeypatch.setattr("tah.core.masks.QUERIES", 2)
     model, masks = tah(policy="always"), []
     layer = model.base.model.layers[0].self_attn
     handle = layer.register_forward_pre_hook(

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .cache import DuoCache
+from .checkpoints.convert import convert
 from .config import TaHConfig
-from .convert import convert
-from .families import UnsupportedBase, check_base
+from .core.cache import DuoCache
+from .core.families import UnsupportedBase, check_base
 from .model import TaHForCausalLM, TaHOutput
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
 
 if TYPE_CHECKING:
-    from .additions import load_additions as load_additions
-    from .additions import save_additions as save_additions
+    from .checkpoints.adapter import load_additions as load_additions
+    from .checkpoints.adapter import save_additions as save_additions
     from .evaluation.evaluate import evaluate as evaluate
     from .tracing.trace import trace as trace
     from .training.label import label as label
@@ -32,10 +32,10 @@ __version__ = "0.1.0"
 _LATER = {
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
-    "load_additions": "additions",
+    "load_additions": "checkpoints.adapter",
     "load_recipe": "training.recipe",
     "prune": "training.prune",
-    "save_additions": "additions",
+    "save_additions": "checkpoints.adapter",
     "trace": "tracing.trace",
     "train": "training.train",
 }

@@ -1,5 +1,5 @@
 """`python -m tah`"""
 
-from .cli import main
+from tah_cli.app import main
 
 main()

@@ -50,7 +50,7 @@ def parse_json(line: str | bytes) -> Any:
     Raises:
         ValueError: it is none, holds what is no text, or nests too deep; why, to be put after `line 3`.
     """
-    from .nesting import TOO_DEEP, too_deep  # needs numpy, which takes longer to import than this whole module
+    from .safe.nesting import TOO_DEEP, too_deep  # needs numpy, which takes longer to import than this whole module
 
     if too_deep(line):
         raise ValueError(TOO_DEEP)

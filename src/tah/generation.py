@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .cache import CACHE, DuoCache
+from .core.cache import CACHE, DuoCache
 
 RULE_ARGUMENTS = ("policy", "threshold", "max_depth")
 KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again

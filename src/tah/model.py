@@ -19,27 +19,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .cache import CACHE, DuoCache, DuoStep, given_cache
-from .checkpoint import SafeCheckpoint, load_plain
 from .config import TaHConfig
+from .core.cache import CACHE, DuoCache, DuoStep, given_cache
+from .core.families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .core.inputs import Tokens
+from .core.logits import RunningOutput, TaHOutput, record, select
+from .core.lora import add_lora, at_depth, replay_contexts
+from .core.loss import DepthLoss
+from .core.next_input import mixed_embedding
+from .core.packing import lay_out, pack
 from .decider import build_decider
-from .families import (
-    Head,
-    UnsupportedBase,
-    check_base,
-    check_facts,
-    decoder_layers,
-    decoder_of,
-    head_of,
-)
 from .generation import TaHGeneration
-from .lora import add_lora, at_depth, replay_contexts
-from .loss import DepthLoss
-from .mixing import mixed_embedding
-from .outputs import RunningOutput, TaHOutput, record, select
-from .packing import lay_out, pack
 from .policy import DepthState, Policy, Rule
-from .tokens import Tokens
+from .safe.weights import SafeCheckpoint, load_plain
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):

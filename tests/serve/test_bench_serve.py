@@ -6,8 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from checkpoints import tiny
-
+from helpers.checkpoints import tiny
 from tah.benchmarks.bench_serve import VARIANTS, bench_serve, decode, markdown, prefill, stream
 
 

@@ -6,9 +6,9 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from checkpoints import tiny_base
 
-from tah.cli import run
+from helpers.checkpoints import tiny_base
+from tah_cli.app import run
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
@@ -18,7 +18,7 @@ def test_without_vllm(capsys):
 
 
 def test_models_that_are_no_tah_checkpoints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["tah.cli_serve"], "find_spec", lambda name: True)
+    monkeypatch.setattr(sys.modules["tah_cli.serve"], "find_spec", lambda name: True)
     tiny_base("llama").save_pretrained(tmp_path / "base")
     assert run(["serve", str(tmp_path / "base"), "--port", "1"]) == 2
     assert "is a plain base model, which vLLM serves by itself" in capsys.readouterr().err

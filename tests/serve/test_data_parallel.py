@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import openai
-from checkpoints import tiny
-from servers import TAH, free_port, running, started
-from serving import Answer, agree, prompts, reference
+
+from helpers.checkpoints import tiny
+from helpers.servers import TAH, free_port, running, started
+from helpers.serving import Answer, agree, prompts, reference
 
 pytestmark = pytest.mark.timeout(900)  # servers start, two engines each
 

@@ -12,17 +12,17 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 pytest.importorskip("lm_eval", reason="evaluation needs lm-eval: pip install 'tah[eval]'")
 
-from checkpoints import tiny, tiny_base, tokenizer
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from tah.cli import run
+from helpers.checkpoints import tiny, tiny_base, tokenizer
 from tah.evaluation.eval_files import Asked
 from tah.evaluation.evaluate import Sampling, evaluate
 from tah.evaluation.harness import TaHLM
-from tah.evaluation.served import ServedLM
+from tah.evaluation.vllm_backend import ServedLM
 from tah.session import Session
+from tah_cli.app import run
 
-ITEMS = Path(__file__).parents[1] / "eval_items"
+ITEMS = Path(__file__).parents[1] / "evaluation" / "items"
 DATA = {"gsm8k": ITEMS / "math.jsonl", "arc_e": ITEMS / "choice.jsonl"}
 SMALL = {"enforce_eager": True, "gpu_memory_utilization": 0.05, "block_size": 32}
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0)

@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import openai
-from checkpoints import tiny
-from servers import running
+
+from helpers.checkpoints import tiny
+from helpers.servers import running
 
 
 @pytest.mark.timeout(900)  # engines start one after another, minutes each on a busy machine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tah.outputs import CHUNK
+from tah.core.logits import CHUNK
 from tah.vllm.logits import StepLogits
 
 T, WIDTH, VOCAB = 200, 8, 50

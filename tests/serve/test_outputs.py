@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import torch
-from checkpoints import tiny
-from serving import prompts, serve
 from vllm.sampling_params import StructuredOutputsParams
 
+from helpers.checkpoints import tiny
+from helpers.serving import prompts, serve
 from tah import TaHForCausalLM
 
 CHUNK = 32  # tokens per step; prompts are longer, which with a seed ends vLLM's own CPU engine

@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from checkpoints import tiny
-from serving import agree, answer, iterated, prompts, reference
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+
+from helpers.checkpoints import tiny
+from helpers.serving import agree, answer, iterated, prompts, reference
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens

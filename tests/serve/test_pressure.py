@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from checkpoints import tiny
-from serving import agree, answer, iterated, prompts, reference, serve
+from helpers.checkpoints import tiny
+from helpers.serving import agree, answer, iterated, prompts, reference, serve
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens

@@ -14,15 +14,15 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import openai
 import torch
-from checkpoints import save, tiny
-from processors import amx_cache, processor, skip_without, write
-from servers import running
-from serving import Answer, iterated, prompts, serve, served_by
 from vllm import LLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
+from helpers.checkpoints import save, tiny
+from helpers.processors import amx_cache, processor, skip_without, write
+from helpers.servers import running
+from helpers.serving import Answer, iterated, prompts, serve, served_by
 from tah import TaHForCausalLM
 from tah.vllm import attention, compat
 

@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from checkpoints import tiny
-from servers import TAH
-from serving import serve
-
+from helpers.checkpoints import tiny
+from helpers.servers import TAH
+from helpers.serving import serve
 from tah.vllm import compat
 
 FLAGS = {

@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import torch
-from checkpoints import tiny
-from serving import agree, iterated, prompts, reference, serve
 
+from helpers.checkpoints import tiny
+from helpers.serving import agree, iterated, prompts, reference, serve
 from tah import TaHForCausalLM
 
 NEW = 48

@@ -13,9 +13,9 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import openai
 import torch
-from checkpoints import tiny
-from servers import running
 
+from helpers.checkpoints import tiny
+from helpers.servers import running
 from tah import TaHForCausalLM
 
 pytestmark = pytest.mark.timeout(900)  # a start of the server is part of a test's time

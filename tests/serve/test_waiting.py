@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from checkpoints import tiny
-from serving import agree, answer, prompts, reference, serve
-
+from helpers.checkpoints import tiny
+from helpers.serving import agree, answer, prompts, reference, serve
 from tah import TaHForCausalLM
 
 NEW = 24

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.scoring import batches
 from ..files import write_atomically
 from ..model import TaHForCausalLM
 from ..tracing.trace import trace
-from ..training.reference import batches
 from .bench import interleave, machine
 
 

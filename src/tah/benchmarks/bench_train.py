@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..checkpoints.load import find, load_base, load_tah
+from ..core.lora import at_depth
 from ..files import write_atomically
-from ..load import find, load_base, load_tah
-from ..lora import at_depth
 from ..model import TaHForCausalLM
 from .bench import SEED, Row, _high_water, _resident, in_fresh_process, interleave, machine, prompts, sync
 
@@ -194,9 +194,9 @@ def label_seconds(
     """
     import datasets
 
-    from ..training.data import tokenize_row
+    from ..data.rows import tokenize_row
+    from ..data.scoring import batches
     from ..training.label import label
-    from ..training.reference import batches
 
     model, tokenizer = setup.plain().eval(), AutoTokenizer.from_pretrained(find(setup.model)[0])
     texts = words(tokenizer, [longest // 8 + (longest - longest // 8) * row // number for row in range(number)])

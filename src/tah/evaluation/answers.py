@@ -26,13 +26,13 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
-from .coordinates import TUPLE, coordinates, one_by_one, same_coordinates
-from .dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
-from .expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
-from .letters import grade_choice as grade_choice
-from .reply import Grade, Verdict, after_thoughts, boxes
-from .statement import corrected, is_no_value, said, statements
-from .units import same_unit
+from .grading.coordinates import TUPLE, coordinates, one_by_one, same_coordinates
+from .grading.dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
+from .grading.expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
+from .grading.letters import grade_choice as grade_choice
+from .grading.reply import Grade, Verdict, after_thoughts, boxes
+from .grading.statement import corrected, is_no_value, said, statements
+from .grading.units import same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
 # For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search

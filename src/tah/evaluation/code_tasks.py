@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from . import code_answer, code_judge, code_values
+from .grading import code_answer, code_judge, code_values
 from .sandbox import Sandbox
 
 Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]

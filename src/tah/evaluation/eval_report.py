@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..files import differences, write_atomically
-from ..tasks import STOCK
-from ..tracing.resample import Estimate, Resampled
+from ..stats.bootstrap import Estimate, Resampled
 from .eval_files import Samples, read_run
+from .tasks import STOCK
 
 PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
 COLUMNS = {

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .. import tasks as ours
+from ..data.scoring import weights_fingerprint
 from ..files import write_atomically
 from ..session import Session
-from ..training.reference import weights_fingerprint
+from . import tasks as ours
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
 from .eval_report import named_gaps, write_results
 from .harness import TaHLM
 from .request import Sampling, build, check_engine, check_request, expand, find_protocol, quiet, vllm_version
-from .served import ServedLM
+from .vllm_backend import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
 
@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         model: directory, hub id, `smollm2`, or an open session.
-        tasks: names of `tah.tasks.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
+        tasks: names of `tah.evaluation.tasks.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
         output: directory for answers and results.
         policies: who iterates, one after the other; the model's own by default.
         protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).

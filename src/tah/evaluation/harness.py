@@ -24,14 +24,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from ..cache import CACHE, DuoCache
+from ..checkpoints.load import first_line
+from ..core.cache import CACHE, DuoCache
+from ..core.inputs import check_ids
+from ..core.logits import CHUNK
+from ..data.scoring import check_reference
 from ..generation import RefuseNaN
-from ..load import first_line
-from ..outputs import CHUNK
 from ..policy import DepthState, Policy
 from ..session import Session
-from ..tokens import check_ids
-from ..training.reference import check_reference
 from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
 

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import tasks as ours
-from ..tasks import rows
+from . import tasks as ours
 from .eval_files import Samples, alone, facts_of_data, read_questions, read_run, write_questions
 from .eval_report import write_results
-from .grading import grade, grader
+from .grade import grade, grader
 from .request import Sampling, build, find_protocol, quiet
 from .sandbox import Sandbox
+from .tasks import rows
 
 
 def regrade(

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import tasks as ours
-from ..tasks.protocols import DEFAULT, PROTOCOLS, Protocol
+from . import tasks as ours
 from .sandbox import Sandbox
+from .tasks.protocols import DEFAULT, PROTOCOLS, Protocol
 
 import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
 from lm_eval.tasks import TaskManager  # isort: skip

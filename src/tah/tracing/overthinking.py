@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from .quality import threshold_for_share
-from .resample import Estimate, ratio
+from ..stats.bootstrap import Estimate, ratio
+from ..stats.threshold import threshold_for_share
 from .trace_scores import View, curve, depths, of_nats, rank_scores, to_nats, view_of
 from .traced import Tokens, Trace, check_comparable, loss_of
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import highest
+from ..core.logits import highest
 from ..policy import DepthState, Policy, Rule
 
 ROWS = 16  # measured at a time, so that they stay in a CPU's cache over the dozen operations on each

@@ -23,13 +23,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from tah_cli.terminal import Pieces
+
 from .. import __version__
-from ..families import stable_positions
+from ..core.families import stable_positions
+from ..core.inputs import check_ids
+from ..data.scoring import batches, evaluating, weights_fingerprint
 from ..model import TaHForCausalLM
 from ..policy import Oracle, Policy, Rule
-from ..terminal import Pieces
-from ..tokens import check_ids
-from ..training.reference import batches, evaluating, weights_fingerprint
 from .recorder import Recorder
 from .trace_file import VERSION, TraceFile
 from .trace_texts import Text, texts_of

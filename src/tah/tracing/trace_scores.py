@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .quality import Judged, quality, threshold_for_loss, threshold_for_share
-from .resample import Estimate, Resampled, ranking
+from ..stats.bootstrap import Estimate, Resampled, ranking
+from ..stats.threshold import Judged, quality, threshold_for_loss, threshold_for_share
 from .traced import Tokens, Trace, loss_of
 
 POINTS = 101  # of a curve

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..training.data import load_rows, tokenize_row
-from ..training.data_files import READERS
-from ..training.forms import form_of
+from ..data.data_files import READERS
+from ..data.forms import form_of
+from ..data.rows import load_rows, tokenize_row
 
 PLAIN = (".txt", ".md")  # files that are one text
 

@@ -1,1 +1,1 @@
-"""From data to a trained model: labels, pruning, both stages, recipes, the chain of `tah run`. Start at `train.py`."""
+"""From rows to a trained model: labels, pruning, both stages. Start at `train.py`."""

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..loss import IGNORE, shift
+from ..core.loss import IGNORE, shift
 from ..model import TaHForCausalLM
-from ..tracing.quality import Judged, quality, threshold_for_loss, threshold_for_share
+from ..stats.threshold import Judged, quality, threshold_for_loss, threshold_for_share
 from .trainer import Objective
 
 __all__ = ["Judged", "judge", "quality", "threshold_for_loss", "threshold_for_share"]

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.forms import EXTRAS, form_of
+from ..data.rows import COMPLETE, tokenize_row
+from ..data.scoring import Measured, Reference, check_reference, weights_fingerprint
 from ..files import write_atomically
 from ..progress import Progress
-from .data import COMPLETE, tokenize_row
-from .forms import EXTRAS, form_of
-from .reference import Measured, Reference, check_reference, weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset

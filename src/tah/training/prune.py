@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
+from ..core.families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
 
 CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
 TEXTS = 64  # fewer texts rank layers by luck

@@ -222,7 +222,7 @@ class Recipe(Part):
                     "backbone.method=lookahead, which needs no labels"
                 )
             return
-        from .data import check_rule
+        from ..data.rows import check_rule
 
         try:
             check_rule(label.rule)

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..checkpoints.load import find, load_base, load_tah, load_tokenizer
 from ..config import TaHConfig
-from ..load import find, load_base, load_tah, load_tokenizer
+from ..data.rows import COMPLETE, Collator, depth_labels, pack
 from ..model import TaHForCausalLM
 from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
-from .data import COMPLETE, Collator, depth_labels, pack
 from .recipe import Recipe
-from .record import TrainingProgress, check_directory, draw_curves, is_last, run_facts, trim_metrics, write_json
+from .run_files import TrainingProgress, check_directory, draw_curves, is_last, run_facts, trim_metrics, write_json
 from .trainer import CHECKPOINTS, Objective, Stage, TaHTrainer
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..loss import IGNORE, decider_loss, shift
+from ..core.loss import IGNORE, decider_loss, shift
 from ..model import TaHForCausalLM, TaHOutput
 from ..policy import Confidence, DepthState, Random
 

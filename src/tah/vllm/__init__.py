@@ -1,0 +1,1 @@
+"""The plugin that serves TaH models in vLLM."""

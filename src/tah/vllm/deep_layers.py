@@ -18,7 +18,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
-from ..lora import is_target
+from ..core.lora import is_target
 from .attention import Current, DuoAttention
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..outputs import CHUNK
+from ..core.logits import CHUNK
 
 
 class StepLogits:

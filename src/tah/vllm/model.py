@@ -19,10 +19,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..config import TaHConfig
+from ..core.logits import best_of
+from ..core.lora import is_target
+from ..core.next_input import weighted
 from ..decider import build_decider
-from ..lora import is_target
-from ..mixing import weighted
-from ..outputs import best_of
 from ..policy import DepthState, Rule, build_policy
 from .attention import Current, DeepTokens, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing

@@ -1,0 +1,1 @@
+"""Models on disk: found, loaded, described, converted, saved in part."""

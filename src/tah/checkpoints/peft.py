@@ -1,0 +1,218 @@
+"""Plain PEFT LoRA directories to and from a model's depth adapter.
+
+A PEFT directory is `adapter_config.json` and `adapter_model.safetensors`. Its tensors are ours under another prefix:
+`base_model.model.<layer>.lora_A.weight` there is `base.<layer>.lora_A.weight` here. PEFT knows no depth: loaded by
+PEFT, the adapter makes of every pass what it makes here of the passes from depth 2 on.
+
+Shapes: lora_A is [r, I] and lora_B [O, r], of rank r on a layer from width I to O.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core.lora import DepthLoRA, is_target, widths
+from ..model import TaHForCausalLM
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+# Entries that are read below or change nothing about a finished adapter. PEFT leaves the others empty unless they are
+# used, so a value in any other entry means more than a plain low-rank update.
+PLAIN = """r lora_alpha lora_dropout target_modules exclude_modules use_rslora bias init_lora_weights fan_in_fan_out
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core
+    qalora_group_size""".split()
+ALL = "all-linear"
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the others also rewrite the base
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter on disk: PEFT's settings, and tensors named relative to the base (`<layer>.lora_A.weight`)."""
+
+    source: Path
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The `TaHConfig` fields of a model that this adapter fits, as far as can be said without the base.
+
+        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules`
+        or a number in a name may take some layers and not others, so then each is named whole.
+        """
+        return self._fields(self._by_leaf)
+
+    def fields_for(self, base: nn.Module) -> dict[str, Any]:
+        """The same, for a base: leaves where the settings name no others, or where leaves select just these layers."""
+        leaves = {layer.rpartition(".")[2] for layer in self.layers}
+        linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        head = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}  # type: ignore[operator]
+        targets = self.settings.get("target_modules")
+        dotted = isinstance(targets, list) and any("." in target for target in targets)
+        exact = {name for name in linear - head if is_target(name, leaves)} <= self.layers
+        return self._fields(exact or (self._by_leaf and not dotted))
+
+    def _fields(self, by_leaf: bool) -> dict[str, Any]:
+        rank, alpha = self.settings["r"], self.settings["lora_alpha"]
+        return {
+            "lora_rank": rank,
+            "lora_alpha": float(alpha * math.sqrt(rank) if self.settings.get("use_rslora") else alpha),
+            "lora_dropout": float(self.settings["lora_dropout"]),
+            "lora_targets": sorted({layer.rpartition(".")[2] for layer in self.layers} if by_leaf else self.layers),
+        }
+
+    @property
+    def layers(self) -> set[str]:
+        """Names of the adapted layers, relative to the base."""
+        return {name.rpartition(".lora_")[0] for name in self.tensors}
+
+    @property
+    def _by_leaf(self) -> bool:
+        targets, left_out = self.settings.get("target_modules"), self.settings.get("exclude_modules")
+        if left_out or not (targets is None or targets == ALL or isinstance(targets, list)):
+            return False
+        names = targets if isinstance(targets, list) else []
+        return not any(part.isdigit() for name in names for part in name.split("."))
+
+    def check_shapes(self, base: nn.Module) -> None:
+        """Raise `ValueError` where a tensor does not fit the base's layer and the rank in the settings, by which models
+        are made. Layers that the base does not have are left to whoever makes the model."""
+        rank, modules = self.settings["r"], dict(base.named_modules())
+        for name, tensor in self.tensors.items():
+            layer, _, kind = name.rpartition(".lora_")
+            if type(modules.get(layer)) in (nn.Linear, Conv1D):
+                inputs, outputs = widths(modules[layer])
+                needed = [rank, inputs] if kind == "A.weight" else [outputs, rank]
+                if list(tensor.shape) != needed:
+                    path = self.source / WEIGHTS
+                    raise ValueError(f"{path}: {name} is {list(tensor.shape)}, the model needs {needed}")
+
+    @torch.no_grad()
+    def copy_to(self, model: TaHForCausalLM) -> None:
+        """Copy into the model's adapter, in its dtype. `ValueError` where the layers or shapes differ."""
+        own, path = tensors_of(model), self.source / WEIGHTS
+        if differ := sorted(own.keys() ^ self.tensors.keys()):
+            verb = "lacks" if differ[0] in own else "adapts"
+            raise ValueError(f"{path} {verb} {differ[0]}, unlike the adapter of the model")
+        for name, tensor in self.tensors.items():
+            if own[name].shape != tensor.shape:
+                raise ValueError(f"{path}: {name} is {list(tensor.shape)}, the model needs {list(own[name].shape)}")
+        for name, tensor in self.tensors.items():
+            own[name].copy_(tensor)
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read a PEFT LoRA directory.
+
+    Raises:
+        ValueError: a file is missing or damaged, a layer lacks lora_A or lora_B, a target module has neither, or the
+            adapter does more than add `alpha / r * B A x` to linear layers.
+    """
+    source = Path(directory)
+    for file in (CONFIG, WEIGHTS):
+        if not (source / file).is_file():
+            raise ValueError(f"{source} has no {file}" + ("; a pickled adapter is not read" if file == WEIGHTS else ""))
+    try:
+        settings, saved = json.loads((source / CONFIG).read_text("utf-8")), load_file(source / WEIGHTS)
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {source} is damaged or truncated: {error}") from error
+    _check_plain(settings, source / CONFIG)
+    for name in saved:
+        layer, _, kind = name.rpartition(".lora_")
+        pair = f"{layer}.lora_{'B' if kind == 'A.weight' else 'A'}.weight"
+        if not layer.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
+            raise ValueError(f"{source / WEIGHTS}: {name} does not belong to a LoRA adapter of linear layers")
+        if pair not in saved:
+            raise ValueError(f"{source / WEIGHTS} has {name} but not {pair}")
+    adapter = Adapter(source, settings, {name.removeprefix(PREFIX): tensor for name, tensor in saved.items()})
+    _check_layers(adapter)
+    if not saved:
+        raise ValueError(f"{source / WEIGHTS} holds no tensors")
+    _check_tensors(adapter)
+    return adapter
+
+
+def _check_layers(adapter: Adapter) -> None:
+    """Raise `ValueError` where settings and tensors disagree about the adapted layers. What a regular expression takes
+    is known by the tensors alone: a stranger's expression is not run."""
+    config, layers = adapter.source / CONFIG, adapter.layers
+    targets, left_out = (adapter.settings.get(key) for key in ("target_modules", "exclude_modules"))
+    for key, value in (("target_modules", targets), ("exclude_modules", left_out)):
+        names = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+        if not (value is None or isinstance(value, str) or names):
+            raise ValueError(f"{config}: {key}={str(value)[:100]} is neither a list of names nor a regular expression")
+    for layer in sorted(layers) if isinstance(left_out, list) else []:
+        if is_target(layer, left_out):
+            raise ValueError(f"{config} leaves {layer} out (exclude_modules), but {WEIGHTS} has it")
+    for target in targets if isinstance(targets, list) and not left_out else []:
+        if not any(is_target(layer, [target]) for layer in layers):
+            raise ValueError(f"{config} targets {target}, but {WEIGHTS} has no such layer")
+
+
+def _check_tensors(adapter: Adapter) -> None:
+    """Raise `ValueError` for tensors that are no floating point matrices."""
+    path = adapter.source / WEIGHTS
+    for name, tensor in adapter.tensors.items():
+        if not tensor.is_floating_point() or tensor.ndim != 2:
+            kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            raise ValueError(f"{path}: {name} is {kind}, not a matrix of floating point numbers")
+
+
+def _check_plain(settings: Any, path: Path) -> None:
+    """Raise `ValueError` for settings that are not of a plain LoRA adapter."""
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
+        value: Any = settings.setdefault(key, 0.0 if key == "lora_dropout" else None)
+        if type(value) not in kinds or (key == "r" and value < 1):
+            raise ValueError(f"{path}: {key}={value!r} is not {'an integer >= 1' if key == 'r' else 'a number'}")
+    checked = {"bias": ("none",), "init_lora_weights": PLAIN_INIT}
+    for key, value in settings.items():
+        if value not in checked.get(key, (None, False, {}, [])) and (key in checked or key not in PLAIN):
+            raise ValueError(f"{path}: {key}={value!r} is more than a depth adapter can represent")
+
+
+def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
+    """Copy a PEFT LoRA directory into the model's adapter; if it does not fit, the `ValueError` says what would."""
+    adapter, config = read_adapter(directory), model.config
+    scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
+    if scale != (config.lora_rank, config.lora_alpha) or tensors_of(model).keys() != adapter.tensors.keys():
+        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields_for(model.base).items())
+        raise ValueError(f"the adapter in {directory} does not fit the model's; it fits from_base(base, {fit})")
+    adapter.copy_to(model)
+
+
+def save_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
+    """Write the model's adapter as a plain PEFT LoRA directory. `ValueError` if the model has none."""
+    tensors, config = tensors_of(model), model.config
+    if not tensors:
+        raise ValueError("the model has no adapter to save (lora_rank=0)")
+    modules = dict(model.base.named_modules())
+    layers = {name.rpartition(".lora_")[0] for name in tensors}
+    leaves = {name.rpartition(".")[2] for name in layers}
+    # PEFT adapts every layer whose name ends in a target, so leaf names will do only where they select just ours.
+    exact = layers == {name for name in modules if name.rpartition(".")[2] in leaves}
+    settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+    settings |= {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    settings["target_modules"] = sorted(leaves if exact else layers)
+    settings["fan_in_fan_out"] = any(isinstance(modules[name], Conv1D) for name in layers)
+    (target := Path(directory)).mkdir(parents=True, exist_ok=True)
+    plain = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, target / WEIGHTS, metadata={"format": "pt"})
+    (target / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def tensors_of(model: TaHForCausalLM) -> dict[str, Tensor]:
+    """The model's adapter parameters, named relative to the base."""
+    layers = {name: layer for name, layer in model.base.named_modules() if isinstance(layer, DepthLoRA)}
+    down = {f"{name}.lora_A.weight": layer.lora_A.weight for name, layer in layers.items()}
+    return down | {f"{name}.lora_B.weight": layer.lora_B.weight for name, layer in layers.items()}

@@ -1,0 +1,304 @@
+"""The key/value cache of all depths, and one pass's view of it (spec A.4, A.5).
+
+Shapes: B rows of the cache, R rows in this pass, P packed columns, S visible slots, H key/value heads, K head width,
+M (token, depth) pairs written by this pass, W slots of the deeper depths, n depth-1 slots.
+
+`DuoCache` knows which slot holds which (position, depth); `DuoStep` is what the base gets as its cache for one pass.
+The tensors themselves lie in `storage.DuoLayer`, which has the picture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from .kv_buffer import DuoLayer, Log, room, writable
+from .masks import NEVER, depth_masks
+from .packing import Packed, unpack
+
+# What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
+_known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _known else "past_key_values"
+
+
+def given_cache(past_key_values: DuoCache | None, cache: DuoCache | None) -> DuoCache | None:
+    """The one that a call was given under either name.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names for one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
+class DuoCache(Cache):
+    """Keys and values of every token at every depth it ran.
+
+    To transformers this is a cache of depth 1: `get_seq_length` counts tokens. `generate` may reorder its rows
+    (beams), repeat them, or crop the newest tokens (assisted decoding); deeper depths follow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DuoLayer)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.places = Log(NEVER)  # [B, n] of each depth-1 slot (masks.py); NEVER where it is padding
+        self.depth_count = Log(1)  # [B, n] passes each token took
+        self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
+        self.has_padding = False
+        self.has_documents = False  # its rows hold several documents each: nothing can be appended
+        self.whole = True  # False while a call runs, and for ever if it fails
+        self.deep_places: Tensor | None = None  # [B, W], slot w counted from the middle outwards
+        self.deep_depths: Tensor | None = None  # [B, W]
+        self.deep_length: Tensor | None = None  # [B] slots in use per row
+        self.deep_width = 0  # the longest of them
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    # -- passes --------------------------------------------------------------------------------------------------
+
+    def step(
+        self, places: Tensor, valid: Tensor, padded: bool, documents: bool = False, deeper: bool = False
+    ) -> DuoStep:
+        """Open a pass at depth 1 over all rows.
+
+        Args:
+            places: [B, N] int64, place of each new token.
+            valid: [B, N] bool, False at padding.
+            padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
+            documents: whether a row holds several documents.
+            deeper: whether deeper passes may follow.
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+        """
+        if self.places.data is not None and self.places.data.shape[0] != places.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.places.data.shape[0]} rows but the input has {places.shape[0]}; "
+                "use the cache of the same batch, or none"
+            )
+        if self.has_documents:
+            raise ValueError("this cache holds rows of several documents each; it cannot be continued")
+        if not self.whole:
+            raise ValueError("an earlier call on this cache failed halfway; start again with a new cache")
+        self.whole = False
+        start = self.places.length
+        self.places.append(places.masked_fill(~valid, NEVER) if padded else places)
+        self.has_padding |= padded
+        self.has_documents = documents
+        return DuoStep(self, 1, start, deeper=deeper)
+
+    def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, places: Tensor) -> DuoStep:
+        """Open a pass at `depth` >= 2 for M chosen tokens.
+
+        Args:
+            row: [M] cache row of each token, sorted.
+            column: [M] index of each token among its row's packed ones: 0, 1, ...
+            packed: how the tokens lie in the [R, P] input of the pass.
+            places: [M] place of each token.
+        """
+        batch = self.places.view.shape[0]
+        if self.deep_length is None:
+            self.deep_length = torch.zeros(batch, dtype=torch.long, device=row.device)
+            self.deep_places = places.new_empty(batch, 0)
+            self.deep_depths = places.new_empty(batch, 0)
+        assert self.deep_places is not None and self.deep_depths is not None
+        slots = self.deep_length[row] + column
+        reach = int(slots.max()) + 1
+        width = max(self.deep_width, reach)
+        if width > self.deep_places.shape[1]:
+            grow = (0, room(width) - self.deep_places.shape[1])
+            self.deep_places = torch.nn.functional.pad(self.deep_places, grow, value=NEVER)
+            self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
+        if not writable(self.deep_places):
+            self.deep_places, self.deep_depths = self.deep_places.clone(), self.deep_depths.clone()
+        self.deep_places[row, slots] = places
+        self.deep_depths[row, slots] = depth
+        self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
+        self.deep_width = width
+        return DuoStep(self, depth, self.places.length, DeepWrite(row, slots, reach, width, packed))
+
+    def drop_deep(self) -> None:
+        """Forget all deeper keys and values (with `attention="own"` or "blind" no later token may see them)."""
+        self.deep_places = self.deep_depths = self.deep_length = None
+        self.deep_width = 0
+
+    def record(self, depth_count: Tensor, continue_logits: Tensor) -> None:
+        """End of a call: remember what its tokens did, depth_count [B, N] and continue_logits [B, N, max_depth - 1]."""
+        self.whole = True
+        self.depth_count.append(depth_count)
+        if self.continue_logits is None:
+            self.continue_logits = Log(float("nan"))
+        elif (seen := self.continue_logits.view.shape[2]) != continue_logits.shape[2]:
+            depths = max(seen, continue_logits.shape[2])
+            widen = torch.nn.functional.pad(self.continue_logits.view, (0, depths - seen), value=float("nan"))
+            self.continue_logits = Log(float("nan"))
+            self.continue_logits.append(widen)
+            grow = (0, depths - continue_logits.shape[2])
+            continue_logits = torch.nn.functional.pad(continue_logits, grow, value=float("nan"))
+        self.continue_logits.append(continue_logits)
+
+    # -- what transformers asks of a cache -----------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.places.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.places.length + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.places.data is None else self.places.data.shape[0]
+
+    def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            layer.map_batch(select)
+        for log in (self.places, self.depth_count, self.continue_logits):
+            if log is not None and log.data is not None:
+                log.data = select(log.data)
+        if self.deep_length is not None and self.deep_places is not None and self.deep_depths is not None:
+            self.deep_length = select(self.deep_length)
+            self.deep_places = select(self.deep_places)
+            self.deep_depths = select(self.deep_depths)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_batch(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens of every row, at every depth.
+
+        Raises:
+            ValueError: a positive number (transformers' old meaning: the length to keep).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        keep = self.places.length + tokens_to_remove
+        if tokens_to_remove == 0 or self.places.data is None:
+            return
+        if self.deep_places is not None and self.deep_length is not None:
+            first_removed = self.places.view[:, keep:].amin(dim=1, keepdim=True)
+            gone = self.deep_places >= first_removed
+            self.deep_places = self.deep_places.masked_fill(gone, NEVER)
+            index = torch.arange(1, gone.shape[1] + 1, device=gone.device)
+            self.deep_length = (index * ~gone).amax(dim=1) if gone.shape[1] else self.deep_length
+            self.deep_width = int(self.deep_length.max())
+        for layer in self.layers:
+            layer.length = keep
+        for log in (self.places, self.depth_count, self.continue_logits):
+            if log is not None:
+                log.length = min(log.length, keep)
+
+
+@dataclass
+class DeepWrite:
+    """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
+
+    row: Tensor  # [M] cache row
+    slots: Tensor  # [M] slot, counted from the middle outwards
+    reach: int  # slots its rows have in use, the longest of them
+    width: int  # slots any row has in use
+    packed: Packed
+
+
+class DuoStep(Cache):
+    """The base's cache during one pass: reads keys of depths up to its own, writes its own.
+
+    With gradients, nothing is written in place and a layer may be replayed (activation checkpointing): a replay
+    starts from the state the step was opened on and leaves the cache as it is.
+    """
+
+    def __init__(
+        self, cache: DuoCache, depth: int, start: int, write: DeepWrite | None = None, deeper: bool = False
+    ) -> None:
+        super().__init__(layers=cache.layers)
+        self.cache, self.depth, self.start, self.write, self.deeper = cache, depth, start, write, deeper
+        self.only_row = int(write.packed.rows) if write is not None and len(write.packed.rows) == 1 else None
+        self.before = [(layer.keys, layer.values, layer.middle, layer.length) for layer in cache.layers]
+        self.written: set[int] = set()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store this pass's keys and values [R, H, P, K]; return all it may see, [R, H, S, K]."""
+        in_place = not torch.is_grad_enabled()
+        layers = self.cache.layers
+        while len(layers) <= layer_idx:
+            layers.append(DuoLayer())
+        layer = layers[layer_idx]
+        if layer_idx in self.written:  # a replay: work on a copy of the state before this step
+            layer = DuoLayer()
+            if layer_idx < len(self.before):
+                layer.keys, layer.values, layer.middle, layer.length = self.before[layer_idx]
+        self.written.add(layer_idx)
+        if self.write is None:
+            layer.append(key_states, value_states, in_place, self.deeper)
+            if self.start == 0:  # the base attends to its own tensors, bit for bit what it does without a cache
+                return key_states, value_states
+        else:
+            k = unpack(key_states, self.write.packed)
+            v = unpack(value_states, self.write.packed)
+            layer.insert(k, v, self.write.row, self.write.slots, self.write.width, in_place)
+        return self._visible(layer)
+
+    def _visible(self, layer: DuoLayer) -> tuple[Tensor, Tensor]:
+        assert layer.keys is not None and layer.values is not None
+        end = layer.middle + layer.length
+        if self.write is None:
+            return layer.keys[:, :, layer.middle : end], layer.values[:, :, layer.middle : end]
+        span = slice(layer.middle - self.write.reach, end)
+        keys, values, rows = layer.keys[:, :, span], layer.values[:, :, span], self.write.packed.rows
+        if len(rows) == keys.shape[0]:
+            return keys, values
+        if self.only_row is not None:  # a view: the usual case while decoding
+            return keys[self.only_row : self.only_row + 1], values[self.only_row : self.only_row + 1]
+        rows = rows.to(keys.device)
+        return keys.index_select(0, rows), values.index_select(0, rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.start
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.start + query_length, 0
+
+    # -- masks ---------------------------------------------------------------------------------------------------
+
+    def padding_mask(self) -> Tensor | None:
+        """[B, n] bool for the base's own mask code at depth 1, or None when nothing is padded."""
+        return self.cache.places.view != NEVER if self.cache.has_padding else None
+
+    def masks(self, config: PreTrainedConfig, places: Tensor, attention: str, dtype: torch.dtype) -> Any:
+        """Ready masks of a pass at depth >= 2, in the form the base's attention implementation takes.
+
+        Args:
+            config: text configuration of the base.
+            places: [R, N] of the queries.
+            attention: `duo`, `own` or `blind`.
+            dtype: of the activations.
+
+        Returns:
+            [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
+        """
+        assert self.write is not None and self.cache.deep_places is not None and self.cache.deep_depths is not None
+        rows, newest_first = self.write.packed.rows, slice(0, self.write.reach)
+        deep = self.cache.deep_places[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
+        depths = self.cache.deep_depths[rows, newest_first].flip(1)
+        base = self.cache.places.view[rows]
+        documents = self.cache.has_documents
+        return depth_masks(config, self.depth, places, deep, depths, base, attention, dtype, documents)

@@ -1,0 +1,224 @@
+"""Which base models can be wrapped: three contracts, checked by facts and by a probe (style.md section 3).
+
+A base must (1) take `inputs_embeds` and `position_ids`, (2) keep its past only in the `Cache` it is given, through
+`update`, and (3) use a ready attention mask as it is. What does not is refused with the reason, never run wrongly.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import cpu as few_rows
+from .cache import CACHE, DuoCache
+from .lora import DepthLoRA
+from .packing import pack
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+PROBE_TOKENS = 8
+PROBE_LATE = 3  # of them, run at depth 2
+
+
+class UnsupportedBase(ValueError):
+    """A base model that Think-at-Hard cannot wrap, with the reason."""
+
+
+@dataclass
+class Head:
+    """Final hidden states [..., D] -> logits [..., V], exactly as the base's own forward computes them.
+
+    That is its output embedding, then a scale, then a soft-cap: `softcap * tanh(scale * (W h + b) / softcap)`.
+    """
+
+    linear: nn.Module
+    scale: float = 1.0
+    divide: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor, exact: bool = True) -> Tensor:
+        """With `exact` False, equal to the base only up to rounding, and faster for a few rows."""
+        if exact or type(self.linear) is not nn.Linear or not few_rows.applies_to(hidden, self.linear):
+            logits = self.linear(hidden)
+        else:
+            logits = few_rows.product(hidden, self.linear.weight)
+            logits = logits if self.linear.bias is None else logits + self.linear.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.divide != 1.0:
+            logits = logits / self.divide
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the head of a sum is the sum of heads, so that summed logits can be carried as summed states."""
+        return self.softcap is None and getattr(self.linear, "bias", None) is None
+
+    @property
+    def is_single_matrix(self) -> bool:
+        """Whether logits are one matrix times a hidden state and nothing else."""
+        return self.is_linear and type(self.linear) is nn.Linear
+
+
+def head_of(base: PreTrainedModel) -> Head:
+    """The base's output head, read off its module and configuration."""
+    config = base.config.get_text_config(decoder=True)
+    linear = base.get_output_embeddings()
+    if linear is None:
+        raise UnsupportedBase(f"{type(base).__name__} has no output embeddings, so it is not a language model")
+    # Attribute names as the families spell them: Cohere multiplies, Granite divides, HyperCLOVA X multiplies by what
+    # Granite divides by, Gemma and nanochat cap. The probe refuses whatever computes something else.
+    scale, divide = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type == "hyperclovax":
+        scale, divide = divide, 1.0
+    return Head(linear, scale, divide, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The base without its output head: embeddings in, final hidden states out."""
+    decoder = base.get_decoder()
+    if decoder is base or not isinstance(decoder, PreTrainedModel):
+        # Llama 4's text model answers with itself, head-first encoders with their head: take the model inside.
+        inside = [child for child in base.children() if isinstance(child, PreTrainedModel)]
+        decoder = inside[0] if inside else base
+    return decoder
+
+
+def stable_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a base can be run at two depths over; None where there is no such limit.
+
+    `dynamic` and `longrope` rotary embeddings take their frequencies from the longest position in a pass, so past the
+    original length a deeper pass over few tokens would be rotated unlike depth 1.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = []
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales by slot, beyond a length that it calls floor
+        limits.append(int(config.floor_scale) // 2)
+    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
+            original = entry.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limits.append(original or config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The decoder's list of layers.
+
+    Raises:
+        UnsupportedBase: there is no module list of that length directly below the decoder.
+    """
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+            return child
+    raise UnsupportedBase(f"{type(decoder).__name__} has no list of its {num_layers} layers, so none can be observed")
+
+
+def check_facts(base: PreTrainedModel) -> None:
+    """What can be read off without running the base: signature, layer types, layers, head.
+
+    Raises:
+        UnsupportedBase: with the reason.
+    """
+    name, config = type(base).__name__, base.config.get_text_config(decoder=True)
+    decoder = decoder_of(base)
+    parameters = inspect.signature(decoder.forward).parameters
+    for needed in ("inputs_embeds", "position_ids", CACHE):
+        if needed not in parameters:
+            raise UnsupportedBase(f"{name} cannot be wrapped: its forward takes no {needed}")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise UnsupportedBase(f"{name} cannot be wrapped: it is an encoder-decoder")
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if strange:
+        raise UnsupportedBase(
+            f"{name} cannot be wrapped: duo-causal attention is defined for {', '.join(LAYER_TYPES)} layers, "
+            f"not for {', '.join(strange)}"
+        )
+    decoder_layers(decoder, config.num_hidden_layers)
+    head_of(base)
+
+
+@torch.no_grad()
+def check_base(base: PreTrainedModel) -> None:
+    """Check everything a base needs, the last of it by running 8 tokens.
+
+    The probe compares with the base's own forward on the same input embeddings, some of them soft: a pass at depth 1
+    through our cache and head; and a pass at depth 2 of the last three tokens, which did not run depth 1 and so must
+    give, adapters off, what depth 1 gives. Windows and chunks are made shorter than the probe while it runs.
+
+    Raises:
+        UnsupportedBase: with the reason.
+    """
+    check_facts(base)
+    name, training = type(base).__name__, base.training
+    if any(isinstance(module, DepthLoRA) for module in base.modules()):
+        raise UnsupportedBase(f"this {name} is part of a TaH model already; load the base again")
+    config = base.config.get_text_config(decoder=True)
+    reach = {k: v for k in ("sliding_window", "attention_chunk_size") if (v := getattr(config, k, None)) is not None}
+    base.eval()
+    try:
+        for key in reach:
+            setattr(config, key, 3)
+        reason = _probe(base, config)
+    except Exception as error:
+        line = str(error).strip().splitlines()
+        reason = f"its forward fails on our cache with {type(error).__name__}: {line[0][:120] if line else ''}"
+    finally:
+        for key, value in reach.items():
+            setattr(config, key, value)
+        base.train(training)
+    if reason:
+        raise UnsupportedBase(f"{name} cannot be wrapped: {reason}")
+
+
+def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """The reason the base behaves differently under our cache and masks, or None."""
+    decoder, head = decoder_of(base), head_of(base)
+    embed = base.get_input_embeddings()
+    device, late = embed.weight.device, PROBE_LATE
+    ids = torch.arange(PROBE_TOKENS, device=device)[None] % config.vocab_size
+    embeds = embed(ids)
+    # Cloned where used: some families scale their input in place.
+    embeds = torch.cat([embeds[:, :-late], (embeds[:, -late:] + embeds[:, :late]) / 2], dim=1)
+    positions = torch.arange(PROBE_TOKENS, device=device)[None]
+    want = base(inputs_embeds=embeds.clone(), position_ids=positions, use_cache=False).logits[0].float()
+    # Rounding of a deep bf16 model reaches a tenth of the norm; a wrong mask or position, its size.
+    tolerance = 1e-3 if decoder.dtype == torch.float32 else 0.3
+
+    def differs(got: Tensor, want: Tensor) -> bool:
+        return not (got.float() - want).norm() <= tolerance * want.norm()
+
+    def depth_one(length: int) -> tuple[DuoCache, Any]:
+        cache, where = DuoCache(), positions[:, :length]
+        step = cache.step(where, torch.ones_like(where, dtype=torch.bool), padded=False)
+        given = {CACHE: step, "position_ids": where, "use_cache": False}
+        return cache, decoder(inputs_embeds=embeds[:, :length].clone(), **given).last_hidden_state
+
+    cache, hidden = depth_one(PROBE_TOKENS)
+    if len(cache.layers) != config.num_hidden_layers:
+        return f"{len(cache.layers)} of its {config.num_hidden_layers} layers keep their past in the cache"
+    if differs(head(hidden)[0], want):
+        return "its logits are not its output embedding of the final hidden state, scaled or soft-capped"
+
+    cache, _ = depth_one(PROBE_TOKENS - late)
+    last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
+    packed, row, column = pack(last, PROBE_TOKENS)
+    deep = cache.deep_step(2, row, column, packed, last)
+    hidden = decoder(
+        inputs_embeds=embeds[:, -late:],
+        position_ids=last[None],
+        **{CACHE: deep},
+        attention_mask=deep.masks(config, last[None], "duo", decoder.dtype),
+        use_cache=False,
+    ).last_hidden_state
+    if differs(head(hidden)[0], want[-late:]):
+        return "it does not attend by the positions and the mask it is given"
+    return None

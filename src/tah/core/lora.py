@@ -1,0 +1,161 @@
+"""LoRA by depth: a low-rank update of the base's linear layers that is active from depth 2 on (spec A.1).
+
+Shapes: ... any leading dimensions, I input width, O output width, r rank.
+
+The depth of the running pass is a context variable, entered with `with at_depth(d)`. It is per thread and restored
+on exit, so two threads may use one model at different depths, and nothing about the modules is ever toggled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import cpu as few_rows
+
+_depth: ContextVar[int] = ContextVar("tah_depth", default=1)
+
+
+@contextmanager
+def at_depth(depth: int) -> Iterator[None]:
+    """Run the base at this depth: adapters are active inside iff `depth` > 1."""
+    token = _depth.set(depth)
+    try:
+        yield
+    finally:
+        _depth.reset(token)
+
+
+def current_depth() -> int:
+    """Depth of the pass that is running in this thread (1 outside of any)."""
+    return _depth.get()
+
+
+def replay_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of `torch.utils.checkpoint`: a replayed layer runs at the depth it first ran at."""
+    return nullcontext(), at_depth(current_depth())
+
+
+class DepthLoRA(nn.Module):
+    """Mixin over a linear layer: adds `scale * B(A(dropout(x)))` at depth >= 2 and nothing at depth 1.
+
+    The layer keeps its own parameters and their names; `lora_A.weight` [r, I] and `lora_B.weight` [O, r] are PEFT's.
+    A starts Kaiming-uniform and B at zero, so a fresh adapter changes nothing.
+    """
+
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+    lora_dropout: nn.Dropout
+    lora_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        y = super().forward(x)
+        if _depth.get() == 1:
+            return y
+        x = x.to(self.lora_A.weight.dtype)  # adapters may be float32 beside a half-precision base, as in PEFT
+        low = self.lora_A(self.lora_dropout(x) if self.training else x)
+        alike = y.dtype == low.dtype == self.lora_B.weight.dtype  # not under autocast, which must see the call
+        if alike and not torch.is_grad_enabled() and not few_rows.is_watched(self.lora_B):
+            # In place: a product of its own and a sum cost a tenth of the layer.
+            rows = low.reshape(-1, low.shape[-1])
+            y.view(-1, y.shape[-1]).addmm_(rows, self.lora_B.weight.t(), alpha=self.lora_scale)
+            return y
+        return torch.add(y, self.lora_B(low).to(y.dtype), alpha=self.lora_scale)
+
+
+class LoRALinear(DepthLoRA, nn.Linear):
+    """`nn.Linear` with a depth-gated adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        if _depth.get() == 1 or not few_rows.applies_to(x, self) or self.lora_A.weight.dtype != x.dtype:
+            return super().forward(x)
+        y = few_rows.product(x, self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
+        return y if self.bias is None else y + self.bias
+
+
+class LoRAConv1D(DepthLoRA, Conv1D):
+    """GPT-2's transposed linear with a depth-gated adapter."""
+
+
+_KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
+
+
+def is_target(name: str, targets: Iterable[str] | None) -> bool:
+    """Whether a layer of the base is among `targets`: whole names, or what a name ends in after a dot, as in PEFT."""
+    if targets is None:
+        return True
+    parts = name.split(".")
+    return not {".".join(parts[at:]) for at in range(len(parts))}.isdisjoint(targets)
+
+
+def widths(linear: nn.Module) -> tuple[int, int]:
+    """(I, O) of a linear layer of either kind."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features  # type: ignore[return-value]
+
+
+def add_lora(
+    decoder: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: list[str] | None = None,
+    prefix: str = "",
+) -> list[str]:
+    """Give linear layers below `decoder` an adapter, in place, and return their names.
+
+    Args:
+        decoder: the base without its output head.
+        rank: r > 0.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, during training only.
+        targets: layers to adapt, each by its name or the end of it (`is_target`); None adapts every linear layer.
+        prefix: what names below `decoder` begin with in the base, where targets may be whole names.
+
+    Raises:
+        ValueError: a target that no linear layer has, or a decoder without linear layers.
+    """
+    adapted: list[str] = []
+    for name, module in list(decoder.named_modules()):
+        # Exact types only: a subclass (router, quantised or ternary layer) has a forward of its own.
+        if type(module) not in _KINDS or not is_target(prefix + name, targets):
+            continue
+        inputs, outputs = widths(module)
+        weight: Any = module.weight
+        factory = {"device": weight.device, "dtype": weight.dtype}
+        lora = {
+            "lora_A": nn.Linear(inputs, rank, bias=False, **factory),
+            "lora_B": nn.Linear(rank, outputs, bias=False, **factory),
+            "lora_dropout": nn.Dropout(dropout),
+        }
+        module.__class__ = _KINDS[type(module)]
+        for child, layer in lora.items():
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # else the base would initialise B like any linear
+            module.add_module(child, layer)
+        module.lora_scale = alpha / rank
+        reset_lora(module)
+        adapted.append(name)
+    missing = [its for its in targets or () if not any(is_target(prefix + name, [its]) for name in adapted)]
+    if missing:
+        raise ValueError(f"lora_targets {sorted(set(missing))}: the base has no linear layer of that name")
+    if not adapted:
+        raise ValueError("the base has no nn.Linear or Conv1D layer to adapt; use lora_rank=0")
+    return adapted
+
+
+@torch.no_grad()
+def reset_lora(module: nn.Module) -> None:
+    """Initialise one adapter as PEFT does: A Kaiming-uniform, B zero."""
+    if not module.lora_A.weight.is_meta:  # type: ignore[union-attr]
+        nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))  # type: ignore[union-attr,arg-type]
+        nn.init.zeros_(module.lora_B.weight)  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,111 @@
+"""What would make a step fail and can be known before any step begins: each raises `ValueError` with one line.
+
+Only configurations, tokenizers and a few rows are read. Models are built without weights, on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoints.load import find, load_tokenizer, outline
+from ..config import TaHConfig
+from ..data.rows import tokenize_row
+from ..data.scoring import check_positions, check_reference
+from ..model import TaHForCausalLM
+from ..training.prune import check_layers, check_texts, drop_layer
+from ..training.recipe import Recipe
+from ..training.run_files import read_facts
+from ..training.train import check_fields, fields_of
+from ..training.trainer import CHECKPOINTS, last_checkpoint
+from .sources import rows_of
+
+
+def check_pruning(recipe: Recipe, run: Path) -> None:
+    """The base can be pruned by so many layers, and there may be enough texts to decide which."""
+    base = outline(plain_base(str(recipe.base.model)))
+    check_layers(base, recipe.base.prune_layers)
+    if recipe.data.generate is None:
+        check_texts(len(rows_of(recipe, run)[1]), recipe.base.prune_texts)
+
+
+def check_labelling(recipe: Recipe, run: Path) -> None:
+    """Texts can be read, some of them give tokens to train on, and the reference reads the same tokens."""
+    if recipe.base.scratch is not None:
+        _look_for_reference(recipe)  # its tokenizer is still to be made, of texts that are too
+        return
+    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
+    if recipe.data.generate is None:
+        for rows in rows_of(recipe, run):
+            _check_rows(rows, tokenizer, recipe.data.max_length)
+    reference = _look_for_reference(recipe)
+    if reference is not None:
+        check_reference(reference, tokenizer, None, recipe.data.max_length)
+
+
+def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
+    """The model that will label, without its weights, where the recipe names one."""
+    if not recipe.uses_labels or recipe.label is None or recipe.label.reference == "trained":
+        return None
+    try:
+        path, _ = find(recipe.label.reference, weights=False)
+        reference = outline(path)
+        check_positions(reference, recipe.data.max_length)
+    except ValueError as error:
+        raise ValueError(f"label.reference={recipe.label.reference}: {error}") from error
+    return reference
+
+
+def check_backbone(recipe: Recipe, run: Path) -> None:
+    """The base is of a family that can iterate, what the recipe says of the model fits it, and what a killed run has
+    left can be continued."""
+    check_left(run / "backbone")
+    if recipe.base.scratch is not None:
+        layers = recipe.base.scratch["num_hidden_layers"]
+        TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": layers}, **fields_of(recipe))
+        return
+    source = str(recipe.backbone.init or recipe.base.model)
+    path, kind = find(source, weights=False)
+    if kind == "tah":
+        config = TaHConfig.from_pretrained(path)
+        check_fields(recipe, config, source)
+        if recipe.decider is not None and config.decider is None:
+            raise ValueError(f"{source} has no decider to train; set decider=null, or start from a base")
+        return
+    base = outline(path)
+    for _ in range(recipe.base.prune_layers):
+        drop_layer(base, 0)
+    with torch.device("meta"):
+        TaHForCausalLM(TaHConfig(base_config=base.config.to_dict(), **fields_of(recipe)))
+
+
+def check_decider(recipe: Recipe, run: Path) -> None:
+    """What a killed run has left can be continued."""
+    check_left(run / "decider")
+
+
+def check_left(directory: Path) -> None:
+    if last_checkpoint(directory / CHECKPOINTS) is not None:
+        read_facts(directory)
+
+
+def plain_base(source: str) -> str:
+    """Where a base is that can be pruned."""
+    path, kind = find(source, weights=False)
+    if kind != "base":
+        raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
+    return path
+
+
+def _check_rows(rows: Any, tokenizer: Any, max_length: int) -> None:
+    """At least one row can be trained on; as a rule the first one tells."""
+    dropped = Counter[str]()
+    for row in rows.with_format(None):
+        if tokenize_row(row, tokenizer, max_length, dropped=dropped) is not None:
+            return
+    why = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+    raise ValueError(f"nothing to train on in {len(rows)} rows: {why}")

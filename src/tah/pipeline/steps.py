@@ -1,0 +1,244 @@
+"""What the steps of a recipe are: data, base, reference, labels, both stages of training, report.
+
+`run.py` decides which of them have to be made; the work itself is done in the module of each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..checkpoints.load import find, load_base, load_tah, load_tokenizer
+from ..data.rows import COMPLETE
+from ..training.label import label as label_rows
+from ..training.recipe import Recipe
+from ..training.trainer import Stage
+from . import preflight
+from .contents import contents
+from .run import POLL, Run, Step, flat
+from .sources import default_device, release, rows_of
+
+
+def chain(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe, each after those it needs."""
+    whole = recipe.resolved()
+    own_data, own_base = recipe.data.generate is not None, recipe.base.scratch is not None
+    own_reference = recipe.label is not None and recipe.label.reference == "trained"
+    data = flat(whole["data"], "data")
+    if not own_data:
+        data |= {f"data.{name}": contents(whole["data"][name]) for name in ("source", "validation")}
+    base = flat(whole["base"], "base") | {"base.model": contents(recipe.base.model)}
+    found = []
+    if own_data or own_base:
+        from .tiny import check_sections
+
+        check_sections(recipe)  # before anything made earlier is moved aside
+    if own_data:
+        from .tiny import write_data
+
+        generate = flat(whole["data"]["generate"], "data.generate")
+        found.append(Step("data", "data", lambda recipe, run: write_data(recipe, run / "data"), generate))
+    texts = ("data",) if own_data else ()
+    if own_base:
+        from .baselines import train_base
+
+        base |= {"data.max_length": recipe.data.max_length, "backbone.packed": recipe.backbone.packed}
+        found.append(Step("base", "base", _by_one_process(train_base), base, texts, resumes=True))
+    elif recipe.makes_base:
+        from .pruned import prune_base
+
+        found.append(Step("base", "base", prune_base, base | data, texts, check=preflight.check_pruning))
+    if own_reference:
+        from .baselines import train_reference
+
+        reads = flat(whole["backbone"]["training"], "backbone.training")
+        make = _by_one_process(train_reference)
+        found.append(Step("reference", "reference", make, reads, (*texts, "base"), resumes=True))
+    tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
+    judge = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
+    needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and judge else ()))
+    reads = data | tokenizer | {"label.reference": contents(judge)}
+    shared: dict[str, Any] = {"together": True, "resumes": True}
+    found.append(Step("label", "labels", make_labels, reads, needs, check=preflight.check_labelling, **shared))
+    found += _stages(recipe, whole, base)
+    if own_data:
+        from .report import write_report
+
+        found += _controls(recipe, whole)
+        needs = tuple(step.name for step in found if step.name != "base")
+        found.append(Step("report", "report", _by_one_process(write_report), {}, needs))
+    return found
+
+
+def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list[Step]:
+    reads = flat(whole["model"], "model") | flat(whole["backbone"], "backbone")
+    reads |= {"backbone.init": contents(recipe.backbone.init), "data.max_length": recipe.data.max_length}
+    if recipe.uses_labels and recipe.label is not None:
+        reads["label.rule"] = recipe.label.rule
+    if recipe.decider is not None and recipe.decider.joint:
+        reads |= {"decider.joint": True, "decider.gain": recipe.decider.gain}
+    if not recipe.makes_base:
+        reads |= {name: base[name] for name in ("base.model", "base.dtype")}
+    needs = ("label", *(("base",) if recipe.makes_base else ()))
+    shared: dict[str, Any] = {"together": True, "resumes": True}
+    check = preflight.check_backbone
+    found = [Step("backbone", "backbone", _train("backbone"), reads, needs, check=check, **shared)]
+    if recipe.decider is not None:
+        reads, needs = flat(whole["decider"], "decider"), ("label", "backbone")
+        found.append(
+            Step("decider", "decider", _train("decider"), reads, needs, check=preflight.check_decider, **shared)
+        )
+    return found
+
+
+def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
+    """Further models for the report to compare with."""
+    from .baselines import train_blind, train_standard_compute
+
+    backbone, found = flat(whole["backbone"], "backbone"), []
+    if recipe.controls.equal_compute:
+        needs = ("data", "base", "label", "backbone", *(("decider",) if recipe.decider is not None else ()))
+        make, name = _by_one_process(train_standard_compute), "standard_compute"
+        found.append(Step(name, name, make, backbone, needs, resumes=True))
+    if recipe.controls.blind:
+        reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
+        if recipe.uses_labels and recipe.label is not None:
+            reads["label.rule"] = recipe.label.rule
+        make, needs = _by_one_process(train_blind), ("base", "label")
+        found.append(Step("blind", "blind", make, reads, needs, resumes=True))
+    return found
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def run(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Path:
+    """`tah run`: every step; the directory of the last one that is a model."""
+    steps = _steps(recipe, directory, note)
+    steps.make(list(steps.steps))
+    return steps.result("decider" if recipe.decider is not None else "backbone")
+
+
+def label(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Path:
+    """`tah label`: the labelled data, and what that needs."""
+    steps = _steps(recipe, directory, note)
+    steps.make(["label"])
+    return steps.result("label")
+
+
+def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, note: Callable[[str], None]) -> Path:
+    """`tah train`: a stage; what is quick and missing is made first, a pruned base or tokens.
+
+    Args:
+        resume: go on with an unfinished training, if there is one.
+
+    Raises:
+        ValueError: labels or the stage before are not there, or `resume` does not go with what is.
+    """
+    steps = _steps(recipe, directory, note)
+    if stage == "decider" and recipe.decider is None:
+        raise ValueError("the recipe has no decider section, so there is no stage decider")
+    if steps.lead:
+        if stage == "decider":
+            _check_there(steps, "backbone", "train --stage backbone first")
+        if recipe.uses_labels:
+            _check_there(steps, "label", f"run `tah label` with this recipe and --output {directory}")
+        _check_resume(steps, stage, resume)
+    steps.make([stage])
+    return steps.result(stage)
+
+
+def _steps(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Run:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else every process trains alone, without a word
+    return Run(recipe, directory, chain(recipe), note)
+
+
+def _check_there(steps: Run, name: str, fix: str) -> None:
+    state, result = steps.state(name), steps.result(name)
+    if state == "changed":
+        raise ValueError(f"{result} was made for something else: {steps.difference(name)}; {fix}")
+    if state == "damaged":
+        raise ValueError(f"{steps.damage(name)}; {fix}")
+    if state != "finished":
+        if state == "unfinished" and name == "backbone":
+            fix = "train --stage backbone --resume first"
+        raise ValueError(f"{result} is {'not there' if state == 'missing' else 'not finished'}; {fix}")
+
+
+def _check_resume(steps: Run, name: str, resume: bool) -> None:
+    state, result = steps.state(name), steps.result(name)
+    if state == "changed" and resume:
+        raise ValueError(
+            f"{result} was trained differently: {steps.difference(name)}; --resume needs the same recipe and data "
+            "(without it, the stage is trained anew)"
+        )
+    if state == "unfinished" and not resume and any(result.glob("checkpoints/checkpoint-*")):
+        raise ValueError(f"{result} holds an unfinished training: --resume goes on with it; or choose another --output")
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, Path], None]:
+    """A step that trains, made by the first process alone, would wait forever for the others to join it."""
+
+    def checked(recipe: Recipe, run: Path) -> None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this step is done by one process: start the command once without torchrun")
+        make(recipe, run)
+
+    return checked
+
+
+def make_labels(recipe: Recipe, run: Path) -> None:
+    """`run/labels/train` and `run/labels/validation`: tokens, and what the reference makes of them where it is used."""
+    tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
+    parts = dict(zip(("train", "validation"), rows_of(recipe, run), strict=True))
+    reference, sizes = None, {}
+    if recipe.label is not None:
+        sizes = {name: getattr(recipe.label, name) for name in ("tokens_per_batch", "rows_per_shard")}
+    if recipe.label is not None and recipe.uses_labels:
+        name = recipe.label.reference
+        path, kind = find(str(run / "reference") if name == "trained" else name)
+        reference = (load_tah if kind == "tah" else load_base)(path).to(default_device())
+    for name, rows in parts.items():
+        target = run / "labels" / name
+        label_rows(
+            rows,
+            tokenizer,
+            reference,
+            target,
+            max_length=recipe.data.max_length,
+            report=Console(stderr=True),
+            **sizes,
+        )
+        while not (target / COMPLETE).is_file():  # other processes have shards to finish
+            time.sleep(POLL)
+    del reference
+    release()
+
+
+def _train(stage: Stage) -> Callable[[Recipe, Path], object]:
+    def make(recipe: Recipe, run: Path) -> None:
+        from ..training.train import train
+
+        train(recipe, stage, run, resume=True)
+        release()
+
+    return make
+
+
+def _tokenizer_contents(source: str | None) -> str | None:
+    """Of a tokenizer in a local directory: other weights beside it make no other tokens."""
+    path = Path(source or "")
+    if not source or not path.is_dir():
+        return source
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return " ".join(contents(str(path / name)) or "" for name in names if (path / name).is_file())

@@ -1,0 +1,319 @@
+"""Whether a directory holds a model that can be loaded: looked at before any of it is used.
+
+What is read here is `config.json`, the index and the heads of the safetensors files. The model that the configuration
+describes is built on the meta device, without memory for weights, and with no more layers than the files could fill: a
+configuration may say ten million of them, and would be believed otherwise. What remains to be found (a tensor missing
+here or there) is found by the loaders, which then allocate little more than the files hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..config import KERNELS, TaHConfig, check_family, parts, refuse_kernels, without_kernels
+from ..files import parse_json
+
+MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
+SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
+BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
+LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
+PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
+
+
+@dataclass
+class Held:
+    """What weight files hold: dtype and shape of each tensor by its name, as their heads say."""
+
+    tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    size: int = 0  # bytes of the files
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+
+def check_model(
+    directory: str | Path,
+    build: Callable[[], Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    slack: int = SLACK,
+) -> Held:
+    """What the weight files of a model hold, once its configuration fits them.
+
+    Args:
+        directory: with `config.json` and safetensors weights.
+        build: makes the model that the configuration describes; called once, on the meta device, after all else.
+        options: of `from_pretrained`: the `variant` of the weights, kernels that the caller chose, and
+            `trust_remote_code`.
+        slack: by how many elements a tensor may differ from the model's before that is said here.
+
+    Raises:
+        ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
+            describes more than the files hold.
+    """
+    source, options = Path(directory), options or {}
+    described = read_json(source / "config.json")
+    given = [name for name in KERNELS if options.get(name) is not None]
+    check_config(described, f"{source}/config.json", given, bool(options.get("trust_remote_code")))
+    held = read_heads(weight_files(source, described, options.get("variant") or ""))
+    check_counts(described, len(held.tensors), f"{source}/config.json")
+    if build is not None:
+        model = build_empty(build, len(held.tensors), f"{source}/config.json")
+        _check_fit(model, held, source, _is_quantized(model.config), slack)
+    return held
+
+
+def check_adapted(directory: Path) -> None:
+    """Raise `ValueError` for a directory that transformers would complete from elsewhere, or with a pickle."""
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} has an adapter_config.json: a PEFT adapter is not loaded on the way; merge it into its base, "
+            "or remove the file"
+        )
+    if directory.is_dir() and any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
+        raise ValueError(f"{directory} holds a distributed checkpoint; save the model with save_pretrained")
+
+
+def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
+    """The safetensors files of a model, in the order in which transformers looks for them.
+
+    Raises:
+        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file.
+    """
+    check_adapted(directory)
+    middle = f".{variant}" if variant else ""
+    names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+    if (named := described.get("transformers_weights")) is not None:
+        check_name(named, (".safetensors", ".safetensors.index.json"), f"{directory}/config.json: transformers_weights")
+        names = [named]
+    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    if found is None:
+        others = sorted(path.name for path in directory.iterdir() if PICKLE.fullmatch(path.name))
+        other = f"; {others[0]} is not read: a pickle can run code; save the model as safetensors" if others else ""
+        raise ValueError(f"{directory} has no {names[0]}{other}")
+    return shards(found) if found.suffix == ".json" else [found]
+
+
+def shards(index: Path, there: bool = True) -> list[Path]:
+    """The files that an index of shards names.
+
+    Args:
+        there: whether they have to be there.
+
+    Raises:
+        ValueError: it is damaged, or names anything but safetensors files of its own directory, all of them there.
+    """
+    data = read_json(index)
+    where = data.get("weight_map")
+    if not isinstance(where, dict) or not where or not isinstance(data.get("metadata", {}), dict):
+        raise ValueError(f"{index} is damaged or incomplete: it needs a weight_map, from tensors to files")
+    names: dict[str, None] = {}
+    for tensor, name in where.items():
+        check_name(name, (".safetensors",), f"{index}: weight_map[{tensor[:80]!r}]")
+        names[name] = None
+    for name in names:
+        if there and not (index.parent / name).is_file():
+            raise ValueError(f"{index} is damaged or incomplete: {name}, which it lists, is missing; copy it again")
+    return [index.parent / name for name in sorted(names)]
+
+
+def check_name(name: Any, endings: tuple[str, ...], what: str) -> None:
+    """Raise `ValueError` unless `name` is the plain name of a file of one of these kinds."""
+    plain = isinstance(name, str) and re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", name) is not None
+    if not plain or os.path.basename(name) != name or not name.endswith(endings):
+        shown = repr(name) if len(repr(name)) < 100 else f"{repr(name)[:97]}..."
+        raise ValueError(f"{what} is {shown}, not a {endings[0]} file of its own directory; it is not followed")
+
+
+def read_heads(files: list[Path]) -> Held:
+    """What safetensors files hold, without their contents.
+
+    Raises:
+        ValueError: a file is damaged or cut short.
+    """
+    held = Held()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    part = file.get_slice(name)
+                    held.tensors[name] = (part.get_dtype(), part.get_shape())
+            held.size += path.stat().st_size
+        except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
+            line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            why = f"the weights are damaged or cut short ({line})"
+            raise ValueError(f"{path} is damaged or incomplete: {why}; copy them again") from error
+    return held
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that comes with weights.
+
+    Raises:
+        ValueError: it is missing, too large, or something else.
+    """
+    try:
+        if path.stat().st_size > MOST:
+            raise ValueError(f"has {path.stat().st_size:,} bytes, which no such file needs")
+        data = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or incomplete: it {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged or incomplete: it is not a JSON object")
+    return data
+
+
+def check_config(described: dict[str, Any], where: str, given: Collection[str] = (), trusted: bool = False) -> None:
+    """Raise `ValueError` for a configuration that names code to download, or a family or a dtype that nobody knows.
+
+    Args:
+        described: the configuration in JSON.
+        where: its file.
+        given: those of `KERNELS` that the caller chose instead of the configuration's.
+        trusted: the caller runs the model's own code, which may define its family.
+    """
+    if described.get("model_type") == TaHConfig.model_type and given:
+        described = without_kernels(described, given)  # as `TaHConfig.from_dict` does
+    refuse_kernels(described, where, given)
+    models: list[Any] = [described, described.get("base_config")]
+    for part in models:
+        if not isinstance(part, dict):
+            continue
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(value := part.get(name), str) and not _is_float(value):
+                raise ValueError(f"{where}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
+        if part.get("model_type") is not None and not trusted:
+            try:
+                check_family(part["model_type"])
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+
+
+def _is_float(dtype: str) -> bool:
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
+
+
+def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
+    """Raise `ValueError` for more layers than there are tensors, or fewer than none.
+
+    Args:
+        tensors: in the weight files; None where they are not there yet, and anything that was ever built will do.
+    """
+    most = 10_000 if tensors is None else tensors
+    for part in parts(described):
+        for name, value in part.items():
+            if not LAYERS.fullmatch(name) or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not 0 <= value <= most:
+                held = "" if tensors is None else f", but the weights hold {tensors} tensors"
+                raise ValueError(f"{where}: {name}={str(value)[:40]} cannot be{held}")
+
+
+def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str) -> Any:
+    """The model on the meta device, where weights take no memory; layers do, so there may be only so many.
+
+    Args:
+        tensors: in the weight files; None where they are not there yet, and up to a million parts are built.
+
+    Raises:
+        ValueError: there are more, or the model cannot be built.
+    """
+    try:
+        with _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
+            return build()
+    except _TooMany:
+        raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        line = line if len(line) <= 300 else f"{line[:297]}..."
+        kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
+        told = line.startswith(where.removesuffix("/config.json"))
+        raise ValueError(line if told else f"{where}: {kind}{line}") from error
+
+
+def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Module:
+    """The base that a `config.json` describes, with eager attention: kernels change no shapes, and may be missing.
+
+    Args:
+        directory: with the `config.json`.
+        trust_remote_code: run code that comes with the model, as the caller asked for.
+
+    Raises:
+        ValueError: transformers has no causal language model of the family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
+        raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
+    config._attn_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+class _TooMany(Exception):
+    """More modules than allowed."""
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Count the modules that this thread puts into others, and raise where they become more than allowed."""
+    me, left = threading.get_ident(), modules
+
+    def count(module: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal left
+        left -= threading.get_ident() == me
+        if left < 0:
+            raise _TooMany
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slack: int) -> None:
+    """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
+    wanted = dict(model.named_parameters())
+    # Eight weights in a byte are the most that a quantized file can hold.
+    needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
+    if needed > 1.25 * most + SLACK:
+        raise ValueError(f"{source}: config.json needs {needed:,} weights, but the files hold {most:,}")
+    if (needed := sum(its.nbytes for its in model.buffers())) > BUFFERS + 4 * held.size:
+        raise ValueError(f"{source}: config.json needs {needed:,} bytes beside the weights, which have {held.size:,}")
+    for name, (dtype, shape) in held.tensors.items() if not quantized else ():
+        parameter = wanted.get(name)
+        floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
+        if floats and not dtype.startswith(("F", "BF")):
+            raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
+        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > slack:
+            raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
+
+
+def _is_quantized(config: Any) -> bool:
+    """Whether transformers will read the weights as quantized ones: it looks in these two places."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    found = getattr(config, "quantization_config", None)
+    found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    try:
+        return isinstance(found, dict) and bool(AutoHfQuantizer.supports_quant_method(found))
+    except (ValueError, TypeError):  # it names no method
+        return False

@@ -1,0 +1,1 @@
+"""Bootstrap intervals, and thresholds for a share of tokens."""

@@ -1,0 +1,79 @@
+"""How good a decider is and the threshold it should use, from what it said and what a second pass did.
+
+Shapes: n supervised tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import ranking
+
+BINS = 10  # of the calibration table
+
+
+@dataclass
+class Judged:
+    """The decider's word on n supervised tokens after depth 1, and what a second pass does to them."""
+
+    probability: np.ndarray  # [n] float64, of going on
+    hard: np.ndarray  # [n] bool, what it should say
+    loss_one: np.ndarray  # [n] cross-entropy after depth 1, nats
+    loss_two: np.ndarray  # [n] after a second pass of every supervised token
+
+
+def threshold_for_share(probability: np.ndarray, share: float) -> float:
+    """The threshold at which this share of tokens iterates, half-way between the two tokens it separates."""
+    return _between(np.sort(probability)[::-1], round(share * len(probability)))
+
+
+def threshold_for_loss(judged: Judged) -> float:
+    """The threshold at which the mean cross-entropy is lowest; it parts no equal probabilities."""
+    order = np.argsort(-judged.probability, kind="stable")
+    falling = judged.probability[order]
+    gained = np.concatenate([[0.0], np.cumsum((judged.loss_one - judged.loss_two)[order])])
+    counts = np.concatenate([[0], np.flatnonzero(falling[1:] != falling[:-1]) + 1, [len(falling)]])
+    return _between(falling, int(counts[gained[counts].argmax()]))
+
+
+def _between(falling: np.ndarray, count: int) -> float:
+    """A threshold that `count` of the falling probabilities exceed (fewer where some are equal)."""
+    above = falling[count - 1] if count > 0 else 1.0
+    below = falling[count] if count < len(falling) else 0.0
+    return float(np.clip((above + below) / 2, 0.0, 1.0))
+
+
+def quality(judged: Judged, threshold: float) -> dict[str, Any]:
+    """AUROC, average precision, precision and recall at the threshold, calibration, and the losses by policy.
+
+    Precision, recall and AUROC are None where they are undefined (no token iterates; all or none are hard).
+    """
+    p, hard, goes = judged.probability, judged.hard, judged.probability > threshold
+    (auroc,), (average_precision,) = ranking(p, hard)
+    hits = int((goes & hard).sum())
+    index = np.minimum((p * BINS).astype(int), BINS - 1)
+    bins = []
+    for k in range(BINS):
+        if count := int((index == k).sum()):
+            bins.append({"tokens": count, "said": float(p[index == k].mean()), "was": float(hard[index == k].mean())})
+    return {
+        "tokens": len(p),
+        "threshold": threshold,
+        "iterated_share": float(goes.mean()),
+        "hard_share": float(hard.mean()),
+        "auroc": float(auroc) if np.isfinite(auroc) else None,
+        "average_precision": float(average_precision) if np.isfinite(average_precision) else None,
+        "precision": hits / int(goes.sum()) if goes.any() else None,
+        "recall": hits / int(hard.sum()) if hard.any() else None,
+        "calibration_error": sum(b["tokens"] * abs(b["said"] - b["was"]) for b in bins) / len(p),
+        "calibration": bins,
+        "loss": {
+            "never": float(judged.loss_one.mean()),
+            "always": float(judged.loss_two.mean()),
+            "decider": float(np.where(goes, judged.loss_two, judged.loss_one).mean()),
+            "oracle": float(np.where(hard, judged.loss_two, judged.loss_one).mean()),
+        },
+    }

@@ -1,0 +1,5 @@
+"""`python -m tah_cli`"""
+
+from .app import main
+
+main()

@@ -1,0 +1,144 @@
+"""`tah chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tah.config import check_max_depth, check_threshold
+from tah.session import Session
+
+from .app import POLICIES
+from .terminal import Painter, make_console, summary
+
+FIRST = [{"role": "user", "content": "hello"}]  # a conversation that every template can write
+NEEDS = {  # what comes after a command, and an example
+    "/depth": "an integer from 1 on, such as /depth 2",
+    "/threshold": "a number from 0 to 1, such as /threshold 0.5",
+    "/policy": f"one of {', '.join(POLICIES)}",
+}
+HELP = """\
+/depth N        most passes a token may take
+/threshold X    iterate above this probability, in [0, 1]
+/policy NAME    {policies}
+/reset          forget the conversation
+/quit           leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+class NotANumber(ValueError):
+    """What follows a command is none."""
+
+
+def _number(kind: type[int] | type[float], text: str) -> Any:
+    try:
+        return kind(text)
+    except (ValueError, OverflowError) as error:
+        raise NotANumber(text) from error
+
+
+class Chat:
+    """Reads lines, answers them, keeps the conversation.
+
+    Args:
+        rule: policy, threshold and max_depth; commands change them for the answers that follow.
+        sampling: the other options of `Session.answer`.
+        system: message before the conversation.
+
+    Raises:
+        ValueError: the chat template refuses a system message.
+    """
+
+    def __init__(
+        self, session: Session, rule: dict[str, Any], sampling: dict[str, Any], system: str | None, *, color: bool
+    ) -> None:
+        self.session, self.rule, self.sampling = session, rule, sampling
+        self.start = [{"role": "system", "content": system}] if system else []
+        if self.start:
+            session.encode([*self.start, *FIRST])
+        self.messages = list(self.start)
+        self.console = make_console(color=color)
+
+    def run(self) -> None:
+        """Until the user leaves."""
+        painter = Painter(self.console, self.rule["threshold"])
+        self.console.print(painter.legend())
+        self.console.print("/help for commands", style="dim")
+        if not self.session.tokenizer.chat_template:
+            self.console.print("the model has no chat template; messages are joined as they are", style="dim")
+        try:
+            import readline  # noqa: F401 - editing and history for input()
+        except ImportError:  # not on Windows
+            pass
+        while True:
+            try:
+                line = input("> ").strip()
+                line.encode()
+            except EOFError:
+                self.console.print()
+                return
+            except UnicodeError as error:
+                raise ValueError("standard input is not UTF-8 text") from error
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                self.console.print(self.command(line), style="dim")
+            elif line:
+                self.turn(line)
+
+    def command(self, line: str) -> str:
+        """Obey a line that starts with a slash; return what to tell the user."""
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        if name in NEEDS and not value:
+            return f"{name} needs {NEEDS[name]}"
+        try:
+            match name:
+                case "/help":
+                    return HELP.format(policies=", ".join(POLICIES))
+                case "/reset":
+                    self.messages = list(self.start)
+                    return "forgotten"
+                case "/depth":
+                    check_max_depth(depth := _number(int, value))
+                    self.rule["max_depth"] = depth
+                case "/threshold":
+                    check_threshold(threshold := _number(float, value))
+                    self.rule["threshold"] = threshold
+                case "/policy":
+                    if value not in POLICIES:
+                        return f"unknown policy {value!r}; choose from {', '.join(POLICIES)}"
+                    if value == "decider" and self.session.model.decider is None:
+                        return "this model has no decider"
+                    self.rule["policy"] = value
+                case _:
+                    return f"unknown command {name}; /help lists them"
+        except NotANumber:
+            return f"{name} {value[:40]}: that is no number; {name} needs {NEEDS[name]}"
+        except ValueError as error:
+            return f"{name} {value}: {error}"
+        idle = self.rule["policy"] == "never" and name in ("/depth", "/threshold")
+        hint = "; nothing iterates under the policy never, /policy confidence changes that" if idle else ""
+        return ", ".join(f"{key} {entry}" for key, entry in self.rule.items()) + hint
+
+    def turn(self, line: str) -> None:
+        """Answer one message. The cache of earlier turns is used as far as the new prompt repeats them."""
+        if note := self.session.unknown_words(line):
+            self.console.print(note, style="dim")
+        self.messages.append({"role": "user", "content": line})
+        painter = Painter(self.console, self.rule["threshold"])
+        said: list[str] = []
+
+        def show(token: Any) -> None:
+            painter.show(token)
+            said.append(token.text)
+
+        try:
+            answer = self.session.answer(self.session.encode(self.messages), show, **self.rule, **self.sampling)
+            self.console.print()
+            self.console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
+        except KeyboardInterrupt:
+            self.console.print(" [stopped]", style="dim")
+        except ValueError as error:  # a conversation that became too long can be reset, so the program goes on
+            self.messages.pop()
+            self.console.print(f"{error} (/reset starts again)", style="bold")
+            return
+        self.messages.append({"role": "assistant", "content": "".join(said).strip()})

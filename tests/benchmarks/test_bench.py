@@ -1,0 +1,54 @@
+"""The benchmark measures what it says: variants, shares and memory. No time is compared with anything."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.families import tiny
+from helpers.models import shake
+from tah import TaHForCausalLM
+from tah.benchmarks import bench
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = shake(TaHForCausalLM.from_base(tiny("llama", "sdpa", max_position_embeddings=256)))
+    model.save_pretrained(path := tmp_path_factory.mktemp("bench") / "m")
+    return str(path)
+
+
+def test_result(checkpoint, tmp_path):
+    rows = []
+    result = bench.bench(checkpoint, dtypes=("float32",), batches=(1, 4), lengths=(100,), repeats=1, report=rows.append)
+    assert [(row.task, row.variant) for row in rows] == [
+        (task, variant)
+        for task in ("decode, batch 1", "decode, batch 4", "prefill, 100 tokens", "memory, 100 tokens")
+        for variant in bench.VARIANTS
+    ]
+    shares = {(row.task, row.variant): row.iterated for row in rows}
+    assert shares["decode, batch 4", "always"] == 1 and shares["decode, batch 4", "never"] == 0
+    assert shares["decode, batch 4", "forced"] == pytest.approx(0.07, abs=0.005)
+    assert shares["prefill, 100 tokens", "forced"] == pytest.approx(0.07)
+    assert all(row.ratio == 1 for row in rows if row.variant == "base") and all(row.median > 0 for row in rows)
+    assert result["machine"]["torch"] == torch.__version__ and result["settings"]["rate"] == 0.07
+    bench.save(result, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
+    table = (tmp_path / "out" / "bench.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows) and "| forced |" in table[4]
+
+
+def test_forced_pays_for_the_decider(checkpoint):
+    model = bench.load(checkpoint, "float32")
+    asked = []
+    handle = model.decider.register_forward_hook(lambda module, args, out: asked.append(len(out)))
+    bench.prefill(model, "forced", 50)()
+    handle.remove()
+    assert asked == [50]
+
+
+def test_memory_counts_what_a_variant_keeps(checkpoint):
+    """Nobody's memory is negative, and the measuring process reports trouble instead of a number."""
+    assert bench.peak_memory(checkpoint, "float32", "always", 100) > 0
+    with pytest.raises(RuntimeError, match="measuring memory of base failed"):
+        bench.peak_memory("/no/such/model", "float32", "base", 10)
