@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tah import TaHForCausalLM
-from tah.checkpoints.load import find
+from tah.load import find
 from tasks import Rows, Task
 
 

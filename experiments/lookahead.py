@@ -160,7 +160,7 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - adapter
     maps = parameters(model) - parameters(model.base) + adapter
     asked = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
-    mixed = 2 * head if model.config.reembed == "topk" else 0  # the next input: logits, and a sum of embeddings
+    mixed = 2 * head if model.config.next_input == "topk" else 0  # the next input: logits, and a sum of embeddings
     again = MADE * share * (variant.depth - 1)
     return 6 * (body * length + head * MADE + asked + again * (body + maps + head + mixed))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import peft
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from tah.checkpoints.load import find, load_base, load_tah, parameter_counts
 from tah.data.rows import Collator
+from tah.load import find, load_base, load_tah, parameter_counts
 from tah.training.recipe import load_recipe
 from tah.training.train import Rows
 

@@ -11,9 +11,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 from tah import TaHForCausalLM
 from tah.training.trainer import Objective
 
-LOOKAHEAD = {"reembed": "hidden", "attention": "own", "combine": "zero_init", "lora_rank": 0}
-MIX = LOOKAHEAD | {"reembed": "topk", "combine": "sum"}  # the paper's input and output, no new weights but the decider
-PAPER = {"reembed": "topk", "attention": "duo", "combine": "sum", "lora_rank": 4, "lora_alpha": 8}
+LOOKAHEAD = {"next_input": "hidden", "attention": "own", "output": "zero_init", "lora_rank": 0}
+MIX = LOOKAHEAD | {
+    "next_input": "topk",
+    "output": "sum",
+}  # the paper's input and output, no new weights but the decider
+PAPER = {"next_input": "topk", "attention": "duo", "output": "sum", "lora_rank": 4, "lora_alpha": 8}
 TAU = 0.3  # nats, for the variant that trains the second pass on uncertain tokens only
 
 
@@ -91,8 +94,8 @@ VARIANTS = {
     "standard-deep": Variant("standard", layers=2),
     "lookahead": Variant("lookahead", LOOKAHEAD),
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
-    "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"reembed": "topk"}),
-    "lookahead-sum": Variant("lookahead", LOOKAHEAD | {"combine": "sum"}),
+    "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"next_input": "topk"}),
+    "lookahead-sum": Variant("lookahead", LOOKAHEAD | {"output": "sum"}),
     "lookahead-mix": Variant("lookahead", MIX),
     "lookahead-mix-duo": Variant("lookahead", MIX | {"attention": "duo"}),
     "lookahead-mix-quarter": Variant("lookahead", MIX, share=0.25),

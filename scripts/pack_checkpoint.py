@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from tah.checkpoints.adapter import save_additions
-from tah.checkpoints.load import FOLLOW, load_tah
 from tah.checkpoints.smollm2 import TAH
 from tah.files import write_atomically
+from tah.load import FOLLOW, load_tah
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 

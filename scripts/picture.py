@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from tah.checkpoints.load import quiet
+from tah.load import quiet
 from tah.session import Session
 from tah_cli.demo import QUESTIONS
 from tah_cli.terminal import Painter, summary

@@ -266,7 +266,7 @@ def test_a_schedule_reaches_both_optimisers():
     optimizer = optimiser.MuonAdamW(model, 1e-3)
     optimizer.load_state_dict(optimizer.state_dict())
     muon = {id(p) for p in optimizer.parts[1].param_groups[0]["params"]}
-    assert id(model.reembed_map.weight) in muon and id(model.get_input_embeddings().weight) not in muon
+    assert id(model.next_input_map.weight) in muon and id(model.get_input_embeddings().weight) not in muon
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for rate, moves in ((0.0, False), (1e-3, True)):

@@ -200,7 +200,7 @@ def test_prefill_in_chunks_equals_at_once(model):
 
 def test_auto_classes_and_save_load_exact(tmp_path):
     model, ids = (
-        tah(policy="decider", decider={"kind": "mlp", "hidden_dims": [8], "topk": 10}, combine="zero_init"),
+        tah(policy="decider", decider={"kind": "mlp", "hidden_dims": [8], "topk": 10}, output="zero_init"),
         token_ids(),
     )
     model.save_pretrained(tmp_path / "m")
@@ -211,7 +211,7 @@ def test_auto_classes_and_save_load_exact(tmp_path):
     ]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert type(again) is TaHForCausalLM and isinstance(AutoConfig.from_pretrained(tmp_path / "m"), TaHConfig)
-    own = ("max_depth", "mix_topk", "reembed", "attention", "combine", "lora_rank", "policy", "threshold", "decider")
+    own = ("max_depth", "mix_topk", "next_input", "attention", "output", "lora_rank", "policy", "threshold", "decider")
     assert all(getattr(again.config, name) == getattr(model.config, name) for name in own)
     assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):

@@ -15,7 +15,7 @@ from tah.core.lora import at_depth
 
 EXACT = 2e-5  # float32 rounding of a different order of the same sums, relative
 SEAMS = list(itertools.product(("topk", "hidden"), ("duo", "own"), ("sum", "zero_init")))
-seams = pytest.mark.parametrize(("reembed", "attention", "combine"), SEAMS)
+seams = pytest.mark.parametrize(("next_input", "attention", "output"), SEAMS)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def reference_batch(model, ids, depth_labels, **kwargs):
 
 @pytest.mark.parametrize("max_depth", [1, 2, 4])
 @seams
-def test_forward_equals_reference(reembed, attention, combine, max_depth):
-    model = tah(reembed=reembed, attention=attention, combine=combine, max_depth=max_depth)
+def test_forward_equals_reference(next_input, attention, output, max_depth):
+    model = tah(next_input=next_input, attention=attention, output=output, max_depth=max_depth)
     ids, depth_labels = token_ids(), labels(depth=max_depth)
     out = model(ids, depth_labels=depth_labels)
     want, counts = reference_batch(model, ids, depth_labels)
@@ -111,8 +111,8 @@ def test_always_equals_two_explicit_passes():
 @pytest.mark.parametrize("max_depth", [2, 3])
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 1, 3, 1, 2], [11, 1], [4, 8]])
 @seams
-def test_parallel_equals_incremental(reembed, attention, combine, chunks, max_depth):
-    model = tah(reembed=reembed, attention=attention, combine=combine, max_depth=max_depth)
+def test_parallel_equals_incremental(next_input, attention, output, chunks, max_depth):
+    model = tah(next_input=next_input, attention=attention, output=output, max_depth=max_depth)
     ids, depth_labels = token_ids(), labels(depth=max_depth)
     full = model(ids, depth_labels=depth_labels)
     cache, logits, start = DuoCache(), [], 0
@@ -128,8 +128,8 @@ def test_parallel_equals_incremental(reembed, attention, combine, chunks, max_de
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @seams
-def test_padding_is_invisible(reembed, attention, combine, side):
-    model = tah(reembed=reembed, attention=attention, combine=combine, max_depth=3)
+def test_padding_is_invisible(next_input, attention, output, side):
+    model = tah(next_input=next_input, attention=attention, output=output, max_depth=3)
     ids, depth_labels = token_ids(), labels(depth=3)
     full = model(ids, depth_labels=depth_labels)
     mask = pad(torch.ones_like(ids), **{side: 4})
@@ -341,7 +341,7 @@ def test_full_logits_are_never_made_unless_asked_for(policy):
 
 
 def test_embeddings_instead_of_ids():
-    model, ids, depth_labels = tah(reembed="hidden"), token_ids(), labels()
+    model, ids, depth_labels = tah(next_input="hidden"), token_ids(), labels()
     want = model(ids, depth_labels=depth_labels).logits
     embeds = model.get_input_embeddings()(ids)
     assert distance(model(inputs_embeds=embeds, depth_labels=depth_labels).logits, want) < EXACT
@@ -378,9 +378,9 @@ def test_untrained_model_is_its_base():
 
 @pytest.mark.grad
 @seams
-def test_gradients_equal_with_and_without_checkpointing(reembed, attention, combine):
+def test_gradients_equal_with_and_without_checkpointing(next_input, attention, output):
     def gradients(checkpointing):
-        model = tah(reembed=reembed, attention=attention, combine=combine, max_depth=3, lora_dropout=0.0).train()
+        model = tah(next_input=next_input, attention=attention, output=output, max_depth=3, lora_dropout=0.0).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         out = model(token_ids(), labels=token_ids(), depth_labels=labels(depth=3))
@@ -394,10 +394,10 @@ def test_gradients_equal_with_and_without_checkpointing(reembed, attention, comb
 
 
 @pytest.mark.grad
-@pytest.mark.parametrize("reembed", ["topk", "hidden"])
-def test_gradients_are_right(reembed):
+@pytest.mark.parametrize("next_input", ["topk", "hidden"])
+def test_gradients_are_right(next_input):
     """Against finite differences, through next input, adapter, keys of depth 1 and the sum of logits."""
-    model = tah(max_depth=2, reembed=reembed).double().train()
+    model = tah(max_depth=2, next_input=next_input).double().train()
     ids, depth_labels = token_ids(length=6), labels(length=6)
 
     def loss():  # transformers' own loss rounds to float32
@@ -584,9 +584,9 @@ def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
 
 
 @pytest.mark.parametrize("max_depth", [2, 3])
-@pytest.mark.parametrize("reembed", ["topk", "hidden"])
-def test_blind_reads_no_text(reembed, max_depth):
-    model = tah(reembed=reembed, attention="blind", max_depth=max_depth)
+@pytest.mark.parametrize("next_input", ["topk", "hidden"])
+def test_blind_reads_no_text(next_input, max_depth):
+    model = tah(next_input=next_input, attention="blind", max_depth=max_depth)
     ids, depth_labels = token_ids(), labels(depth=max_depth)
     out = model(ids, depth_labels=depth_labels)
     want, counts = reference_batch(model, ids, depth_labels)
@@ -672,9 +672,9 @@ def test_offloaded_weights(tmp_path):
     assert distance(offloaded(ids, depth_labels=depth_labels).logits, want) < EXACT
 
 
-@pytest.mark.parametrize("combine", ["sum", "zero_init"])
-def test_autocast_and_float32_adapters(combine):
-    model, ids, depth_labels = tah(combine=combine), token_ids(), labels()
+@pytest.mark.parametrize("output", ["sum", "zero_init"])
+def test_autocast_and_float32_adapters(output):
+    model, ids, depth_labels = tah(output=output), token_ids(), labels()
     want = model(ids, depth_labels=depth_labels).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert distance(model(ids, depth_labels=depth_labels).logits.float(), want) < 0.1

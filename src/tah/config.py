@@ -14,11 +14,14 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
-REEMBED = ("topk", "hidden")
+NEXT_INPUT = ("topk", "hidden")
 ATTENTION = ("duo", "own", "blind")
-COMBINE = ("sum", "zero_init")
+OUTPUT = ("sum", "zero_init")
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 CONFIDENCE_MEASURES = ("probability", "entropy")
+# Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
+FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
+FORMER_TENSORS = {"reembed_map": "next_input_map", "combine_map": "output_map"}
 KERNELS = ("attn_implementation", "experts_implementation")  # settings that may name code to download
 DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
     "lean": {"layers": None, "width": 256},
@@ -40,12 +43,12 @@ class TaHConfig(PreTrainedConfig):
         base_config: configuration of the wrapped Hugging Face decoder (a `PreTrainedConfig` or its dict).
         max_depth: most passes a token may take, >= 1; 1 is the plain base model.
         mix_topk: how many of the largest accumulated logits are mixed into the next input embedding (spec A.3).
-        reembed: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
+        next_input: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
             `hidden`: token embedding plus a learned linear map of the last hidden state.
         attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper, spec A.4).
             `own`: depth-1 keys and only its own deeper keys. `blind`: only its own deeper keys, so it reads no text (a
             control: what such a pass gains is not reasoning).
-        combine: output after depth >= 2. `sum`: logits of all depths added (the paper).
+        output: output after depth >= 2. `sum`: logits of all depths added (the paper).
             `zero_init`: logits of h1 + Z h2, with Z a learned linear map that starts at zero.
         lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
         lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
@@ -71,9 +74,9 @@ class TaHConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     max_depth: int = 2
     mix_topk: int = 100
-    reembed: str = "topk"
+    next_input: str = "topk"
     attention: str = "duo"
-    combine: str = "sum"
+    output: str = "sum"
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -86,6 +89,8 @@ class TaHConfig(PreTrainedConfig):
     random_seed: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in FORMER_FIELDS.keys() & kwargs.keys():
+            setattr(self, FORMER_FIELDS[name], kwargs.pop(name))
         if isinstance(self.base_config, dict):
             refuse_kernels(self.base_config)
             if "model_type" not in self.base_config:
@@ -135,9 +140,9 @@ class TaHConfig(PreTrainedConfig):
         check_max_depth(self.max_depth)
         check_threshold(self.threshold)
         for name, allowed in (
-            ("reembed", REEMBED),
+            ("next_input", NEXT_INPUT),
             ("attention", ATTENTION),
-            ("combine", COMBINE),
+            ("output", OUTPUT),
             ("policy", POLICIES),
             ("confidence_measure", CONFIDENCE_MEASURES),
         ):
@@ -159,6 +164,17 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(f"lora_targets={_short(names)} must be a list of names of layers, or None")
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
+
+
+def current_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a `TaHConfig` from an older file, by the names they have now."""
+    return {FORMER_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def current_tensor(name: str) -> str:
+    """The name that a tensor of an older checkpoint has now."""
+    first, dot, rest = name.partition(".")
+    return FORMER_TENSORS.get(first, first) + dot + rest
 
 
 def parts(described: Any) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .checkpoints.weights import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .core.cache import CACHE, DuoCache, DuoStep, given_cache
 from .core.families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
@@ -31,7 +32,6 @@ from .core.packing import lay_out, pack
 from .decider import build_decider
 from .generation import TaHGeneration
 from .policy import DepthState, Policy, Rule
-from .safe.weights import SafeCheckpoint, load_plain
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
@@ -62,13 +62,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
         # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
-        self.reembed_map = nn.Linear(width, width, bias=False) if config.reembed == "hidden" else None
-        self.combine_map = nn.Linear(width, width, bias=False) if config.combine == "zero_init" else None
-        if self.reembed_map is not None:
-            nn.init.normal_(self.reembed_map.weight, std=0.02)
-        if self.combine_map is not None:
-            nn.init.zeros_(self.combine_map.weight)
-        for part in (self.decider, self.reembed_map, self.combine_map):
+        self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
+        self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
+        if self.next_input_map is not None:
+            nn.init.normal_(self.next_input_map.weight, std=0.02)
+        if self.output_map is not None:
+            nn.init.zeros_(self.output_map.weight)
+        for part in (self.decider, self.next_input_map, self.output_map):
             if part is not None:
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
@@ -138,7 +138,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         # Depth 1: every token through the untouched base.
         step = None if cache is None else tokens.open_step(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
-        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.combine_map, self._num_best)
+        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.output_map, self._num_best)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
@@ -173,7 +173,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
 
             # ... and the hard ones run again, on a new input at their old position.
             assert cache is not None
-            embeds = self._reembed(tokens, total, active, hidden)  # [M, D]
+            embeds = self._next_input(tokens, total, active, hidden)  # [M, D]
             hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
             total.add(active, hidden)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
@@ -249,24 +249,24 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         assert cache is not None
         zero, active, hidden = total.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
         for depth in depths:
-            embeds = self._reembed(tokens, total, active, hidden)
+            embeds = self._next_input(tokens, total, active, hidden)
             hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
-            out = hidden if self.combine_map is None else self.combine_map(hidden)
+            out = hidden if self.output_map is None else self.output_map(hidden)
             zero = zero + 0 * out.float().sum()
         return zero
 
-    def _reembed(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
+    def _next_input(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D] (spec A.3)."""
         embed = self.get_input_embeddings()
-        if self.reembed_map is not None:
+        if self.next_input_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
-            return own.flatten(0, 1)[active] + self.reembed_map(hidden)
+            return own.flatten(0, 1)[active] + self.next_input_map(hidden)
         return mixed_embedding(total, active, embed)
 
     @property
     def _num_best(self) -> int:
         """Of how many tokens the next input is mixed."""
-        return 0 if self.reembed_map is not None else self.config.mix_topk
+        return 0 if self.next_input_map is not None else self.config.mix_topk
 
     def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from tah_cli.terminal import Token, TokenStreamer
-
-from .checkpoints.device import put
-from .checkpoints.load import find, first_line, load_base, load_tah, load_tokenizer
 from .core.cache import CACHE, DuoCache
 from .core.inputs import check_ids
+from .device import put
 from .generation import check_generation_config
+from .load import find, first_line, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
+from .streaming import Token, TokenStreamer
 
 # Of a base wrapped on the fly, where it is asked for `confidence`: iterate where the top token has less than 0.3 of the
 # probability, about one in ten.

@@ -220,7 +220,7 @@ def _text(prompt: str) -> str:
 
 
 def _open(model: str, dtype: str, device: str) -> Session:
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
     from tah.session import Session
 
     quiet()
@@ -230,7 +230,7 @@ def _open(model: str, dtype: str, device: str) -> Session:
 def _check_changes(model: str, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
     """Refuse what changes nothing for a base that answers as itself, before its weights are loaded."""
     if policy is None and (threshold, max_depth) != (None, None):
-        from tah.checkpoints.load import find
+        from tah.load import find
         from tah.session import check_idle
 
         if find(model, weights=False)[1] == "base":

@@ -34,7 +34,7 @@ def bench(
             raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
     from tah.benchmarks.bench import bench as run_bench
     from tah.benchmarks.bench import markdown, save
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
 
     quiet()
     sizes: dict[str, Any] = (
@@ -60,7 +60,7 @@ def bench_train(
     """Measure the cost of training with hard tokens, and of labelling (many minutes)."""
     from tah.benchmarks.bench_train import SHAPES, Setup, markdown, save
     from tah.benchmarks.bench_train import bench_train as run_bench
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
 
     quiet()
     setup = Setup(model, dtype)
@@ -83,7 +83,7 @@ def bench_trace(
 ) -> None:
     """Measure the cost of tracing against as many plain passes (minutes)."""
     from tah.benchmarks.bench_trace import markdown, save, throughput
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
     from tah.session import Session
 
     quiet()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
-from tah.checkpoints.load import FOLLOW, quiet
+from tah.load import FOLLOW, quiet
 from tah.pipeline.scores import score_answers
 from tah.session import Answer, Session
 from tah.stats.bootstrap import Resampled

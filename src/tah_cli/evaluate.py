@@ -78,7 +78,7 @@ def evaluate(
     of its answers and their cost relative to the base. `tah eval compare A B` compares two runs; `tah eval regrade DIR`
     grades the answers of a run again.
     """
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
 
     quiet()
     files, drawing = _files(data or []), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)

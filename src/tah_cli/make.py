@@ -106,7 +106,7 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
 
 def _quiet() -> None:
     """Leave the terminal to us."""
-    from tah.checkpoints import load
+    from tah import load
     from tah.data import rows as data
 
     data.quiet()

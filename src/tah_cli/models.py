@@ -20,8 +20,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model is, or if it can be wrapped."""
-    from tah.checkpoints.load import as_lines, quiet
-    from tah.checkpoints.load import inspect as look
+    from tah.load import as_lines, quiet
+    from tah.load import inspect as look
 
     quiet()
     found = look(model, against)
@@ -41,7 +41,7 @@ def convert(
     None of its code runs. Prints what was converted and anything about it that might surprise.
     """
     from tah.checkpoints.convert import convert as run_convert
-    from tah.checkpoints.load import quiet
+    from tah.load import quiet
 
     quiet()
     report = run_convert(source, target, threshold=threshold)

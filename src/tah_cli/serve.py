@@ -28,9 +28,9 @@ def serve(
     Whatever else is given goes to vLLM's server as it is: --port 8000, --max-model-len 4096, --dtype float32, ...
     """
     _need_vllm()
-    from tah.checkpoints.load import find, load_tokenizer, quiet
+    from tah.checkpoints.weights import checked
+    from tah.load import find, load_tokenizer, quiet
     from tah.model import TaHForCausalLM
-    from tah.safe.weights import checked
 
     quiet()
     path, kind = find(model)

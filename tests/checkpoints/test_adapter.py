@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tah import TaHForCausalLM
 from tah.checkpoints.adapter import SETTINGS, WEIGHTS, load_additions, save_additions
 
-SEAMS = {"reembed": "hidden", "combine": "zero_init", "attention": "own", "lora_rank": 4, "threshold": 0.3}
+SEAMS = {"next_input": "hidden", "output": "zero_init", "attention": "own", "lora_rank": 4, "threshold": 0.3}
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_plain_base_has_none(base, tmp_path):
         {"decider": {"kind": "mlp", "hidden_dims": [8] * 10**5}},
         {"decider": None},
         {"max_depth": 10**9},
-        {"reembed": "topk"},
+        {"next_input": "topk"},
         {"unheard": 1},
     ],
 )

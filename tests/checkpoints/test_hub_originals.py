@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from helpers.hub_cache import SECOND, publish, use
 from helpers.originals import GOLDEN, Command, edit
 from tah import TaHForCausalLM, UnsupportedBase
+from tah.checkpoints.contents import contents as file_hash
 from tah.checkpoints.convert import convert, files_read
-from tah.checkpoints.load import find, load_tah
-from tah.pipeline.contents import contents as file_hash
-from tah.safe.hub import Snapshot, hub_reachable
+from tah.checkpoints.hub import Snapshot, hub_reachable
+from tah.load import find, load_tah
 from tah.session import Session
 from tah.tracing.tuning import check_tunable
 from tah_cli.app import run
@@ -250,7 +250,7 @@ def test_tune_leaves_the_cache_alone(hub: Path, original: Path) -> None:
 
 
 def test_two_processes_convert_once(hub: Path, tmp_path: Path) -> None:
-    code = f"from tah.checkpoints.load import find; print(find({NAME!r})[0])"
+    code = f"from tah.load import find; print(find({NAME!r})[0])"
     variables = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "TAH_CACHE": str(tmp_path / "ours")}
     variables["PYTHONPATH"] = str(Path(sys.modules["tah"].__file__ or "").parents[1])
     two = [
@@ -328,7 +328,9 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, hub: Path) ->
 
     asked: list[dict[str, Any]] = []
     folder = hub / "models--nics-efc--TaH-tiny" / "snapshots" / ("1" * 40)
-    monkeypatch.setattr("tah.safe.hub.snapshot_download", lambda name, **options: asked.append(options) or str(folder))
+    monkeypatch.setattr(
+        "tah.checkpoints.hub.snapshot_download", lambda name, **options: asked.append(options) or str(folder)
+    )
     Snapshot(NAME, subfolder="sub")
     Snapshot(NAME)
     small = ["config.json", "generation_config.json", "model.safetensors.index.json", "tah_config.json"]

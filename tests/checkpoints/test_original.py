@@ -44,7 +44,7 @@ def test_older_layout_that_means_the_same(src: Path, tmp_path: Path) -> None:
     )
     report, model = converted(src, tmp_path)
     assert report.unknown_keys == [] and report.notes == []
-    assert (model.config.attention, model.config.combine, model.config.reembed) == ("duo", "sum", "topk")
+    assert (model.config.attention, model.config.output, model.config.next_input) == ("duo", "sum", "topk")
 
 
 @pytest.mark.parametrize(

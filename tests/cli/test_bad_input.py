@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from helpers.families import tiny
 from helpers.models import distance, tah, token_ids
 from tah import Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM, UnsupportedBase
-from tah.safe.weights import replace_files
+from tah.checkpoints.weights import replace_files
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def llama(**config):
         ({"lora_rank": -1}, "lora_rank=-1 must be an integer >= 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0 must be in"),
         ({"random_rate": 2}, "random_rate=2 must be in"),
-        ({"reembed": "mean"}, "reembed='mean' is not one of topk, hidden"),
+        ({"next_input": "mean"}, "next_input='mean' is not one of topk, hidden"),
         ({"attention": "full"}, "attention='full' is not one of duo, own"),
-        ({"combine": "mean"}, "combine='mean' is not one of sum, zero_init"),
+        ({"output": "mean"}, "output='mean' is not one of sum, zero_init"),
         ({"policy": "sometimes"}, "policy='sometimes' is not one of decider"),
         ({"confidence_measure": "vibes"}, "confidence_measure='vibes' is not one of"),
         ({"decider": {"kind": "tree"}}, "decider kind 'tree' is not one of lean, mlp"),

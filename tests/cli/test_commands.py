@@ -148,7 +148,7 @@ def test_inspect_checkpoint(capsys, tiny_checkpoint):
     assert sum(got["parameters"].values()) == model.num_parameters() and got["parameters"]["maps"] == 0
     assert got["extra_percent"]["adapter"] == 100 * got["parameters"]["adapter"] / got["base"]["parameters"] > 0
     assert got["base"]["family"] == "llama" and got["decider"] == {"kind": "lean", "layers": [1, 2]}
-    assert got["seams"] == {"reembed": "topk", "attention": "duo", "combine": "sum"}
+    assert got["seams"] == {"next_input": "topk", "attention": "duo", "output": "sum"}
     text, _ = works(capsys, "inspect", tiny_checkpoint)
     assert "max depth" in text and "% of the base" in text and "confidence" in text
 

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from tah.core.cache import DuoCache
-from tah_cli.terminal import Painter, Pieces, Token, TokenStreamer, bracket, printable, style_of, summary
+from tah.streaming import Pieces, Token, TokenStreamer
+from tah_cli.terminal import Painter, bracket, printable, style_of, summary
 
 
 def console(color: bool) -> Console:

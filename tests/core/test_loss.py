@@ -29,11 +29,11 @@ def plain_loss(logits, targets, reduction="mean"):
 
 
 @pytest.mark.parametrize("family", HEADS)
-@pytest.mark.parametrize("combine", ["sum", "zero_init"])
-def test_loss_equals_plain_cross_entropy(family, combine, monkeypatch):
+@pytest.mark.parametrize("output", ["sum", "zero_init"])
+def test_loss_equals_plain_cross_entropy(family, output, monkeypatch):
     """Value and every gradient; chunks smaller than the batch."""
     monkeypatch.setattr("tah.core.loss.CHUNK", 7)
-    model, ids, depth_labels = tah(family, "eager", combine=combine, max_depth=3), token_ids(3), labels(3, depth=3)
+    model, ids, depth_labels = tah(family, "eager", output=output, max_depth=3), token_ids(3), labels(3, depth=3)
     targets = supervised(ids)
     out = model(ids, labels=targets, depth_labels=depth_labels)
     want = plain_loss(out.logits, targets)
@@ -135,12 +135,12 @@ def test_loss_of_every_depth(weights):
     assert distance(out.token_loss[known], each[known]) < 1e-4
 
 
-@pytest.mark.parametrize("reembed", ["topk", "hidden"])
-def test_own_attention_training_equals_every_policy(reembed):
+@pytest.mark.parametrize("next_input", ["topk", "hidden"])
+def test_own_attention_training_equals_every_policy(next_input):
     """With `own`, a token's second pass does not depend on who else iterates, so look-ahead training on all tokens is
     what any policy does at test. (With `duo` it is not: the control.)"""
     for attention in ("own", "duo"):
-        model = tah(reembed=reembed, attention=attention, combine="zero_init").train()
+        model = tah(next_input=next_input, attention=attention, output="zero_init").train()
         ids, everyone = token_ids(), torch.full((2, 12), 2)
         given = dict(labels=ids, loss_weights=(0.5, 0.5))
         trained = model(ids, **given, depth_labels=everyone).token_loss
@@ -154,11 +154,11 @@ def test_own_attention_training_equals_every_policy(reembed):
         assert differs < 1e-5 if attention == "own" else differs > 1e-3
 
 
-@pytest.mark.parametrize("combine", ["sum", "zero_init"])
-@pytest.mark.parametrize("reembed", ["topk", "hidden"])
-def test_depths_never_empty_in_training(reembed, combine):
+@pytest.mark.parametrize("output", ["sum", "zero_init"])
+@pytest.mark.parametrize("next_input", ["topk", "hidden"])
+def test_depths_never_empty_in_training(next_input, output):
     """Without a hard token, every trained parameter still gets a gradient (zero where only deeper passes use it)."""
-    model, ids = tah(reembed=reembed, combine=combine, max_depth=3).train(), token_ids()
+    model, ids = tah(next_input=next_input, output=output, max_depth=3).train(), token_ids()
     nobody = torch.ones_like(ids)
     out = model(ids, labels=ids, depth_labels=nobody)
     assert out.depth_count.max() == 1

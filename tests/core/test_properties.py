@@ -18,8 +18,8 @@ ROUNDING = 5e-3
 
 
 @functools.cache
-def model(family, reembed, attention, combine):
-    return tah(family, "sdpa", reembed=reembed, attention=attention, combine=combine, max_depth=4, lora_rank=2)
+def model(family, next_input, attention, output):
+    return tah(family, "sdpa", next_input=next_input, attention=attention, output=output, max_depth=4, lora_rank=2)
 
 
 models = st.builds(
@@ -104,9 +104,9 @@ def test_cropping_undoes_tokens(model, batch, data):
 @SETTINGS
 @given(st.sampled_from(["topk", "hidden"]), st.integers(0, 2**20), st.integers(1, 4))
 @torch.no_grad()
-def test_own_attention_does_not_depend_on_other_tokens(reembed, seed, deepest):
+def test_own_attention_does_not_depend_on_other_tokens(next_input, seed, deepest):
     """With `own`, a token's logits at its depth are the same whichever other tokens iterate."""
-    one = model("llama", reembed, "own", "sum")
+    one = model("llama", next_input, "own", "sum")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 97, (1, 8), generator=generator)
     labels = torch.randint(1, deepest + 1, (1, 8), generator=generator)

@@ -16,8 +16,7 @@ from tah.data.chat_rows import UNLEARNT
 from tah.data.data_files import PACKED, _values
 from tah.data.rows import load_rows, tokenize_row
 from tah.evaluation.tasks import rows as questions
-from tah.files import parse_json
-from tah.safe.nesting import DEEPEST, Nesting, too_deep
+from tah.files import DEEPEST, Nesting, parse_json, too_deep
 from tah.tracing.trace_texts import read_rows
 
 

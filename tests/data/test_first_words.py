@@ -206,7 +206,7 @@ NEW_CPU, OLD_CPU = {"bfloat16": ("cpu",)}, {}
     + [({"cuda": True, "mps": True}, "cuda"), ({"other": ("xpu",)}, "cpu")],
 )
 def test_auto_is_cuda_then_mps_then_the_cpu(machine, device):
-    from tah.checkpoints.device import Machine
+    from tah.device import Machine
 
     assert Machine(**machine).check_device("auto").type == device
 
@@ -233,7 +233,7 @@ def test_auto_is_cuda_then_mps_then_the_cpu(machine, device):
     ],
 )
 def test_auto_is_the_checkpoints_precision_where_the_device_has_it(machine, kind, saved, chosen):
-    from tah.checkpoints.device import Machine
+    from tah.device import Machine
 
     assert Machine(**machine).choose_dtype(kind, getattr(torch, saved)) == getattr(torch, chosen)
 
@@ -242,7 +242,7 @@ def test_auto_is_the_checkpoints_precision_where_the_device_has_it(machine, kind
     "name", ["gpu", "meta", "", "cuda", "cuda:0", "mps", "xla", "hpu", "vulkan", "cpu:-1", "lazy", "CPU", "cpu,cuda"]
 )
 def test_a_device_that_is_not_there(capsys, tiny_checkpoint, name):
-    from tah.checkpoints.device import Machine
+    from tah.device import Machine
 
     with pytest.raises(ValueError, match=r"device .* choose from auto, cpu$"):
         Machine().check_device(name)
@@ -271,7 +271,7 @@ class NoOneDNN:
     ],
 )
 def test_an_arm_processor_with_and_without_onednn(monkeypatch, tiny_checkpoint, capsys, arm, built, operation, has):
-    from tah.checkpoints.device import Machine
+    from tah.device import Machine
 
     ops = NoOneDNN() if operation is None else SimpleNamespace(_is_mkldnn_bf16_supported=operation)
     monkeypatch.setattr("platform.machine", lambda: arm)
@@ -283,7 +283,7 @@ def test_an_arm_processor_with_and_without_onednn(monkeypatch, tiny_checkpoint, 
 
 
 def test_a_precision_that_the_device_lacks_is_replaced_and_said(tiny_base):
-    from tah.checkpoints.device import Machine, put
+    from tah.device import Machine, put
 
     told: list[str] = []
     model = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)

@@ -69,7 +69,7 @@ def shake(model: TaHForCausalLM, ids: torch.Tensor) -> TaHForCausalLM:
     """Move adapter, decider and maps off their start values; a threshold that `HARD_SHARE` of `ids` [B, T] exceed."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or name.startswith(("combine_map", "reembed_map")):
+        if "lora_B" in name or name.startswith(("output_map", "next_input_map")):
             parameter.normal_(0, 0.1)
         if name == "decider.output.weight":
             parameter.normal_(0, 0.3)

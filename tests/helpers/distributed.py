@@ -15,7 +15,7 @@ from helpers.models import labels, tah, token_ids
 from tah import TaHForCausalLM
 from tah.core.loss import shift
 
-SEAMS = {"reembed": "hidden", "combine": "zero_init", "max_depth": 3}
+SEAMS = {"next_input": "hidden", "output": "zero_init", "max_depth": 3}
 
 
 def batch() -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def shake(model: TaHForCausalLM) -> TaHForCausalLM:
     """Move everything off its start value, where many mistakes are invisible."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or name.startswith(("combine_map", "reembed_map")):
+        if "lora_B" in name or name.startswith(("output_map", "next_input_map")):
             parameter.normal_(0, 0.15)
         if name == "decider.output.weight":
             parameter.normal_(0, 0.3)

@@ -141,16 +141,16 @@ def _sees(text: PreTrainedConfig, kind: str, attention: str, position: int, dept
 
 def _combine(model: Any, passes: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Accumulated logits [V] of the (logits [V], final hidden state [D]) of each pass so far."""
-    if model.config.combine == "sum":
+    if model.config.output == "sum":
         return torch.stack([logits for logits, _ in passes]).sum(0)
     first, *rest = [hidden for _, hidden in passes]
-    return model.head(first + sum(model.combine_map(h) for h in rest)) if rest else model.head(first)
+    return model.head(first + sum(model.output_map(h) for h in rest)) if rest else model.head(first)
 
 
 def _next_input(model: Any, embed: Any, token: Tensor, features: Features) -> Tensor:
     """Input embedding [D] of the next pass (spec A.3)."""
-    if model.config.reembed == "hidden":
-        return embed(token) + model.reembed_map(features.hidden[-1])
+    if model.config.next_input == "hidden":
+        return embed(token) + model.next_input_map(features.hidden[-1])
     top, ids = features.logits.topk(min(model.config.mix_topk, len(features.logits)))
     return top.softmax(0) @ embed(ids)
 

@@ -21,7 +21,7 @@ pytest.importorskip("datasets")
 import tah.training.contents
 import tah.training.run
 
-from tah.pipeline.contents import contents, sizes_of, wrong
+from tah.checkpoints.contents import contents, sizes_of, wrong
 from tah.pipeline.run import Run, Step, flat
 from tah.training.recipe import Recipe
 from tah_cli.app import run
@@ -333,7 +333,7 @@ def test_contents_of_files(tmp_path, monkeypatch):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "x").write_text("hidden")
     assert contents(str(tmp_path)) == whole
-    monkeypatch.setattr(tah.pipeline.contents, "LARGE", 0)  # large files: size and time
+    monkeypatch.setattr(tah.checkpoints.contents, "LARGE", 0)  # large files: size and time
     before = contents(str(file))
     os.utime(file, (2, 2))
     assert contents(str(file)) != before

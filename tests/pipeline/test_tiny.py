@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tah import TaHForCausalLM
-from tah.checkpoints.load import load_base, load_tah, load_tokenizer
 from tah.data.assistant_mask import encode
+from tah.load import load_base, load_tah, load_tokenizer
 from tah.pipeline.baselines import equal_steps
 from tah.pipeline.report import paired, write_report
 from tah.pipeline.report_text import as_markdown, statements
@@ -307,7 +307,7 @@ def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found["method"] == "lookahead" and found["parameters"]["tah"]["maps"] > 0
     model = load_tah(str(tmp_path / "decider"))
-    assert (model.config.attention, model.config.reembed, model.config.combine) == ("own", "hidden", "zero_init")
+    assert (model.config.attention, model.config.next_input, model.config.output) == ("own", "hidden", "zero_init")
 
 
 def test_a_report_without_test_rows_uses_validation(recipe, chain, tmp_path):

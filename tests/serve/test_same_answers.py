@@ -125,8 +125,8 @@ def test_other_families(tmp_path, family, batching):
 
 SEAMS = {
     "own": {"attention": "own"},
-    "hidden": {"reembed": "hidden"},
-    "zero_init": {"combine": "zero_init"},
+    "hidden": {"next_input": "hidden"},
+    "zero_init": {"output": "zero_init"},
     "authors' decider": {"decider": {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}},
     "some adapters": {"lora_targets": ["q_proj", "v_proj", "down_proj"]},
     "no adapter": {"lora_rank": 0},

@@ -21,9 +21,9 @@ from helpers.models import shake, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import save, throughput
-from tah.checkpoints.load import FOLLOW
 from tah.core.families import Head
 from tah.core.logits import RunningOutput
+from tah.load import FOLLOW
 from tah.policy import DepthState, Policy
 from tah.stats.bootstrap import Resampled, ranking
 from tah.stats.threshold import threshold_for_loss
@@ -86,7 +86,7 @@ def plain(logits, target, k):
     [
         {},
         {"attention": "own", "decider": {"kind": "mlp", "topk": 8, "hidden_dims": [16]}},
-        {"attention": "own", "max_depth": 2, "combine": "zero_init", "reembed": "hidden"},
+        {"attention": "own", "max_depth": 2, "output": "zero_init", "next_input": "hidden"},
         {"family": "gemma2", "attn_implementation": "eager", "max_depth": 2},
     ],
     ids=["duo", "own, mlp", "zero init", "soft-cap"],

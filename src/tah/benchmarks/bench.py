@@ -26,8 +26,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..checkpoints.load import find, load_base, load_tah
 from ..files import write_atomically
+from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from ..policy import DepthState, Policy
 

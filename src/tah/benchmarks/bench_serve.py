@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.load import find, load_base, load_tah
 from ..files import write_atomically
+from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from .bench import RATE, SEED, machine
 

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..checkpoints.load import find, load_base, load_tah
 from ..core.lora import at_depth
 from ..files import write_atomically
+from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
 from .bench import SEED, Row, _high_water, _resident, in_fresh_process, interleave, machine, prompts, sync
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import TaHConfig
+from ..config import TaHConfig, current_fields, current_tensor
 from ..files import write_atomically
 from ..model import TaHForCausalLM
-from ..safe.untrusted import build_empty
+from .untrusted import build_empty
 
 SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
 SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base that they belong to
@@ -60,12 +60,13 @@ def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausal
         settings: dict[str, Any] = json.loads((source / SETTINGS).read_text("utf-8"))
         weights = (source / WEIGHTS).read_bytes()
         shape, digest = dict(settings.pop("base")), settings.pop("sha256")
+        settings = current_fields(settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} holds no additions, or damaged ones ({error})") from error
     if hashlib.sha256(weights).hexdigest() != digest:
         raise ValueError(f"{source / WEIGHTS} is not what {SETTINGS} was written with; copy both again")
     try:
-        saved = load(weights)
+        saved = {current_tensor(name): tensor for name, tensor in load(weights).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{source / WEIGHTS} is damaged: {error}") from error
     given = {name: getattr(base.config, name, None) for name in SHAPE}

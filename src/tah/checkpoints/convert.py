@@ -37,12 +37,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..config import TaHConfig
 from ..decider import build_decider
 from ..model import TaHForCausalLM
-from ..safe.hub import TOKENIZER, Snapshot, is_repository, original_directory, own_files
-from ..safe.untrusted import build_empty, check_model, empty_base, read_json, weight_files
-from ..safe.weights import WEIGHTS, misshapen
+from .hub import TOKENIZER, Snapshot, is_repository, original_directory, own_files
 from .original import CONFIG, DECIDER, READ, OriginalDecider, read_config, read_decider
 from .peft import Adapter, read_adapter
 from .smollm2 import cache_dir, locked, progress
+from .untrusted import build_empty, check_model, empty_base, read_json, weight_files
+from .weights import WEIGHTS, misshapen
 
 VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
 

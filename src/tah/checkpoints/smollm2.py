@@ -145,8 +145,8 @@ def _load_tah(base: Path) -> tuple[Any, Any]:
     """Base and additions as one model, and the base's tokenizer."""
     from transformers import AutoTokenizer
 
+    from ..load import load_base
     from .adapter import load_additions
-    from .load import load_base
 
     return load_additions(load_base(str(base)), TAH), AutoTokenizer.from_pretrained(base)
 

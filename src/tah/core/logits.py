@@ -61,7 +61,7 @@ class RunningOutput:
     Args:
         head: hidden states to logits.
         hidden: [B, T, D] final hidden states of depth 1.
-        zero_init: the map Z for `combine="zero_init"`, None for `combine="sum"`.
+        zero_init: the map Z for `output="zero_init"`, None for `output="sum"`.
         num_best: how many of the best tokens make the next input; 0 where it is not made of logits.
     """
 

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import parse_json
-from ..safe.nesting import TOO_DEEP, Nesting
+from ..files import TOO_DEEP, Nesting, parse_json
 from .chat_rows import LARGEST, REASONING
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import first_line
+from ..checkpoints.hub import hub_reachable
 from ..core.loss import IGNORE
-from ..safe.hub import hub_reachable
+from ..load import first_line
 from . import data_files
 from .assistant_mask import encode
 from .chat_rows import Unusable

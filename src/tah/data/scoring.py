@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..checkpoints.load import first_line
 from ..core.families import Head, UnsupportedBase, decoder_of, head_of
+from ..load import first_line
 from ..model import TaHForCausalLM
 
 CHUNK = 256  # predictions whose logits [CHUNK, V] exist at the same time, in float32

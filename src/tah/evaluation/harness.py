@@ -24,12 +24,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from ..checkpoints.load import first_line
 from ..core.cache import CACHE, DuoCache
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
 from ..generation import RefuseNaN
+from ..load import first_line
 from ..policy import DepthState, Policy
 from ..session import Session
 from .by_row import RowEnds, SampleByRow

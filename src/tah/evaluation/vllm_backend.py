@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from ..checkpoints.load import find
+from ..load import find
 from ..session import Session
 from .eval_files import Asked, Generated
 from .harness import TaHLM

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..checkpoints.load import load_tah, load_tokenizer
 from ..data.rows import COMPLETE, load_rows
+from ..load import load_tah, load_tokenizer
 from ..training.label import label
 from ..training.recipe import Recipe
 from ..training.recipe_fields import Backbone

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoints.load import find, load_tokenizer, outline
 from ..config import TaHConfig
 from ..data.rows import tokenize_row
 from ..data.scoring import check_positions, check_reference
+from ..load import find, load_tokenizer, outline
 from ..model import TaHForCausalLM
 from ..training.prune import check_layers, check_texts, drop_layer
 from ..training.recipe import Recipe

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from transformers import PreTrainedModel
 
-from ..checkpoints.device import put
-from ..checkpoints.load import find, load_base, load_tokenizer
 from ..core.inputs import check_ids
 from ..data.rows import load_rows, tokenize_row
+from ..device import put
+from ..load import find, load_base, load_tokenizer
 from ..progress import EVERY
 from ..training.prune import PruneReport, Text, check_output, prune
 from ..training.recipe import Recipe

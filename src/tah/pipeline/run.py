@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from ..checkpoints.contents import sizes_of, wrong
 from ..files import write_atomically
 from ..training.recipe import Recipe
-from .contents import sizes_of, wrong
 
 State = Literal["missing", "unfinished", "changed", "damaged", "finished"]
 POLL = 0.2  # seconds between looks at what another process does

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..checkpoints.load import find, load_base, load_tah, load_tokenizer
+from ..checkpoints.contents import contents
 from ..data.rows import COMPLETE
+from ..load import find, load_base, load_tah, load_tokenizer
 from ..training.label import label as label_rows
 from ..training.recipe import Recipe
 from ..training.trainer import Stage
 from . import preflight
-from .contents import contents
 from .run import POLL, Run, Step, flat
 from .sources import default_device, release, rows_of
 

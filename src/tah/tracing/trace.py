@@ -23,14 +23,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from tah_cli.terminal import Pieces
-
 from .. import __version__
 from ..core.families import stable_positions
 from ..core.inputs import check_ids
 from ..data.scoring import batches, evaluating, weights_fingerprint
 from ..model import TaHForCausalLM
 from ..policy import Oracle, Policy, Rule
+from ..streaming import Pieces
 from .recorder import Recorder
 from .trace_file import VERSION, TraceFile
 from .trace_texts import Text, texts_of

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.load import find
 from ..config import TaHConfig
 from ..files import write_atomically
+from ..load import find
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..config import current_fields
 from ..files import write_atomically
 from .recipe_checks import check_model, check_training
 
@@ -186,6 +187,7 @@ class Recipe(Part):
             if self.model.get("attention", "blind") != "blind":
                 raise ValueError(f"model.attention={self.model['attention']!r}, but backbone.method=blind needs blind")
             self.model["attention"] = "blind"
+        self.model = current_fields(self.model)
         check_model(self.model)
         self._check_base()
         self._check_labels()

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..checkpoints.load import find, load_base, load_tah, load_tokenizer
 from ..config import TaHConfig
 from ..data.rows import COMPLETE, Collator, depth_labels, pack
+from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
 from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
 from .recipe import Recipe
@@ -189,7 +189,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
     everything = backbone.train == "all"
     for name, parameter in model.named_parameters():
-        own = "lora_" in name or name.startswith(("reembed_map.", "combine_map."))
+        own = "lora_" in name or name.startswith(("next_input_map.", "output_map."))
         joint = recipe.decider is not None and recipe.decider.joint
         parameter.requires_grad_(joint if name.startswith("decider.") else everything or own)
     if model.config.max_depth == 1 and not everything:

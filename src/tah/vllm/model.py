@@ -18,7 +18,7 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
-from ..config import TaHConfig
+from ..config import TaHConfig, current_tensor
 from ..core.logits import best_of
 from ..core.lora import is_target
 from ..core.next_input import weighted
@@ -62,8 +62,8 @@ class TaHForCausalLM(nn.Module):
         wanted = self.decider.layers if self.decider is not None else ()
         self.decoder.aux_hidden_state_layers = tuple(sorted({k for k in wanted if k < base.num_hidden_layers}))
         width = base.hidden_size
-        self.reembed_map = nn.Linear(width, width, bias=False) if config.reembed == "hidden" else None
-        self.combine_map = nn.Linear(width, width, bias=False) if config.combine == "zero_init" else None
+        self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
+        self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         self.adapters = nn.ModuleList()
         self.adapted: list[dict[str, Adapter]] = [{} for _ in self.decoder.layers]  # by layer and name in it
         self.parts: dict[str, tuple[Adapter, str]] = {}  # by name in the checkpoint: the adapter that has it as a part
@@ -123,6 +123,7 @@ class TaHForCausalLM(nn.Module):
                 if name.startswith("base.") and ".lora_" not in name:
                     yield name.removeprefix("base."), weight
                     continue
+                name = current_tensor(name)
                 if name not in missing:
                     raise ValueError(f"unexpected tensor {name}: not a checkpoint of this configuration")
                 missing.remove(name)
@@ -183,7 +184,7 @@ class TaHForCausalLM(nn.Module):
         index = (self._judge(batch, input_ids, positions, logits, features) & fresh).nonzero().squeeze(1)
         pool.take(batch.slots[index])
         if len(index):
-            embeds = self._reembed(input_ids, index, logits)
+            embeds = self._next_input(input_ids, index, logits)
             if self._may_wait(batch, index):
                 self._set_aside(batch, index, positions, embeds, logits)
             else:
@@ -241,7 +242,7 @@ class TaHForCausalLM(nn.Module):
 
     def _finish(self, second: Tensor) -> Tensor:
         """What normed hidden states of depth 2 add to those of depth 1."""
-        return second if self.combine_map is None else self.combine_map(second)
+        return second if self.output_map is None else self.output_map(second)
 
     # -- depths mixed in one pass ----------------------------------------------------------------------------------
 
@@ -302,10 +303,10 @@ class TaHForCausalLM(nn.Module):
         self.waiting.ran(said=due)
         return hidden, features
 
-    def _reembed(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
+    def _next_input(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
         """Inputs [M, D] at depth 2 of the tokens `index`, from what depth 1 ended in (spec A.3)."""
-        if self.reembed_map is not None:
-            return self.embed_input_ids(ids[index]) + self.reembed_map(logits.hidden[index])
+        if self.next_input_map is not None:
+            return self.embed_input_ids(ids[index]) + self.next_input_map(logits.hidden[index])
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best_of(logits, self.config.mix_topk)

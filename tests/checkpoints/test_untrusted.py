@@ -20,10 +20,10 @@ from helpers.families import tiny
 from helpers.hub_cache import publish, use
 from helpers.models import distance, tah, token_ids
 from tah import TaHConfig, TaHForCausalLM
-from tah.checkpoints.load import load_base, load_tah, load_tokenizer
+from tah.checkpoints.chat_template import _fault, check_template
+from tah.checkpoints.untrusted import check_model, empty_base
 from tah.config import refuse_kernels
-from tah.safe.chat_template import _fault, check_template
-from tah.safe.untrusted import check_model, empty_base
+from tah.load import load_base, load_tah, load_tokenizer
 from tah.session import Session
 from tah_cli.app import run
 
@@ -218,7 +218,7 @@ def test_good_families_load(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"decider": {"kind": "mlp", "topk": 8}}, {"combine": "zero_init"}, {"lora_rank": 0}]
+    "options", [{}, {"decider": {"kind": "mlp", "topk": 8}}, {"output": "zero_init"}, {"lora_rank": 0}]
 )
 def test_good_checkpoints_load_in_shards(tmp_path: Path, options: dict[str, Any]) -> None:
     model = tah(**options)

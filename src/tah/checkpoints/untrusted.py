@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..config import KERNELS, TaHConfig, check_family, parts, refuse_kernels, without_kernels
+from ..config import KERNELS, TaHConfig, check_family, current_tensor, parts, refuse_kernels, without_kernels
 from ..files import parse_json
 
 MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
@@ -299,7 +299,7 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slac
     if (needed := sum(its.nbytes for its in model.buffers())) > BUFFERS + 4 * held.size:
         raise ValueError(f"{source}: config.json needs {needed:,} bytes beside the weights, which have {held.size:,}")
     for name, (dtype, shape) in held.tensors.items() if not quantized else ():
-        parameter = wanted.get(name)
+        parameter = wanted.get(current_tensor(name))
         floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
         if floats and not dtype.startswith(("F", "BF")):
             raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")

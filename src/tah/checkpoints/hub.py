@@ -128,8 +128,8 @@ def converted(name: str, found: Path | Snapshot) -> Path:
     Raises:
         ValueError: it cannot be converted.
     """
-    from ..checkpoints.convert import convert_once, files_read
-    from ..pipeline.contents import contents
+    from .contents import contents
+    from .convert import convert_once, files_read
 
     if isinstance(found, Snapshot):
         return convert_once(name, found.commit[:12], lambda: original_directory(found))
@@ -139,7 +139,7 @@ def converted(name: str, found: Path | Snapshot) -> Path:
 
 def advice(directory: Any) -> str:
     """What to do about a damaged directory, to be put behind the reason: it may be one that `converted` has made."""
-    from ..checkpoints.smollm2 import cache_dir
+    from .smollm2 import cache_dir
 
     if not isinstance(directory, (str, os.PathLike)) or not re.search(r"-tah-v\d+$", os.path.basename(directory)):
         return ""
@@ -154,7 +154,7 @@ def is_original(directory: Path) -> bool:
 
 def original_directory(found: Snapshot) -> Path:
     """A checkpoint of the authors, with all of it that `convert` reads; what cannot be converted is not downloaded."""
-    from ..checkpoints.original import read_config
+    from .original import read_config
 
     return found.complete(*own_files(read_config(found.directory)))
 

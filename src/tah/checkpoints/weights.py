@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..config import KERNELS
+from ..config import FORMER_TENSORS, KERNELS
 from .hub import OPTIONS, advice, local
 from .untrusted import SLACK, check_model, empty_base
 
@@ -40,6 +40,8 @@ class SafeCheckpoint:
         wants_info = kwargs.pop("output_loading_info", False)
         ignore_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        former = {f"^{old}\\.": f"{new}." for old, new in FORMER_TENSORS.items()}
+        kwargs["key_mapping"] = former | (kwargs.get("key_mapping") or {})
         try:
             model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from ..core.families import UnsupportedBase, check_base
-from ..model import TaHForCausalLM
-from ..safe.chat_template import check_template
-from ..safe.hub import Snapshot, converted, is_original, is_repository
-from ..safe.untrusted import build_empty, check_config, check_counts, empty_base, read_json
-from ..safe.weights import load_plain
+from .checkpoints.chat_template import check_template
+from .checkpoints.hub import Snapshot, converted, is_original, is_repository
+from .checkpoints.untrusted import build_empty, check_config, check_counts, empty_base, read_json
+from .checkpoints.weights import load_plain
+from .core.families import UnsupportedBase, check_base
+from .model import TaHForCausalLM
 
-FOLLOW = Path(__file__).parents[1] / "assets" / "follow-tah"
+FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST = 300  # characters of another's message that we repeat
 Kind = Literal["tah", "base"]
@@ -40,11 +40,11 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
     if source == "follow-tah" and not Path(source).is_dir():
         return str(FOLLOW), "tah"
     if source == "smollm2" and not Path(source).is_dir():
-        from .smollm2 import smollm2_base
+        from .checkpoints.smollm2 import smollm2_base
 
         return str(smollm2_base()), "base"
     if source == "smollm2-tah" and not Path(source).is_dir():
-        from .smollm2 import smollm2_tah
+        from .checkpoints.smollm2 import smollm2_tah
 
         return str(smollm2_tah()), "tah"
     directory = Path(source)
@@ -169,7 +169,7 @@ def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     sizes = {"base": 0, "adapter": 0, "decider": 0, "maps": 0}
     for name, parameter in model.named_parameters():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        sizes["maps" if name.startswith(("reembed_map.", "combine_map.")) else part] += parameter.numel()
+        sizes["maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
     return sizes
 
 
@@ -189,7 +189,7 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
         "threshold": config.threshold,
         "decider": decider,
         "lora_rank": config.lora_rank,
-        "seams": {name: getattr(config, name) for name in ("reembed", "attention", "combine")},
+        "seams": {name: getattr(config, name) for name in ("next_input", "attention", "output")},
     }
 
 

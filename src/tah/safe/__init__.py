@@ -1,1 +1,0 @@
-"""Files that strangers wrote, read so that they can neither run code nor exhaust the machine."""
