@@ -14,11 +14,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
-NEXT_INPUT = ("topk", "hidden")
-ATTENTION = ("duo", "own", "blind")
-OUTPUT = ("sum", "zero_init")
-POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
-CONFIDENCE_MEASURES = ("probability", "entropy")
+from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES
+
 # Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
 FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
 FORMER_TENSORS = {"reembed_map": "next_input_map", "combine_map": "output_map"}

@@ -31,7 +31,7 @@ from .core.next_input import mixed_embedding
 from .core.packing import lay_out, pack
 from .decider import build_decider
 from .generation import TaHGeneration
-from .policy import DepthState, Policy, Rule
+from .policy import BoundRule, DepthState, Policy, Rule
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
@@ -127,7 +127,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
         B, T = tokens.valid.shape
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
-        rule = Rule.of_call(self.config, self.decider, B, policy, threshold, max_depth, follow_labels)
+        rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
         cache = past
         if cache is None and (use_cache or rule.max_depth > 1):
@@ -157,7 +157,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
                 depth_labels=tokens.select(depth_labels, active),
                 map_logits=partial(total.map_logits, active),
             )
-            go_logits, go = rule.judge(state, row=active // T)
+            go_logits, go = rule.decide(state, row=active // T)
             del state, features  # a long prompt's hidden states need not outlive the decision
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
@@ -235,7 +235,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     def _idle(
         self,
         depths: range,
-        rule: Rule,
+        rule: BoundRule,
         cache: DuoCache | None,
         tokens: Tokens,
         total: RunningOutput,

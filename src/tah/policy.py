@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .config import CONFIDENCE_MEASURES, POLICIES, TaHConfig, check_max_depth, check_threshold
+from .config import TaHConfig, check_max_depth, check_threshold
+from .names import CONFIDENCE_MEASURES, POLICIES, suggest
 
 
 class MapLogits(Protocol):
@@ -164,37 +165,45 @@ def build_policy(name: str, config: TaHConfig) -> Policy:
             return Confidence(config.confidence_measure)
         case "random":
             return Random(config.random_rate, config.random_seed)
-    raise ValueError(f"policy {name!r} is not one of {', '.join(POLICIES)}")
+    raise ValueError(f"unknown policy {name!r}; {suggest(name, POLICIES)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rule:
-    """Who may go on in one forward call: a policy, its threshold, and the most passes. The latter two may differ by
-    row of the batch."""
+    """Who iterates in a call, a command or a request. What is None is as the model's configuration says.
 
-    policy: Callable[[DepthState], Tensor]
-    threshold: float | Tensor  # or [B]
-    max_depth: int  # of the deepest row
-    row_depth: Tensor | None  # [B] where rows differ
-    follow_labels: bool = False  # the policy is asked, the depth labels decide
+    Args:
+        policy: a name, or a [`Policy`].
+        threshold: in [0, 1], or one per row [B].
+        max_depth: >= 1, or one per row [B].
+    """
 
-    @classmethod
-    def of_call(
-        cls,
+    policy: str | Callable[[DepthState], Tensor] | None = None
+    threshold: float | Tensor | None = None
+    max_depth: int | Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of `forward` and `generate`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def completed(self, config: TaHConfig) -> Rule:
+        """With the configuration's values in the place of None."""
+        given = self.arguments()
+        return Rule(**{name: getattr(config, name) if value is None else value for name, value in given.items()})
+
+    def bind(
+        self,
         config: TaHConfig,
         decider: Callable[[DepthState], Tensor] | None,
         rows: int,
-        policy: str | Callable[[DepthState], Tensor] | None,
-        threshold: Any,
-        max_depth: Any,
         follow_labels: bool = False,
-    ) -> Rule:
-        """What a call asks for, the config filling the gaps.
+    ) -> BoundRule:
+        """The rule of a call on B = `rows` rows, checked.
 
         Raises:
             ValueError: an unknown policy, or a threshold or max_depth out of range or not one per row.
         """
-        policy = config.policy if policy is None else policy
+        policy, threshold, max_depth = self.completed(config).arguments().values()
         if policy == "decider":
             if decider is None:
                 raise ValueError("this model has no decider; give another policy, such as confidence")
@@ -203,13 +212,24 @@ class Rule:
             policy = build_policy(policy, config)
         elif not callable(policy):
             raise ValueError(f"policy={policy!r} is neither a name nor a Policy")
-        threshold = _per_row("threshold", config.threshold if threshold is None else threshold, rows, check_threshold)
-        max_depth = _per_row("max_depth", config.max_depth if max_depth is None else max_depth, rows, check_max_depth)
+        threshold = _per_row("threshold", threshold, rows, check_threshold)
+        max_depth = _per_row("max_depth", max_depth, rows, check_max_depth)
         by_row = max_depth if isinstance(max_depth, Tensor) else None
         deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
-        return cls(policy, threshold, deepest, by_row, follow_labels)
+        return BoundRule(policy, threshold, deepest, by_row, follow_labels)
 
-    def judge(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A rule with its policy found and its values checked for the rows of one call."""
+
+    policy: Callable[[DepthState], Tensor]
+    threshold: float | Tensor  # or [B]
+    max_depth: int  # of the deepest row
+    row_depth: Tensor | None = None  # [B] where rows differ
+    follow_labels: bool = False  # the policy is asked, the depth labels decide
+
+    def decide(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
         """Ask the policy: continue logits [N] and who goes on [N] bool (spec A.2).
 
         Continue iff sigmoid(logit), in the policy's own precision, > threshold, strictly; +inf always does.

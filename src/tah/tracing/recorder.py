@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.logits import highest
-from ..policy import DepthState, Policy, Rule
+from ..policy import BoundRule, DepthState, Policy
 
 ROWS = 16  # measured at a time, so that they stay in a CPU's cache over the dozen operations on each
 
@@ -35,7 +35,7 @@ class Recorder(Policy):
     """
 
     def __init__(
-        self, rule: Rule, target: Tensor, most: int, top_k: int, decider: Any = None, everyone: bool = True
+        self, rule: BoundRule, target: Tensor, most: int, top_k: int, decider: Any = None, everyone: bool = True
     ) -> None:
         self.rule, self.target, self.most, self.top_k = rule, target, most, top_k
         self.decider, self.everyone = decider, everyone
@@ -66,7 +66,7 @@ class Recorder(Policy):
         return go
 
     def _ask(self, state: DepthState) -> Tensor:
-        logits, go = self.rule.judge(state, row=torch.zeros_like(self.active))
+        logits, go = self.rule.decide(state, row=torch.zeros_like(self.active))
         if self.decider is not None:
             said = logits if self.rule.policy is self.decider else self.decider(state)
             self.said.append(said.sigmoid().float().to(self.target.device))  # in its own precision, as it is judged

@@ -28,7 +28,7 @@ from ..core.families import stable_positions
 from ..core.inputs import check_ids
 from ..data.scoring import batches, evaluating, weights_fingerprint
 from ..model import TaHForCausalLM
-from ..policy import Oracle, Policy, Rule
+from ..policy import BoundRule, Oracle, Policy, Rule
 from ..streaming import Pieces
 from .recorder import Recorder
 from .trace_file import VERSION, TraceFile
@@ -47,7 +47,7 @@ class _Job:
 
     model: TaHForCausalLM
     tokenizer: Any
-    rule: Rule
+    rule: BoundRule
     decider: Any
     max_depth: int
     top_k: int
@@ -179,7 +179,7 @@ def trace(
     M = model.config.max_depth if max_depth is None else max_depth
     if M > model.config.max_depth:
         raise ValueError(f"max_depth={M}: the model has max_depth={model.config.max_depth}; give at most that")
-    rule = Rule.of_call(model.config, model.decider, 1, policy, threshold, M)
+    rule = Rule(policy, threshold, M).bind(model.config, model.decider, 1)
     if isinstance(rule.threshold, Tensor):
         raise ValueError(f"threshold {threshold} must be one number")
     size = model.config.get_text_config(decoder=True).vocab_size

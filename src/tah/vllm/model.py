@@ -23,7 +23,7 @@ from ..core.logits import best_of
 from ..core.lora import is_target
 from ..core.next_input import weighted
 from ..decider import build_decider
-from ..policy import DepthState, Rule, build_policy
+from ..policy import BoundRule, DepthState, build_policy
 from .attention import Current, DeepTokens, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
@@ -215,7 +215,7 @@ class TaHForCausalLM(nn.Module):
                 map_logits=partial(logits.map, index),
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
-            _, go[index] = Rule(policy, threshold, max_depth=2, row_depth=None).judge(state, row[index])
+            _, go[index] = BoundRule(policy, threshold, max_depth=2).decide(state, row[index])
         return get_tp_group().broadcast(go.byte()).bool()  # processes must not differ by a rounding
 
     def _run_again(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> Tensor:
