@@ -47,11 +47,9 @@ def report(
     if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
         raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
     from tah.files import write_atomically
+    from tah.tracing.charts import save_charts
     from tah.tracing.lens import write_lens
-
-    if png is not None:  # before anything is written, since a package may be missing
-        from tah.tracing.lens_charts import draw_charts
-    from tah.tracing.overthinking import as_markdown
+    from tah.tracing.tables import as_markdown
     from tah.tracing.trace_file import load_trace
 
     loaded = [load_trace(path) for path in paths]
@@ -66,7 +64,7 @@ def report(
         write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
         typer.echo(str(markdown))
     if png is not None:
-        typer.echo("\n".join(str(path) for path in draw_charts(stats, png)))
+        typer.echo("\n".join(str(path) for path in save_charts(stats, png)))
 
 
 def _trace_of(path: Path) -> Path:

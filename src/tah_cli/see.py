@@ -26,7 +26,7 @@ from .app import (
 
 if TYPE_CHECKING:
     from tah.session import Session
-    from tah.tracing.traced import Trace
+    from tah.tracing.trace_file import Trace
 
 TRACED = (*POLICIES, "oracle")
 LOOKED_AT = 100  # rows whose words the tokenizer may not know
@@ -101,9 +101,11 @@ def trace(
             f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
             "chooses another"
         )
-    from tah.tracing.overthinking import as_markdown, statistics
+    from tah.policy import Rule
+    from tah.tracing.overthinking import statistics
+    from tah.tracing.tables import as_markdown
 
-    options = {"policy": policy, "threshold": threshold, "own_policy": own_policy, "top_k": top_k}
+    options = {"rule": Rule(policy, threshold), "run_policy": own_policy, "top_k": top_k}
     found = _trace(session, data, split, limit, output, max_length=max_length, **options)
     stats = statistics(found, every=every)
     typer.echo(json.dumps(stats, ensure_ascii=False) if as_json else as_markdown(stats), nl=as_json)
@@ -126,14 +128,13 @@ def tune(
     By the share of tokens that iterate, or by the lowest loss, on held-out texts. Only the threshold in config.json
     changes.
     """
-    from tah.tracing.trace_scores import parse_target
-    from tah.tracing.trace_scores import tune as choose
-    from tah.tracing.tuning import check_tunable, write_threshold
+    from tah.tracing.tune import check_tunable, parse_target, write_threshold
+    from tah.tracing.tune import tune as choose
 
     parse_target(target)
     config = check_tunable(model)
     session = _open(model, dtype, device)
-    found = _trace(session, data, split, limit, None, max_length=max_length, own_policy=False, top_k=1)
+    found = _trace(session, data, split, limit, None, max_length=max_length, run_policy=False, top_k=1)
     chosen = choose(found, target, config.score)
     before = write_threshold(config.path, chosen["threshold"])
     if as_json:
@@ -157,12 +158,11 @@ def _said(row: Mapping[str, Any]) -> str:
 
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
     """Trace with a progress bar on a terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from tah.data.rows import quiet
-    from tah.progress import Counted
+    from tah.progress import Reporter
+    from tah.tracing.texts import read_rows
+    from tah.tracing.trace import TraceRequest
     from tah.tracing.trace import trace as run_trace
-    from tah.tracing.trace_texts import read_rows
 
     from .terminal import make_console
 
@@ -171,21 +171,9 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     rows = read_rows(data, split, limit)
     if unknown := session.unknown_words(" ".join(_said(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
         _note(unknown)
-    console = make_console(stderr=True)
-    columns = (
-        TextColumn("tracing"),
-        BarColumn(),
-        Counted("texts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def done(texts: int, of: int) -> None:
-            bar.update(task, completed=texts, total=of)
-
-        options |= {"source": data, "limit": limit, "name": session.source, "done": done}
-        found = run_trace(session.model, session.tokenizer, rows, output, **options)
+    request = TraceRequest(data=data, model=session.source, limit=limit, **options)
+    progress = Reporter(make_console(stderr=True))
+    found = run_trace(session.model, session.tokenizer, rows, output, request, progress=progress)
     for reason, count in found.header["left_out"].items():
         _note(f"{count} of {len(rows)} rows: {reason}")
     return found
