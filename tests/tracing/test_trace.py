@@ -474,7 +474,7 @@ def test_arguments_are_checked(words):
         ({"max_length": 65}, "max_length=65 must be at least 2 and at most 64"),
         ({"top_k": 98}, "top_k=98 must be at least 1 and at most 97"),
         ({"threshold": 2.0}, "threshold=2.0 must be a number"),
-        ({"policy": "sometimes"}, "policy 'sometimes' is not one of"),
+        ({"policy": "sometimes"}, "unknown policy 'sometimes'; choose from"),
     ):
         with pytest.raises(ValueError, match=message):
             trace(model, words, rows(), **options)

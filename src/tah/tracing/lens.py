@@ -127,14 +127,14 @@ def _data(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, Any]:
         "pieces": _packed(np.array(pieces)),
         "supervised": _packed(supervised),
         "traces": [
-            _columns(trace, its, strings, MARKS[number])
-            for number, (trace, its) in enumerate(zip(traces, chosen, strict=True))
+            {"mark": mark} | _columns(trace, its, strings)
+            for mark, trace, its in zip(MARKS, traces, chosen, strict=False)
         ],
         "strings": list(strings),
     }
 
 
-def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int], mark: str) -> dict[str, Any]:
+def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int]) -> dict[str, Any]:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(text, name) for text in texts], axis=min(1, getattr(texts[0], name).ndim - 1))
 
@@ -157,7 +157,6 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int],
         }
     names = ("model", "max_depth", "top_k", "policy", "threshold", "decider_threshold")
     return {
-        "mark": mark,
         "score": _own_score(header),
         **{name: header[name] for name in names},
         "exact": header["attention"] != "duo" or trace.max_depth < 2,
