@@ -90,12 +90,14 @@ def bench_trace(
     from tah.benchmarks.bench_trace import markdown, throughput
     from tah.benchmarks.measure import save
     from tah.load import quiet
+    from tah.policy import Rule
     from tah.session import Session
+    from tah.tracing.trace import TraceRequest
 
     quiet()
     session = Session.open(model, dtype="float32", device="cpu")
-    options: dict[str, Any] = {"policy": "confidence"} if session.wrapped else {}  # one that costs something
-    result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats, **options)
+    request = TraceRequest(Rule("confidence")) if session.wrapped else None  # a policy that costs something
+    result = throughput(session.model, session.tokenizer, (512,) * texts, request, repeats)
     if output is not None:
         save(result, markdown(result), output, "bench_trace")
     typer.echo(json.dumps(result) if as_json else markdown(result))
