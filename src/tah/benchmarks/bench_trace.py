@@ -43,7 +43,7 @@ def throughput(
     request = request or TraceRequest()
     ids = texts(tokenizer, lengths)  # English: what a true next token's rank costs depends on how likely the text is
     rows = [{"input_ids": row, "supervised": [False] + [True] * (len(row) - 1)} for row in ids]
-    M = request.rule.completed(model.config).max_depth
+    M = int(request.rule.max_depth or model.config.max_depth)
     inputs = []
     for batch in batches([length - 1 for length in lengths], request.tokens_per_batch):
         x = torch.zeros(len(batch), max(lengths[at] for at in batch) - 1, dtype=torch.int64)
