@@ -117,7 +117,7 @@ def _passes(named: Named) -> Figure:
         values = [row["value"] for row in rows]
         at = [x for x, _ in found]
         axes.bar(at, values, 0.36, color=colour, label=title)
-        axes.errorbar(at, values, _errors(rows), fmt="none", capsize=4, ecolor=COLOURS["ink"])
+        axes.errorbar(at, values, _errors(rows), fmt="none", capsize=4, color=COLOURS["ink"])
         for x, row in found:
             text = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
             axes.annotate(f"{row['value']:.2%}", (x, row["high"] or row["value"]), color=COLOURS["ink"], **text)
