@@ -1,4 +1,4 @@
-"""The commands that make a model: label, prune, train, run. Registered on the `tah` command by `cli.py`."""
+"""The commands that make a model: run, label, train, prune."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import PACKAGE, DeviceOption, DtypeOption, _note, _number, app
+from .checks import check_data, check_recipe
+from .names import RECIPES
+from .options import DeviceOption, DtypeOption, SplitOption, model_argument, note, number, quiet, word
 
 if TYPE_CHECKING:
     from tah.training.recipe import Recipe
 
 STAGES = ("backbone", "decider")
-RECIPES = ", ".join(sorted(path.stem for path in PACKAGE.joinpath("recipes").glob("*.yaml")))
-
-
-def _stage(name: str) -> str:
-    if name not in STAGES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(STAGES)}")
-    return name
-
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help=f"A .yaml file, or one of the package's: {RECIPES}.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        callback=check_recipe,
+        help=f"A .yaml file, or one of the package's: {', '.join(RECIPES)}.",
+        show_default=False,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Instead of the recipe's, like backbone.training.learning_rate=1e-4.",
+        help="Replaces a value of the recipe, like backbone.training.learning_rate=1e-4.",
         show_default=False,
     ),
 ]
@@ -41,25 +41,25 @@ OutputOption = Annotated[
 ]
 
 
-@app.command()
 def label(recipe: RecipeArgument, overrides: OverridesArgument = None, output: OutputOption = None) -> None:
     """Mark the hard tokens of a recipe's data.
 
     A token is hard where the recipe's reference model would have said another. A killed run goes on where it was. Many
     GPUs: torchrun --nproc-per-node 8 -m tah label RECIPE
     """
-    _make(lambda steps, plan, run: steps.label(plan, run, _note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.label(plan, run, note), recipe, overrides, output)
 
 
-@app.command()
 def prune(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Directory, hub id, or smollm2.")],
-    data: Annotated[str, typer.Option(metavar="SOURCE", help="Held-out texts: hub id, directory or file.")],
+    base: Annotated[str, model_argument("Directory, hub id, or smollm2.", "BASE")],
+    data: Annotated[
+        str, typer.Option(metavar="SOURCE", callback=check_data, help="Held-out texts: hub id, directory or file.")
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make.")],
-    layers: Annotated[int, _number("How many to drop.", int, 1)] = 1,
-    texts: Annotated[int, _number("Texts that decide; fewer rank layers by luck.", int, 1)] = 64,
-    max_length: Annotated[int, _number("Longer texts are cut to so many tokens.", int, 2)] = 2048,
-    split: Annotated[str, typer.Option(metavar="NAME", help="Of the texts.")] = "train",
+    layers: Annotated[int, number("Number of layers to drop.", int, 1)] = 1,
+    texts: Annotated[int, number("Number of texts that rank the layers; few texts rank them by chance.", int, 1)] = 64,
+    max_length: Annotated[int, number("Longer texts are cut to this number of tokens.", int, 2)] = 2048,
+    split: SplitOption = "train",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -68,19 +68,18 @@ def prune(
     Each layer is left out in turn; the one without which held-out perplexity stays lowest is dropped, and what is left
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
-    _quiet()
     from tah.pipeline.pruned import prune_model
 
-    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device, _note)
+    quiet(data=True)
+    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device, note)
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
 
 
-@app.command()
 def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    stage: Annotated[str, typer.Option(callback=_stage, metavar="NAME", help="backbone or decider.")] = "backbone",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished training, if any.")] = False,
+    stage: Annotated[str, word("stage", STAGES, "backbone or decider.")] = "backbone",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished training, if there is one.")] = False,
     output: OutputOption = None,
 ) -> None:
     """Train a stage of a recipe.
@@ -88,29 +87,19 @@ def train(
     First the backbone; then the decider, with everything else frozen. Many GPUs: torchrun --nproc-per-node 8 -m tah
     train RECIPE, or accelerate launch with one of the configurations in tah/recipes/accelerate.
     """
-    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, _note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, note), recipe, overrides, output)
 
 
-@app.command()
 def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: OutputOption = None) -> None:
     """Make a model from a recipe: every step.
 
     Steps that are done are skipped, a killed one goes on, and one whose part of the recipe has changed is made again,
     with all that depends on it; what was there before is kept in DIR/old.
     """
-    directory = _make(lambda steps, plan, run: steps.run(plan, run, _note), recipe, overrides, output)
+    directory = _make(lambda steps, plan, run: steps.run(plan, run, note), recipe, overrides, output)
     report = directory / "report" / "report.md"
     if report.is_file() and os.environ.get("RANK", "0") == "0":
-        _note(f"report: {report}")
-
-
-def _quiet() -> None:
-    """Leave the terminal to us."""
-    from tah import load
-    from tah.data import rows as data
-
-    data.quiet()
-    load.quiet()
+        note(f"report: {report}")
 
 
 def _make(
@@ -121,14 +110,14 @@ def _make(
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
     plan = load_recipe(recipe, given)
-    _quiet()
+    quiet(data=True)
     from tah.pipeline import steps
     from tah.training.train import Stopped
 
     try:
         result = work(steps, plan, plan.directory())
     except Stopped as stopped:
-        _note(str(stopped))
+        note(str(stopped))
         raise typer.Exit(143) from stopped
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
         typer.echo(str(result))

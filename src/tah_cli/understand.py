@@ -1,8 +1,7 @@
-"""The commands that look inside a model: trace, tune. Registered on the `tah` command by `cli.py`."""
+"""The commands that look inside a model: trace, report, tune."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,52 +10,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import (
-    POLICIES,
+from .names import words
+from .options import (
+    DataArgument,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
+    SplitOption,
     ThresholdOption,
-    _note,
-    _number,
-    _open,
-    app,
+    model_argument,
+    note,
+    number,
+    open_session,
+    quiet,
+    reporter,
+    word,
 )
 
 if TYPE_CHECKING:
     from tah.session import Session
     from tah.tracing.traced import Trace
 
-TRACED = (*POLICIES, "oracle")
+TRACED = (*words.LABEL_FREE, "oracle")
 LOOKED_AT = 100  # rows whose words the tokenizer may not know
+TRACE = "trace.jsonl"  # in the directory of a run
 
-
-def _policy(name: str | None) -> str | None:
-    if name is None or name in TRACED:
-        return name
-    near = difflib.get_close_matches(name, TRACED, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(TRACED)}")
-
-
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="Texts: hub id, directory, or file: .jsonl, .json, .parquet, .csv, .txt or .md.",
-        show_default=False,
-    ),
-]
-SplitOption = Annotated[str, typer.Option(metavar="NAME", help="Of the texts.")]
 LengthOption = Annotated[
     int | None,
-    _number("Longer texts are cut to so many tokens. [default: the model's positions, at most 2048]", int, 2),
+    number("Longer texts are cut to so many tokens. [default: the model's positions, at most 2048]", int, 2),
 ]
-LimitOption = Annotated[int | None, _number("At most so many texts, or parts of one .txt.", int, 1)]
+LimitOption = Annotated[int | None, number("At most so many texts, or parts of one .txt.", int, 1)]
 
 
-@app.command()
 def trace(
     model: ModelArgument,
     data: DataArgument,
@@ -65,9 +51,7 @@ def trace(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(
-            callback=_policy, metavar="NAME", help=f"Who iterates: {', '.join(TRACED)}. [default: the model's]"
-        ),
+        word("policy", TRACED, f"Who iterates: {', '.join(TRACED)}. [default: that of the model]"),
     ] = None,
     threshold: ThresholdOption = None,
     own_policy: Annotated[
@@ -81,7 +65,7 @@ def trace(
     max_length: LengthOption = None,
     limit: LimitOption = None,
     split: SplitOption = "train",
-    top_k: Annotated[int, _number("Alternatives to keep.", int, 1)] = 5,
+    top_k: Annotated[int, number("Alternatives to keep.", int, 1)] = 5,
     every: Annotated[
         bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
     ] = False,
@@ -94,10 +78,10 @@ def trace(
     Runs every token of the texts at every depth and prints what each policy would reach. A base that was never trained
     to iterate is traced with the policy confidence.
     """
-    session = _open(model, dtype, device)
+    session = open_session(model, dtype, device)
     if session.wrapped and policy is None:
         policy = "confidence"  # what it would answer with, itself, iterates nothing: there would be nothing to see
-        _note(
+        note(
             f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
             "chooses another"
         )
@@ -109,7 +93,6 @@ def trace(
     typer.echo(json.dumps(stats, ensure_ascii=False) if as_json else as_markdown(stats), nl=as_json)
 
 
-@app.command()
 def tune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a TaH checkpoint.", show_default=False)],
     data: DataArgument,
@@ -132,7 +115,7 @@ def tune(
 
     parse_target(target)
     config = check_tunable(model)
-    session = _open(model, dtype, device)
+    session = open_session(model, dtype, device)
     found = _trace(session, data, split, limit, None, max_length=max_length, own_policy=False, top_k=1)
     chosen = choose(found, target, config.score)
     before = write_threshold(config.path, chosen["threshold"])
@@ -143,6 +126,103 @@ def tune(
         f"threshold {chosen['threshold']:.6g} (was {before:.6g}): {chosen['iterated']:.2%} of tokens iterate, "
         f"loss {chosen['loss']:.4f}, accuracy {chosen['accuracy']:.2%}\nwritten to {config.path}"
     )
+
+
+def report(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...", help="Of tah trace; two of the same texts go side by side. Or runs.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")] = Path(
+        "report.html"
+    ),
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the numbers as Markdown tables.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the charts for a paper.")] = None,
+    shown: Annotated[int, number("Most tokens in the text; tables and charts are of all.", int, 1)] = 50_000,
+    every: Annotated[
+        bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
+    ] = False,
+) -> None:
+    """Make a page to look at: the depth lens.
+
+    One HTML file that needs no server and loads nothing: the text with every token shaded by depth, what each pass
+    made of it, and the curves and tables of tah trace.
+    """
+    if len(traces) > 2:
+        raise typer.BadParameter(f"{len(traces)} traces; at most two fit side by side")
+    paths = [_trace_of(path) for path in traces]
+    written = [output, *([] if markdown is None else [markdown])]
+    for path in written:
+        _check_file(path)
+    places = [path.resolve() for path in (*paths, *written)]
+    if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
+        raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
+    from tah.files import write_atomically
+    from tah.tracing.lens import write_lens
+
+    if png is not None:  # before anything is written, since a package may be missing
+        from tah.tracing.lens_charts import draw_charts
+    from tah.tracing.overthinking import as_markdown
+    from tah.tracing.trace_file import load_trace
+
+    loaded = [load_trace(path) for path in paths]
+    if png is not None:
+        _make_directory(png)
+    stats = write_lens(loaded, output, shown=shown, every=every)
+    for path, its in zip(paths, loaded, strict=True):
+        if its.missing:
+            note(f"{path} is unfinished: {its.missing} of {its.header['texts']} texts are missing; tah trace goes on")
+    typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    if markdown is not None:
+        write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
+        typer.echo(str(markdown))
+    if png is not None:
+        typer.echo("\n".join(str(path) for path in draw_charts(stats, png)))
+
+
+def _trace_of(path: Path) -> Path:
+    """The trace itself, or that of a run's directory.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    if not path.exists():
+        raise typer.BadParameter(f"trace {path} does not exist; make one: tah trace MODEL DATA -o {path}")
+    if not path.is_dir():
+        return path
+    if (path / TRACE).is_file():
+        return path / TRACE
+    steps = [name for name in ("decider", "backbone") if (path / name / "config.json").is_file()]
+    model = path / steps[0] if steps else path if (path / "config.json").is_file() else "MODEL"
+    test = path / "data" / "test.jsonl"
+    data = test if test.is_file() else "DATA"
+    raise typer.BadParameter(f"{path} holds no {TRACE}; make one: tah trace {model} {data} -o {path / TRACE}")
+
+
+def _make_directory(path: Path) -> None:
+    """Before the page is written, so that all is written or nothing.
+
+    Raises:
+        BadParameter: it cannot be made.
+    """
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"--png {path} is a file; give a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--png {path} cannot be made: {error.strerror}; choose another directory") from error
+
+
+def _check_file(path: Path) -> None:
+    """That a file can be written there, before the work."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory; give a file name, like {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"directory {path.parent} of {path} does not exist; make it or choose another file")
 
 
 def _said(row: Mapping[str, Any]) -> str:
@@ -170,7 +250,7 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
         quiet()
     rows = read_rows(data, split, limit)
     if unknown := session.unknown_words(" ".join(_said(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
-        _note(unknown)
+        note(unknown)
     console = make_console(stderr=True)
     columns = (
         TextColumn("tracing"),
@@ -187,5 +267,5 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
         options |= {"source": data, "limit": limit, "name": session.source, "done": done}
         found = run_trace(session.model, session.tokenizer, rows, output, **options)
     for reason, count in found.header["left_out"].items():
-        _note(f"{count} of {len(rows)} rows: {reason}")
+        note(f"{count} of {len(rows)} rows: {reason}")
     return found
