@@ -154,8 +154,12 @@ def generate(
         raise typer.BadParameter("PROMPT is empty; give at least one word")
     _check_changes(model, policy, threshold, max_depth)
     session = _open(model, dtype, device)
-    _answers_as_itself(session, policy, threshold, max_depth)
+    from tah.policy import Rule
     from tah.session import sampling
+
+    rule = Rule(policy, threshold, max_depth)
+    if untrained := session.as_itself(rule):
+        _note(untrained)
 
     from .terminal import Painter, make_console, summary
 
@@ -165,14 +169,15 @@ def generate(
         _note(unknown)
     messages = [{"role": "system", "content": system}] if system else []
     ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
-    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
-    options = rule | sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    rule = session.rule(rule)
+    options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
     if as_json:
-        answer = session.answer(ids, lambda token: None, **options)
-        typer.echo(json.dumps({"model": model, "prompt": prompt, **rule, **answer.as_dict()}, ensure_ascii=False))
+        answer = session.answer(ids, lambda token: None, rule, **options)
+        found = {"model": model, "prompt": prompt, **rule.arguments(), **answer.as_dict()}
+        typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    painter = Painter(make_console(color=not no_color), options["threshold"])
-    answer = session.answer(ids, painter.show, **options)
+    painter = Painter(make_console(color=not no_color), rule.threshold)  # type: ignore[arg-type]  # completed
+    answer = session.answer(ids, painter.show, rule, **options)
     painter.console.print()
     notes = make_console(stderr=True, color=not no_color)
     if any(depth > 1 for depth in answer.depths):
@@ -199,14 +204,17 @@ def chat(
     """Talk to a model; /help lists the commands."""
     _check_changes(model, policy, threshold, max_depth)
     session = _open(model, dtype, device)
-    _answers_as_itself(session, policy, threshold, max_depth)
+    from tah.policy import Rule
     from tah.session import sampling
+
+    rule = Rule(policy, threshold, max_depth)
+    if untrained := session.as_itself(rule):
+        _note(untrained)
 
     from .chat import Chat
 
-    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
     options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
-    Chat(session, rule, options, system, color=not no_color).run()
+    Chat(session, session.rule(rule), options, system, color=not no_color).run()
 
 
 def _text(prompt: str) -> str:
@@ -221,26 +229,24 @@ def _text(prompt: str) -> str:
 
 def _open(model: str, dtype: str, device: str) -> Session:
     from tah.load import quiet
+    from tah.progress import Reporter
     from tah.session import Session
 
+    from .terminal import make_console
+
     quiet()
-    return Session.open(model, dtype=dtype, device=device, note=_note)
+    return Session.open(model, dtype=dtype, device=device, progress=Reporter(make_console(stderr=True)))
 
 
 def _check_changes(model: str, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
     """Refuse what changes nothing for a base that answers as itself, before its weights are loaded."""
     if policy is None and (threshold, max_depth) != (None, None):
         from tah.load import find
+        from tah.policy import Rule
         from tah.session import check_idle
 
         if find(model, weights=False)[1] == "base":
-            check_idle(model, threshold, max_depth)
-
-
-def _answers_as_itself(session: Session, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
-    """Where no policy was chosen for a base that was wrapped on the fly, say what answers."""
-    if policy is None and (told := session.as_itself(threshold, max_depth)):
-        _note(told)
+            check_idle(model, Rule(policy, threshold, max_depth))
 
 
 def _note(text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tah.config import check_max_depth, check_threshold
+from tah.policy import Rule
 from tah.session import Session
 
 from .app import POLICIES
@@ -39,7 +41,7 @@ class Chat:
     """Reads lines, answers them, keeps the conversation.
 
     Args:
-        rule: policy, threshold and max_depth; commands change them for the answers that follow.
+        rule: who iterates, completed; commands change it for the answers that follow.
         sampling: the other options of `Session.answer`.
         system: message before the conversation.
 
@@ -48,7 +50,7 @@ class Chat:
     """
 
     def __init__(
-        self, session: Session, rule: dict[str, Any], sampling: dict[str, Any], system: str | None, *, color: bool
+        self, session: Session, rule: Rule, sampling: dict[str, Any], system: str | None, *, color: bool
     ) -> None:
         self.session, self.rule, self.sampling = session, rule, sampling
         self.start = [{"role": "system", "content": system}] if system else []
@@ -59,7 +61,7 @@ class Chat:
 
     def run(self) -> None:
         """Until the user leaves."""
-        painter = Painter(self.console, self.rule["threshold"])
+        painter = Painter(self.console, self.rule.threshold)  # type: ignore[arg-type]  # completed
         self.console.print(painter.legend())
         self.console.print("/help for commands", style="dim")
         if not self.session.tokenizer.chat_template:
@@ -99,32 +101,32 @@ class Chat:
                     return "forgotten"
                 case "/depth":
                     check_max_depth(depth := _number(int, value))
-                    self.rule["max_depth"] = depth
+                    self.rule = replace(self.rule, max_depth=depth)
                 case "/threshold":
                     check_threshold(threshold := _number(float, value))
-                    self.rule["threshold"] = threshold
+                    self.rule = replace(self.rule, threshold=threshold)
                 case "/policy":
                     if value not in POLICIES:
                         return f"unknown policy {value!r}; choose from {', '.join(POLICIES)}"
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
-                    self.rule["policy"] = value
+                    self.rule = replace(self.rule, policy=value)
                 case _:
                     return f"unknown command {name}; /help lists them"
         except NotANumber:
             return f"{name} {value[:40]}: that is no number; {name} needs {NEEDS[name]}"
         except ValueError as error:
             return f"{name} {value}: {error}"
-        idle = self.rule["policy"] == "never" and name in ("/depth", "/threshold")
+        idle = self.rule.policy == "never" and name in ("/depth", "/threshold")
         hint = "; nothing iterates under the policy never, /policy confidence changes that" if idle else ""
-        return ", ".join(f"{key} {entry}" for key, entry in self.rule.items()) + hint
+        return ", ".join(f"{key} {entry}" for key, entry in self.rule.arguments().items()) + hint
 
     def turn(self, line: str) -> None:
         """Answer one message. The cache of earlier turns is used as far as the new prompt repeats them."""
         if note := self.session.unknown_words(line):
             self.console.print(note, style="dim")
         self.messages.append({"role": "user", "content": line})
-        painter = Painter(self.console, self.rule["threshold"])
+        painter = Painter(self.console, self.rule.threshold)  # type: ignore[arg-type]  # completed
         said: list[str] = []
 
         def show(token: Any) -> None:
@@ -132,7 +134,7 @@ class Chat:
             said.append(token.text)
 
         try:
-            answer = self.session.answer(self.session.encode(self.messages), show, **self.rule, **self.sampling)
+            answer = self.session.answer(self.session.encode(self.messages), show, self.rule, **self.sampling)
             self.console.print()
             self.console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
         except KeyboardInterrupt:
