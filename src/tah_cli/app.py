@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -31,11 +32,20 @@ app = typer.Typer(
 eval_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 bench_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 
-for panel, functions in {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert),
     "Train": (train.run, train.label, train.train, train.prune),
     "Understand": (understand.trace, understand.report, understand.tune),
-}.items():
+}
+FORMER: dict[str, Callable[..., None]] = {  # hidden, for one release
+    "eval-compare": evaluate.compare,
+    "eval-regrade": evaluate.regrade,
+    "bench-train": bench.bench_train,
+    "bench-trace": bench.bench_trace,
+    "bench-serve": bench.bench_serve,
+}
+
+for panel, functions in COMMANDS.items():
     for function in functions:
         app.command(rich_help_panel=panel)(function)
 app.add_typer(eval_app, name="eval", rich_help_panel="Evaluate")
@@ -47,17 +57,11 @@ bench_app.command("bench", hidden=True)(bench.bench)
 bench_app.command("train")(bench.bench_train)
 bench_app.command("trace")(bench.bench_trace)
 bench_app.command("serve")(bench.bench_serve)
-app.command(
-    rich_help_panel="Serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(serve.serve)
-for former, function in {  # spellings of version 0.1, to be removed in the one after the next
-    "eval-compare": evaluate.compare,
-    "eval-regrade": evaluate.regrade,
-    "bench-train": bench.bench_train,
-    "bench-trace": bench.bench_trace,
-    "bench-serve": bench.bench_serve,
-}.items():
-    app.command(former, hidden=True)(function)
+app.command(rich_help_panel="Serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
+for spelling, function in FORMER.items():
+    app.command(spelling, hidden=True)(function)
 
 
 @app.callback(invoke_without_command=True)

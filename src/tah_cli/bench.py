@@ -96,7 +96,8 @@ def bench_serve(
     tasks: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help="Numbers of requests that decode at a time; stream (96 requests, 32 at a time); prefill."
+            metavar="LIST",
+            help="Numbers of requests that decode at a time; stream (96 requests, 32 at a time); prefill.",
         ),
     ] = "1,8,32,stream,prefill",
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,

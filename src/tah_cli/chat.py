@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tah.config import check_max_depth, check_threshold
 from tah.names import LABEL_FREE, suggest
@@ -41,7 +41,7 @@ class Chat:
     """Reads lines, answers them, keeps the conversation.
 
     Args:
-        rule: of the first answer; commands change it for the answers that follow.
+        rule: of the first answer, completed; commands change it for the answers that follow.
         sampling: the other options of `Session.answer`.
         system: message before the conversation.
 
@@ -61,8 +61,7 @@ class Chat:
 
     def run(self) -> None:
         """Until the user leaves."""
-        painter = Painter(self.console, self.rule.threshold)
-        self.console.print(painter.legend())
+        self.console.print(self._painter().legend())
         self.console.print("/help for commands", style="dim")
         if not self.session.tokenizer.chat_template:
             self.console.print("the model has no chat template; messages are joined as they are", style="dim")
@@ -86,6 +85,9 @@ class Chat:
             elif line:
                 self.turn(line)
 
+    def _painter(self) -> Painter:
+        return Painter(self.console, cast(float, self.rule.threshold))
+
     def command(self, line: str) -> str:
         """Obey a line that starts with a slash; return what to tell the user."""
         name, _, value = line.partition(" ")
@@ -106,8 +108,8 @@ class Chat:
                     check_threshold(threshold := _number(float, value))
                     self.rule = replace(self.rule, threshold=threshold)
                 case "/policy":
-                    if value not in POLICIES:
-                        return f"unknown policy {value!r}; choose from {', '.join(LABEL_FREE)}"
+                    if value not in LABEL_FREE:
+                        return f"unknown policy {value!r}; {suggest(value, LABEL_FREE)}"
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
                     self.rule = replace(self.rule, policy=value)
@@ -126,7 +128,7 @@ class Chat:
         if note := self.session.unknown_words(line):
             self.console.print(note, style="dim")
         self.messages.append({"role": "user", "content": line})
-        painter = Painter(self.console, self.rule.threshold)
+        painter = self._painter()
         said: list[str] = []
 
         def show(token: Any) -> None:

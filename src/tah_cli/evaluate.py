@@ -56,6 +56,7 @@ CodeOption = Annotated[
     bool, typer.Option("--allow-code-execution", help="Run the programs in the answers, in a sandbox.")
 ]
 
+
 def evaluate(
     model: ModelArgument,
     tasks: Annotated[
@@ -66,13 +67,18 @@ def evaluate(
             help="Benchmarks, separated by commas: nine (those of the paper), names, or lm_eval:NAME.",
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Directory for answers and results; an unfinished run continues.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Directory for answers and results; an unfinished run continues."
+        ),
+    ],
     policy: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
             callback=_policies,
-            help=f"Policies, separated by commas, evaluated in turn: {', '.join(POLICIES)}. [default: that of the model]",
+            help=f"Policies, separated by commas: {', '.join(POLICIES)}. [default: that of the model]",
         ),
     ] = None,
     protocol: Annotated[
@@ -85,12 +91,15 @@ def evaluate(
         ),
     ] = "default",
     samples: Annotated[
-        int | None, number("Answers per question; the score is their mean (avg@N). [default: that of the protocol, 1]", int, 1)
+        int | None,
+        number("Answers per question; the score is their mean (avg@N). [default: that of the protocol, 1]", int, 1),
     ] = None,
     limit: Annotated[int | None, number("Use only this number of questions of each task.", int, 1)] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=FILE", help="Read the questions from a JSONL file, not from the Hub; may be repeated."),
+        typer.Option(
+            metavar="TASK=FILE", help="Read the questions from a JSONL file, not from the Hub; may be repeated."
+        ),
     ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
     temperature: Annotated[float | None, number("Sampling temperature. [default: 0.6]", float, 0, 100)] = None,
@@ -102,9 +111,7 @@ def evaluate(
     seed: Annotated[
         int | None, number("Random seed. [default: that of the protocol; 0, or 42 with paper]", int, 0, 2**63 - 1)
     ] = None,
-    batch_size: Annotated[
-        int | None, number("Questions at a time. [default: 1; vLLM chooses its own]", int, 1)
-    ] = None,
+    batch_size: Annotated[int | None, number("Questions at a time. [default: 1; vLLM chooses its own]", int, 1)] = None,
     backend: Annotated[
         str, word("backend", BACKENDS, "transformers, or vllm for large runs, if it is installed.")
     ] = "transformers",
@@ -162,9 +169,7 @@ def evaluate(
 
 
 def compare(
-    a: Annotated[
-        str, typer.Argument(metavar="A", callback=_run_of, help="Directory of an evaluation, or DIR:POLICY.")
-    ],
+    a: Annotated[str, typer.Argument(metavar="A", callback=_run_of, help="Directory of an evaluation, or DIR:POLICY.")],
     b: Annotated[
         str, typer.Argument(metavar="B", callback=_run_of, help="Another evaluation, over the same questions.")
     ],

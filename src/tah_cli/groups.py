@@ -19,6 +19,7 @@ class Group(TyperGroup):
     def sections(self) -> dict[str, dict[str, Any]]:
         """The visible commands by section."""
         found: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
+        command: Any
         for name, command in self.commands.items():
             if not command.hidden:
                 found.setdefault(command.rich_help_panel or "Commands", {})[name] = command
@@ -28,7 +29,11 @@ class Group(TyperGroup):
         """The visible commands at any level, each with its name: `eval compare`."""
         for commands in self.sections().values():
             for name, command in commands.items():
-                inner = command.walk((*names, name)) if isinstance(command, Group) else [(" ".join((*names, name)), command)]
+                inner = (
+                    command.walk((*names, name))
+                    if isinstance(command, Group)
+                    else [(" ".join((*names, name)), command)]
+                )
                 yield from inner
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -36,7 +41,9 @@ class Group(TyperGroup):
         width = max(len(name) for commands in self.sections().values() for name in commands)
         for title, commands in self.sections().items():
             with formatter.section(title):
-                formatter.write_dl([(f"{name:<{width}}", command.get_short_help_str(LONGEST)) for name, command in commands.items()])
+                formatter.write_dl(
+                    [(f"{name:<{width}}", command.get_short_help_str(LONGEST)) for name, command in commands.items()]
+                )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that `args` begin with."""

@@ -113,9 +113,7 @@ DataArgument = Annotated[
 SplitOption = Annotated[str, typer.Option(metavar="NAME", help="Dataset split.")]
 PolicyOption = Annotated[
     str | None,
-    word(
-        "policy", words.LABEL_FREE, f"Who iterates: {', '.join(words.LABEL_FREE)}. [default: that of the model]"
-    ),
+    word("policy", words.LABEL_FREE, f"Who iterates: {', '.join(words.LABEL_FREE)}. [default: that of the model]"),
 ]
 ThresholdOption = Annotated[
     float | None, number("Iterate above this probability, 0 to 1. [default: that of the model]", float, 0, 1)

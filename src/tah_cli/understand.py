@@ -23,8 +23,6 @@ from .options import (
     note,
     number,
     open_session,
-    quiet,
-    reporter,
     word,
 )
 
@@ -38,9 +36,10 @@ TRACE = "trace.jsonl"  # in the directory of a run
 
 LengthOption = Annotated[
     int | None,
-    number("Longer texts are cut to so many tokens. [default: the model's positions, at most 2048]", int, 2),
+    number("Longer texts are cut to this number of tokens. [default: positions of the model, at most 2048]", int, 2),
 ]
-LimitOption = Annotated[int | None, number("At most so many texts, or parts of one .txt.", int, 1)]
+LimitOption = Annotated[int | None, number("Maximum number of texts, or of parts of one .txt.", int, 1)]
+EveryOption = Annotated[bool, typer.Option("--every", help="Count all tokens, not only the supervised ones.")]
 
 
 def trace(
@@ -58,25 +57,23 @@ def trace(
         bool | None,
         typer.Option(
             "--own-policy/--no-own-policy",
-            help="Run again as the policy decides. [default: where that is not known from the first run]",
+            help="Run once more and follow the policy. [default: if the first run does not show the result]",
             show_default=False,
         ),
     ] = None,
     max_length: LengthOption = None,
     limit: LimitOption = None,
     split: SplitOption = "train",
-    top_k: Annotated[int, number("Alternatives to keep.", int, 1)] = 5,
-    every: Annotated[
-        bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
-    ] = False,
+    top_k: Annotated[int, number("Most probable tokens to keep per position.", int, 1)] = 5,
+    every: EveryOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure what iterating corrects and breaks.
 
-    Runs every token of the texts at every depth and prints what each policy would reach. A base that was never trained
-    to iterate is traced with the policy confidence.
+    Runs every token of the texts at every depth and prints the accuracy that each policy would reach. A base that was
+    never trained to iterate is traced with the policy confidence.
     """
     session = open_session(model, dtype, device)
     if session.wrapped and policy is None:
@@ -94,9 +91,11 @@ def trace(
 
 
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a TaH checkpoint.", show_default=False)],
+    model: Annotated[str, model_argument("Directory of a TaH checkpoint.")],
     data: DataArgument,
-    target: Annotated[str, typer.Option(metavar="WHAT", help="share=0.07, or loss: the lowest.")],
+    target: Annotated[
+        str, typer.Option(metavar="WHAT", help="share=0.07 (of the tokens iterate), or loss (as low as possible).")
+    ],
     max_length: LengthOption = None,
     limit: LimitOption = None,
     split: SplitOption = "train",
@@ -132,7 +131,9 @@ def report(
     traces: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TRACE...", help="Of tah trace; two of the same texts go side by side. Or runs.", show_default=False
+            metavar="TRACE...",
+            help="Files of tah trace, or directories of runs; two over the same texts are shown side by side.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")] = Path(
@@ -141,16 +142,14 @@ def report(
     markdown: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the numbers as Markdown tables.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the charts for a paper.")] = None,
-    shown: Annotated[int, number("Most tokens in the text; tables and charts are of all.", int, 1)] = 50_000,
-    every: Annotated[
-        bool, typer.Option("--every", help="Count all tokens, not only those the model is to say.")
-    ] = False,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the charts as PNG files.")] = None,
+    shown: Annotated[int, number("Maximum number of tokens in the text; tables and charts use all.", int, 1)] = 50_000,
+    every: EveryOption = False,
 ) -> None:
-    """Make a page to look at: the depth lens.
+    """Make the depth lens: a page that shows a trace.
 
-    One HTML file that needs no server and loads nothing: the text with every token shaded by depth, what each pass
-    made of it, and the curves and tables of tah trace.
+    One HTML file that needs no server and loads nothing: the text with every token shaded by depth, the prediction of
+    each pass, and the curves and tables of tah trace.
     """
     if len(traces) > 2:
         raise typer.BadParameter(f"{len(traces)} traces; at most two fit side by side")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -79,7 +79,7 @@ def generate(
         found = {"model": model, "prompt": prompt, **rule.arguments(), **answer.as_dict()}
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    painter = Painter(make_console(color=not no_color), rule.threshold)
+    painter = Painter(make_console(color=not no_color), cast(float, rule.threshold))
     answer = session.answer(ids, painter.show, rule, **options)
     painter.console.print()
     notes = make_console(stderr=True, color=not no_color)

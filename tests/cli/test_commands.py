@@ -28,6 +28,7 @@ from transformers import (
 
 from tah import TaHForCausalLM
 from tah.config import POLICIES as ALL_POLICIES
+from tah.policy import Rule
 from tah.session import Session
 from tah_cli.app import POLICIES, app, run
 
@@ -245,7 +246,7 @@ def test_chat_survives_bad_commands_and_long_conversations(talk):
 def test_a_second_turn_runs_only_what_is_new_and_answers_the_same(tiny_checkpoint):
     session, fresh = Session.open(str(tiny_checkpoint)), Session.open(str(tiny_checkpoint))
     options = {"max_new_tokens": 4, "do_sample": False}
-    first = session.answer(session.encode([{"role": "user", "content": "hi"}]), lambda token: None, **options)
+    first = session.answer(session.encode([{"role": "user", "content": "hi"}]), lambda token: None, Rule(), **options)
     said = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": first.text},
@@ -257,14 +258,14 @@ def test_a_second_turn_runs_only_what_is_new_and_answers_the_same(tiny_checkpoin
         with_kwargs=True,
     )
     ids = session.encode(said)
-    second = session.answer(ids, lambda token: None, **options)
-    want = fresh.answer(ids, lambda token: None, **options)
+    second = session.answer(ids, lambda token: None, Rule(), **options)
+    want = fresh.answer(ids, lambda token: None, Rule(), **options)
     assert [vars(token) | {"probability": 0} for token in second.tokens] == [
         vars(token) | {"probability": 0} for token in want.tokens
     ]
     assert lengths[0] < len(ids) - 10  # the first turn is not run again
-    third = session.answer(ids[:5], lambda token: None, **options)  # a prompt that goes another way
-    assert third.tokens[0].id == fresh.answer(ids[:5], lambda token: None, **options).tokens[0].id
+    third = session.answer(ids[:5], lambda token: None, Rule(), **options)  # a prompt that goes another way
+    assert third.tokens[0].id == fresh.answer(ids[:5], lambda token: None, Rule(), **options).tokens[0].id
 
 
 # -- what the user can put right -------------------------------------------------------------------------------------

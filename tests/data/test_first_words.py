@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from helpers.models import CHAT_TEMPLATE
 from tah import TaHForCausalLM
+from tah.policy import Rule
+from tah.progress import Reporter
 from tah.session import CONFIDENCE_THRESHOLD, Session
 from tah_cli.app import run
 
@@ -285,16 +287,17 @@ def test_an_arm_processor_with_and_without_onednn(monkeypatch, tiny_checkpoint, 
 def test_a_precision_that_the_device_lacks_is_replaced_and_said(tiny_base):
     from tah.device import Machine, put
 
-    told: list[str] = []
+    told = io.StringIO()
+    progress = Reporter(Console(file=told))
     model = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)
     exact = model.model.embed_tokens.weight.float()
-    put(model, "m", device="cpu", machine=Machine(bfloat16=("cpu",)), note=told.append)
-    assert model.dtype == torch.bfloat16 and not told
-    put(model, "m", dtype="bfloat16", device="cpu", machine=Machine(), note=told.append)
-    assert model.dtype == torch.bfloat16 and not told  # asked for, so it is done
-    put(model, "m", device="cpu", machine=Machine(), note=told.append)
+    put(model, "m", device="cpu", machine=Machine(bfloat16=("cpu",)), progress=progress)
+    assert model.dtype == torch.bfloat16 and not told.getvalue()
+    put(model, "m", dtype="bfloat16", device="cpu", machine=Machine(), progress=progress)
+    assert model.dtype == torch.bfloat16 and not told.getvalue()  # asked for, so it is done
+    put(model, "m", device="cpu", machine=Machine(), progress=progress)
     assert model.dtype == torch.float32 and torch.equal(model.model.embed_tokens.weight, exact)
-    (line,) = told
+    (line,) = told.getvalue().splitlines()
     assert "m is saved in bfloat16" in line and "this CPU" in line and "float32" in line and "--dtype bfloat16" in line
 
 
@@ -470,8 +473,8 @@ def test_commands_of_a_chat(tiny_checkpoint, line, told):
     from tah_cli.chat import Chat
 
     session = Session.open(str(tiny_checkpoint), device="cpu")
-    chat = Chat(session, session.rule(policy=None, threshold=None, max_depth=None), {}, None, color=False)
-    before = dict(chat.rule)
+    chat = Chat(session, session.rule(Rule()), {}, None, color=False)
+    before = chat.rule
     answer = chat.command(line)
     assert told in answer and "\n" not in answer and len(answer) < 300
     assert "could not convert" not in answer and "invalid literal" not in answer

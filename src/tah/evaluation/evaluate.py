@@ -22,6 +22,8 @@ from typing import Any
 from .. import __version__
 from ..data.scoring import weights_fingerprint
 from ..files import write_atomically
+from ..policy import Rule
+from ..progress import Reporter
 from ..session import Session
 from . import tasks as ours
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
@@ -93,12 +95,13 @@ def evaluate(
     check_engine(backend, model, engine or {}, drawing)
     with quiet():
         built = build(names, files, sampling, asking)
-        place: dict[str, Any] = {"dtype": dtype, "device": device, "note": note}
+        (progress := Reporter()).note = note  # type: ignore[method-assign, assignment]
+        place: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
         handed_on = backend == "vllm"
         session = Session.open(model, **place, as_saved=handed_on) if isinstance(model, str) else model
         if not raw and not session.tokenizer.chat_template:
             raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
-        if not policies and (told_of_base := session.as_itself(threshold, max_depth)):
+        if not policies and (told_of_base := session.as_itself(Rule(None, threshold, max_depth))):
             note(told_of_base)
         chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
         check_request(names, chosen, files, reference, allow_code_execution, backend, device)

@@ -30,7 +30,7 @@ from ..core.logits import CHUNK
 from ..data.scoring import check_reference
 from ..generation import RefuseNaN
 from ..load import first_line
-from ..policy import DepthState, Policy
+from ..policy import DepthState, Policy, Rule
 from ..session import Session
 from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
@@ -126,7 +126,7 @@ class TaHLM(HFLM):
         model, source = self.session.model, self.session.source
         if (policy or model.config.policy) == "decider" and (self.session.wrapped or model.decider is None):
             raise ValueError(f"{source} has no trained decider; give another policy, such as confidence")
-        self.rule = self.session.rule(policy=chosen, threshold=self.threshold, max_depth=self.max_depth)
+        self.rule = self.session.rule(Rule(chosen, self.threshold, self.max_depth)).arguments()
 
     # -- what lm-eval asks for ---------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from ..core.inputs import check_ids
 from ..data.rows import load_rows, tokenize_row
 from ..device import put
 from ..load import find, load_base, load_tokenizer
-from ..progress import EVERY
+from ..progress import EVERY, Reporter
 from ..training.prune import PruneReport, Text, check_output, prune
 from ..training.recipe import Recipe
 from .preflight import plain_base
@@ -79,7 +79,8 @@ def prune_model(
     tokenizer = load_tokenizer(find(source)[0])
     base = load_base(plain_base(source), dtype)
     saved = base.dtype
-    put(base, source, dtype=dtype, device=device, note=note)
+    (progress := Reporter()).note = note  # type: ignore[method-assign, assignment]
+    put(base, source, dtype=dtype, device=device, progress=progress)
     drawn = _draw_texts(rows, tokenizer, texts, min(max_length, _positions(base)))
     check_ids((max(text.tokens) for text in drawn), base, data, f"{source} comes with another model's tokenizer")
     with _bar("pruning") as report:
