@@ -537,7 +537,7 @@ def test_damaged_files_are_not_built_on(capfd, work):
 
 
 def test_help_imports_no_torch():
-    code = "from tah_cli import main; main()"
+    code = "from tah_cli.app import main; main()"
     for verb in ("label", "prune", "train", "run"):
         env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONPROFILEIMPORTTIME": "1"}
         command = [sys.executable, "-c", code, verb, "--help"]

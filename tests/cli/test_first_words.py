@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -340,7 +339,7 @@ def test_auto_is_the_default_everywhere():
     from tah.pipeline.pruned import prune_model
     from tah_cli.app import app
 
-    commands = get_command(app).commands
+    commands = dict(get_command(app).walk())
     for name in ("generate", "chat", "eval", "trace", "tune", "prune"):
         defaults = {option.name: option.default for option in commands[name].params}
         assert (defaults["device"], defaults["dtype"]) == ("auto", "auto"), name
@@ -665,7 +664,7 @@ def test_a_reference_that_is_there_is_let_through(tmp_path, tiny_base):
     check_labelling(load_recipe("tiny", []), tmp_path)  # trained by the recipe itself
 
 
-def test_inspect_points_to_the_card(capsys, tmp_path, tiny_checkpoint):
+def test_inspect_points_to_themodel_card(capsys, tmp_path, tiny_checkpoint):
     out = said(capsys, "inspect", "follow-tah")[1]
     path = re.search(r"^card +(\S+)$", out, re.MULTILINE)
     assert path and "A Qwen3 of one layer" in Path(path[1]).read_text()
@@ -677,12 +676,12 @@ def test_inspect_points_to_the_card(capsys, tmp_path, tiny_checkpoint):
     assert json.loads(said(capsys, "inspect", "follow-tah", "--json")[1])["card"] == "follow-tah/README.md"
 
 
-def test_every_packaged_checkpoint_has_a_card():
-    from tah_cli.models import _card
+def test_every_packaged_checkpoint_has_amodel_card():
+    from tah_cli.use import model_card
 
     for name in ("follow-tah", "smollm2-tah"):
-        assert Path(_card(name) or "").is_file()
-    assert _card("smollm2") is None and _card("nobody/nothing") is None and _card("../assets") is None
+        assert Path(model_card(name) or "").is_file()
+    assert model_card("smollm2") is None and model_card("nobody/nothing") is None and model_card("../assets") is None
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is missing (apt-get install nodejs)")
@@ -814,7 +813,7 @@ def test_debug_after_two_dashes_is_a_prompt(capsys, tiny_checkpoint):
 
 def start(*arguments, **options) -> subprocess.Popen:
     """The installed command."""
-    command = [sys.executable, "-c", "from tah_cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "tah_cli", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE, **options)
 
@@ -826,7 +825,7 @@ def test_a_reader_that_went_away_is_no_error(tiny_checkpoint, words, closed):
     read, write = os.pipe()
     os.close(read)
     words = [word.format(tiny_checkpoint) for word in words]
-    command = [sys.executable, "-c", "from tah_cli import main; main()", *words]
+    command = [sys.executable, "-m", "tah_cli", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     stderr = write if closed == "both" else subprocess.PIPE
     done = subprocess.run(command, env=env, stdout=write, stderr=stderr, check=False)
@@ -843,10 +842,3 @@ def test_ctrl_c_ends_a_command_quietly(tiny_checkpoint):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == ""
-
-
-def test_modules_are_importable_by_name():
-    """`python -m` and tests import the package first; the command does not."""
-    for name in ("cli_models", "place", "progress"):
-        importlib.import_module(f"tah.{name}")
-    assert TaHForCausalLM is not None
