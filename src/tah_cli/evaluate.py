@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import DepthOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, ThresholdOption, _note, _number, app
+from .app import DepthOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, ThresholdOption, _number, app
 
 
 @app.command("eval")
@@ -83,34 +83,32 @@ def evaluate(
     quiet()
     files, drawing = _files(data or []), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     from tah.evaluation.eval_report import as_markdown
-    from tah.evaluation.evaluate import Sampling
     from tah.evaluation.evaluate import evaluate as run_evaluation
-    from tah.progress import Answers
+    from tah.evaluation.request import Sampling
+    from tah.progress import Reporter
 
     from .terminal import make_console
 
-    with Answers(make_console(stderr=True)) as told:
-        results = run_evaluation(
-            model,
-            _words(tasks),
-            output,
-            policies=None if policy is None else _words(policy),
-            protocol=protocol,
-            sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
-            limit=limit,
-            data=files,
-            threshold=threshold,
-            max_depth=max_depth,
-            reference=reference,
-            raw=raw,
-            batch_size=batch_size,
-            backend=backend,
-            allow_code_execution=allow_code_execution,
-            dtype=dtype,
-            device=device,
-            told=told,
-            note=_note,
-        )
+    results = run_evaluation(
+        model,
+        _words(tasks),
+        output,
+        policies=() if policy is None else _words(policy),
+        protocol=protocol,
+        sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
+        limit=limit,
+        data=files,
+        threshold=threshold,
+        max_depth=max_depth,
+        reference=reference,
+        raw=raw,
+        batch_size=batch_size,
+        backend=backend,
+        allow_code_execution=allow_code_execution,
+        dtype=dtype,
+        device=device,
+        progress=Reporter(make_console(stderr=True)),
+    )
     typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
 
 
@@ -152,8 +150,13 @@ def regrade(
     files = _files(data or [])
     from tah.evaluation.regrade import as_text
     from tah.evaluation.regrade import regrade as run_again
+    from tah.progress import Reporter
 
-    found = run_again(directory, data=files, allow_code_execution=allow_code_execution)
+    from .terminal import make_console
+
+    found = run_again(
+        directory, data=files, allow_code_execution=allow_code_execution, progress=Reporter(make_console(stderr=True))
+    )
     typer.echo(json.dumps(found) if as_json else as_text(found), nl=as_json)
 
 
