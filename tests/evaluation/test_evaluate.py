@@ -26,7 +26,7 @@ from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import as_markdown, bounded, compare, compared_markdown, widened
 from tah.evaluation.evaluate import answer_task, evaluate
-from tah.evaluation.grading.letters import judge_choice
+from tah.evaluation.grading.choice import judge_choice
 from tah.evaluation.harness import TaHLM
 from tah.evaluation.request import Sampling, build
 from tah.evaluation.tasks import CODE, DIRECTORY, rows

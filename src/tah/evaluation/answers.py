@@ -26,12 +26,21 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
+from .grading.choice import grade_choice as grade_choice
 from .grading.coordinates import TUPLE, coordinates, one_by_one, same_coordinates
 from .grading.dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
 from .grading.expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
-from .grading.letters import grade_choice as grade_choice
-from .grading.reply import Grade, Verdict, after_thoughts, boxes
-from .grading.statement import corrected, is_no_value, said, statements
+from .grading.reply import (
+    Grade,
+    Verdict,
+    after_thoughts,
+    answer_phrase,
+    boxes,
+    corrected_number,
+    final_boxes,
+    is_no_value,
+)
+
 from .grading.units import same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
@@ -126,8 +135,8 @@ def judge_math(gold: str, text: str) -> Verdict:
     listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
     found = boxes(reply)
-    stated = statements(reply, found) if found else []
-    if found and (later := corrected(reply[found[-1].end :])):
+    stated = final_boxes(reply, found) if found else []
+    if found and (later := corrected_number(reply[found[-1].end :])):
         stated = [[later]]
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
@@ -159,7 +168,7 @@ def _many(parts: list[str]) -> int:
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
     """Without a box: what the reply says the answer is, else what math-verify finds."""
-    phrase, named = said(reply)
+    phrase, named = answer_phrase(reply)
     if phrase and _is_right(gold, [phrase]):
         return Verdict("right", phrase, None if gold.mathematics else "compared as text")
     if phrase and named and is_no_value(phrase):  # its first number is not the answer
