@@ -19,29 +19,25 @@ from .options import (
     ModelArgument,
     ThresholdOption,
     check_word,
-    note,
     number,
     quiet,
+    reporter,
     word,
 )
 
-POLICIES = (*words.LABEL_FREE, "oracle")
-PROTOCOLS = ("default", "paper")
-BACKENDS = ("transformers", "vllm")
 
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _tasks(text: str) -> str:
-    check_tasks(_names(text) or [])
+    check_tasks(_names(text))
     return text
 
 
 def _policies(text: str | None) -> str | None:
-    for name in _names(text) or []:
-        check_word("policy", name, POLICIES)
+    for name in _names(text):
+        check_word("policy", name, words.POLICIES)
     return text
 
 
@@ -78,14 +74,14 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             callback=_policies,
-            help=f"Policies, separated by commas: {', '.join(POLICIES)}. [default: that of the model]",
+            help=f"Policies, separated by commas: {', '.join(words.POLICIES)}. [default: that of the model]",
         ),
     ] = None,
     protocol: Annotated[
         str,
         word(
             "protocol",
-            PROTOCOLS,
+            words.PROTOCOLS,
             "Sets prompt, sampling, seed, samples and sources: default, or paper for what its authors published. "
             "Other options override it.",
         ),
@@ -113,7 +109,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int | None, number("Questions at a time. [default: 1; vLLM chooses its own]", int, 1)] = None,
     backend: Annotated[
-        str, word("backend", BACKENDS, "transformers, or vllm for large runs, if it is installed.")
+        str, word("backend", words.BACKENDS, "transformers, or vllm for large runs, if it is installed.")
     ] = "transformers",
     reference: Annotated[
         str | None,
@@ -137,34 +133,29 @@ def evaluate(
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     quiet()
     from tah.evaluation.eval_report import as_markdown
-    from tah.evaluation.evaluate import Sampling
     from tah.evaluation.evaluate import evaluate as run_evaluation
-    from tah.progress import Answers
+    from tah.evaluation.request import Sampling
 
-    from .terminal import make_console
-
-    with Answers(make_console(stderr=True)) as told:
-        results = run_evaluation(
-            model,
-            _names(tasks) or [],
-            output,
-            policies=_names(policy),
-            protocol=protocol,
-            sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
-            limit=limit,
-            data=files,
-            threshold=threshold,
-            max_depth=max_depth,
-            reference=reference,
-            raw=raw,
-            batch_size=batch_size,
-            backend=backend,
-            allow_code_execution=allow_code_execution,
-            dtype=dtype,
-            device=device,
-            told=told,
-            note=note,
-        )
+    results = run_evaluation(
+        model,
+        _names(tasks),
+        output,
+        policies=_names(policy),
+        protocol=protocol,
+        sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
+        limit=limit,
+        data=files,
+        threshold=threshold,
+        max_depth=max_depth,
+        reference=reference,
+        raw=raw,
+        batch_size=batch_size,
+        backend=backend,
+        allow_code_execution=allow_code_execution,
+        dtype=dtype,
+        device=device,
+        progress=reporter(),
+    )
     typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
 
 
@@ -205,7 +196,7 @@ def regrade(
     from tah.evaluation.regrade import as_text
     from tah.evaluation.regrade import regrade as run_again
 
-    found = run_again(directory, data=files, allow_code_execution=allow_code_execution)
+    found = run_again(directory, data=files, allow_code_execution=allow_code_execution, progress=reporter())
     typer.echo(json.dumps(found) if as_json else as_text(found), nl=as_json)
 
 

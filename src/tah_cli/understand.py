@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tah.session import Session
     from tah.tracing.traced import Trace
 
-TRACED = (*words.LABEL_FREE, "oracle")
 LOOKED_AT = 100  # rows whose words the tokenizer may not know
 TRACE = "trace.jsonl"  # in the directory of a run
 
@@ -50,7 +49,7 @@ def trace(
     ] = None,
     policy: Annotated[
         str | None,
-        word("policy", TRACED, f"Who iterates: {', '.join(TRACED)}. [default: that of the model]"),
+        word("policy", words.POLICIES, f"Who iterates: {', '.join(words.POLICIES)}. [default: that of the model]"),
     ] = None,
     threshold: ThresholdOption = None,
     own_policy: Annotated[

@@ -21,9 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from helpers.models import CHAT_TEMPLATE
-from tah import TaHForCausalLM
 from tah.policy import Rule
-from tah.progress import Reporter
+from tah.progress import Reporter, Work
 from tah.session import CONFIDENCE_THRESHOLD, Session
 from tah_cli.app import run
 
@@ -707,27 +706,19 @@ def in_memory(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=100, markup=False, highlight=False)
 
 
-def test_an_evaluation_tells_every_task_and_every_minute_where_nobody_watches():
-    from tah.progress import Answers
-
-    now = 0.0
+def test_work_has_a_line_every_half_minute_and_at_its_end_where_nobody_watches():
+    now = [0.0]
     console = in_memory(terminal=False)
-    with Answers(console, clock=lambda: now) as told:
-        for task, policy, start in (("gsm8k", "never", 0), ("gsm8k", "decider", 40), ("aime24", "never", 3)):
-            of = 3 if task == "aime24" else 1000
-            told(policy, task, start, of)
-            for done in range(start + 1, min(of, start + 100) + 1):
-                now += 1.0
-                told(policy, task, done, of)
-        told("never", "gsm8k", 1000, 1000)
-    lines = console.file.getvalue().splitlines()
-    assert lines == [
-        "gsm8k, never: 0 of 1,000 answers",
-        "gsm8k, never: 60 of 1,000 answers, 0:15:40 left",
-        "gsm8k, decider: 40 of 1,000 answers",
-        "gsm8k, decider: 100 of 1,000 answers, 0:15:00 left",
-        "aime24, never: 3 of 3 answers",
-        "gsm8k, never: 1,000 of 1,000 answers",
+    for title, start in (("gsm8k, never", 0), ("gsm8k, decider", 960)):
+        with Work(console, title, 1000, "answers", done=start, clock=lambda: now[0]) as work:
+            for _ in range(40):
+                now[0] += 1.0
+                work.advance()
+    assert console.file.getvalue().splitlines() == [
+        "gsm8k, never: 30 of 1,000 answers, 0:16:10 left",
+        "gsm8k, never: 40 of 1,000 answers",
+        "gsm8k, decider: 990 of 1,000 answers, 0:00:10 left",
+        "gsm8k, decider: 1,000 of 1,000 answers",
     ]
 
 
@@ -737,22 +728,23 @@ def test_an_evaluation_in_a_log(tmp_path, changed):
     process = start("eval", changed(positions=512), *words, "--data", data, stdout=subprocess.PIPE)
     _, err = process.communicate()
     assert process.returncode == 0 and err.splitlines() == [
-        f"gsm8k, {policy}: {done} of 2 answers" for policy in ("never", "always") for done in (0, 2)
+        f"gsm8k, {policy}: 2 of 2 answers" for policy in ("never", "always")
     ]
 
 
-@pytest.mark.parametrize("kind", ["trace", "eval"])
+@pytest.mark.parametrize("kind", ["work", "texts"])
 def test_a_bar_never_says_of_none(kind):
     from rich.progress import Progress, TextColumn
 
-    from tah.progress import Answers, Counted
+    from tah.progress import Counted
 
     console = in_memory(terminal=True)
-    if kind == "eval":
-        with Answers(console) as told:
-            told.bar.refresh()
-            told("never", "gsm8k", 2, 7)
-            told.bar.refresh()
+    if kind == "work":
+        with Work(console, "gsm8k, never", None, "answers") as work:
+            work.bar.refresh()
+            work.total = 7
+            work.advance(2)
+            work.bar.refresh()
     else:
         with Progress(TextColumn("tracing"), Counted("answers"), console=console) as bar:
             task = bar.add_task("", total=None)

@@ -1,69 +1,74 @@
-"""Units of mathematical answers: `5 km`, `\\$18`, `90^\\circ`, `12 apples`; and what only looks like one."""
+r"""One value of a mathematical answer: its unit, and its coordinates.
+
+A unit is what `5 km`, `\$18`, `90^\circ` and `12 apples` end or begin with; some letters only look like one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-UNITS = {
-    name: names[0]
-    for names in (
-        line.split()
-        for line in """
-        mm millimeter millimetre
-        cm centimeter centimetre
-        dm decimeter decimetre
-        m meter metre
-        km kilometer kilometre
-        in inch inche inches
-        ft foot feet
-        yd yard
-        mi mile
-        mg milligram
-        g gram gm
-        kg kilogram
-        lb pound lbs
-        oz ounce
-        ml mL milliliter millilitre
-        l L liter litre
-        s sec second
-        min minute
-        h hr hour
-        day
-        week
-        month
-        yr year
-        deg degree °
-        rad radian
-        K kelvin
-        N newton
-        J joule
-        kJ kilojoule
-        eV
-        W watt
-        kW kilowatt
-        V volt
-        A amp ampere
-        C coulomb
-        Hz hertz
-        Pa pascal
-        T tesla
-        mol mole
-        ohm
-        dollar usd $
-        cent ¢
-        euro eur €
-        pence
-        rupee rs ₹
-        yen ¥
-        sq square
-        cu cubic
-        mph
-        kmh kmph kph
-        unit
-        """.strip().splitlines()
-    )
-    for name in names
-}
+from .notation import inner, split_list, without_labels
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of an answer.
+
+    Args:
+        text: as it was written, without labels, full stops and empty dress.
+        bare: without the unit; as `text` where there is none.
+        unit: in one way of writing; None where there is none.
+    """
+
+    text: str
+    bare: str
+    unit: str | None = None
+
+
+def read_value(text: str, gold: bool = False) -> Value:
+    """Read one value of an undressed text.
+
+    Args:
+        text: of the value, from `split`.
+        gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
+    """
+    text = without_labels(text)
+    if set_of := re.fullmatch(
+        r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text
+    ):
+        text = set_of[2].strip()
+    if not gold and r"\approx" in text:
+        exact, _, rounded = text.partition(r"\approx")
+        text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
+    body, unit = without_unit(text, gold)
+    return Value(_plain(text), _plain(body), unit)
+
+
+def _plain(text: str) -> str:
+    """Without \text around a single letter, and with what math-verify takes for functions as symbols."""
+    text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
+    text = re.sub(r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}", text)
+    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
+    text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
+    text = re.sub(
+        r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text
+    )  # no constant has an index
+    return text.strip()
+
+
+# -- units -------------------------------------------------------------------------------------------------------------
+
+NAMES = """
+    mm millimeter millimetre, cm centimeter centimetre, dm decimeter decimetre, m meter metre,
+    km kilometer kilometre, in inch inche inches, ft foot feet, yd yard, mi mile, mg milligram, g gram gm,
+    kg kilogram, lb pound lbs, oz ounce, ml mL milliliter millilitre, l L liter litre, s sec second, min minute,
+    h hr hour, day, week, month, yr year, deg degree °, rad radian, K kelvin, N newton, J joule, kJ kilojoule, eV,
+    W watt, kW kilowatt, V volt, A amp ampere, C coulomb, Hz hertz, Pa pascal, T tesla, mol mole, ohm,
+    dollar usd $, cent ¢, euro eur €, pence, rupee rs ₹, yen ¥, sq square, cu cubic, mph, kmh kmph kph, unit
+"""
+UNITS = {name: names.split()[0] for names in NAMES.split(",") for name in names.split()}
 # Words that change a value or speak of it: no units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
@@ -203,3 +208,70 @@ def same_unit(one: str | None, other: str | None) -> bool:
     if one is None or other is None or one == other or "unit" in one or "unit" in other:
         return True
     return one.startswith("?") and other.startswith("?")
+
+
+# -- coordinates -------------------------------------------------------------------------------------------------------
+
+NAME = re.compile(r"^((?:\\[a-zA-Z]+|[a-zA-Z])[a-zA-Z_{}0-9\s]*)=(?!=)\s*")  # x, x_{1}, \angle A B C
+TUPLE = re.compile(r"^(\([^()]*,[^()]*\))\s*=\s*(\(.*\))$")
+COLUMN = re.compile(
+    r"^\\begin\{[pb]matrix\}((?:(?!\\\\|\\begin)[^&])*(?:\\\\(?:(?!\\\\|\\begin|\\end)[^&])+)+)\\end\{[pb]matrix\}$"
+)
+AXES = ("x", "y", "z")  # the only names that have an order of their own
+Coordinate = tuple[str | None, Value]
+
+
+def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
+    r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where the text is no tuple.
+
+    Args:
+        text: of one value, undressed.
+        gold: it is the right answer.
+    """
+    if column := COLUMN.match(text):
+        return [(None, read_value(part, gold)) for part in column[1].split(r"\\")]
+    names: list[str | None] = []
+    if named := TUPLE.match(text):
+        names = [re.sub(r"\s", "", name) for name in split_list(named[1][1:-1])]
+        text = named[2]
+    within = inner(text.rpartition("=")[2].strip(), "(") if NAME.match(text) else inner(text, "(")
+    parts = split_list(within) if within else []
+    if len(parts) < 2 or (names and len(names) != len(parts)):
+        return None
+    return list(zip(names or [None] * len(parts), (read_value(part, gold) for part in parts), strict=True))
+
+
+def named_values(values: Sequence[Value]) -> list[Coordinate]:
+    """Values of a list as coordinates, with the names they have."""
+    found: list[Coordinate] = []
+    for value in values:
+        name = NAME.match(value.text)
+        bare = read_value(value.text[name.end() :]) if name else value
+        found.append((re.sub(r"\s", "", name[1]) if name else None, bare))
+    return found
+
+
+def same_coordinates(
+    gold: Sequence[Coordinate], said: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
+) -> bool:
+    """Whether two lists of coordinates are the same: by name where both have these names, else in their order.
+
+    Args:
+        gold: of the right answer.
+        said: of the answer.
+        alike: whether two values are the same.
+    """
+    if len(gold) != len(said):
+        return False
+    names = [[name for name, _ in side] for side in (gold, said)]
+    if None not in names[0] and sorted(map(str, names[0])) == sorted(map(str, names[1])):
+        order = [names[1].index(name) for name in names[0]]
+        said = [said[at] for at in order]
+    elif set(names[0]) == {None} or set(names[1]) == {None}:
+        gold, said = _by_axis(gold), _by_axis(said)
+    return all(alike(one, other) for (_, one), (_, other) in zip(gold, said, strict=True))
+
+
+def _by_axis(side: Sequence[Coordinate]) -> list[Coordinate]:
+    """In the order of x, y and z, where these are the names."""
+    return sorted(side, key=lambda one: str(one[0])) if all(name in AXES for name, _ in side) else list(side)

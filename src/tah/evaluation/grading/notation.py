@@ -1,18 +1,15 @@
-"""The dress of a mathematical answer: signs, spaces, labels and lists, taken off before anything is compared.
+r"""One way of writing for what has many: signs, spaces, labels and lists of a mathematical answer, as text.
 
-math-verify takes off some of it, and with it what is no dress: `3t` loses its t as a unit, `x'` its prime. So it is
-done here, and math-verify is handed bare mathematics.
+math-verify normalizes too, but takes off more than notation: `3t` loses its t as a unit, `x'` its prime. So it is done
+here, and math-verify gets bare mathematics.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import Any
 
 from .reply import boxes
-from .units import without_unit
-
-# -- signs and spaces ------------------------------------------------------------------------------------------------
 
 SPACES = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 MINUS = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
@@ -34,7 +31,11 @@ RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉"
 FROM_RAISED, FROM_LOWERED = str.maketrans(RAISED, "0123456789-n"), str.maketrans(LOWERED, "0123456789")
 
-REWRITES = [
+MACROS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "neq": r"\ne "}
+MACROS |= dict.fromkeys(("lvert", "rvert", "vert"), "|") | dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac")
+MACROS |= dict.fromkeys(("leqslant", "leqq", "le"), r"\leq ") | dict.fromkeys(("geqslant", "geqq", "ge"), r"\geq ")
+MACROS["varnothing"] = r"\emptyset "
+REWRITES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern), to)
     for pattern, to in (
         (r"\\\$", r" \\dollars "),
@@ -45,19 +46,11 @@ REWRITES = [
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\(?:displaystyle|textstyle|scriptstyle|limits|strut|mathstrut)\b", ""),
-        (r"\\lbrace\b", r"\\{"),
-        (r"\\rbrace\b", r"\\}"),
-        (r"\\[lr]vert\b|\\vert\b", "|"),
-        (r"\\langle\b", "("),
-        (r"\\rangle\b", ")"),
-        (r"\\[dtc]frac\b", r"\\frac"),
+        (rf"\\({'|'.join(MACROS)})\b", lambda found: MACROS[found[1]]),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\(?:leqslant|leqq|le)\b|<=|=<", r"\\leq "),
-        (r"\\(?:geqslant|geqq|ge)\b|>=", r"\\geq "),
-        (r"\\lt\b", "<"),
-        (r"\\gt\b", ">"),
-        (r"\\neq\b|!=", r"\\ne "),
-        (r"\\varnothing\b", r"\\emptyset "),
+        (r"<=|=<", r"\\leq "),
+        (r">=", r"\\geq "),
+        (r"!=", r"\\ne "),
         (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
         (r"(?<![\\a-zA-Z])\{ +\}", " "),
         (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
@@ -104,6 +97,22 @@ INTERVALS = [  # (0;1], ]0,1], [0,1[
     )
 ]
 
+LABEL = (
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
+)
+LABELS = [
+    (re.compile(pattern, re.IGNORECASE), to)
+    for pattern, to in (
+        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
+        (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
+        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
+        (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
+        (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
+        (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
+        (r"(?<=[a-zA-Z])\.\}$", "}"),
+    )
+]
+
 
 def _fraction(found: re.Match[str]) -> str:
     r"""The repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
@@ -116,12 +125,12 @@ def _listed(found: re.Match[str]) -> str:
     """Equations below each other as a list; what else stands in rows, as the cases of a function, is left."""
     rows = [row.replace("&", " ").strip(" ,;") for row in re.split(r"\\\\|\\newline", found[2])]
     rows = [row for row in rows if row]
-    return ", ".join(rows) if all(len(sides(row)) == 2 and len(split(row)) == 1 for row in rows) else found[0]
+    return ", ".join(rows) if all(len(sides(row)) == 2 and len(split_list(row)) == 1 for row in rows) else found[0]
 
 
-def undress(text: str) -> str:
+def normalized(text: str) -> str:
     """The text of an answer, a value or several, with one way of writing for what has many."""
-    text = "".join(_unboxed(text)).translate(SIGNS)
+    text = "".join(_with_boxes_opened(text)).translate(SIGNS)
     text = re.sub(f"[{RAISED}]+", lambda found: f"^{{{found[0].translate(FROM_RAISED)}}}", text)
     text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
     for pattern, to in REWRITES:
@@ -136,7 +145,7 @@ def undress(text: str) -> str:
     return without_labels(re.sub(" {2,}", " ", text).strip())
 
 
-def _unboxed(text: str) -> list[str]:
+def _with_boxes_opened(text: str) -> list[str]:
     """The text with the contents of its boxes in their places."""
     parts, at = [], 0
     for box in boxes(text):
@@ -145,7 +154,14 @@ def _unboxed(text: str) -> list[str]:
     return [*parts, text[at:]]
 
 
-# -- several values --------------------------------------------------------------------------------------------------
+def without_labels(text: str) -> str:
+    """Without "Answer:" before it and a full stop after it."""
+    for pattern, to in LABELS:
+        text = pattern.sub(to, text)
+    return text
+
+
+# -- several values ----------------------------------------------------------------------------------------------------
 
 WORD = r"and|or|for|where|with|when|if"
 SEPARATOR = re.compile(
@@ -153,10 +169,11 @@ SEPARATOR = re.compile(
 )
 MARK = re.compile(rf"\\[{{}}]|\\begin\b|\\end\b|[()\[\]{{}}]|{SEPARATOR.pattern}|\\?[a-zA-Z]+")
 OPENS, CLOSES = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
+VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")  # x = \{1, 2\}
 CLOSING = {"(": ")", r"\{": r"\}", "[": "]"}
 
 
-def split(text: str) -> list[str]:
+def split_list(text: str) -> list[str]:
     """The values of a list, or the one value: cut at commas and the like outside of brackets.
 
     A comma between thousands does not cut.
@@ -230,74 +247,14 @@ def plus_and_minus(text: str) -> list[str]:
     return values
 
 
-# -- one value -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value of an answer.
-
-    Args:
-        text: as it was written, without labels, full stops and empty dress.
-        bare: without the unit; as `text` where there is none.
-        unit: in one way of writing; None where there is none.
-    """
-
-    text: str
-    bare: str
-    unit: str | None = None
-
-
-LABEL = (
-    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
-)
-LABELS = [
-    (re.compile(pattern, re.IGNORECASE), to)
-    for pattern, to in (
-        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
-        (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
-        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
-        (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
-        (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
-        (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
-        (r"(?<=[a-zA-Z])\.\}$", "}"),
-    )
-]
-
-
-def without_labels(text: str) -> str:
-    """Without "Answer:" before it and a full stop after it."""
-    for pattern, to in LABELS:
-        text = pattern.sub(to, text)
-    return text
-
-
-def dressed(text: str, gold: bool = False) -> Value:
-    """Read one value of an undressed text.
-
-    Args:
-        text: of the value, from `split`.
-        gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
-    """
-    text = without_labels(text)
-    if set_of := re.fullmatch(
-        r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text
-    ):
-        text = set_of[2].strip()
-    if not gold and r"\approx" in text:
-        exact, _, rounded = text.partition(r"\approx")
-        text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
-    body, unit = without_unit(text, gold)
-    return Value(_plain(text), _plain(body), unit)
-
-
-def _plain(text: str) -> str:
-    """Without \text around a single letter, and with what math-verify takes for functions as symbols."""
-    text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
-    text = re.sub(r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}", text)
-    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
-    text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
-    text = re.sub(
-        r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text
-    )  # no constant has an index
-    return text.strip()
+def members(text: str) -> list[str]:
+    r"""The values of an undressed text: of a list, a set, or both signs of \pm."""
+    values: list[str] = []
+    for part in split_list(text):
+        part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part
+        within = inner(part, r"\{")
+        if within is None or re.search(r"\\mid|\||:", within) or part == text == within:
+            values += plus_and_minus(part)
+        else:
+            values += members(within)
+    return values
