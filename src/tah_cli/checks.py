@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .names import PACKAGE, RECIPES, words
@@ -77,6 +77,20 @@ def check_tasks(names: Sequence[str]) -> None:
         if name not in ("nine", *words.TASKS) and not name.startswith(words.STOCK_TASK):
             known = words.suggest(name, ("nine", *words.TASKS))
             raise ValueError(f"unknown task {name!r}; {known}, or {words.STOCK_TASK}NAME for lm-eval's own")
+
+
+def check_questions(files: Mapping[str, str], tasks: Sequence[str]) -> None:
+    """Refuse files of questions that do not exist, or are for other tasks.
+
+    Raises:
+        ValueError: names the file, or the task.
+    """
+    names = dict.fromkeys(each for name in tasks for each in (words.NINE if name == "nine" else [name]))
+    for name, path in files.items():
+        if name not in names:
+            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
+        if not os.path.exists(path):
+            raise ValueError(f"{path} cannot be read: there is no such file")
 
 
 def check_evaluation(directory: str | Path) -> None:

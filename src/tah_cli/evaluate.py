@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .checks import check_evaluation, check_model, check_tasks
+from .checks import check_evaluation, check_model, check_questions, check_tasks
 from .names import words
 from .options import (
     DepthOption,
@@ -131,6 +131,7 @@ def evaluate(
     answers and their cost relative to the base.
     """
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
+    check_questions(files, _names(tasks))
     quiet()
     from tah.evaluation.eval_report import as_markdown
     from tah.evaluation.evaluate import evaluate as run_evaluation
@@ -219,7 +220,7 @@ def _files(given: list[str] | None) -> dict[str, str]:
     """The files of TASK=FILE by task.
 
     Raises:
-        BadParameter: a text of another form, or a file that does not exist.
+        BadParameter: a text of another form, or a task with two files.
     """
     files: dict[str, str] = {}
     for text in given or ():
@@ -228,7 +229,5 @@ def _files(given: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"--data {text} must be TASK=FILE, such as gsm8k=questions.jsonl")
         if name in files:
             raise typer.BadParameter(f"--data names two files for {name}")
-        if not os.path.exists(path):
-            raise typer.BadParameter(f"--data {text}: there is no such file")
         files[name] = path
     return files

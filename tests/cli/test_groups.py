@@ -98,7 +98,7 @@ def test_what_only_informs_imports_no_torch(arguments, words):
         ("eval smollm2 --tasks gsm8k -o out --policy never,allways", ["unknown policy 'allways'", "mean always?"]),
         ("eval smollm2 --tasks gsm8k -o out --protocol papr", ["unknown protocol 'papr'", "did you mean paper?"]),
         ("eval smollm2 --tasks gsm8k -o out --backend vlm", ["unknown backend 'vlm'", "did you mean vllm?"]),
-        ("eval smollm2 --tasks gsm8k -o out --data gsm8k=no.jsonl", ["--data gsm8k=no.jsonl", "no such file"]),
+        ("eval smollm2 --tasks gsm8k -o out --data gsm8k=no.jsonl", ["no.jsonl cannot be read: there is no such file"]),
         ("eval smollm2 --tasks gsm8k -o out --reference ./nowhere", ["no model './nowhere'"]),
         ("eval smollm2 --tasks gsm8k -o out --greedy --top-k 5", ["--top-k 5"]),
         ("eval compare nowhere:never other", ["nowhere holds no evaluation"]),

@@ -21,13 +21,9 @@ from typing import Any
 
 from ..data.scoring import weights_fingerprint
 from ..files import write_atomically
-<<<<<<< HEAD
-from ..policy import Rule
-from ..progress import Reporter
-=======
 from ..names import STOCK_TASK
+from ..policy import Rule
 from ..progress import SILENT, Reporter
->>>>>>> w-eval
 from ..session import Session
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
 from .eval_report import named_gaps, write_results
@@ -66,61 +62,10 @@ def evaluate(
     if request.runs_programs:
         Sandbox().check()
     with quiet():
-<<<<<<< HEAD
-        built = build(names, files, sampling, asking)
-        (progress := Reporter()).note = note  # type: ignore[method-assign, assignment]
-        place: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress}
-        handed_on = backend == "vllm"
-        session = Session.open(model, **place, as_saved=handed_on) if isinstance(model, str) else model
-        if not raw and not session.tokenizer.chat_template:
-            raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
-        if not policies and (told_of_base := session.as_itself(Rule(None, threshold, max_depth))):
-            note(told_of_base)
-        chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
-        check_request(names, chosen, files, reference, allow_code_execution, backend, device)
-        options: dict[str, Any] = {
-            "threshold": threshold,
-            "max_depth": max_depth,
-            "seed": drawing.seed,
-            "add_bos_token": None if raw else False,  # a chat template writes it where it belongs
-        }
-        if backend == "vllm":
-            _check_served(built)
-            lm: TaHLM = ServedLM(session, policies=chosen, batch_size=batch_size, engine=engine, **options)
-        else:
-            options["reference"] = None if reference is None else Session.open(reference, **place)
-            lm = TaHLM(session, batch_size=batch_size or 1, **options)
-        if len(shared := [policy for policy in chosen if policy in ("decider", "confidence")]) > 1:
-            note(f"{' and '.join(shared)} share the threshold {lm.rule['threshold']:.4g}, though their scales differ")
-        settings = {
-            "protocol": protocol,
-            "overrides": sampling.given() | ({"data": files} if files else {}),
-            "ours": asking.ours(built),
-            "sampling": asdict(drawing),
-            "template": "none" if raw else "chat",
-            "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
-            "backend": backend,
-            "dtype": str(session.model.dtype).removeprefix("torch."),
-            "device": str(session.model.device),
-            "batch_size": batch_size,
-            "engine": dict(engine or {}),
-        } | _settings(lm, chosen, built, limit)
-        if backend == "vllm":
-            settings["versions"]["vllm"] = vllm_version()
-        if gaps := settings["ours"]:
-            note(f"protocol {protocol}: not published, so decided by ours: {named_gaps(gaps)}")
-        try:
-            with alone(output):
-                _answer_all(lm, chosen, built, output, settings, limit=limit, raw=raw, told=told, note=note)
-        finally:
-            if isinstance(lm, ServedLM):
-                lm.close()
-    return write_results(output)
-=======
         built = build(request.tasks, request.data, request.sampling, request.asking)
         session = _open(request, progress)
         if not request.policies:
-            if of_base := session.as_itself(request.threshold, request.max_depth):
+            if of_base := session.as_itself(Rule(None, request.threshold, request.max_depth)):
                 progress.note(of_base)
             request = replace(request, policies=[session.model.config.policy])
         with closing(_harness(request, session, built, progress)) as lm:
@@ -146,7 +91,7 @@ def _open(request: Request, progress: Reporter) -> Session:
     if isinstance(session, str):
         as_saved = request.backend == "vllm"
         session = Session.open(
-            session, dtype=request.dtype, device=request.device, as_saved=as_saved, note=progress.note
+            session, dtype=request.dtype, device=request.device, as_saved=as_saved, progress=progress
         )
     if not request.raw and not session.tokenizer.chat_template:
         raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
@@ -176,10 +121,9 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
         )
     if request.reference is not None:
         options["reference"] = Session.open(
-            request.reference, dtype=request.dtype, device=request.device, note=progress.note
+            request.reference, dtype=request.dtype, device=request.device, progress=progress
         )
     return TaHLM(session, batch_size=request.batch_size or 1, **options)
->>>>>>> w-eval
 
 
 def _answer_all(

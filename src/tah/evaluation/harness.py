@@ -118,28 +118,17 @@ class TaHLM(HFLM):
             ValueError: `oracle` without a reference, or one with another tokenizer; `decider` without a trained one.
         """
         session, self.oracle = self.session, None
-        if policy is None:
-            session.as_itself(self.threshold, self.max_depth)
         if policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
-<<<<<<< HEAD
-            check_reference(self.reference.model, self.session.tokenizer, self.reference.tokenizer, 1)
-            chosen = ReferenceOracle(self.reference)
-        model, source = self.session.model, self.session.source
-        if (policy or model.config.policy) == "decider" and (self.session.wrapped or model.decider is None):
-            raise ValueError(f"{source} has no trained decider; give another policy, such as confidence")
-        self.rule = self.session.rule(Rule(chosen, self.threshold, self.max_depth)).arguments()
-=======
             check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
             self.oracle = ReferenceOracle(self.reference)
-        self.rule = Rule(self.oracle or policy, self.threshold, self.max_depth).completed(session.model.config)
+        self.rule = session.rule(Rule(self.oracle or policy, self.threshold, self.max_depth))
         if self.rule.policy == "decider" and (session.wrapped or session.model.decider is None):
             raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
 
     def close(self) -> None:
         """Give back what was taken for answering: nothing here, an engine's memory in `vllm_backend.py`."""
->>>>>>> w-eval
 
     # -- what lm-eval asks for ---------------------------------------------------------------------------------------
 
