@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import JsonOption, model_argument, note, number, quiet, word
+from .options import JsonOption, model_argument, number, quiet, reporter, word
 from .serve import need_vllm
 
 BASE_DTYPES = ("float32", "bfloat16")
@@ -39,7 +39,7 @@ def bench(
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)}
-    result = benchmark.bench(model, dtypes=tuple(dtype or BASE_DTYPES), report=_row, **sizes)
+    result = benchmark.bench(model, dtypes=tuple(dtype or BASE_DTYPES), progress=reporter(), **sizes)
     _finish(benchmark, result, output, as_json)
 
 
@@ -61,7 +61,7 @@ def bench_train(
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"repeats": min(2, repeats), "shapes": benchmark.SHAPES[:1], "labels": None, "memory": False}
-    result = benchmark.bench_train(benchmark.Setup(model, dtype), report=_row, **sizes)
+    result = benchmark.bench_train(benchmark.Setup(model, dtype), progress=reporter(), **sizes)
     _finish(benchmark, result, output, as_json)
 
 
@@ -121,17 +121,16 @@ def bench_serve(
         variants=tuple(name.strip() for name in variants.split(",")),
         tasks=tuple(benchmark.TASKS[name] for name in names),
         repeats=min(2, repeats) if quick else repeats,
-        report=_row,
+        progress=reporter(),
     )
     _finish(benchmark, result, output, as_json)
 
 
-def _row(row: Any) -> None:
-    note(str(row))
-
-
 def _finish(benchmark: Any, result: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Write and print the result of a benchmark."""
+    from tah.benchmarks.measure import save
+
+    table = benchmark.markdown(result)
     if output is not None:
-        benchmark.save(result, output)
-    typer.echo(json.dumps(result) if as_json else benchmark.markdown(result))
+        save(result, table, output, benchmark.__name__.rpartition(".")[2])
+    typer.echo(json.dumps(result) if as_json else table)

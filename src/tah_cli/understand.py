@@ -23,12 +23,14 @@ from .options import (
     note,
     number,
     open_session,
+    quiet,
+    reporter,
     word,
 )
 
 if TYPE_CHECKING:
     from tah.session import Session
-    from tah.tracing.traced import Trace
+    from tah.tracing.trace_file import Trace
 
 LOOKED_AT = 100  # rows whose words the tokenizer may not know
 TRACE = "trace.jsonl"  # in the directory of a run
@@ -81,9 +83,11 @@ def trace(
             f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
             "chooses another"
         )
-    from tah.tracing.overthinking import as_markdown, statistics
+    from tah.policy import Rule
+    from tah.tracing.overthinking import statistics
+    from tah.tracing.tables import as_markdown
 
-    options = {"policy": policy, "threshold": threshold, "own_policy": own_policy, "top_k": top_k}
+    options = {"rule": Rule(policy, threshold), "run_policy": own_policy, "top_k": top_k}
     found = _trace(session, data, split, limit, output, max_length=max_length, **options)
     stats = statistics(found, every=every)
     typer.echo(json.dumps(stats, ensure_ascii=False) if as_json else as_markdown(stats), nl=as_json)
@@ -107,14 +111,13 @@ def tune(
     By the share of tokens that iterate, or by the lowest loss, on held-out texts. Only the threshold in config.json
     changes.
     """
-    from tah.tracing.trace_scores import parse_target
-    from tah.tracing.trace_scores import tune as choose
-    from tah.tracing.tuning import check_tunable, write_threshold
+    from tah.tracing.tune import check_tunable, parse_target, write_threshold
+    from tah.tracing.tune import tune as choose
 
     parse_target(target)
     config = check_tunable(model)
     session = open_session(model, dtype, device)
-    found = _trace(session, data, split, limit, None, max_length=max_length, own_policy=False, top_k=1)
+    found = _trace(session, data, split, limit, None, max_length=max_length, run_policy=False, top_k=1)
     chosen = choose(found, target, config.score)
     before = write_threshold(config.path, chosen["threshold"])
     if as_json:
@@ -160,11 +163,9 @@ def report(
     if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
         raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
     from tah.files import write_atomically
+    from tah.tracing.charts import save_charts
     from tah.tracing.lens import write_lens
-
-    if png is not None:  # before anything is written, since a package may be missing
-        from tah.tracing.lens_charts import draw_charts
-    from tah.tracing.overthinking import as_markdown
+    from tah.tracing.tables import as_markdown
     from tah.tracing.trace_file import load_trace
 
     loaded = [load_trace(path) for path in paths]
@@ -179,7 +180,7 @@ def report(
         write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
         typer.echo(str(markdown))
     if png is not None:
-        typer.echo("\n".join(str(path) for path in draw_charts(stats, png)))
+        typer.echo("\n".join(str(path) for path in save_charts(stats, png)))
 
 
 def _trace_of(path: Path) -> Path:
@@ -223,47 +224,29 @@ def _check_file(path: Path) -> None:
         raise typer.BadParameter(f"directory {path.parent} of {path} does not exist; make it or choose another file")
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _words_of(row: Mapping[str, Any]) -> str:
     """The words of a row of text or of a conversation; of others, which have ids or columns of their own, none."""
     if isinstance(row.get("text"), str):
         return str(row["text"])
     turns = row.get("messages", row.get("conversations"))
     turns = turns if isinstance(turns, list) else ()
-    said = (turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping))
-    return " ".join(content for content in said if isinstance(content, str))
+    contents = (turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, Mapping))
+    return " ".join(content for content in contents if isinstance(content, str))
 
 
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
-    """Trace with a progress bar on a terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from tah.data.rows import quiet
-    from tah.progress import Counted
+    """Trace a source of texts, with notes about words that the tokenizer does not know and rows that are left out."""
+    from tah.tracing.texts import read_rows
+    from tah.tracing.trace import TraceRequest
     from tah.tracing.trace import trace as run_trace
-    from tah.tracing.trace_texts import read_rows
 
-    from .terminal import make_console
-
-    with suppress(ImportError):  # a plain text is read without datasets; whatever needs it says what to install
-        quiet()
+    with suppress(ImportError):  # a plain text is read without datasets; whatever needs it names what to install
+        quiet(data=True)
     rows = read_rows(data, split, limit)
-    if unknown := session.unknown_words(" ".join(_said(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
+    if unknown := session.unknown_words(" ".join(_words_of(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
         note(unknown)
-    console = make_console(stderr=True)
-    columns = (
-        TextColumn("tracing"),
-        BarColumn(),
-        Counted("texts"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def done(texts: int, of: int) -> None:
-            bar.update(task, completed=texts, total=of)
-
-        options |= {"source": data, "limit": limit, "name": session.source, "done": done}
-        found = run_trace(session.model, session.tokenizer, rows, output, **options)
+    request = TraceRequest(data=data, model=session.source, limit=limit, **options)
+    found = run_trace(session.model, session.tokenizer, rows, output, request, progress=reporter())
     for reason, count in found.header["left_out"].items():
         note(f"{count} of {len(rows)} rows: {reason}")
     return found

@@ -1,11 +1,11 @@
-// The depth lens, first part: the data, who iterates under a rule, and which tokens a filter chooses.
+// The depth lens, first part: the data, the tokens that a rule iterates, and those that a filter chooses.
 //
 // T tokens, N predictions, M depths, k alternatives. `at[i]` is the prediction of token i, -1 for the first of a text.
 // Columns of a trace are flat: [M, N] is column[d * N + p], [M, N, k] is column[(d * N + p) * k + j].
-// The parts are one module: judge.js, text.js, token.js. Nothing is fetched; text from models only becomes textContent.
+// The parts are one module: rules.js, text.js, token.js. Nothing is fetched; text from models only becomes textContent.
 const TYPES = { Uint8Array, Uint16Array, Uint32Array, Float32Array };
 const AROUND = 12; // tokens of context that a filter leaves on either side
-const TINY = 1e-38; // probabilities below count as this, as in tah.tracing.traced
+const TINY = 1e-38; // probabilities below count as this, as in tah.tracing.trace_file
 const OUTCOMES = ["kept right", "kept wrong", "corrected", "broken"];
 const RULES = {
   own: "as it ran",
@@ -81,8 +81,8 @@ function shading(pane) {
   return [trace.score, trace.decider ? trace.decider_threshold : 0.5];
 }
 
-/** Who iterates under the pane's rule, what comes out, and the numbers. */
-function judge(pane) {
+/** The tokens that iterate under the pane's rule, their outcomes, and the numbers above the text. */
+function decide(pane) {
   const { trace, rule, threshold, depth, outcome, shade } = pane, M = trace.max_depth;
   const [name] = shading(pane), score = M > 1 ? scoreOf(trace, name) : () => 0;
   const sums = { depth: 0, iterated: 0, right: 0, first: 0, loss: 0, corrected: 0, broken: 0 };

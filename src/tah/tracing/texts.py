@@ -59,22 +59,13 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
     return [{"text": text}]
 
 
-def _is_encoded(row: Mapping[str, Any]) -> bool:
-    """Whether the row holds a list of token numbers and as long a list of truth values."""
-    ids, supervised = row["input_ids"], row["supervised"]
-    if not isinstance(ids, list) or not isinstance(supervised, list) or len(ids) != len(supervised):
-        return False
-    numbers = all(isinstance(token, int) and 0 <= token < 2**63 for token in ids)
-    return numbers and all(isinstance(said, bool | int) for said in supervised)
-
-
 def texts_of(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "the data"
 ) -> tuple[list[Text], Counter[str]]:
     """Texts of at most `max_length` tokens, and how many rows were left out or cut, by reason.
 
     A plain text that is longer goes on in further parts; other rows end there, since a part of a conversation would
-    miss what it answers.
+    lack the turns before it.
 
     Raises:
         ValueError: nothing is left.
@@ -105,3 +96,12 @@ def texts_of(
             "the model's to say"
         )
     return texts, dropped
+
+
+def _is_encoded(row: Mapping[str, Any]) -> bool:
+    """Whether the row holds a list of token ids and as long a list of truth values."""
+    ids, supervised = row["input_ids"], row["supervised"]
+    if not isinstance(ids, list) or not isinstance(supervised, list) or len(ids) != len(supervised):
+        return False
+    numbers = all(isinstance(token, int) and 0 <= token < 2**63 for token in ids)
+    return numbers and all(isinstance(value, bool | int) for value in supervised)
