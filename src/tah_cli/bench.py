@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from .app import JsonOption, _note, _number, app
+from .app import JsonOption, _number, app
 
 OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")]
 
@@ -33,18 +34,20 @@ def bench(
         if name not in ("float32", "bfloat16"):
             raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
     from tah.benchmarks.bench import bench as run_bench
-    from tah.benchmarks.bench import markdown, save
+    from tah.benchmarks.bench import markdown
+    from tah.benchmarks.measure import save
     from tah.load import quiet
+    from tah.progress import Reporter
 
     quiet()
     sizes: dict[str, Any] = (
         {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
     )
     result = run_bench(
-        model, dtypes=tuple(dtype or ("float32", "bfloat16")), report=lambda row: _note(str(row)), **sizes
+        model, dtypes=tuple(dtype or ("float32", "bfloat16")), progress=Reporter(Console(stderr=True)), **sizes
     )
     if output is not None:
-        save(result, output)
+        save(result, markdown(result), output, "bench")
     typer.echo(json.dumps(result) if as_json else markdown(result))
 
 
@@ -58,18 +61,20 @@ def bench_train(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the cost of training with hard tokens, and of labelling (many minutes)."""
-    from tah.benchmarks.bench_train import SHAPES, Setup, markdown, save
+    from tah.benchmarks.bench_train import SHAPES, Setup, markdown
     from tah.benchmarks.bench_train import bench_train as run_bench
+    from tah.benchmarks.measure import save
     from tah.load import quiet
+    from tah.progress import Reporter
 
     quiet()
     setup = Setup(model, dtype)
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"repeats": min(2, repeats), "shapes": SHAPES[:1], "labels": None, "memory": False}
-    result = run_bench(setup, report=lambda row: _note(str(row)), **sizes)
+    result = run_bench(setup, progress=Reporter(Console(stderr=True)), **sizes)
     if output is not None:
-        save(result, output)
+        save(result, markdown(result), output, "bench_train")
     typer.echo(json.dumps(result) if as_json else markdown(result))
 
 
@@ -82,7 +87,8 @@ def bench_trace(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the cost of tracing against as many plain passes (minutes)."""
-    from tah.benchmarks.bench_trace import markdown, save, throughput
+    from tah.benchmarks.bench_trace import markdown, throughput
+    from tah.benchmarks.measure import save
     from tah.load import quiet
     from tah.session import Session
 
@@ -91,5 +97,5 @@ def bench_trace(
     options: dict[str, Any] = {"policy": "confidence"} if session.wrapped else {}  # one that costs something
     result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats, **options)
     if output is not None:
-        save(result, output)
+        save(result, markdown(result), output, "bench_trace")
     typer.echo(json.dumps(result) if as_json else markdown(result))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, _note, _number, app
+from .app import JsonOption, _number, app
 
 SERVER = "tah.vllm.launch"
 MIDDLEWARE = "tah.vllm.responses.TellDepths"
@@ -67,8 +67,12 @@ def bench_serve(
     _need_vllm()
     import json
 
-    from tah.benchmarks.bench_serve import TASKS, markdown, save
+    from rich.console import Console
+
+    from tah.benchmarks.bench_serve import TASKS, markdown
     from tah.benchmarks.bench_serve import bench_serve as measure
+    from tah.benchmarks.measure import save
+    from tah.progress import Reporter
 
     names = [name.strip() for name in ("8" if quick else tasks).split(",")]
     if unknown := sorted(set(names) - set(TASKS)):
@@ -79,10 +83,10 @@ def bench_serve(
         variants=tuple(name.strip() for name in variants.split(",")),
         tasks=tuple(TASKS[name] for name in names),
         repeats=min(2, repeats) if quick else repeats,
-        report=lambda row: _note(str(row)),
+        progress=Reporter(Console(stderr=True)),
     )
     if output is not None:
-        save(result, output)
+        save(result, markdown(result), output, "bench_serve")
     typer.echo(json.dumps(result) if as_json else markdown(result))
 
 

@@ -20,7 +20,8 @@ from helpers.families import VOCAB, tiny
 from helpers.models import shake, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
-from tah.benchmarks.bench_trace import save, throughput
+from tah.benchmarks.bench_trace import markdown, throughput
+from tah.benchmarks.measure import save
 from tah.core.families import Head
 from tah.core.logits import RunningOutput
 from tah.load import FOLLOW
@@ -925,7 +926,7 @@ def test_throughput_is_measured(words, tmp_path):
     found = throughput(model_of("duo", max_depth=2), words, (20, 30), repeats=1, tokens_per_batch=32)
     assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, run again"}
     assert all(rate > 0 for rate in found["tokens_per_second"].values())
-    save(found, tmp_path)
+    save(found, markdown(found), tmp_path, "bench_trace")
     assert json.loads((tmp_path / "bench_trace.json").read_text()) == found
     table = (tmp_path / "bench_trace.md").read_text()
     assert "| run | tokens/s | ratio to 2 plain passes |" in table and "| trace | " in table
