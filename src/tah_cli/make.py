@@ -13,6 +13,7 @@ import typer
 from .app import PACKAGE, DeviceOption, DtypeOption, _note, _number, app
 
 if TYPE_CHECKING:
+    from tah.progress import Reporter
     from tah.training.recipe import Recipe
 
 STAGES = ("backbone", "decider")
@@ -48,7 +49,7 @@ def label(recipe: RecipeArgument, overrides: OverridesArgument = None, output: O
     A token is hard where the recipe's reference model would have said another. A killed run goes on where it was. Many
     GPUs: torchrun --nproc-per-node 8 -m tah label RECIPE
     """
-    _make(lambda steps, plan, run: steps.label(plan, run, _note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.label(plan, run, _reporter()), recipe, overrides, output)
 
 
 @app.command()
@@ -69,9 +70,10 @@ def prune(
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
     _quiet()
-    from tah.pipeline.pruned import prune_model
+    from tah.pipeline.pruned import Pruning, prune_model
 
-    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device, _note)
+    asked = Pruning(base, data, output, split, layers, texts, max_length, dtype, device)
+    made = prune_model(asked, _reporter())
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
 
 
@@ -88,7 +90,7 @@ def train(
     First the backbone; then the decider, with everything else frozen. Many GPUs: torchrun --nproc-per-node 8 -m tah
     train RECIPE, or accelerate launch with one of the configurations in tah/recipes/accelerate.
     """
-    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, _note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, _reporter()), recipe, overrides, output)
 
 
 @app.command()
@@ -98,10 +100,18 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
     Steps that are done are skipped, a killed one goes on, and one whose part of the recipe has changed is made again,
     with all that depends on it; what was there before is kept in DIR/old.
     """
-    directory = _make(lambda steps, plan, run: steps.run(plan, run, _note), recipe, overrides, output)
+    directory = _make(lambda steps, plan, run: steps.run(plan, run, _reporter()), recipe, overrides, output)
     report = directory / "report" / "report.md"
     if report.is_file() and os.environ.get("RANK", "0") == "0":
         _note(f"report: {report}")
+
+
+def _reporter() -> Reporter:
+    from rich.console import Console
+
+    from tah.progress import Reporter
+
+    return Reporter(Console(stderr=True))
 
 
 def _quiet() -> None:
@@ -117,7 +127,7 @@ def _make(
     work: Callable[[Any, Recipe, Path], Path], recipe: str, overrides: list[str] | None, output: str | None
 ) -> Path:
     """Read the recipe, work on it, say where the result is, and return the directory of the run."""
-    from tah.training.recipe import load_recipe
+    from tah.training.recipe_file import load_recipe
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
     plan = load_recipe(recipe, given)
