@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .tracing.trace import trace as trace
     from .training.label import label as label
     from .training.prune import prune as prune
-    from .training.recipe import load_recipe as load_recipe
+    from .training.recipe_file import load_recipe as load_recipe
     from .training.train import train as train
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _LATER = {
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
     "load_additions": "checkpoints.adapter",
-    "load_recipe": "training.recipe",
+    "load_recipe": "training.recipe_file",
     "prune": "training.prune",
     "save_additions": "checkpoints.adapter",
     "trace": "tracing.trace",

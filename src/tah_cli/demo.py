@@ -13,7 +13,7 @@ from rich.rule import Rule as Line
 from rich.table import Table
 
 from tah.load import FOLLOW, quiet
-from tah.pipeline.scores import score_answers
+from tah.pipeline.experiment.scores import score_answers
 from tah.policy import Rule
 from tah.session import Answer, Session
 from tah.stats.bootstrap import Resampled

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .checks import check_data, check_recipe
-from .names import RECIPES
-from .options import DeviceOption, DtypeOption, SplitOption, model_argument, note, number, quiet, word
+from .names import RECIPES, words
+from .options import DeviceOption, DtypeOption, SplitOption, model_argument, note, number, quiet, reporter, word
 
 if TYPE_CHECKING:
     from tah.training.recipe import Recipe
-
-STAGES = ("backbone", "decider")
 
 RecipeArgument = Annotated[
     str,
@@ -47,7 +45,7 @@ def label(recipe: RecipeArgument, overrides: OverridesArgument = None, output: O
     A token is hard where the recipe's reference model would have said another. A killed run goes on where it was. Many
     GPUs: torchrun --nproc-per-node 8 -m tah label RECIPE
     """
-    _make(lambda steps, plan, run: steps.label(plan, run, note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.label(plan, run, reporter()), recipe, overrides, output)
 
 
 def prune(
@@ -68,17 +66,18 @@ def prune(
     Each layer is left out in turn; the one without which held-out perplexity stays lowest is dropped, and what is left
     is measured anew. DIR is a normal checkpoint, with prune.md beside it.
     """
-    from tah.pipeline.pruned import prune_model
+    from tah.pipeline.pruned import Pruning, prune_model
 
     quiet(data=True)
-    made = prune_model(base, data, split, layers, output, texts, max_length, dtype, device, note)
+    request = Pruning(base, data, output, split, layers, texts, max_length, dtype, device)
+    made = prune_model(request, reporter())
     typer.echo(f"{made.as_markdown()}\nwritten to {output}")
 
 
 def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    stage: Annotated[str, word("stage", STAGES, "backbone or decider.")] = "backbone",
+    stage: Annotated[str, word("stage", words.STAGES, "backbone or decider.")] = "backbone",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished training, if there is one.")] = False,
     output: OutputOption = None,
 ) -> None:
@@ -87,7 +86,7 @@ def train(
     First the backbone; then the decider, with everything else frozen. Many GPUs: torchrun --nproc-per-node 8 -m tah
     train RECIPE, or accelerate launch with one of the configurations in tah/recipes/accelerate.
     """
-    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, note), recipe, overrides, output)
+    _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, reporter()), recipe, overrides, output)
 
 
 def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: OutputOption = None) -> None:
@@ -96,7 +95,7 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
     Steps that are done are skipped, a killed one goes on, and one whose part of the recipe has changed is made again,
     with all that depends on it; what was there before is kept in DIR/old.
     """
-    directory = _make(lambda steps, plan, run: steps.run(plan, run, note), recipe, overrides, output)
+    directory = _make(lambda steps, plan, run: steps.run(plan, run, reporter()), recipe, overrides, output)
     report = directory / "report" / "report.md"
     if report.is_file() and os.environ.get("RANK", "0") == "0":
         note(f"report: {report}")
@@ -106,7 +105,7 @@ def _make(
     work: Callable[[Any, Recipe, Path], Path], recipe: str, overrides: list[str] | None, output: str | None
 ) -> Path:
     """Read the recipe, work on it, say where the result is, and return the directory of the run."""
-    from tah.training.recipe import load_recipe
+    from tah.training.recipe_file import load_recipe
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
     plan = load_recipe(recipe, given)

@@ -656,7 +656,7 @@ def test_the_reference_is_looked_for_before_anything_is_made(capsys, tmp_path, v
 
 def test_a_reference_that_is_there_is_let_through(tmp_path, tiny_base):
     from tah.pipeline.preflight import check_labelling
-    from tah.training.recipe import load_recipe
+    from tah.training.recipe_file import load_recipe
 
     recipe = load_recipe("tiny", [f"label.reference={tiny_base}", "data.max_length=64"])
     check_labelling(recipe, tmp_path)

@@ -13,7 +13,7 @@ from typer.main import get_command
 import tah.checkpoints.hub
 from tah import names
 from tah.load import find
-from tah.training.recipe import recipe_names
+from tah.training.recipe_file import recipe_names
 from tah_cli.app import app, run
 from tah_cli.checks import check_model
 from tah_cli.names import RECIPES, words

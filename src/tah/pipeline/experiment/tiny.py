@@ -15,14 +15,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
 
-from ..files import write_atomically
-from ..training.recipe_checks import check_training, in_words, near
-from ..training.recipe_fields import Part, Positive, Recipe
+from ...files import write_atomically
+from ...progress import SILENT, Reporter
+from ...training.recipe import Part, Positive, Recipe, Training
+from ...training.recipe_file import validated
 
 SPLITS = ("train", "validation", "test")
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -49,6 +50,14 @@ class Generate(Part):
     max_digits: Positive
     negative: bool
 
+    @model_validator(mode="after")
+    def _check(self) -> Generate:
+        for name in ("terms", "digits"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low > high:
+                raise ValueError(f"min_{name}={low} is more than max_{name}={high}")
+        return self
+
 
 class Scratch(Part):
     """`base.scratch`: sizes of the Llama, and the `TrainingArguments` it is trained with from nothing."""
@@ -60,51 +69,35 @@ class Scratch(Part):
     max_position_embeddings: Positive
     initializer_range: Annotated[float, Field(gt=0)]
     vocab_size: Annotated[int, Field(ge=260)] = 320  # at most; bytes and special tokens at least
-    training: dict[str, Any] = {}
+    training: Training = {}
 
-
-SectionType = TypeVar("SectionType", bound=Part)
-
-
-def read_section(kind: type[SectionType], values: Any, place: str) -> SectionType:
-    """Raises `ValueError` with one line for the first thing wrong."""
-    try:
-        section = kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join([place, *map(str, problem["loc"])])
-        if problem["type"] == "extra_forbidden":
-            raise ValueError(f"{name} is unknown; {near(str(problem['loc'][-1]), kind.model_fields)}") from None
-        if problem["type"] == "missing":
-            raise ValueError(f"{name} is required") from None
-        raise ValueError(name + in_words(problem["msg"], problem["input"])) from None
-    if isinstance(section, Generate):
-        for name in ("terms", "digits"):
-            low, high = getattr(section, f"min_{name}"), getattr(section, f"max_{name}")
-            if low > high:
-                raise ValueError(f"{place}.min_{name}={low} is more than {place}.max_{name}={high}")
-    return section
+    @model_validator(mode="after")
+    def _check(self) -> Scratch:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        return self
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def write_data(recipe: Recipe, directory: Path) -> dict[str, int]:
-    """Write train.jsonl, validation.jsonl and test.jsonl, all of different questions; the number of rows of each.
+def write_data(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/data`: train.jsonl, validation.jsonl and test.jsonl, all of different questions.
 
     Raises:
         ValueError: the settings are wrong or allow too few different questions.
     """
-    settings = read_section(Generate, recipe.data.generate, "data.generate")
-    if recipe.base.scratch is not None:
-        read_scratch(recipe)  # a mistake there should not wait for the next step
-    sizes = {"test": settings.test, "validation": settings.validation, "train": settings.train}
+    check_sections(recipe)  # a mistake in base.scratch should not wait for the next step
+    settings = read_generate(recipe)
+    sizes = {name: getattr(settings, name) for name in reversed(SPLITS)}
     drawn = distinct_rows(settings, recipe.seed, sum(sizes.values()))
     splits = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
     check_disjoint({name: splits[name] for name in SPLITS})
     for name, rows in splits.items():
-        write_atomically(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return sizes
+        write_atomically(run / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[str, Any]]:
@@ -205,18 +198,14 @@ def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
 def check_sections(recipe: Recipe) -> None:
     """Raises `ValueError` for a mistake in `data.generate` or `base.scratch`, which the recipe itself does not read."""
     if recipe.data.generate is not None:
-        read_section(Generate, recipe.data.generate, "data.generate")
+        read_generate(recipe)
     if recipe.base.scratch is not None:
         read_scratch(recipe)
 
 
+def read_generate(recipe: Recipe) -> Generate:
+    return validated(Generate, recipe.data.generate, "data.generate")
+
+
 def read_scratch(recipe: Recipe) -> Scratch:
-    """Raises `ValueError` with one line for the first thing wrong in `base.scratch`."""
-    scratch = read_section(Scratch, recipe.base.scratch, "base.scratch")
-    check_training(scratch.training, "base.scratch.training")
-    if scratch.hidden_size % (2 * scratch.num_attention_heads):
-        raise ValueError(
-            f"base.scratch.hidden_size={scratch.hidden_size} must be an even multiple of "
-            f"num_attention_heads={scratch.num_attention_heads}"
-        )
-    return scratch
+    return validated(Scratch, recipe.base.scratch, "base.scratch")

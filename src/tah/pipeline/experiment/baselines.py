@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..data.rows import COMPLETE, load_rows
-from ..load import load_tah, load_tokenizer
-from ..training.label import label
-from ..training.recipe import Recipe
-from ..training.recipe_fields import Backbone
-from ..training.run_files import read_metrics
-from ..training.train import Rows, train
-from ..training.trainer import Stage
+from ...data.rows import COMPLETE, load_rows
+from ...load import load_tah, load_tokenizer
+from ...names import Stage
+from ...progress import SILENT, Reporter
+from ...training.label import label
+from ...training.recipe import Backbone, Recipe
+from ...training.run_files import read_metrics
+from ...training.train import Rows, train
 from .tiny import make_tokenizer, read_scratch
 
 FORWARD, TRAINED = 1, 3  # cost of a pass; gradients take two more (Kaplan et al. 2020, section 2.1)
 EVERYWHERE = ("always", "random", "confidence")  # methods that iterate on prompts too
 
 
-def train_base(recipe: Recipe, run: Path) -> None:
+def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/base`: a tokenizer made from the texts, and a Llama trained on them from nothing.
 
     Raises:
@@ -52,28 +52,28 @@ def train_base(recipe: Recipe, run: Path) -> None:
     start = run / "base" / "work" / "base"
     LlamaForCausalLM(config).save_pretrained(start)
     tokenizer.save_pretrained(start)
-    _train_plain(recipe, run, "base", start, scratch.training)
+    _train_plain(recipe, run, "base", start, scratch.training, progress)
 
 
-def train_reference(recipe: Recipe, run: Path) -> None:
+def train_reference(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/reference`: the base, trained on like the backbone but with one pass: the model that labels, and Standard
     at equal data and steps."""
-    _train_plain(recipe, run, "reference", run / "base", recipe.backbone.training)
+    _train_plain(recipe, run, "reference", run / "base", recipe.backbone.training, progress)
 
 
-def train_standard_compute(recipe: Recipe, run: Path) -> None:
+def train_standard_compute(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/standard_compute`: as the reference, with more steps: all cost what labels, backbone and decider did."""
     training = recipe.backbone.training | {"max_steps": equal_steps(recipe, run)}
-    _train_plain(recipe, run, "standard_compute", run / "base", training)
+    _train_plain(recipe, run, "standard_compute", run / "base", training, progress)
 
 
-def train_blind(recipe: Recipe, run: Path) -> None:
+def train_blind(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/blind`: backbone and decider as the recipe's, but deeper passes see nothing except their own deeper keys."""
     changed = {"name": f"{recipe.name}-blind", "model": recipe.model | {"attention": "blind"}}
     control, directory = recipe.model_copy(update=changed), run / "blind"
     if not (directory / "backbone" / "config.json").is_file():
-        train(control, "backbone", run, resume=True, name="blind/backbone")
-    train(control, "decider", directory, resume=True, data="../labels")
+        train(control, "backbone", run, resume=True, name="blind/backbone", progress=progress)
+    train(control, "decider", directory, resume=True, data="../labels", progress=progress)
 
 
 def equal_steps(recipe: Recipe, run: Path) -> int:
@@ -110,7 +110,9 @@ def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
     return batch * section.training.get("gradient_accumulation_steps", 1)
 
 
-def _train_plain(recipe: Recipe, run: Path, name: str, start: Path, training: dict[str, Any]) -> None:
+def _train_plain(
+    recipe: Recipe, run: Path, name: str, start: Path, training: dict[str, Any], progress: Reporter
+) -> None:
     """`run/name`: the model in `start` (a directory called `base`) trained as a plain next-token model on the
     assistant's tokens, with the logs of its training. What a killed run has left in `run/name/work` is continued."""
     tokenizer, work = load_tokenizer(str(start)), run / name / "work"
@@ -121,7 +123,8 @@ def _train_plain(recipe: Recipe, run: Path, name: str, start: Path, training: di
     changed = {"name": f"{recipe.name}-{name}", "backbone": backbone, "label": None, "decider": None}
     output, inner = start.parent, os.path.relpath(work, start.parent)
     plain = recipe.model_copy(update=changed)
-    trained = train(plain, "backbone", output, resume=True, name=f"{inner}/trained", data=f"{inner}/tokens")
+    places = {"name": f"{inner}/trained", "data": f"{inner}/tokens"}
+    trained = train(plain, "backbone", output, resume=True, progress=progress, **places)
     load_tah(str(trained)).base.save_pretrained(run / name)
     tokenizer.save_pretrained(run / name)
     for log in ("run.json", "metrics.jsonl", "curves.png"):

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.rows import COMPLETE, depth_labels, load_rows
-from ..load import load_base, load_tah, load_tokenizer, parameter_counts
-from ..model import TaHForCausalLM
-from ..policy import Confidence, Random
-from ..stats.bootstrap import Estimate, Resampled, ranking
-from ..training.calibrate import threshold_for_share
-from ..training.label import label
-from ..training.recipe import Recipe
-from ..training.recipe_fields import Decider
-from ..training.run_files import run_facts, write_json
+from ...data.rows import COMPLETE, depth_labels, load_rows
+from ...load import load_base, load_tah, load_tokenizer, parameter_counts
+from ...model import TaHForCausalLM
+from ...policy import Confidence, Random
+from ...progress import SILENT, Reporter
+from ...stats.bootstrap import Estimate, Resampled, ranking
+from ...stats.threshold import threshold_for_share
+from ...training.label import label
+from ...training.recipe import Decider, Recipe
+from ...training.run_files import run_facts, write_json
 from .report_text import as_markdown, draw, statements
 from .scores import TokenScores, proportion, score_answers, score_tokens
 
@@ -46,7 +46,7 @@ class TestSet:
     questions: list[dict[str, Any]]  # with `messages` and `answer`; empty where the data has no answers
 
 
-def write_report(recipe: Recipe, run: Path) -> None:
+def write_report(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/report` with report.md, report.json and pictures, from a run with a trained backbone.
 
     Test data is `run/data/test.jsonl` where the recipe generates its data, else the validation rows.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.loss import IGNORE, shift
-from ..data.rows import Collator
-from ..model import TaHForCausalLM
+from ...core.loss import IGNORE, shift
+from ...data.rows import Collator
+from ...model import TaHForCausalLM
 
 LOGITS = 2**27  # most entries of [B, T, V] at the same time
 TOKENS = 8192  # most tokens of a batch
