@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import JsonOption, model_argument, number, quiet, reporter, word
+from . import options
+from .options import model_argument, number, quiet, reporter, word
 from .serve import need_vllm
 
 BASE_DTYPES = ("float32", "bfloat16")
@@ -27,7 +28,7 @@ def bench(
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the cost of iterating.
 
@@ -49,7 +50,7 @@ def bench_train(
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 512 tokens, without labelling.")] = False,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the cost of training and of labelling.
 
@@ -70,7 +71,7 @@ def bench_trace(
     texts: Annotated[int, number("Number of texts, of 512 tokens each.", int, 1)] = 8,
     repeats: RepeatsOption = 5,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the cost of tracing.
 
@@ -102,7 +103,7 @@ def bench_serve(
     ] = "1,8,32,stream,prefill",
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the cost of serving on vLLM.
 

@@ -65,18 +65,36 @@ def check_recipe(source: str) -> str:
     raise ValueError(f"no recipe {source!r}; {words.suggest(source, RECIPES)}")
 
 
-def check_tasks(names: Sequence[str]) -> None:
+def split(text: str | None) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def check_tasks(text: str) -> str:
     """Refuse unknown benchmarks.
 
     Raises:
         ValueError: an unknown name, or no name at all.
     """
-    if not names:
-        raise ValueError("no tasks; give --tasks nine or names")
-    for name in names:
+    for name in split(text):
         if name not in ("nine", *words.TASKS) and not name.startswith(words.STOCK_TASK):
             known = words.suggest(name, ("nine", *words.TASKS))
             raise ValueError(f"unknown task {name!r}; {known}, or {words.STOCK_TASK}NAME for lm-eval's own")
+    if not split(text):
+        raise ValueError("no tasks; give --tasks nine or names")
+    return text
+
+
+def check_policies(text: str | None) -> str | None:
+    """Refuse unknown policies.
+
+    Raises:
+        ValueError: an unknown name, with the nearest.
+    """
+    for name in split(text):
+        if name not in words.POLICIES:
+            raise ValueError(f"unknown policy {name!r}; {words.suggest(name, words.POLICIES)}")
+    return text
 
 
 def check_questions(files: Mapping[str, str], tasks: Sequence[str]) -> None:
@@ -93,11 +111,17 @@ def check_questions(files: Mapping[str, str], tasks: Sequence[str]) -> None:
             raise ValueError(f"{path} cannot be read: there is no such file")
 
 
-def check_evaluation(directory: str | Path) -> None:
+def check_run(name: str) -> str:
     """Refuse a directory without an evaluation.
 
+    Args:
+        name: DIR, or DIR:POLICY.
+
     Raises:
-        ValueError: it has no run.json.
+        ValueError: there is no run.json.
     """
+    before, colon, _ = name.rpartition(":")
+    directory = before if colon and not os.path.isdir(name) else name
     if not os.path.isfile(os.path.join(directory, "run.json")):
         raise ValueError(f"{directory} holds no evaluation (no run.json); give the -o directory of tah eval")
+    return name

@@ -3,63 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .checks import check_evaluation, check_model, check_questions, check_tasks
+from . import options
+from .checks import check_model, check_policies, check_questions, check_run, check_tasks, split
 from .names import words
-from .options import (
-    DepthOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    ThresholdOption,
-    check_word,
-    number,
-    quiet,
-    reporter,
-    word,
-)
+from .options import number, quiet, reporter, word
 
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _tasks(text: str) -> str:
-    check_tasks(_names(text))
-    return text
-
-
-def _policies(text: str | None) -> str | None:
-    for name in _names(text):
-        check_word("policy", name, words.POLICIES)
-    return text
-
-
-def _run_of(name: str) -> str:
-    """DIR, or DIR:POLICY."""
-    directory, colon, _ = name.rpartition(":")
-    check_evaluation(name if not colon or os.path.isdir(name) else directory)
-    return name
-
-
-CodeOption = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Run the programs in the answers, in a sandbox.")
-]
+Code = Annotated[bool, typer.Option("--allow-code-execution", help="Run the programs in the answers, in a sandbox.")]
 
 
 def evaluate(
-    model: ModelArgument,
+    model: options.Model,
     tasks: Annotated[
         str,
         typer.Option(
             metavar="NAMES",
-            callback=_tasks,
+            callback=check_tasks,
             help="Benchmarks, separated by commas: nine (those of the paper), names, or lm_eval:NAME.",
         ),
     ],
@@ -73,7 +36,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            callback=_policies,
+            callback=check_policies,
             help=f"Policies, separated by commas: {', '.join(words.POLICIES)}. [default: that of the model]",
         ),
     ] = None,
@@ -117,13 +80,13 @@ def evaluate(
             metavar="MODEL", callback=check_model, help="Reference model of the policy oracle, with the same tokenizer."
         ),
     ] = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
     raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
-    allow_code_execution: CodeOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    allow_code_execution: Code = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Evaluate on benchmarks.
 
@@ -131,7 +94,7 @@ def evaluate(
     answers and their cost relative to the base.
     """
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
-    check_questions(files, _names(tasks))
+    check_questions(files, split(tasks))
     quiet()
     from tah.evaluation.eval_report import as_markdown
     from tah.evaluation.evaluate import evaluate as run_evaluation
@@ -139,9 +102,9 @@ def evaluate(
 
     results = run_evaluation(
         model,
-        _names(tasks),
+        split(tasks),
         output,
-        policies=_names(policy),
+        policies=split(policy),
         protocol=protocol,
         sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
         limit=limit,
@@ -161,11 +124,13 @@ def evaluate(
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", callback=_run_of, help="Directory of an evaluation, or DIR:POLICY.")],
-    b: Annotated[
-        str, typer.Argument(metavar="B", callback=_run_of, help="Another evaluation, over the same questions.")
+    a: Annotated[
+        str, typer.Argument(metavar="A", callback=check_run, help="Directory of an evaluation, or DIR:POLICY.")
     ],
-    as_json: JsonOption = False,
+    b: Annotated[
+        str, typer.Argument(metavar="B", callback=check_run, help="Another evaluation, over the same questions.")
+    ],
+    as_json: options.Json = False,
 ) -> None:
     """Compare two evaluations question by question.
 
@@ -184,15 +149,15 @@ def regrade(
         list[str] | None,
         typer.Option(metavar="TASK=FILE", help="Questions of a run that did not keep them; may be repeated."),
     ] = None,
-    allow_code_execution: CodeOption = False,
-    as_json: JsonOption = False,
+    allow_code_execution: Code = False,
+    as_json: options.Json = False,
 ) -> None:
     """Grade the answers of an evaluation again.
 
     For a run that was graded by an older version of the grader: `tah eval compare` compares only verdicts of one
     version. The answers stay; the verdicts and results in DIR are replaced.
     """
-    check_evaluation(directory)
+    check_run(str(directory))
     files = _files(data)
     from tah.evaluation.regrade import as_text
     from tah.evaluation.regrade import regrade as run_again

@@ -70,21 +70,11 @@ def word(what: str, allowed: Sequence[str], help: str) -> Any:
 
     def check(given: Any) -> Any:
         for name in given if isinstance(given, (list, tuple)) else [given]:
-            if name is not None:
-                check_word(what, name, allowed)
+            if name is not None and name not in allowed:
+                raise typer.BadParameter(f"unknown {what} {name!r}; {words.suggest(name, allowed)}")
         return given
 
     return typer.Option(callback=check, metavar="NAME", help=help)
-
-
-def check_word(what: str, name: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is not `allowed`.
-
-    Raises:
-        BadParameter: names the nearest allowed word.
-    """
-    if name not in allowed:
-        raise typer.BadParameter(f"unknown {what} {name!r}; {words.suggest(name, allowed)}")
 
 
 def model_argument(help: str, metavar: str = "MODEL") -> Any:
@@ -100,8 +90,8 @@ def _system(text: str | None) -> str | None:
     return text
 
 
-ModelArgument = Annotated[str, model_argument("Directory, hub id, smollm2, smollm2-tah, or follow-tah.")]
-DataArgument = Annotated[
+Model = Annotated[str, model_argument("Directory, hub id, smollm2, smollm2-tah, or follow-tah.")]
+Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
@@ -110,26 +100,24 @@ DataArgument = Annotated[
         show_default=False,
     ),
 ]
-SplitOption = Annotated[str, typer.Option(metavar="NAME", help="Dataset split.")]
-PolicyOption = Annotated[
+Split = Annotated[str, typer.Option(metavar="NAME", help="Dataset split.")]
+Policy = Annotated[
     str | None,
     word("policy", words.LABEL_FREE, f"Who iterates: {', '.join(words.LABEL_FREE)}. [default: that of the model]"),
 ]
-ThresholdOption = Annotated[
+Threshold = Annotated[
     float | None, number("Iterate above this probability, 0 to 1. [default: that of the model]", float, 0, 1)
 ]
-DepthOption = Annotated[
-    int | None, number("Maximum number of passes per token. [default: that of the model]", int, 1, 1000)
-]
-TokensOption = Annotated[int, number("Longest answer, in tokens.", int, 1)]
-TemperatureOption = Annotated[float, number("Sampling temperature; 0 takes the most probable token.", float, 0, 100)]
-TopPOption = Annotated[float, number("Sample among the most probable tokens up to this mass.", float, 0, 1)]
-TopKOption = Annotated[int, number("Sample among this many tokens; 0 means all.", int, 0)]
-SeedOption = Annotated[int, number("Random seed.", int, 0, 2**63 - 1)]
-SystemOption = Annotated[
+Depth = Annotated[int | None, number("Maximum number of passes per token. [default: that of the model]", int, 1, 1000)]
+Tokens = Annotated[int, number("Longest answer, in tokens.", int, 1)]
+Temperature = Annotated[float, number("Sampling temperature; 0 takes the most probable token.", float, 0, 100)]
+TopP = Annotated[float, number("Sample among the most probable tokens up to this mass.", float, 0, 1)]
+TopK = Annotated[int, number("Sample among this many tokens; 0 means all.", int, 0)]
+Seed = Annotated[int, number("Random seed.", int, 0, 2**63 - 1)]
+System = Annotated[
     str | None, typer.Option(callback=_system, metavar="TEXT", help="System message of the chat template.")
 ]
-DtypeOption = Annotated[
+Dtype = Annotated[
     str,
     word(
         "dtype",
@@ -137,10 +125,8 @@ DtypeOption = Annotated[
         "auto (as saved if the device computes in it natively, else float32), float32, bfloat16 or float16.",
     ),
 ]
-DeviceOption = Annotated[
+Device = Annotated[
     str, typer.Option(metavar="NAME", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-NoColorOption = Annotated[
-    bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+NoColor = Annotated[bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")]

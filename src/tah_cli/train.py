@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .checks import check_data, check_recipe
 from .names import RECIPES, words
-from .options import DeviceOption, DtypeOption, SplitOption, model_argument, note, number, quiet, reporter, word
+from .options import model_argument, note, number, quiet, reporter, word
 
 if TYPE_CHECKING:
     from tah.training.recipe import Recipe
@@ -57,9 +58,9 @@ def prune(
     layers: Annotated[int, number("Number of layers to drop.", int, 1)] = 1,
     texts: Annotated[int, number("Number of texts that rank the layers; few texts rank them by chance.", int, 1)] = 64,
     max_length: Annotated[int, number("Longer texts are cut to this number of tokens.", int, 2)] = 2048,
-    split: SplitOption = "train",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    split: options.Split = "train",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Drop the layers of a base that matter least.
 

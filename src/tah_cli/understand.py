@@ -10,23 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import options
 from .names import words
-from .options import (
-    DataArgument,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    SplitOption,
-    ThresholdOption,
-    model_argument,
-    note,
-    number,
-    open_session,
-    quiet,
-    reporter,
-    word,
-)
+from .options import model_argument, note, number, open_session, quiet, reporter, word
 
 if TYPE_CHECKING:
     from tah.session import Session
@@ -44,8 +30,8 @@ EveryOption = Annotated[bool, typer.Option("--every", help="Count all tokens, no
 
 
 def trace(
-    model: ModelArgument,
-    data: DataArgument,
+    model: options.Model,
+    data: options.Data,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the trace; continues an unfinished one.")
     ] = None,
@@ -53,7 +39,7 @@ def trace(
         str | None,
         word("policy", words.POLICIES, f"Who iterates: {', '.join(words.POLICIES)}. [default: that of the model]"),
     ] = None,
-    threshold: ThresholdOption = None,
+    threshold: options.Threshold = None,
     own_policy: Annotated[
         bool | None,
         typer.Option(
@@ -64,12 +50,12 @@ def trace(
     ] = None,
     max_length: LengthOption = None,
     limit: LimitOption = None,
-    split: SplitOption = "train",
+    split: options.Split = "train",
     top_k: Annotated[int, number("Most probable tokens to keep per position.", int, 1)] = 5,
     every: EveryOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measure what iterating corrects and breaks.
 
@@ -95,16 +81,16 @@ def trace(
 
 def tune(
     model: Annotated[str, model_argument("Directory of a TaH checkpoint.")],
-    data: DataArgument,
+    data: options.Data,
     target: Annotated[
         str, typer.Option(metavar="WHAT", help="share=0.07 (of the tokens iterate), or loss (as low as possible).")
     ],
     max_length: LengthOption = None,
     limit: LimitOption = None,
-    split: SplitOption = "train",
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    split: options.Split = "train",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Choose the threshold and write it into the model.
 

@@ -5,33 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from . import options
 from .checks import check_model
 from .names import PACKAGE
-from .options import (
-    DepthOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    NoColorOption,
-    PolicyOption,
-    SeedOption,
-    SystemOption,
-    TemperatureOption,
-    ThresholdOption,
-    TokensOption,
-    TopKOption,
-    TopPOption,
-    model_argument,
-    note,
-    number,
-    open_session,
-    quiet,
-)
+from .options import model_argument, note, number, open_session, quiet
 
 if TYPE_CHECKING:
     from tah.policy import Rule
@@ -39,24 +20,24 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ModelArgument,
+    model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads standard input.")],
-    policy: PolicyOption = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
-    max_new_tokens: TokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    system: SystemOption = None,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
+    max_new_tokens: options.Tokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    no_color: NoColorOption = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    no_color: options.NoColor = False,
 ) -> None:
     """Answer a prompt, coloured by passes per token."""
     prompt = _text(prompt)
@@ -73,14 +54,14 @@ def generate(
         note(unknown)
     messages = [{"role": "system", "content": system}] if system else []
     ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
-    options: dict[str, Any] = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    drawing = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
     if as_json:
-        answer = session.answer(ids, lambda token: None, rule, **options)
+        answer = session.answer(ids, lambda token: None, rule, **drawing)
         found = {"model": model, "prompt": prompt, **rule.arguments(), **answer.as_dict()}
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
     painter = Painter(make_console(color=not no_color), cast(float, rule.threshold))
-    answer = session.answer(ids, painter.show, rule, **options)
+    answer = session.answer(ids, painter.show, rule, **drawing)
     painter.console.print()
     notes = make_console(stderr=True, color=not no_color)
     if any(depth > 1 for depth in answer.depths):
@@ -89,19 +70,19 @@ def generate(
 
 
 def chat(
-    model: ModelArgument,
-    policy: PolicyOption = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
-    max_new_tokens: TokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    system: SystemOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    no_color: NoColorOption = False,
+    model: options.Model,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
+    max_new_tokens: options.Tokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    system: options.System = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    no_color: options.NoColor = False,
 ) -> None:
     """Talk to a model; /help lists the commands."""
     session, rule = _open(model, dtype, device, policy, threshold, max_depth)
@@ -109,19 +90,19 @@ def chat(
 
     from .chat import Chat
 
-    options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
-    Chat(session, rule, options, system, color=not no_color).run()
+    drawing = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    Chat(session, rule, drawing, system, color=not no_color).run()
 
 
 def inspect(
-    model: ModelArgument,
+    model: options.Model,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="BASE", callback=check_model, help="Also compare the number of parameters with a plain base."
         ),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Describe a model; check whether a base can be wrapped."""
     from tah.load import as_lines
@@ -151,9 +132,9 @@ def convert(
 
 
 def demo(
-    max_new_tokens: TokensOption = 64,
+    max_new_tokens: options.Tokens = 64,
     problems: Annotated[int, number("Held-out problems that the small model answers.", int, 0, 100)] = 100,
-    no_color: NoColorOption = False,
+    no_color: options.NoColor = False,
 ) -> None:
     """Run the two checkpoints that come with the package."""
     from .demo import demo as run_demo

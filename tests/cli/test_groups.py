@@ -95,7 +95,10 @@ def test_what_only_informs_imports_no_torch(arguments, words):
         ("eval smollm2 -o out", ["--tasks"]),
         ("eval smollm2 --tasks gsm9k -o out", ["unknown task 'gsm9k'", "did you mean gsm8k?", "lm_eval:NAME"]),
         ("eval smollm2 --tasks , -o out", ["no tasks"]),
-        ("eval smollm2 --tasks gsm8k -o out --policy never,allways", ["unknown policy 'allways'", "mean always?"]),
+        (
+            "eval smollm2 --tasks gsm8k -o out --policy never,allways",
+            ["unknown policy 'allways'", "did you mean always?"],
+        ),
         ("eval smollm2 --tasks gsm8k -o out --protocol papr", ["unknown protocol 'papr'", "did you mean paper?"]),
         ("eval smollm2 --tasks gsm8k -o out --backend vlm", ["unknown backend 'vlm'", "did you mean vllm?"]),
         ("eval smollm2 --tasks gsm8k -o out --data gsm8k=no.jsonl", ["no.jsonl cannot be read: there is no such file"]),
