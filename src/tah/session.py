@@ -12,8 +12,9 @@ import torch
 from .core.cache import CACHE, DuoCache
 from .core.inputs import check_ids
 from .device import put
+from .errors import first_line
 from .generation import check_generation_config
-from .load import find, first_line, load_base, load_tah, load_tokenizer
+from .load import find, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
 from .policy import Rule
 from .progress import SILENT, Reporter

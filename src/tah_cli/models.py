@@ -20,8 +20,9 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model is, or if it can be wrapped."""
-    from tah.load import as_lines, quiet
-    from tah.load import inspect as look
+    from tah.inspect import as_lines
+    from tah.inspect import inspect as look
+    from tah.load import quiet
 
     quiet()
     found = look(model, against)
@@ -40,7 +41,7 @@ def convert(
 
     None of its code runs. Prints what was converted and anything about it that might surprise.
     """
-    from tah.checkpoints.convert import convert as run_convert
+    from tah.load import convert as run_convert
     from tah.load import quiet
 
     quiet()

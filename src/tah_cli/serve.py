@@ -28,9 +28,7 @@ def serve(
     Whatever else is given goes to vLLM's server as it is: --port 8000, --max-model-len 4096, --dtype float32, ...
     """
     _need_vllm()
-    from tah.checkpoints.weights import checked
-    from tah.load import find, load_tokenizer, quiet
-    from tah.model import TaHForCausalLM
+    from tah.load import check_tah, find, load_tokenizer, quiet
 
     quiet()
     path, kind = find(model)
@@ -39,7 +37,7 @@ def serve(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
     # vLLM would read other weights than safetensors, and compares less; nothing is loaded here.
-    checked(path, {}, TaHForCausalLM)
+    check_tah(path)
     load_tokenizer(path, model)
     ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
     os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])

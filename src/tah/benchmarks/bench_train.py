@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.lora import at_depth
 from ..files import write_atomically
-from ..load import find, load_base, load_tah
+from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
 from .bench import SEED, Row, _high_water, _resident, in_fresh_process, interleave, machine, prompts, sync
 
@@ -198,7 +198,7 @@ def label_seconds(
     from ..data.scoring import batches
     from ..training.label import label
 
-    model, tokenizer = setup.plain().eval(), AutoTokenizer.from_pretrained(find(setup.model)[0])
+    model, tokenizer = setup.plain().eval(), load_tokenizer(find(setup.model)[0])
     texts = words(tokenizer, [longest // 8 + (longest - longest // 8) * row // number for row in range(number)])
     rows = {
         "labelling": [{"text": text} for text in texts],

@@ -1,9 +1,9 @@
-"""Whether a directory holds a model that can be loaded: looked at before any of it is used.
+"""Whether a directory of unknown origin holds a model that can be loaded: checked before any of it is used.
 
-What is read here is `config.json`, the index and the heads of the safetensors files. The model that the configuration
-describes is built on the meta device, without memory for weights, and with no more layers than the files could fill: a
-configuration may say ten million of them, and would be believed otherwise. What remains to be found (a tensor missing
-here or there) is found by the loaders, which then allocate little more than the files hold.
+The check reads `config.json`, the index and the heads of the safetensors files. It builds the model that the
+configuration describes on the meta device, without memory for weights, and with no more layers than the files could
+fill, since a configuration may ask for ten million of them. What the check leaves (single tensors that are missing or
+have another shape) is found by the loaders, which then allocate little more than the files hold.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers import AutoHfQuantizer
 
 from ..config import KERNELS, TaHConfig, check_family, current_tensor, parts, refuse_kernels, without_kernels
+from ..errors import first_line, some
 from ..files import parse_json
 
 MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
@@ -65,15 +69,48 @@ def check_model(
             describes more than the files hold.
     """
     source, options = Path(directory), options or {}
-    described = read_json(source / "config.json")
-    given = [name for name in KERNELS if options.get(name) is not None]
-    check_config(described, f"{source}/config.json", given, bool(options.get("trust_remote_code")))
+    described = checked_config(source, options)
     held = read_heads(weight_files(source, described, options.get("variant") or ""))
     check_counts(described, len(held.tensors), f"{source}/config.json")
     if build is not None:
         model = build_empty(build, len(held.tensors), f"{source}/config.json")
         _check_fit(model, held, source, _is_quantized(model.config), slack)
     return held
+
+
+def checked_config(directory: Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model, checked by itself.
+
+    Args:
+        options: of `from_pretrained`, as for `check_model`.
+
+    Raises:
+        ValueError: it is missing or damaged, or is not to be followed, see `check_config`.
+    """
+    path, options = directory / "config.json", options or {}
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a model: it has no config.json")
+    described = read_json(path)
+    given = [name for name in KERNELS if options.get(name) is not None]
+    check_config(described, str(path), given, bool(options.get("trust_remote_code")))
+    return described
+
+
+def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", ignored: Collection[str] = ()) -> None:
+    """Raise `ValueError` unless exactly the tensors of a model were loaded.
+
+    Args:
+        info: transformers' `output_loading_info`.
+        what: begins the message: `DIR: not a complete base`.
+        advice: ends it.
+        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+    """
+    shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mismatched": shapes}
+    for problem, keys in problems.items():
+        if keys and problem not in ignored:
+            word = "wrongly shaped" if problem == "mismatched" else problem
+            raise ValueError(f"{what}: {word} tensors {some(keys)}{advice}")
 
 
 def check_adapted(directory: Path) -> None:
@@ -153,8 +190,7 @@ def read_heads(files: list[Path]) -> Held:
                     held.tensors[name] = (part.get_dtype(), part.get_shape())
             held.size += path.stat().st_size
         except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
-            line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            why = f"the weights are damaged or cut short ({line})"
+            why = f"the weights are damaged or cut short ({first_line(error)})"
             raise ValueError(f"{path} is damaged or incomplete: {why}; copy them again") from error
     return held
 
@@ -240,11 +276,10 @@ def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str)
     except _TooMany:
         raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        line = line if len(line) <= 300 else f"{line[:297]}..."
+        line = first_line(error)
         kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
-        told = line.startswith(where.removesuffix("/config.json"))
-        raise ValueError(line if told else f"{where}: {kind}{line}") from error
+        located = line.startswith(where.removesuffix("/config.json"))
+        raise ValueError(line if located else f"{where}: {kind}{line}") from error
 
 
 def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -257,14 +292,40 @@ def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Mod
     Raises:
         ValueError: transformers has no causal language model of the family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_base(
+    directory: str | Path, options: Mapping[str, Any], name: str, ignored: Collection[str] = ("unexpected",)
+) -> PreTrainedModel:
+    """A base that has been checked, with all its tensors.
+
+    Args:
+        options: of `from_pretrained`.
+        name: what messages call it.
+        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+
+    Raises:
+        ValueError: it cannot be loaded, or tensors are missing or of another shape.
+    """
+    reading = dict(options)
+    if reading.pop("ignore_mismatched_sizes", False):
+        ignored = (*ignored, "mismatched")
+    if not options.get("gguf_file"):  # which is data too, and read by transformers alone
+        trusted, slack = bool(options.get("trust_remote_code")), SLACK if "mismatched" in ignored else 0
+        check_model(directory, lambda: empty_base(directory, trusted), options, slack)
+        reading["use_safetensors"] = True
+    reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+    refuse_incomplete(info, f"{name}: not a complete base", "; copy or download it again", ignored)
+    return model
 
 
 class _TooMany(Exception):
@@ -309,8 +370,6 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slac
 
 def _is_quantized(config: Any) -> bool:
     """Whether transformers will read the weights as quantized ones: it looks in these two places."""
-    from transformers.quantizers import AutoHfQuantizer
-
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data.scoring import weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
 from ..policy import Rule
 from ..progress import Reporter
