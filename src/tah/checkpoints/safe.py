@@ -56,6 +56,9 @@ class SafeCheckpoint:
         except SafetensorError as error:
             advice = advice or "; copy them again"
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}){advice}") from error
+        # transformers restores the names of the file when it saves the model again; the former ones end here.
+        if used := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [entry for entry in used if not former.keys() & set(entry.source_patterns)]
         if source != str(named):
             model.name_or_path = model.config.name_or_path = str(named)
         refuse_incomplete(info, f"{source}: not a complete TaH checkpoint", advice, ignored)
