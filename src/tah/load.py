@@ -47,7 +47,7 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
     if os.path.exists(source) and not os.path.isdir(source):
         raise ValueError(f"{source} is a file; give the directory of a model")
     directory = safe.find(source, {}, TaHForCausalLM, weights)
-    described = checked_config(Path(directory))
+    described = checked_config(directory)
     if "model_type" not in described:
         raise ValueError(f"{directory}/config.json is damaged: it has no model_type")
     return directory, "tah" if described["model_type"] == "tah" else "base"
@@ -88,7 +88,7 @@ def outline(path: str) -> PreTrainedModel:
         ValueError: the configuration cannot be read, or is not of a causal language model.
     """
     where = f"{path}/config.json"
-    check_counts(checked_config(Path(path)), None, where)
+    check_counts(checked_config(path), None, where)
     return build_empty(lambda: empty_base(path), None, where)
 
 

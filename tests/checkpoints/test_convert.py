@@ -400,8 +400,7 @@ def test_unexpected_base_tensors_are_refused(src: Path, tmp_path: Path) -> None:
 
 def test_base_tensor_of_another_shape_is_refused(src: Path, tmp_path: Path) -> None:
     edit_tensors(src / "model.safetensors", lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
-    expected = f"{src}: config.json makes model.norm.weight [64], the weights hold [3]"
-    assert refusal(src, tmp_path) == expected
+    assert "wrongly shaped tensors model.norm.weight is [3], not [64]" in refusal(src, tmp_path)
 
 
 def test_truncated_base_is_refused(src: Path, tmp_path: Path) -> None:

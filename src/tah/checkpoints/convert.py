@@ -77,19 +77,7 @@ class ConversionReport:
 def convert(
     src: str | Path, dst: str | Path, model_class: type[TaHForCausalLM], threshold: float | None = None
 ) -> ConversionReport:
-    """Convert the original checkpoint in `src` to a native one in `dst`, all of it or nothing.
-
-    Args:
-        src: directory with `config.json`, `model.safetensors` (or its shards), `tah_config.json`, and as a rule
-            `iter_decider.bin`, `lora/` and a tokenizer; a str may also be the id of such a repository on the hub.
-        dst: directory to make; it may exist if it is empty.
-        model_class: makes the model.
-        threshold: in the place of the checkpoint's. The authors evaluate with 0.9, which their checkpoints lack.
-
-    Raises:
-        ValueError: the checkpoint is incomplete, damaged, asks for code, or asks for what a TaH model cannot do;
-            or `dst` is not empty. One line with the file and the entry.
-    """
+    """As `tah.convert`, with the class of the model to make."""
     source, target = Path(src), Path(os.path.realpath(dst))
     if not source.is_dir() and not (isinstance(src, str) and is_repository(src)):
         raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")

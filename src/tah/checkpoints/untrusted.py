@@ -31,7 +31,7 @@ from ..errors import first_line, some
 from ..files import parse_json
 
 MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
-SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
+SLACK = 2**20  # elements by which files and model may differ before this is an error here, and not in the loaders
 BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
@@ -50,10 +50,7 @@ class Held:
 
 
 def check_model(
-    directory: str | Path,
-    build: Callable[[], Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-    slack: int = SLACK,
+    directory: str | Path, build: Callable[[], Any] | None = None, options: Mapping[str, Any] | None = None
 ) -> Held:
     """What the weight files of a model hold, once its configuration fits them.
 
@@ -62,7 +59,6 @@ def check_model(
         build: makes the model that the configuration describes; called once, on the meta device, after all else.
         options: of `from_pretrained`: the `variant` of the weights, kernels that the caller chose, and
             `trust_remote_code`.
-        slack: by how many elements a tensor may differ from the model's before that is said here.
 
     Raises:
         ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
@@ -73,27 +69,44 @@ def check_model(
     held = read_heads(weight_files(source, described, options.get("variant") or ""))
     check_counts(described, len(held.tensors), f"{source}/config.json")
     if build is not None:
-        model = build_empty(build, len(held.tensors), f"{source}/config.json")
-        _check_fit(model, held, source, _is_quantized(model.config), slack)
+        _check_fit(build_empty(build, len(held.tensors), f"{source}/config.json"), held, source)
     return held
 
 
-def checked_config(directory: Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `config.json` of a model, checked by itself.
+def checked_config(directory: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model, where it names no code to download and only a family and dtypes that are known.
 
     Args:
-        options: of `from_pretrained`, as for `check_model`.
+        options: of `from_pretrained`: kernels that the caller chose in the place of the configuration's, and
+            `trust_remote_code`, with which the model's own code may define its family.
 
     Raises:
-        ValueError: it is missing or damaged, or is not to be followed, see `check_config`.
+        ValueError: the file is missing or damaged, or is not to be followed.
     """
-    path, options = directory / "config.json", options or {}
+    path, options = Path(directory, "config.json"), options or {}
     if not path.is_file():
         raise ValueError(f"{directory} is not a model: it has no config.json")
     described = read_json(path)
     given = [name for name in KERNELS if options.get(name) is not None]
-    check_config(described, str(path), given, bool(options.get("trust_remote_code")))
+    own = described.get("model_type") == TaHConfig.model_type
+    refuse_kernels(without_kernels(described, given) if own and given else described, str(path), given)
+    for part in (described, described.get("base_config")):
+        if not isinstance(part, dict):
+            continue
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(value := part.get(name), str) and not _is_float(value):
+                raise ValueError(f"{path}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
+        if part.get("model_type") is not None and not options.get("trust_remote_code"):
+            try:
+                check_family(part["model_type"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
     return described
+
+
+def _is_float(dtype: str) -> bool:
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", ignored: Collection[str] = ()) -> None:
@@ -113,24 +126,20 @@ def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", igno
             raise ValueError(f"{what}: {word} tensors {some(keys)}{advice}")
 
 
-def check_adapted(directory: Path) -> None:
-    """Raise `ValueError` for a directory that transformers would complete from elsewhere, or with a pickle."""
+def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
+    """The safetensors files of a model, in the order in which transformers looks for them.
+
+    Raises:
+        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file; or
+            transformers would complete them from elsewhere, or with a pickle.
+    """
     if (directory / "adapter_config.json").exists():
         raise ValueError(
             f"{directory} has an adapter_config.json: a PEFT adapter is not loaded on the way; merge it into its base, "
             "or remove the file"
         )
-    if directory.is_dir() and any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
+    if any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
         raise ValueError(f"{directory} holds a distributed checkpoint; save the model with save_pretrained")
-
-
-def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
-    """The safetensors files of a model, in the order in which transformers looks for them.
-
-    Raises:
-        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file.
-    """
-    check_adapted(directory)
     middle = f".{variant}" if variant else ""
     names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
     if (named := described.get("transformers_weights")) is not None:
@@ -214,37 +223,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_config(described: dict[str, Any], where: str, given: Collection[str] = (), trusted: bool = False) -> None:
-    """Raise `ValueError` for a configuration that names code to download, or a family or a dtype that nobody knows.
-
-    Args:
-        described: the configuration in JSON.
-        where: its file.
-        given: those of `KERNELS` that the caller chose instead of the configuration's.
-        trusted: the caller runs the model's own code, which may define its family.
-    """
-    if described.get("model_type") == TaHConfig.model_type and given:
-        described = without_kernels(described, given)  # as `TaHConfig.from_dict` does
-    refuse_kernels(described, where, given)
-    models: list[Any] = [described, described.get("base_config")]
-    for part in models:
-        if not isinstance(part, dict):
-            continue
-        for name in ("dtype", "torch_dtype"):
-            if isinstance(value := part.get(name), str) and not _is_float(value):
-                raise ValueError(f"{where}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
-        if part.get("model_type") is not None and not trusted:
-            try:
-                check_family(part["model_type"])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-
-
-def _is_float(dtype: str) -> bool:
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
-
-
 def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
     """Raise `ValueError` for more layers than there are tensors, or fewer than none.
 
@@ -316,8 +294,8 @@ def load_base(
     if reading.pop("ignore_mismatched_sizes", False):
         ignored = (*ignored, "mismatched")
     if not options.get("gguf_file"):  # which is data too, and read by transformers alone
-        trusted, slack = bool(options.get("trust_remote_code")), SLACK if "mismatched" in ignored else 0
-        check_model(directory, lambda: empty_base(directory, trusted), options, slack)
+        trusted = bool(options.get("trust_remote_code"))
+        check_model(directory, lambda: empty_base(directory, trusted), options)
         reading["use_safetensors"] = True
     reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     try:
@@ -350,9 +328,9 @@ def _at_most(modules: int) -> Iterator[None]:
         handle.remove()
 
 
-def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slack: int) -> None:
+def _check_fit(model: PreTrainedModel, held: Held, source: Path) -> None:
     """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
-    wanted = dict(model.named_parameters())
+    wanted, quantized = dict(model.named_parameters()), _is_quantized(model.config)
     # Eight weights in a byte are the most that a quantized file can hold.
     needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
     if needed > 1.25 * most + SLACK:
@@ -364,7 +342,7 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slac
         floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
         if floats and not dtype.startswith(("F", "BF")):
             raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
-        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > slack:
+        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > SLACK:
             raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
 
 
