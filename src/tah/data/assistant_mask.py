@@ -22,7 +22,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..load import first_line
+from ..errors import first_line
 from .chat_rows import Chat, Messages, Refused, Unusable, is_chat, read_chat, tools_of
 from .shapes import Shape, shapes
 from .shown import MARK, LeftOut, NoReasoning, check_turns, closes

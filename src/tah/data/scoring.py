@@ -5,7 +5,6 @@ Shapes: B rows of a batch, T tokens, N predictions in question, D width, V vocab
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..core.families import Head, UnsupportedBase, decoder_of, head_of
-from ..load import first_line
+from ..load import load_tokenizer
 from ..model import TaHForCausalLM
 
 CHUNK = 256  # predictions whose logits [CHUNK, V] exist at the same time, in float32
@@ -212,10 +211,7 @@ def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer:
     """
     name = model.name_or_path or type(model).__name__
     if reference_tokenizer is None and model.name_or_path:
-        try:
-            reference_tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
-        except Exception as error:
-            raise ValueError(f"reference {name} has no usable tokenizer to compare: {first_line(error)}") from error
+        reference_tokenizer = load_tokenizer(model.name_or_path, f"reference {name}", readable=False)
     ours = tokenizer.get_vocab()
     if reference_tokenizer is not None:
         theirs = reference_tokenizer.get_vocab()
@@ -243,13 +239,3 @@ def check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and positions < max_length:
         raise ValueError(f"reference {name} has {positions} positions; lower max_length={max_length} to that")
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of up to 1024 values of every weight: tells a model from itself before more training."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, values.numel() // 1024)].float().cpu()
-        digest.update(name.encode() + (b"" if parameter.is_meta else values.numpy().tobytes()))
-    return digest.hexdigest()

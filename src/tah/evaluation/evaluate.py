@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..data.scoring import weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
 from ..names import STOCK_TASK
 from ..policy import Rule

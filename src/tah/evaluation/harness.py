@@ -29,8 +29,8 @@ from ..core.cache import CACHE, DuoCache
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
+from ..errors import first_line
 from ..generation import RefuseNaN
-from ..load import first_line
 from ..policy import DepthState, Policy, Rule
 from ..session import Session
 from .by_row import RowEnds, SampleByRow
