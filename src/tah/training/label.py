@@ -218,7 +218,7 @@ class _Job:
         if self.judge is None:
             self.progress.advance(len(kept), sum(counts["lengths"]))
         else:
-            measured = self.judge.measure(ids, supervised, self.tokens_per_batch, self.progress.advance)
+            measured = self.judge.measure(ids, supervised, self.tokens_per_batch, self.progress)  # type: ignore[arg-type]
             columns |= {f"ref_{name}": [getattr(row, name) for row in measured] for name in ("rank", "prob", "entropy")}
             counts |= _judged(measured)
         return _parquet(columns | {"row": kept}, counts | {"seconds": time.monotonic() - start})
