@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.forms import EXTRAS, form_of
-from ..data.rows import COMPLETE, tokenize_row
+from ..data.data_files import COMPLETE
+from ..data.rows import EXTRAS, form_of, tokenize_row
 from ..data.scoring import Measured, Reference, check_reference, weights_fingerprint
 from ..files import write_atomically
 from ..progress import Progress
