@@ -128,7 +128,7 @@ def judge_math(gold: str, text: str) -> Verdict:
     """
     started = time.monotonic()
     wanted = read_math(gold)
-    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each. It is read here: reading has
+    # "90,120" is a number of five digits, unless a reply gives 90 and 120 in a box each. It is read here: reading has
     # a time limit of its own, and there is one signal only
     listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
@@ -163,7 +163,7 @@ def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
 
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
-    """Without a box: what the reply says the answer is, else what math-verify finds."""
+    """Without a box: what follows "the answer is", else what math-verify finds."""
     phrase, named = answer_phrase(reply)
     if phrase and _is_right(gold, [phrase]):
         return Verdict("right", phrase, gold.reason)
@@ -267,7 +267,7 @@ def _same_text(one: Value, other: Value) -> bool:
 
 
 def _unlike(values: Sequence[Value], alike: Callable[[Any, Any], bool]) -> list[Value]:
-    """The values without those that were said before."""
+    """The values without repetitions."""
     kept: list[Value] = []
     for value in values:
         if not any(alike(one, value) for one in kept):

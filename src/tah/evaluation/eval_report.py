@@ -215,7 +215,7 @@ def _given(value: Any) -> str:
 
 
 def named_gaps(ours: Mapping[str, str]) -> str:
-    """`Protocol.ours` in words: what, and of which tasks."""
+    """`Protocol.ours` as text: what, and of which tasks."""
     tasks: dict[str, list[str]] = {}
     for name, what in ours.items():
         tasks.setdefault(what, []).append(name)
@@ -239,7 +239,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         a, b: directories of evaluations; `DIRECTORY:POLICY` for one policy of several.
 
     Raises:
-        ValueError: they have no task in common, or differ in data or protocol; says in what.
+        ValueError: they have no task in common, or differ in data or protocol; the message names the difference.
     """
     (first, run_a, policies_a), (second, run_b, policies_b) = _opened(a), _opened(b)
     names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK_TASK)]

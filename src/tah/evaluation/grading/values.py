@@ -78,13 +78,13 @@ NAMES = """
     dollar usd $, cent ¢, euro eur €, pence, rupee rs ₹, yen ¥, sq square, cu cubic, mph, kmh kmph kph, unit
 """
 UNITS = {name: names.split()[0] for names in NAMES.split(",") for name in names.split()}
-# Words that change a value or speak of it: no units
+# Words that change a value or describe it: no units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
     r"st|nd|rd|th|all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
     r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
 )
-# These do speak of it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
+# These describe it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
 BEHIND = ("of", "in", "times", "all", "over", "to", "and")
 POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
 # What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
@@ -145,7 +145,7 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
 
 
 def _spelled(text: str) -> str:
-    """A value with its unit in words where this was written with signs, as \\Omega."""
+    """A value with its unit spelled out where that was written with a sign, as \\Omega."""
     for pattern, to in SIGNED:
         found = pattern.search(text)
         if not found or not found.start() or not AMOUNT.fullmatch(text[: found.start()]):
@@ -257,23 +257,23 @@ def named_values(values: Sequence[Value]) -> list[Coordinate]:
 
 
 def same_coordinates(
-    gold: Sequence[Coordinate], said: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
+    gold: Sequence[Coordinate], given: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
 ) -> bool:
     """Whether two lists of coordinates are the same: by name where both have these names, else in their order.
 
     Args:
         gold: of the right answer.
-        said: of the answer.
+        given: of the answer.
         alike: whether two values are the same.
     """
-    if len(gold) != len(said):
+    if len(gold) != len(given):
         return False
-    names, others = ([name for name, _ in side] for side in (gold, said))
+    names, others = ([name for name, _ in side] for side in (gold, given))
     if None not in names and sorted(map(str, names)) == sorted(map(str, others)):
-        said = [said[others.index(name)] for name in names]
+        given = [given[others.index(name)] for name in names]
     elif {None} in (set(names), set(others)):  # x, y and z have an order of their own
-        gold, said = (
+        gold, given = (
             sorted(side, key=lambda one: str(one[0])) if all(name in AXES for name, _ in side) else side
-            for side in (gold, said)
+            for side in (gold, given)
         )
-    return all(alike(one, other) for (_, one), (_, other) in zip(gold, said, strict=True))
+    return all(alike(one, other) for (_, one), (_, other) in zip(gold, given, strict=True))
