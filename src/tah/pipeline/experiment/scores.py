@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ...core.loss import IGNORE, shift
 from ...data.rows import Collator
+from ...data.scoring import batches
 from ...model import TaHForCausalLM
 from ...policy import Rule
 
@@ -57,7 +58,7 @@ def score_tokens(
     found: list[dict[str, Tensor]] = []
     iterated = tokens = 0
     lengths, vocabulary = [len(row["input_ids"]) for row in rows], model.config.get_text_config().vocab_size
-    for places in _batches(lengths, vocabulary):
+    for places in batches(lengths, min(TOKENS, max(1, LOGITS // vocabulary))):
         batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items()}
         given = {name: batch[name] for name in ("attention_mask", "depth_labels") if name in batch}
         out = model(batch["input_ids"], use_cache=False, **given, **rule.arguments())
@@ -82,19 +83,6 @@ def score_tokens(
     order = joined["row"].argsort(kind="stable")
     joined = {name: column[order] for name, column in joined.items()}
     return TokenScores(**joined, share_of_all=iterated / tokens)
-
-
-def _batches(lengths: Sequence[int], vocabulary: int) -> Iterator[list[int]]:
-    """Rows of like length, as many at a time as fit."""
-    most = min(TOKENS, max(1, LOGITS // vocabulary))
-    batch: list[int] = []
-    for place in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[place] > most:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 @dataclass
