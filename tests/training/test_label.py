@@ -125,7 +125,7 @@ def test_progress(rows, tokenizer, reference, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     for terminal in (False, True):
         console = Console(force_terminal=terminal, width=100)
-        counts = label(rows, tokenizer, reference, tmp_path / str(terminal), max_length=64, report=console)
+        counts = label(rows, tokenizer, reference, tmp_path / str(terminal), max_length=64, progress=Reporter(console))
         out = capsys.readouterr().out
         assert "12 of 12 rows" in out and "tokens/s" in out and counts["tokens_per_second"] > 0
 
