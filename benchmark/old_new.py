@@ -3,8 +3,9 @@
     git worktree add ../old main && python benchmark/old_new.py ../old/src src --rounds 5 --output old_new.json
 
 In every round each tree runs in a fresh process, the old one first in even rounds and the new one first in odd ones. A
-process warms every task up once and reports medians over its own repetitions, in which the tasks take turns. The result
-is the median of each tree and the median over rounds of the ratio new / old. Everything is float32 on the CPU.
+process warms every task up, repeats it for two seconds (once at least, three times at most; the tasks take turns) and
+reports medians. The result is the median of each tree and the median over rounds of the ratio new / old. Everything is
+float32 on the CPU. With SmolLM2-135M a round takes about 80 seconds on two cores that have nothing else to do.
 
 Generation runs `policy="never"`, and a forced policy that pays for the decider on every token and then iterates 7 % of
 them, drawn beforehand, as in `tah bench`; prompts and answers are shorter here. The training step is the smallest one
@@ -22,13 +23,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 TREES = ("old", "new")
 RATE, HARD = 0.07, 0.12  # share of iterated tokens; share of hard tokens in training
-PROMPT, NEW = 14, 28  # tokens of a prompt and of an answer: 7 % of them are 1 and 2
+PROMPT, NEW, WARM = 14, 14, 4  # tokens of a prompt and of an answer, 7 % of which are one; of an answer that warms up
 PREFILL, TRAIN = 512, 512  # tokens
+SECONDS = 2.0  # for which a process repeats each task
 
 
 # -- in the process of one tree ----------------------------------------------------------------------------------
@@ -51,18 +54,20 @@ def worker(src: str, model: str, threads: int, repeats: int) -> None:
     loaded = (load_tah(path, "float32") if base is None else tah.TaHForCausalLM.from_base(base)).eval()
     runs = tasks(loaded)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for name, run in runs.items():
+        run(**({"max_new_tokens": WARM} if name.startswith("decode") else {}))
+    for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
+            if sum(seconds[name]) < SECONDS:
+                start = time.perf_counter()
+                run()
                 seconds[name].append(time.perf_counter() - start)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     medians = {name: statistics.median(its) for name, its in seconds.items()}
     print(json.dumps({"versions": versions, "seconds": medians}))
 
 
-def tasks(model: Any) -> dict[str, Callable[[], Any]]:
+def tasks(model: Any) -> dict[str, Callable[..., Any]]:
     """What is measured, by name. The training step comes last and moves the weights by next to nothing."""
     import torch
 
@@ -72,22 +77,22 @@ def tasks(model: Any) -> dict[str, Callable[[], Any]]:
     def tokens(batch: int, length: int) -> Any:
         return torch.randint(3, vocab, (batch, length), generator=draw)
 
-    def generate(batch: int, policy: Any) -> Callable[[], Any]:
+    def generate(batch: int, policy: Any) -> Callable[..., Any]:
         ids = tokens(batch, PROMPT)
         options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), policy=policy, **options)
+        return partial(model.generate, ids, attention_mask=torch.ones_like(ids), policy=policy, **options)
 
     @torch.no_grad()
     def prefill(ids: Any, policy: Any) -> None:
         model.eval()(ids, use_cache=True, logits_to_keep=1, policy=policy)
 
-    found: dict[str, Callable[[], Any]] = {}
+    found: dict[str, Callable[..., Any]] = {}
     for batch in (1, 16):
         found[f"decode, batch {batch}, never"] = generate(batch, "never")
         found[f"decode, batch {batch}, forced 7 %"] = generate(batch, Forced(model, batch, (PROMPT, NEW)))
     ids, forced = tokens(1, PREFILL), Forced(model, 1, (PREFILL,))
-    found[f"prefill, {PREFILL} tokens, never"] = lambda: prefill(ids, "never")
-    found[f"prefill, {PREFILL} tokens, forced 7 %"] = lambda: prefill(ids, forced)
+    found[f"prefill, {PREFILL} tokens, never"] = partial(prefill, ids, "never")
+    found[f"prefill, {PREFILL} tokens, forced 7 %"] = partial(prefill, ids, forced)
     found[f"training step, 1 x {TRAIN}"] = training_step(model, tokens(1, TRAIN))
     return found
 
@@ -183,7 +188,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("new", type=Path, metavar="NEW_SRC", help="directory that has the new one")
     parser.add_argument("--model", default="smollm2", help="as for `tah bench` [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="the medians are over them [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions in a process [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions in a process, at most [%(default)s]")
     parser.add_argument("--threads", type=int, default=2, help="of each process [%(default)s]")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write all numbers there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # measure one tree, in this process
