@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.models import CHAT_TEMPLATE
 from helpers.scores import plain_row_scores
 from tah.data.rows import load_rows
+from tah.progress import Reporter
 from tah.training.label import fingerprint, label
 
 TEXTS = [f"{'0123456789 abcdefghij' * 3}"[n : 3 * n + 4] for n in range(12)]
