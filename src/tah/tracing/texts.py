@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..data.data_files import READERS
-from ..data.forms import form_of
-from ..data.rows import load_rows, tokenize_row
+from ..data.rows import form_of, load_rows, tokenize_row
 
 PLAIN = (".txt", ".md")  # files that are one text
 

@@ -24,9 +24,10 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
+from ..checkpoints.contents import weights_fingerprint
 from ..core.families import stable_positions
 from ..core.inputs import check_ids
-from ..data.scoring import batches, evaluating, weights_fingerprint
+from ..data.scoring import batches, evaluating
 from ..model import TaHForCausalLM
 from ..policy import Oracle, Rule
 from ..progress import SILENT, Reporter
