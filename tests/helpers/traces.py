@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.families import VOCAB
 from helpers.models import tah, token_ids
-from tah.policy import Rule
+from tah import Rule, TraceRequest
+from tah import trace as tah_trace
 from tah.progress import SILENT
-from tah.tracing import trace as tracing
-from tah.tracing.trace import TraceRequest
 from tah.tracing.trace_file import Trace, TracedText
 from tah_cli.app import run
 
@@ -52,7 +51,7 @@ def model_of(attention="duo", max_depth=3, **config):
 def trace(model, tokenizer, rows, output=None, progress=SILENT, **fields):
     """`tah.trace` with the fields of its request, and of the rule in it, as arguments."""
     rule = Rule(**{name: fields.pop(name, None) for name in ("policy", "threshold", "max_depth")})
-    return tracing.trace(model, tokenizer, rows, output, TraceRequest(rule, **fields), progress=progress)
+    return tah_trace(model, tokenizer, rows, output, TraceRequest(rule, **fields), progress=progress)
 
 
 def made(rank, prob, decider=None, depth=None, texts=None, threshold=0.5, attention="own", **header):
