@@ -18,7 +18,7 @@ import torch
 
 from tah import Confidence, Policy, TaHForCausalLM
 from tah.data.scoring import Reference
-from tah.pipeline.scores import TokenScores, score_answers, score_tokens
+from tah.pipeline.experiment.scores import TokenScores, score_answers, score_tokens
 from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question

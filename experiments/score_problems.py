@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tah.pipeline.scores import last_number, score_answers
+from tah.pipeline.experiment.scores import last_number, score_answers
 from tah.session import Session
 from tah.stats.bootstrap import Resampled
 

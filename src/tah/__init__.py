@@ -15,25 +15,27 @@ from .config import TaHConfig
 from .core.cache import DuoCache
 from .core.families import UnsupportedBase, check_base
 from .model import TaHForCausalLM, TaHOutput
-from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
+from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random, Rule
 
 if TYPE_CHECKING:
     from .checkpoints.adapter import load_additions as load_additions
     from .checkpoints.adapter import save_additions as save_additions
     from .evaluation.evaluate import evaluate as evaluate
+    from .tracing.trace import TraceRequest as TraceRequest
     from .tracing.trace import trace as trace
     from .training.label import label as label
     from .training.prune import prune as prune
-    from .training.recipe import load_recipe as load_recipe
+    from .training.recipe_file import load_recipe as load_recipe
     from .training.train import train as train
 
 __version__ = "0.1.0"
 # What the commands call, imported when first used: some of it needs optional packages.
 _LATER = {
+    "TraceRequest": "tracing.trace",
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
     "load_additions": "checkpoints.adapter",
-    "load_recipe": "training.recipe",
+    "load_recipe": "training.recipe_file",
     "prune": "training.prune",
     "save_additions": "checkpoints.adapter",
     "trace": "tracing.trace",
@@ -48,6 +50,7 @@ __all__ = [
     "Oracle",
     "Policy",
     "Random",
+    "Rule",
     "TaHConfig",
     "TaHForCausalLM",
     "TaHOutput",

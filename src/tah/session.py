@@ -15,6 +15,8 @@ from .device import put
 from .generation import check_generation_config
 from .load import find, first_line, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
+from .policy import Rule
+from .progress import SILENT, Reporter
 from .streaming import Token, TokenStreamer
 
 # Of a base wrapped on the fly, where it is asked for `confidence`: iterate where the top token has less than 0.3 of the
@@ -75,7 +77,7 @@ class Session:
         dtype: str = "auto",
         device: str = "auto",
         as_saved: bool = False,
-        note: Callable[[str], None] = lambda line: None,
+        progress: Reporter = SILENT,
     ) -> Session:
         """Load a TaH checkpoint, or wrap a base model, without adapter and decider. Nothing in such a base is trained
         to iterate, so it answers as itself, with the policy `never`, until another is asked for.
@@ -85,7 +87,7 @@ class Session:
             dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
             device: `auto` is CUDA, then MPS, then the CPU.
             as_saved: the model is only handed on to another engine: it stays as it was saved, in the CPU's memory.
-            note: is told where `auto` became float32.
+            progress: gets a note where `auto` became float32.
 
         Raises:
             ValueError: it cannot be found, is damaged, or cannot be wrapped, or there is no such device.
@@ -101,28 +103,29 @@ class Session:
         check_generation_config(model.generation_config, source)
         tokenizer = load_tokenizer(path, source, readable=False)  # `encode` says what a template runs into
         if not as_saved:
-            put(model, source, dtype=dtype, device=device, note=note)
+            put(model, source, dtype=dtype, device=device, progress=progress)
         return cls(source, model.eval(), tokenizer, kind == "base")
 
-    def rule(self, **given: Any) -> dict[str, Any]:
-        """Policy, threshold and max_depth: what was given, and the model's own where that is None.
+    def rule(self, rule: Rule) -> Rule:
+        """`rule`, completed by the model's configuration.
 
         Raises:
             ValueError: a threshold or a depth is given for a wrapped base that answers as itself: it changes nothing.
         """
-        if given.get("policy") is None:
-            self.as_itself(given.get("threshold"), given.get("max_depth"))
-        return {name: getattr(self.model.config, name) if value is None else value for name, value in given.items()}
+        if self.wrapped:
+            check_idle(self.source, rule)
+        return rule.completed(self.model.config)
 
-    def as_itself(self, threshold: float | None = None, max_depth: int | None = None) -> str | None:
-        """Where no policy was chosen: what to tell a user whose base answers as itself; None for a trained model.
+    def as_itself(self, rule: Rule) -> str | None:
+        """A note for the user of a wrapped base who chose no policy, so that the base answers as itself; None for
+        everybody else.
 
         Raises:
-            ValueError: a threshold or a depth was given all the same, which would silently change nothing.
+            ValueError: as `rule`.
         """
-        if not self.wrapped:
+        self.rule(rule)
+        if not self.wrapped or rule.policy is not None:
             return None
-        check_idle(self.source, threshold, max_depth)
         return (
             f"{self.source} is a base model without a trained second pass, so it answers as itself; --policy "
             "confidence gives one to tokens it is unsure of"
@@ -198,8 +201,22 @@ class Session:
         at = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
         return None if token is None or at is None else (str(token), at)
 
-    def answer(self, ids: list[int], show: Callable[[Token], None], *, max_new_tokens: int, **options: Any) -> Answer:
-        """Continue `ids`; `show` gets each token as it comes. `options` go to `generate`.
+    def answer(
+        self,
+        ids: list[int],
+        show: Callable[[Token], None],
+        rule: Rule,
+        *,
+        max_new_tokens: int,
+        **sampling: Any,
+    ) -> Answer:
+        """Continue the prompt `ids`.
+
+        Args:
+            show: called with each token as it comes.
+            rule: who iterates; `Rule()` is as the model's configuration has it.
+            max_new_tokens: fewer where the model has too few positions.
+            sampling: further arguments of `generate`, see `sampling`.
 
         Raises:
             ValueError: an empty prompt, one longer than the model or of tokens that it does not have, or a model that
@@ -220,7 +237,8 @@ class Session:
             streamer=streamer,
             max_new_tokens=max_new_tokens,
             pad_token_id=self._end,
-            **options,
+            **rule.arguments(),
+            **sampling,
         )
         seconds = time.perf_counter() - start
         self.cache, self.ids = cache, ids + [token.id for token in streamer.tokens]
@@ -248,20 +266,19 @@ class Session:
         return self.cache
 
 
-def check_idle(source: str, threshold: float | None = None, max_depth: int | None = None) -> None:
-    """Refuse settings of a base that answers as itself, which would silently change nothing.
+def check_idle(source: str, rule: Rule) -> None:
+    """Refuse settings of a base that answers as itself, because they would silently change nothing.
 
     Args:
         source: what the user calls the base.
-        threshold: that was asked for, if any.
-        max_depth: that was asked for; 1 is what such a base does.
+        rule: without a policy the base answers as itself; a depth of 1 is what it does then.
 
     Raises:
-        ValueError: one of them was asked for.
+        ValueError: there is no policy, but a threshold or a depth.
     """
-    idle = {"--threshold": threshold, "--max-depth": None if max_depth == 1 else max_depth}
+    idle = {"--threshold": rule.threshold, "--max-depth": None if rule.max_depth == 1 else rule.max_depth}
     for option, value in idle.items():
-        if value is not None:
+        if rule.policy is None and value is not None:
             raise ValueError(
                 f"{option} {value} changes nothing while the base model {source} answers as itself; add "
                 "--policy confidence, or leave it out"

@@ -22,7 +22,7 @@ from tah.checkpoints.convert import convert, files_read
 from tah.checkpoints.hub import Snapshot, hub_reachable
 from tah.load import find, load_tah
 from tah.session import Session
-from tah.tracing.tuning import check_tunable
+from tah.tracing.tune import check_tunable
 from tah_cli.app import run
 
 NAME = "nics-efc/TaH-tiny"

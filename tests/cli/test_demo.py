@@ -9,7 +9,7 @@ import torch
 
 from tah.checkpoints.smollm2 import TAH
 from tah.load import FOLLOW, find, load_base, load_tah, parameter_counts
-from tah.pipeline.scores import last_number, score_answers
+from tah.pipeline.experiment.scores import last_number, score_answers
 from tah.session import Session
 from tah_cli.demo import POLICIES, QUESTIONS, demo
 

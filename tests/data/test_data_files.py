@@ -17,7 +17,7 @@ from tah.data.data_files import PACKED, json_values
 from tah.data.rows import load_rows, tokenize_row
 from tah.evaluation.tasks import rows as questions
 from tah.files import DEEPEST, Nesting, parse_json, too_deep
-from tah.tracing.trace_texts import read_rows
+from tah.tracing.texts import read_rows
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ from tah.evaluation.answers import grade_math, judge_math, read_math
 from tah.evaluation.grading.reply import Verdict, boxes
 from tah.evaluation.tasks import rows
 
-DATA = Path(__file__).parents[1] / "golden"
+DATA = Path(__file__).parent
 SEVERAL = [
     ("1,-2", r"The solutions are $\boxed{1}$ and $\boxed{-2}$.", "right"),
     ("69,84", r"\boxed{69}, \boxed{84}", "right"),

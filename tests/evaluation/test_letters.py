@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tah.evaluation.answers import grade_choice
-from tah.evaluation.grading.letters import judge_choice
-from tah.evaluation.grading.markup import plain
+from tah.evaluation.grading.choice import judge_choice, plain
 
 # The answer, and the letter that it settles on; None where it settles on none. Four choices.
 DISCUSSED = [

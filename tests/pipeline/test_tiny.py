@@ -19,16 +19,25 @@ from transformers import AutoModelForCausalLM
 from tah import TaHForCausalLM
 from tah.data.assistant_mask import encode
 from tah.load import load_base, load_tah, load_tokenizer
-from tah.pipeline.baselines import equal_steps
-from tah.pipeline.report import paired, write_report
-from tah.pipeline.report_text import as_markdown, statements
+from tah.pipeline.experiment.baselines import equal_steps
+from tah.pipeline.experiment.report import paired, write_report
+from tah.pipeline.experiment.report_text import as_markdown, statements
+from tah.pipeline.experiment.scores import answer_of, proportion, score_answers, score_tokens
+from tah.pipeline.experiment.tiny import (
+    Generate,
+    check_disjoint,
+    digest,
+    distinct_rows,
+    make_tokenizer,
+    read_section,
+    write_data,
+)
 from tah.pipeline.run import Run
-from tah.pipeline.scores import answer_of, proportion, score_answers, score_tokens
 from tah.pipeline.steps import chain as chain_of
 from tah.pipeline.steps import run
-from tah.pipeline.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
 from tah.stats.bootstrap import Resampled
-from tah.training.recipe import Recipe, load_recipe
+from tah.training.recipe import Recipe
+from tah.training.recipe_file import load_recipe
 from tah.training.trainer import CHECKPOINTS, TaHTrainer, last_checkpoint
 from tah_cli.app import run as command
 
@@ -229,8 +238,8 @@ def test_two_runs_are_equal(recipe, chain, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from tah.training.recipe import load_recipe
-from tah.training.steps import run
+from tah.training.recipe_file import load_recipe
+from tah.pipeline.steps import run
 from tah.training.trainer import TaHTrainer
 real = TaHTrainer.compute_loss
 def slow(self, *args, **kwargs):

@@ -23,7 +23,7 @@ from datasets import Dataset
 
 from tah import TaHForCausalLM
 from tah.training.calibrate import Judged, quality, threshold_for_loss, threshold_for_share
-from tah.training.recipe import load_recipe
+from tah.training.recipe_file import load_recipe
 from tah.training.run_files import read_metrics
 from tah.training.train import prepare_model, train
 from tah.training.trainer import CHECKPOINTS, Objective, last_checkpoint
@@ -306,7 +306,7 @@ def start(recipe_path: Path, run: Path, *flags: str) -> subprocess.Popen:
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from tah.training.recipe import load_recipe\n"
+        "from tah.training.recipe_file import load_recipe\n"
         "from tah.training import train as t, trainer\n"
         "original = trainer.TaHTrainer.compute_loss\n"
         "def slow(self, *a, **k):\n"
@@ -398,7 +398,7 @@ def test_failed_save_leaves_the_last_checkpoint(failure, run, recipe_of):
     code = (
         "import os, sys, resource, signal\n"
         "from pathlib import Path\n"
-        "from tah.training.recipe import load_recipe\n"
+        "from tah.training.recipe_file import load_recipe\n"
         "from tah.training import train as t, trainer\n"
         "original = trainer.TaHTrainer._save_checkpoint\n"
         "def limited(self, *a):\n"

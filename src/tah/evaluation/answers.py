@@ -26,19 +26,25 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
-from .grading.coordinates import TUPLE, coordinates, one_by_one, same_coordinates
-from .grading.dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
+from .grading.choice import grade_choice as grade_choice
 from .grading.expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
-from .grading.letters import grade_choice as grade_choice
-from .grading.reply import Grade, Verdict, after_thoughts, boxes
-from .grading.statement import corrected, is_no_value, said, statements
-from .grading.units import same_unit
+from .grading.notation import SIGNS, inner, members, normalized, split_list
+from .grading.reply import (
+    Grade,
+    Verdict,
+    after_thoughts,
+    answer_phrase,
+    boxes,
+    corrected_number,
+    final_boxes,
+    is_no_value,
+)
+from .grading.values import TUPLE, Value, coordinates, named_values, read_value, same_coordinates, same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
 # For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search
 # goes on after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
@@ -96,11 +102,11 @@ def _refuse_threads() -> None:
 
 def _cut(gold: str) -> tuple[str, tuple[Value, ...]]:
     """The text of a right answer, undressed, and its values."""
-    text = undress(gold)
+    text = normalized(gold)
     balanced = len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
     if not balanced or not re.search(r"\w", text.replace(r"\boxed", "")):
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
-    return text, tuple(_unlike([dressed(part, gold=True) for part in members(text)], _same_text))
+    return text, tuple(_unlike([read_value(part, gold=True) for part in members(text)], _same_text))
 
 
 def grade_math(gold: str, text: str) -> Grade:
@@ -126,8 +132,8 @@ def judge_math(gold: str, text: str) -> Verdict:
     listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
     found = boxes(reply)
-    stated = statements(reply, found) if found else []
-    if found and (later := corrected(reply[found[-1].end :])):
+    stated = final_boxes(reply, found) if found else []
+    if found and (later := corrected_number(reply[found[-1].end :])):
         stated = [[later]]
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
@@ -154,12 +160,12 @@ def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
 
 def _many(parts: list[str]) -> int:
     """How many values somebody has set apart, by boxes or by a word, not only by commas between digits."""
-    return len(parts) if len(parts) > 1 else len(members(undress(parts[0][:LONGEST])))
+    return len(parts) if len(parts) > 1 else len(members(normalized(parts[0][:LONGEST])))
 
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
     """Without a box: what the reply says the answer is, else what math-verify finds."""
-    phrase, named = said(reply)
+    phrase, named = answer_phrase(reply)
     if phrase and _is_right(gold, [phrase]):
         return Verdict("right", phrase, None if gold.mathematics else "compared as text")
     if phrase and named and is_no_value(phrase):  # its first number is not the answer
@@ -181,27 +187,14 @@ def _unboxed(gold: Gold, reply: str) -> Verdict:
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
-def members(text: str) -> list[str]:
-    r"""The values of an undressed text: of a list, a set, or both signs of \pm."""
-    values: list[str] = []
-    for part in split(text):
-        part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part
-        within = inner(part, r"\{")
-        if within is None or re.search(r"\\mid|\||:", within) or part == text == within:
-            values += plus_and_minus(part)
-        else:
-            values += members(within)
-    return values
-
-
 def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
     """Whether the boxes of a statement hold the right answer."""
     parts = [re.sub(r"\s+", " ", part) for part in parts]
     if sum(map(len, parts)) > LONGEST:
         return False
-    texts = [undress(part) for part in parts]
+    texts = [normalized(part) for part in parts]
     whole = ", ".join(text for text in texts if text)
-    said_values = [dressed(value) for text in texts for value in members(text)]
+    said_values = [read_value(value) for text in texts for value in members(text)]
     if len(gold.values) == 1:
         right = len(texts) == 1 and _one_whole(gold, whole)
         is_set = len(texts) == 1 and inner(texts[0], r"\{") is not None
@@ -215,15 +208,15 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
 
 def _one_whole(gold: Gold, whole: str) -> bool:
     """Whether the text is the one value, commas and all: a function's arguments, a decimal comma."""
-    if _alike(gold.values[0], dressed(whole)):
+    if _alike(gold.values[0], read_value(whole)):
         return True
-    return bool(DECIMAL_COMMA.fullmatch(whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
+    return bool(DECIMAL_COMMA.fullmatch(whole)) and _alike(gold.values[0], read_value(whole.replace(",", ".")))
 
 
 def _values_match(gold: Gold, values: list[Value]) -> bool:
     """Whether each value of the one is a value of the other."""
     if len(values) == 1 and len(gold.values) > 1 and (within := inner(values[0].text, "(")):
-        values = [dressed(part) for part in split(within)]  # (1, -2) for both of them
+        values = [read_value(part) for part in split_list(within)]  # (1, -2) for both of them
     values = _unlike(values, _same_text)
     if len(gold.values) < len(values) <= MOST * len(gold.values):  # some may be one value in two forms
         values = _unlike(values, _alike)
@@ -232,12 +225,12 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
 
 def _names(values: Sequence[Value]) -> int:
     """How many different names the values have, as x in x=1."""
-    return len({name for name, _ in one_by_one(values) if name})
+    return len({name for name, _ in named_values(values) if name})
 
 
 def _for_names(gold: Gold, values: list[Value]) -> bool:
     """Whether a tuple, or values without names in the same order, are those of the names of the right answer."""
-    wanted = one_by_one(gold.values)
+    wanted = named_values(gold.values)
     if len(values) == 1 and (found := coordinates(values[0].text)):
         return same_coordinates(wanted, found, _alike)
     if len(values) == 1:  # the same for all
@@ -250,7 +243,7 @@ def _for_names(gold: Gold, values: list[Value]) -> bool:
 def _in_order(gold: Gold, values: list[Value]) -> bool:
     """Whether the values are the coordinates of the right answer, a tuple."""
     wanted = coordinates(gold.values[0].text, gold=True)
-    return wanted is not None and same_coordinates(wanted, one_by_one(values), _alike)
+    return wanted is not None and same_coordinates(wanted, named_values(values), _alike)
 
 
 def _same_region(gold: str, text: str) -> bool:

@@ -41,8 +41,7 @@ FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # inde
 INVISIBLE = re.compile("^[\ufeff\u200b\u2060]+", re.MULTILINE)
 # Remarks and texts in quotes, each as a whole; a docstring that its line does not close has no group "closed".
 QUOTED = re.compile(
-    r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?"
-    r"|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
+    r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
 )
 # How a program or the rest of one may begin.
 CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w|\w+ *(?::[^=]+)?=[^=]")

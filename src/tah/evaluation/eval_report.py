@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..files import differences, write_atomically
+from ..names import STOCK_TASK
 from ..stats.bootstrap import Estimate, Resampled
 from .eval_files import Samples, read_run
-from .tasks import STOCK
 
 PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
 COLUMNS = {
@@ -51,9 +51,9 @@ def summarize(directory: str | Path) -> dict[str, Any]:
         drawn: list[tuple[Resampled, np.ndarray]] = []
         for name, facts in run["tasks"].items():
             samples = Samples(directory, policy, name)
-            if name.startswith(STOCK):
-                path = samples.path.with_suffix(".json")
-                stock.append({"policy": policy, "task": name, "metrics": _metrics(path)} | _costs(samples))
+            if name.startswith(STOCK_TASK):
+                metrics = _metrics(samples.scores)
+                stock.append({"policy": policy, "task": name, "metrics": metrics} | _costs(samples))
                 continue
             if not samples.graded(facts["questions"] * facts["samples"]):
                 raise ValueError(f"{directory} is not finished ({policy}, {name}); run the same tah eval again")
@@ -61,7 +61,7 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             resampled, right = _right(samples, seed=len(drawn))
             drawn.append((resampled, resampled.mean(right)))
             lines = samples.lines.values()
-            accuracy = _bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
+            accuracy = bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
             unparsed = sum(line["verdict"] == "unparsed" for line in lines)
             untestable = sorted({line["question"] for line in lines if line["verdict"] == "untestable"})
             counts = {"questions": facts["questions"], "answers": len(lines), "unparsed": unparsed}
@@ -93,7 +93,7 @@ def _listed(graders: Iterable[str]) -> str:
     return " and ".join(sorted(graders))
 
 
-def _bounded(accuracy: Estimate, questions: int) -> Estimate:
+def bounded(accuracy: Estimate, questions: int) -> Estimate:
     """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
     bound = 1 - 0.025 ** (1 / questions)
     if accuracy["value"] == 0:
@@ -101,7 +101,7 @@ def _bounded(accuracy: Estimate, questions: int) -> Estimate:
     return accuracy | {"low": 1 - bound, "high": 1.0} if accuracy["value"] == 1 else accuracy
 
 
-def _widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
+def widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
     """A macro average, to whose width tasks whose answers are all alike add nothing: their exact bounds are added."""
     alike = [its for its in tasks if its["value"] in (0, 1)]
     found: dict[str, Any] = dict(average)
@@ -145,7 +145,7 @@ def _average(
     """Macro average over tasks: each counts the same."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("mean_depth", "iterated_share", "cost")}
     sums = {name: sum(row[name] for row in rows) for name in ("unparsed", "cut_off", "tokens", "seconds")}
-    accuracy = _widened(macro(drawn), [row["accuracy"] for row in rows])
+    accuracy = widened(macro(drawn), [row["accuracy"] for row in rows])
     return {"policy": policy, "tasks": len(rows), "accuracy": accuracy} | means | sums
 
 
@@ -166,7 +166,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     sampling = results["sampling"]
     greedy = sampling["temperature"] < 1e-3
     drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
-    most = {name: facts["samples"] for name, facts in results["tasks"].items() if not name.startswith(STOCK)}
+    most = {name: facts["samples"] for name, facts in results["tasks"].items() if not name.startswith(STOCK_TASK)}
     others = [f"{name} avg@{samples}" for name, samples in most.items() if samples != sampling["samples"]]
     averaged = f"avg@{sampling['samples']}" + (f" ({', '.join(others)})" if others else "")
     graded = f", grader {results['grader']}" if results["grader"] else ""
@@ -248,7 +248,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         ValueError: they have no task in common, or differ in data or protocol; says in what.
     """
     (first, run_a, policies_a), (second, run_b, policies_b) = _opened(a), _opened(b)
-    names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK)]
+    names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK_TASK)]
     if not names:
         raise ValueError(f"{a} and {b} have no task in common")
     before, after = (

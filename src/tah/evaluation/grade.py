@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .answers import judge_math
 from .code_tasks import entry_point_of, extract_code, grade_all
-from .grading.letters import judge_choice
+from .grading.choice import judge_choice
 from .grading.reply import Grade
 from .sandbox import Sandbox
 

@@ -93,7 +93,8 @@ class ServedLM(TaHLM):
         """
         from ..vllm.requests import DEPTHS_SERVED
 
-        depth = self.rule["max_depth"]
+        depth = self.rule.max_depth
+        assert isinstance(depth, int)
         if depth > DEPTHS_SERVED:
             raise ValueError(
                 f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
@@ -170,7 +171,7 @@ class ServedLM(TaHLM):
         # Stop strings may be special tokens; the text is not used.
         shown = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_special_tokens": False}
         options = {"temperature": 0.0, **shown, **options}
-        params = SamplingParams(extra_args=self.rule, **options)
+        params = SamplingParams(extra_args=self.rule.arguments(), **options)
         self.llm.llm_engine.add_request(str(at), {"prompt_token_ids": prompt}, params)
 
     def _drawing(self, asked: Asked, warping: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify.grader import should_treat_as_complex, sympy_expr_eq
 from sympy.core.relational import Relational
 
-from .coordinates import coordinates, same_coordinates
-from .dress import inner, sides, split
+from .notation import inner, sides, split_list
+from .values import coordinates, same_coordinates
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
 DECIMAL = 5e-7  # the sixth decimal, rounded
@@ -170,7 +170,7 @@ def equal(gold: str, said: str) -> bool:
     golds, saids = coordinates(gold, True), coordinates(said)
     if golds and saids:
         return same_coordinates(golds, saids, lambda one, other: equal(one.text, other.text))
-    if (golds or saids) and any(inner(side, r"\{") is not None or len(split(side)) > 1 for side in (gold, said)):
+    if (golds or saids) and any(inner(side, r"\{") is not None or len(split_list(side)) > 1 for side in (gold, said)):
         return False  # a set is no tuple
     if (inner(gold, "[") is None) != (inner(said, "[") is None) or _is_side(gold, said):
         return False
@@ -301,7 +301,7 @@ def region(text: str) -> sympy.Set | None:
     for either in re.split(rf"{_joint('or')}|\\lor\b|\\vee\b", text):
         both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
         if len(both) == 1 and (both[0] is None or isinstance(both[0], sympy.FiniteSet)):  # intervals in a list
-            parts = [_read_whole(part) for part in split(either)]
+            parts = [_read_whole(part) for part in split_list(either)]
             if not all(isinstance(part, (sympy.Interval, sympy.Union)) and not _may_be_pair(part) for part in parts):
                 return None
             pieces += parts

@@ -24,7 +24,7 @@ from ...files import parse_json
 from ...load import first_line
 from ..answers import read_math
 from ..grade import Kind, grade
-from ..grading.letters import LETTERS
+from ..grading.choice import LETTERS
 
 Row = dict[str, Any]
 FIELDS: dict[Kind, tuple[str, ...]] = {
