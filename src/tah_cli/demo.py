@@ -122,7 +122,7 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
 
 def _score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
     """`right` [R], iterated share of the tokens made."""
-    made = score_answers(session.model, session.tokenizer, rows, policy=policy)
+    made = score_answers(session.model, session.tokenizer, rows, Rule(policy))
     return {"right": made.right.tolist(), "iterated": made.iterated_share}
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("datasets")
 
 import tah.checkpoints.contents
 import tah.pipeline.run
+from helpers.notes import Notes
 from tah.checkpoints.contents import contents, sizes_of, wrong
 from tah.pipeline.run import Run, Step, flat
 from tah.progress import Reporter
@@ -30,17 +31,6 @@ ROOT = Path(__file__).parents[2]
 
 
 SHARED = ("label", "train")
-
-
-class Notes(Reporter):
-    """Keeps the lines that are reported."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self.lines = lines
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
 
 
 class Chain:

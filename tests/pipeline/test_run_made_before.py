@@ -1,6 +1,7 @@
 """Run directories that tah 0.1 made before the fields `reembed` and `combine` got their names of today.
 
-`run_made_before/` has what `tah run recipe.yaml` left, without logs: `finished`, and `stopped`, killed after step 3 of 6.
+`run_made_before/` has what `tah run recipe.yaml` left, without logs: `finished`, and `stopped`, killed after 3 of 6
+steps.
 """
 
 from __future__ import annotations

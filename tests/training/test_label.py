@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.models import CHAT_TEMPLATE
 from helpers.scores import plain_row_scores
 from tah.data.rows import load_rows
+from tah.progress import Reporter
 from tah.training.label import fingerprint, label
 
 TEXTS = [f"{'0123456789 abcdefghij' * 3}"[n : 3 * n + 4] for n in range(12)]
@@ -125,7 +126,7 @@ def test_progress(rows, tokenizer, reference, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     for terminal in (False, True):
         console = Console(force_terminal=terminal, width=100)
-        counts = label(rows, tokenizer, reference, tmp_path / str(terminal), max_length=64, report=console)
+        counts = label(rows, tokenizer, reference, tmp_path / str(terminal), max_length=64, progress=Reporter(console))
         out = capsys.readouterr().out
         assert "12 of 12 rows" in out and "tokens/s" in out and counts["tokens_per_second"] > 0
 

@@ -51,6 +51,7 @@ class Step:
         needs: steps whose results it reads.
         together: every process takes part, else the first alone.
         resumes: continues what a killed run has left, else that is removed first.
+        single: trains in the first process alone, where torchrun's others would be waited for without end: refused.
         check: called before any step of the chain begins; raises `ValueError` for what would make this one fail.
     """
 
@@ -61,6 +62,7 @@ class Step:
     needs: tuple[str, ...] = ()
     together: bool = False
     resumes: bool = False
+    single: bool = False
     check: Callable[[Recipe, Path], None] | None = None
 
 
@@ -201,6 +203,8 @@ class Run:
         return "once more, a run was killed"
 
     def _work(self, step: Step) -> None:
+        if step.single and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this step is done by one process: start the command once without torchrun")
         step.make(self.recipe, self.directory, self.progress)
         gc.collect()  # a model's memory, before the next step takes its own
         if torch.cuda.is_available():

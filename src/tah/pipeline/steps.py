@@ -28,8 +28,8 @@ from .experiment.tiny import check_sections, write_data
 from .pruned import prune_base
 from .run import POLL, Run, Step, device_of_process, flat
 
-Make = Callable[[Recipe, Path, Reporter], object]
 SHARED: dict[str, Any] = {"together": True, "resumes": True}  # steps in which every process takes part
+ALONE: dict[str, Any] = {"single": True, "resumes": True}
 
 
 def chain(recipe: Recipe) -> list[Step]:
@@ -50,13 +50,12 @@ def chain(recipe: Recipe) -> list[Step]:
     texts = ("data",) if own_data else ()
     if own_base:
         base |= {"data.max_length": recipe.data.max_length, "backbone.packed": recipe.backbone.packed}
-        found.append(Step("base", "base", _by_one_process(train_base), base, texts, resumes=True))
+        found.append(Step("base", "base", train_base, base, texts, **ALONE))
     elif recipe.makes_base:
         found.append(Step("base", "base", prune_base, base | data, texts, check=preflight.check_pruning))
     if own_reference:
         reads = flat(whole["backbone"]["training"], "backbone.training")
-        make = _by_one_process(train_reference)
-        found.append(Step("reference", "reference", make, reads, (*texts, "base"), resumes=True))
+        found.append(Step("reference", "reference", train_reference, reads, (*texts, "base"), **ALONE))
     tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
     reference = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
     needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and reference else ()))
@@ -66,7 +65,7 @@ def chain(recipe: Recipe) -> list[Step]:
     if own_data:
         found += _controls(recipe, whole)
         needs = tuple(step.name for step in found if step.name != "base")
-        found.append(Step("report", "report", _by_one_process(write_report), {}, needs))
+        found.append(Step("report", "report", write_report, {}, needs, single=True))
     return found
 
 
@@ -94,14 +93,12 @@ def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
     backbone, found = flat(whole["backbone"], "backbone"), []
     if recipe.controls.equal_compute:
         needs = ("data", "base", "label", "backbone", *(("decider",) if recipe.decider is not None else ()))
-        make, name = _by_one_process(train_standard_compute), "standard_compute"
-        found.append(Step(name, name, make, backbone, needs, resumes=True))
+        found.append(Step("standard_compute", "standard_compute", train_standard_compute, backbone, needs, **ALONE))
     if recipe.controls.blind:
         reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
         if recipe.uses_labels and recipe.label is not None:
             reads["label.rule"] = recipe.label.rule
-        make, needs = _by_one_process(train_blind), ("base", "label")
-        found.append(Step("blind", "blind", make, reads, needs, resumes=True))
+        found.append(Step("blind", "blind", train_blind, reads, ("base", "label"), **ALONE))
     return found
 
 
@@ -179,17 +176,6 @@ def _check_resume(steps: Run, name: str, resume: bool) -> None:
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _by_one_process(make: Make) -> Make:
-    """A step that trains, made by the first process alone, would wait forever for the others to join it."""
-
-    def checked(recipe: Recipe, run: Path, progress: Reporter) -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("this step is done by one process: start the command once without torchrun")
-        make(recipe, run, progress)
-
-    return checked
-
-
 def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """`run/labels/train` and `run/labels/validation`: tokens, and their scores under the reference where it is used."""
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
@@ -208,7 +194,7 @@ def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
             time.sleep(POLL)
 
 
-def _train(stage: Stage) -> Make:
+def _train(stage: Stage) -> Callable[[Recipe, Path, Reporter], object]:
     return lambda recipe, run, progress: train_stage(recipe, stage, run, resume=True, progress=progress)
 
 

@@ -156,7 +156,7 @@ class Label(Part):
     """
 
     reference: str
-    rule: str = "top1"
+    rule: Annotated[str, AfterValidator(lambda rule: check_rule(rule) and rule)] = "top1"
     tokens_per_batch: Positive = 16384
     rows_per_shard: Positive = 1024
 
@@ -289,10 +289,6 @@ class Recipe(Part):
                     "backbone.method=lookahead, which needs no labels"
                 )
             return
-        try:
-            check_rule(label.rule)
-        except ValueError as error:
-            raise ValueError(f"label.rule: {error}") from error
         if label.reference == "trained" and self.base.scratch is None:
             raise ValueError("label.reference=trained needs base.scratch; name a model instead")
 

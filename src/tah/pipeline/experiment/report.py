@@ -1,7 +1,7 @@
-"""What came of a run: how each policy scores on test data beside Standard, in words, numbers and pictures.
+"""The report of a run: how each policy scores on test data beside Standard, in sentences, numbers and pictures.
 
-The words are derived from the numbers. Standard is the run's reference where the run has trained one: the base after
-as many ordinary steps on the same data. Without one, policies are compared to the same model's `never`.
+The sentences are derived from the numbers. Standard is the run's reference where the run has trained one: the base
+after as many ordinary steps on the same data. Without one, policies are compared to the same model's `never`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ...data.data_files import COMPLETE
 from ...data.rows import depth_labels, load_rows
 from ...load import load_base, load_tah, load_tokenizer, parameter_counts
 from ...model import TaHForCausalLM
-from ...policy import Confidence, Random
+from ...policy import Confidence, Random, Rule
 from ...progress import SILENT, Reporter
 from ...stats.bootstrap import Estimate, Resampled, ranking
 from ...stats.threshold import threshold_for_share
 from ...training.label import label
 from ...training.recipe import Decider, Recipe
 from ...training.run_files import run_facts, write_json
+from ..run import device_of_process
 from .report_text import as_markdown, draw, statements
 from .scores import TokenScores, proportion, score_answers, score_tokens
 
 SHARES = (0.03, 0.1, 0.2)  # iterated shares of the sweep
 SAMPLES = 2000  # of the rows, for an interval
 BASELINES = ("standard", "standard_compute", "never")
-OTHERS = ("standard", "standard_compute", "blind")  # other weights: nothing is mended or broken by a second pass
+OTHERS = ("standard", "standard_compute", "blind")  # other weights: a second pass corrects or breaks none of its tokens
 
 
 @dataclass
@@ -74,30 +74,24 @@ def write_report(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None
 
 def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]:
     """All numbers of the report."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_process()
     tokenizer, model = load_tokenizer(str(final)), load_tah(str(final), recipe.base.dtype).to(device)
-    standard = _standard(run / "reference", recipe, device)
-    test = test_set(recipe, run, work, tokenizer)
-    models: dict[str, tuple[TaHForCausalLM, dict[str, Any]]] = {"never": (model, {"policy": "never"})}
-    own, pad = model.config.policy, tokenizer.pad_token_id
-    if model.config.max_depth > 1:
-        models |= {"always": (model, {"policy": "always"}), own: (model, {})}
-    if standard is not None:
-        models = {"standard": (standard, {}), **models}
-    if recipe.controls.equal_compute and (more := _standard(run / "standard_compute", recipe, device)) is not None:
-        models["standard_compute"] = (more, {})
-    if recipe.controls.blind:
-        models["blind"] = (load_tah(str(run / "blind" / "decider"), recipe.base.dtype).to(device), {})
-    scores = {name: score_tokens(of, test.rows, pad, **rule) for name, (of, rule) in models.items()}
+    test, pad, own = test_set(recipe, run, work, tokenizer), tokenizer.pad_token_id, model.config.policy
+    models = _models(recipe, run, model)
+    scores = {name: score_tokens(of.to(device), test.rows, pad, rule) for name, (of, rule) in models.items()}
+    sweep, finding = [], {}
     if model.config.max_depth > 1:
         scores |= _controls(model, test, pad, scores[own], recipe.seed)
+        sweep, finding = _sweep(model, test, pad, scores), _finding(recipe, test, scores)
     answers = {}
     if test.questions:
-        generated = {name: score_answers(of, tokenizer, test.questions, **rule) for name, (of, rule) in models.items()}
+        generated = {name: score_answers(of, tokenizer, test.questions, rule) for name, (of, rule) in models.items()}
         answers = _compare_answers({name: entry.right for name, entry in generated.items()})
         for name, entry in generated.items():
             answers[name]["iterated_share"] = entry.iterated_share
     facts = run_facts(recipe, "backbone", run / "labels", model)
+    steps = _read_json(run / "standard_compute" / "training-run.json")
+    plain = models["standard"][0] if "standard" in models else None
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -112,83 +106,88 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
         },
         "tokens": _compare_tokens(scores, test.ranks),
         "answers": answers,
-        "sweep": _sweep(model, test, pad, scores) if model.config.max_depth > 1 else [],
-        "finding": _finding(recipe, test, scores) if model.config.max_depth > 1 else {},
+        "sweep": sweep,
+        "finding": finding,
         "quality": _read_json(final / "quality.json"),
-        "parameters": {"standard": standard and parameter_counts(standard), "tah": parameter_counts(model)},
-        "equal_compute_steps": _steps_of(run / "standard_compute"),
+        "parameters": {"standard": plain and parameter_counts(plain), "tah": parameter_counts(model)},
+        "equal_compute_steps": steps and steps["recipe"]["backbone"]["training"]["max_steps"],
         "seconds": _seconds(run),
         "git": facts["git"],
         "versions": {"python": facts["python"], **facts["versions"]},
     }
 
 
+def _models(recipe: Recipe, run: Path, model: TaHForCausalLM) -> dict[str, tuple[TaHForCausalLM, Rule]]:
+    """The models to compare, each with its rule; in the order of the report."""
+    found: dict[str, tuple[TaHForCausalLM, Rule]] = {}
+    if (run / "reference" / "config.json").is_file():
+        found["standard"] = (_plain(run / "reference", recipe), Rule())
+    found["never"] = (model, Rule("never"))
+    if model.config.max_depth > 1:
+        found |= {"always": (model, Rule("always")), model.config.policy: (model, Rule())}
+    if recipe.controls.equal_compute and (run / "standard_compute" / "config.json").is_file():
+        found["standard_compute"] = (_plain(run / "standard_compute", recipe), Rule())
+    if recipe.controls.blind:
+        found["blind"] = (load_tah(str(run / "blind" / "decider"), recipe.base.dtype), Rule())
+    return found
+
+
+def _plain(directory: Path, recipe: Recipe) -> TaHForCausalLM:
+    """A plain model of the run as one that never iterates."""
+    base = load_base(str(directory), recipe.base.dtype)
+    return TaHForCausalLM.from_base(base, max_depth=1, lora_rank=0, decider=None, policy="never")
+
+
 def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, TokenScores]:
     """Other ways to choose as many tokens as the model's own policy does, and the oracle where there are labels."""
     share = float((own.passes > 1).mean())
-    doubt = score_tokens(model, test.rows, pad, policy=Confidence("entropy"), threshold=1.0)  # nobody iterates
-    threshold = threshold_for_share(doubt.probability, share)
-    rules: dict[str, dict[str, Any]] = {
-        "confidence": {"policy": Confidence("entropy"), "threshold": threshold},
-        "random": {"policy": Random(share, seed)},
-    }
+    unsure = score_tokens(model, test.rows, pad, Rule(Confidence("entropy"), 1.0))  # nobody iterates
+    threshold = threshold_for_share(unsure.probability, share)
+    rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(Random(share, seed))}
     if test.ranks is not None:
-        rules["oracle"] = {"policy": "oracle"}
-    return {name: score_tokens(model, test.rows, pad, **rule) for name, rule in rules.items()}
-
-
-def _steps_of(directory: Path) -> int | None:
-    """Of the training of a Standard."""
-    facts = _read_json(directory / "training-run.json")
-    return facts and facts["recipe"]["backbone"]["training"]["max_steps"]
-
-
-def _standard(directory: Path, recipe: Recipe, device: torch.device) -> TaHForCausalLM | None:
-    """A plain model of the run as one that never iterates."""
-    if not (directory / "config.json").is_file():
-        return None
-    base = load_base(str(directory), recipe.base.dtype)
-    return TaHForCausalLM.from_base(base, max_depth=1, lora_rank=0, decider=None, policy="never").to(device)
+        rules["oracle"] = Rule("oracle")
+    return {name: score_tokens(model, test.rows, pad, rule) for name, rule in rules.items()}
 
 
 def test_set(recipe: Recipe, run: Path, work: Path, tokenizer: Any) -> TestSet:
     """The rows to score on, tokenized and, where the run has its own reference, labelled."""
-    texts = run / "data" / "test.jsonl"
+    texts, own = run / "data" / "test.jsonl", run / "reference"
+    source, directory = "validation rows, on which the threshold was chosen too", run / "labels" / "validation"
+    questions = []
     if texts.is_file():
         source, directory = "test rows", work / "tokens"
-        own = run / "reference"
         reference = load_base(str(own)) if (own / "config.json").is_file() else None
         label(load_rows(str(texts)), tokenizer, reference, directory, max_length=recipe.data.max_length)
         questions = [json.loads(line) for line in texts.read_text("utf-8").splitlines()]
-    else:
-        source, directory = "validation rows, on which the threshold was chosen too", run / "labels" / "validation"
-        questions = []
     if not (directory / COMPLETE).is_file():
         raise ValueError(f"{directory} has no labelled data; run `tah label` first")
     rows, ranks = [], []
+    rule = recipe.label.rule if recipe.label is not None else "top1"
     for row in load_rows(str(directory)):
         kept = {"input_ids": row["input_ids"], "supervised": row["supervised"]}
         if "ref_rank" in row:
-            rule = recipe.label.rule if recipe.label is not None else "top1"
-            seed = [recipe.seed, row["row"]]
-            wanted = depth_labels(row["ref_rank"], row["ref_prob"], row["supervised"], rule, recipe.max_depth, seed)
-            kept["depth_labels"] = wanted.tolist()
-            ranks.append(np.asarray(row["ref_rank"])[:-1][np.asarray(row["supervised"])[1:]])
+            scored = (row["ref_rank"], row["ref_prob"], row["supervised"])
+            kept["depth_labels"] = depth_labels(*scored, rule, recipe.max_depth, [recipe.seed, row["row"]]).tolist()
+            ranks.append(_asked(row, row["ref_rank"]))
         rows.append(kept)
     return TestSet(source, rows, np.concatenate(ranks) if ranks else None, questions)
 
 
+def _asked(row: Mapping[str, Any], values: Sequence[int]) -> np.ndarray:
+    """Those of `values` [T] that are about a supervised token."""
+    return np.asarray(values)[:-1][np.asarray(row["supervised"])[1:]]
+
+
 def _hard(test: TestSet) -> np.ndarray:
-    """[n] bool, what the labels call hard."""
-    found = [np.asarray(row["depth_labels"])[:-1][np.asarray(row["supervised"])[1:]] > 1 for row in test.rows]
-    return np.concatenate(found)
+    """[n] bool, the tokens that the labels mark as hard."""
+    return np.concatenate([_asked(row, row["depth_labels"]) > 1 for row in test.rows])
 
 
 # -- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None) -> dict[str, dict[str, Any]]:
-    """By policy: accuracy, loss, what it iterates, what it mends and breaks of `never`, and against Standard."""
+    """By policy: accuracy, loss, what it iterates, what it corrects and breaks of `never`, and against Standard."""
     never, rows = scores["never"], Resampled(scores["never"].row, SAMPLES)
     found: dict[str, dict[str, Any]] = {}
     for name, its in scores.items():
@@ -196,7 +195,7 @@ def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None)
         if name in OTHERS:
             found[name] |= {"fixed": None, "broke": None}
         found[name] |= _minus(name, {other: entry.right for other, entry in scores.items()}, rows)
-    if ranks is not None:  # told the same as the oracle, but no pass is run
+    if ranks is not None:  # the same labels as the oracle's, but no pass is run
         found["second_choice"] = {"accuracy": float((ranks <= 1).mean()), "iterated_share": 0.0}
     return found
 
@@ -219,15 +218,14 @@ def paired(a: np.ndarray, b: np.ndarray, rows: Resampled) -> Estimate:
 
 def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, TokenScores]) -> list[dict[str, Any]]:
     """Token accuracy at several iterated shares, chosen by the decider, by entropy and at random."""
-    never, found = scores["never"], []
+    found = []
     for share in SHARES:
-        rules: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": Random(share)}
-        for name, policy in rules.items():
-            if name not in scores:
-                continue
-            threshold = 0.5 if name == "random" else threshold_for_share(scores[name].probability, share)
-            its = score_tokens(model, test.rows, pad, policy=policy, threshold=threshold)
-            found.append({"policy": name, **_against_never(its, never)})
+        policies: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": Random(share)}
+        for name, policy in policies.items():
+            if name in scores:
+                threshold = 0.5 if name == "random" else threshold_for_share(scores[name].probability, share)
+                its = score_tokens(model, test.rows, pad, Rule(policy, threshold))
+                found.append({"policy": name, **_against_never(its, scores["never"])})
     return found
 
 

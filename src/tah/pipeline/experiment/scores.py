@@ -1,4 +1,4 @@
-"""What a model scores on held-out rows: along the given texts, and on answers it generates itself.
+"""The scores of a model on held-out rows: along the given texts, and on answers it generates itself.
 
 Shapes: B rows of a batch, T tokens, V vocabulary, R rows in all, n supervised predictions of all rows together.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from ...core.loss import IGNORE, shift
 from ...data.rows import Collator
+from ...data.scoring import batches
 from ...model import TaHForCausalLM
+from ...policy import Rule
 
 LOGITS = 2**27  # most entries of [B, T, V] at the same time
 TOKENS = 8192  # most tokens of a batch
@@ -41,7 +43,7 @@ class TokenScores:
 
 @torch.no_grad()
 def score_tokens(
-    model: TaHForCausalLM, rows: Sequence[Mapping[str, Any]], pad_token_id: int, **rule: Any
+    model: TaHForCausalLM, rows: Sequence[Mapping[str, Any]], pad_token_id: int, rule: Rule
 ) -> TokenScores:
     """Score the predictions of supervised tokens.
 
@@ -49,17 +51,17 @@ def score_tokens(
         model: any; one that never iterates stands for its base.
         rows: as `data.Collator` takes them.
         pad_token_id: of the tokenizer.
-        rule: `policy`, `threshold`, `max_depth` for `forward`; the model's own by default.
+        rule: who iterates.
     """
     model.eval()
     collate = Collator(pad_token_id)
     found: list[dict[str, Tensor]] = []
     iterated = tokens = 0
     lengths, vocabulary = [len(row["input_ids"]) for row in rows], model.config.get_text_config().vocab_size
-    for places in _batches(lengths, vocabulary):
+    for places in batches(lengths, min(TOKENS, max(1, LOGITS // vocabulary))):
         batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items()}
         given = {name: batch[name] for name in ("attention_mask", "depth_labels") if name in batch}
-        out = model(batch["input_ids"], use_cache=False, **given, **rule)
+        out = model(batch["input_ids"], use_cache=False, **given, **rule.arguments())
         target = shift(batch["labels"])
         asked = target != IGNORE
         logits = out.logits[asked].float()
@@ -81,19 +83,6 @@ def score_tokens(
     order = joined["row"].argsort(kind="stable")
     joined = {name: column[order] for name, column in joined.items()}
     return TokenScores(**joined, share_of_all=iterated / tokens)
-
-
-def _batches(lengths: Sequence[int], vocabulary: int) -> Iterator[list[int]]:
-    """Rows of like length, as many at a time as fit."""
-    most = min(TOKENS, max(1, LOGITS // vocabulary))
-    batch: list[int] = []
-    for place in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[place] > most:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 @dataclass
@@ -129,19 +118,19 @@ def score_answers(
     model: TaHForCausalLM,
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],
+    rule: Rule,
     *,
     read: Callable[[str], str | None] = answer_of,
     max_new_tokens: int | None = None,
-    **rule: Any,
 ) -> AnswerScores:
     """Answer the question of every row: all its `messages` but the last.
 
     Args:
         rows: with `messages`, the last by the assistant, and `answer`.
+        rule: who iterates.
         read: finds the final answer in a text.
         max_new_tokens: of an answer; by default a few more than the longest of the rows' own, which is enough for a
             model that was trained on such.
-        rule: `policy`, `threshold`, `max_depth` for `generate`; the model's own by default.
     """
     model.eval()
     given = tokenizer([row["messages"][-1]["content"] for row in rows])["input_ids"]
@@ -164,7 +153,7 @@ def score_answers(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             return_dict_in_generate=True,
-            **rule,
+            **rule.arguments(),
         )
         new = out.sequences[:, length:]
         kept = (new == tokenizer.eos_token_id).cumsum(1) - (new == tokenizer.eos_token_id).long() == 0
