@@ -1,6 +1,6 @@
 """One decoding step on a GPU, three ways, in plain PyTorch with CUDA graphs: what `auto` batching should choose there.
 
-    python scripts/bench_gpu_step.py --output runs/bench-gpu-step
+    python benchmark/bench_gpu_step.py --output runs/bench-gpu-step
 
 Qwen3-1.7B's shape, random bfloat16 weights, rank-16 adapters, 1,024 tokens seen per request, batches of 1 to 256. For
 each batch the milliseconds of a **base** step, of a **deep** pass over the rows that iterate (next input from the top
@@ -12,7 +12,7 @@ From them the cost per token, base = 1, at a share f of tokens that iterate:
 
 Steps are captured at their expected number of iterating rows. No scheduler and no sampler runs, and the deep rows' keys
 are gathered by copying, so these are the kernels' times and not a server's. It has run on CPUs at a tiny size only
-(tests/test_bench_gpu_step.py): nobody had a GPU yet.
+(tests/benchmarks/test_bench_gpu_step.py): nobody had a GPU yet.
 
 Shapes: B rows, M of them at depth 2, D width, H key/value heads, G query heads per key/value head, K head width,
 S keys of depth 1 and E of depth 2 per row, V vocabulary.
@@ -21,11 +21,9 @@ S keys of depth 1 and E of depth 2 per row, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +32,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tah.benchmarks.measure import alternate, save, table, timed
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARE = 0.07  # of the tokens iterate
@@ -170,22 +170,6 @@ def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
     return graph.replay
 
 
-def milliseconds(steps: dict[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Medians of steps that take turns."""
-    took: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                took[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in took.items()}
-
-
 @torch.no_grad()
 def measure(
     shape: Shape, batches: tuple[int, ...], seen: int, device: str, dtype: torch.dtype, repeats: int
@@ -202,7 +186,8 @@ def measure(
             "deep": lambda logits=logits, at=at: decoder.again(logits, at),
             "mixed": lambda x=x, at=at: decoder.mixed(x, at),
         }
-        took = milliseconds({name: captured(step, device) for name, step in steps.items()}, device, repeats)
+        runs = {name: timed(captured(step, device), device) for name, step in steps.items()}
+        took = {name: 1000 * statistics.median(seconds) for name, seconds in alternate(runs, repeats).items()}
         rows.append({"batch": batch, "iterating": len(at), **took, **costs(batch, **took)})
     return rows
 
@@ -222,11 +207,14 @@ def choice(rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| batch | base ms | deep pass ms (rows) | mixed ms | two_pass, cost | mixed, cost |", "|" + " --- |" * 6]
+    """The result as a table, and what to choose."""
+    lines = []
     for row in rows:
-        times = f"{row['base']:.2f} | {row['deep']:.2f} ({row['iterating']}) | {row['mixed']:.2f}"
-        lines.append(f"| {row['batch']} | {times} | {row['two_pass']:.2f} | {row['mixed cost']:.2f} |")
-    return "\n".join([*lines, "", choice(rows)])
+        deep = f"{row['deep']:.2f} ({row['iterating']})"
+        times = (f"{row['base']:.2f}", deep, f"{row['mixed']:.2f}")
+        lines.append((row["batch"], *times, f"{row['two_pass']:.2f}", f"{row['mixed cost']:.2f}"))
+    columns = ("batch", "base ms", "deep pass ms (rows)", "mixed ms", "two_pass, cost", "mixed, cost")
+    return f"{table(columns, lines)}\n\n{choice(rows)}"
 
 
 def main() -> int:
@@ -240,11 +228,9 @@ def main() -> int:
         return 2
     rows = measure(QWEN3, BATCHES, options.seen, "cuda", torch.bfloat16, options.repeats)
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
         result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "share": SHARE, "rows": rows}
         result |= {"shape": asdict(QWEN3), "seen": options.seen}
-        (options.output / "bench_gpu_step.json").write_text(json.dumps(result, indent=2) + "\n")
-        (options.output / "bench_gpu_step.md").write_text(markdown(rows) + "\n")
+        save(result, markdown(rows), options.output, "bench_gpu_step")
     print(markdown(rows))
     return 0
 

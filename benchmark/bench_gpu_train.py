@@ -1,6 +1,6 @@
 """Training steps with hard tokens on a GPU: Qwen3-1.7B's shape with random weights, bfloat16, 4096 tokens.
 
-    python scripts/bench_gpu_train.py --output runs/bench-gpu
+    python benchmark/bench_gpu_train.py --output runs/bench-gpu
 
 The variants of `tah bench train` (src/tah/benchmarks/bench_train.py), with and without activation checkpointing:
 seconds, tokens per second, peak memory and model FLOPs utilisation, MFU = FLOPs that the step needs (`step_flops`) /
@@ -10,18 +10,20 @@ seconds / the GPU's peak, a dense bfloat16 product without sparsity. Recomputed 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import Qwen3Config
 
 from tah.benchmarks.bench_train import HARD, Setup, bench_train
+from tah.benchmarks.measure import save, table
 from tah.model import TaHForCausalLM
+from tah.progress import Reporter
 
 VARIANTS = ("plain", "standard", "stage 1")
 PEAKS = {
@@ -52,8 +54,8 @@ def step_flops(model: TaHForCausalLM, tokens: int, length: int, hard: int = 0) -
 
     Per token and forward: 2 per weight of the decoder's linear layers and of the head, and per layer 2 * length * heads
     * head width for attention (half of the keys on average; queries times keys, weights times values). A backward costs
-    two forwards. A second pass adds its layers, its adapters, and the head's forward for the re-embedding, of whose
-    backward only the few largest logits matter.
+    two forwards. A second pass adds its layers, its adapters, and the head's forward for the next input, of
+    whose backward only the few largest logits matter.
     """
     config = model.config.get_text_config(decoder=True)
     weights = {True: 0, False: 0}  # of adapters, of the base
@@ -97,7 +99,7 @@ def measure(
                 repeats=repeats,
                 memory=memory,
                 labels=None,
-                report=show,
+                progress=Reporter(Console(stderr=True)),
             )
             for row in found["rows"]:
                 hard = round(HARD * (length - 1)) if row["variant"] == "stage 1" else 0
@@ -108,19 +110,16 @@ def measure(
     return [row | {"machine": machine} for row in rows]
 
 
-def show(row: Any) -> None:
-    print(row, file=sys.stderr)
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| checkpointing | task | variant | median | ratio | tokens/s | MFU |", "|" + " --- |" * 7]
+    """The result as a table."""
+    lines = []
     for row in rows:
         step = row["mfu"] is not None
         value = f"{row['median'] * 1000:.1f} ms" if step else f"{row['median'] / 1024:.1f} GiB"
         rate, mfu = (f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.1%}") if step else ("", "")
         on = "on" if row["checkpointing"] else "off"
-        lines.append(f"| {on} | {row['task']} | {row['variant']} | {value} | {row['ratio']:.2f} | {rate} | {mfu} |")
-    return "\n".join(lines)
+        lines.append((on, row["task"], row["variant"], value, f"{row['ratio']:.2f}", rate, mfu))
+    return table(("checkpointing", "task", "variant", "median", "ratio", "tokens/s", "MFU"), lines)
 
 
 def main() -> int:
@@ -140,9 +139,7 @@ def main() -> int:
         return 2
     rows = measure(QWEN3, options.length, options.repeats, "cuda", peak * 1e12)
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "bench_gpu_train.json").write_text(json.dumps(rows, indent=2) + "\n")
-        (options.output / "bench_gpu_train.md").write_text(markdown(rows) + "\n")
+        save(rows, markdown(rows), options.output, "bench_gpu_train")
     print(markdown(rows))
     return 0
 

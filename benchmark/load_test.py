@@ -1,7 +1,7 @@
 """Load a running server as many impatient clients do, and say whether it stays sound.
 
     tah serve my-tah --port 8000 &
-    python scripts/load_test.py http://127.0.0.1:8000 --pid $! --minutes 10
+    python benchmark/load_test.py http://127.0.0.1:8000 --pid $! --minutes 10
 
 Every client asks one request after another: prompts and answers of mixed length, streamed, each with one of several
 rules for iterating; one in five leaves in the middle. Fails (exit code 1) on any error, on requests that still run at

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .load import first_line
+from .errors import first_line
 from .progress import SILENT, Reporter
 
 HARDWARE = {"cuda": "this GPU", "mps": "this Mac's GPU", "cpu": "this CPU"}  # what errors and notes call it

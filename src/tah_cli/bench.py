@@ -78,12 +78,14 @@ def bench_trace(
     The baseline is as many plain passes. Takes minutes.
     """
     from tah.benchmarks import bench_trace as benchmark
+    from tah.policy import Rule
     from tah.session import Session
+    from tah.tracing.trace import TraceRequest
 
     quiet()
     session = Session.open(model, dtype="float32", device="cpu")
-    options: dict[str, Any] = {"policy": "confidence"} if session.wrapped else {}  # one that costs something
-    result = benchmark.throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats, **options)
+    rule = Rule("confidence") if session.wrapped else Rule()  # a base alone would iterate nothing
+    result = benchmark.throughput(session.model, session.tokenizer, (512,) * texts, TraceRequest(rule), repeats)
     _finish(benchmark, result, output, as_json)
 
 

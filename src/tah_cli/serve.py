@@ -24,9 +24,7 @@ def serve(
     All other options go to the server of vLLM unchanged: --port 8000, --max-model-len 4096, --dtype float32, ...
     """
     need_vllm()
-    from tah.checkpoints.weights import checked
-    from tah.load import find, load_tokenizer
-    from tah.model import TaHForCausalLM
+    from tah.load import check_tah, find, load_tokenizer
 
     quiet()
     path, kind = find(model)
@@ -35,7 +33,7 @@ def serve(
             f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
         )
     # vLLM would read other weights than safetensors, and compares less; nothing is loaded here.
-    checked(path, {}, TaHForCausalLM)
+    check_tah(path)
     load_tokenizer(path, model)
     ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
     os.execv(sys.executable, [sys.executable, "-m", SERVER, *ours, *context.args])

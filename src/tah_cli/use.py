@@ -105,8 +105,8 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Describe a model; check whether a base can be wrapped."""
-    from tah.load import as_lines
-    from tah.load import inspect as look
+    from tah.inspect import as_lines
+    from tah.inspect import inspect as look
 
     quiet()
     found = look(model, against)
@@ -124,7 +124,7 @@ def convert(
 
     None of its code runs. Prints what was converted and anything about it that might surprise.
     """
-    from tah.checkpoints.convert import convert as run_convert
+    from tah.load import convert as run_convert
 
     quiet()
     report = run_convert(source, target, threshold=threshold)

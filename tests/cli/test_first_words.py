@@ -334,15 +334,15 @@ def test_auto_is_the_default_everywhere():
 
     from typer.main import get_command
 
-    from tah.evaluation.evaluate import evaluate
-    from tah.pipeline.pruned import prune_model
+    from tah.evaluation.request import Request
+    from tah.pipeline.pruned import Pruning
     from tah_cli.app import app
 
     commands = dict(get_command(app).walk())
     for name in ("generate", "chat", "eval", "trace", "tune", "prune"):
         defaults = {option.name: option.default for option in commands[name].params}
         assert (defaults["device"], defaults["dtype"]) == ("auto", "auto"), name
-    for function in (Session.open, evaluate, prune_model):
+    for function in (Session.open, Request, Pruning):
         parameters = inspect.signature(function).parameters
         assert (parameters["device"].default, parameters["dtype"].default) == ("auto", "auto")
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.families import VOCAB, tiny
 from helpers.models import shake, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
+from helpers.scores import plain_scores
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import markdown, throughput
 from tah.benchmarks.measure import save
@@ -29,7 +30,6 @@ from tah.stats.bootstrap import Resampled, ranking
 from tah.stats.threshold import threshold_for_loss
 from tah.tracing import trace as tracing
 from tah.tracing.overthinking import compare, statistics
-from tah.tracing.recorder import measure
 from tah.tracing.tables import as_markdown
 from tah.tracing.texts import read_rows, texts_of
 from tah.tracing.trace import TraceRequest
@@ -77,14 +77,6 @@ def trace(model, tokenizer, rows, output=None, progress=SILENT, **fields):
     return tracing.trace(model, tokenizer, rows, output, TraceRequest(rule, **fields), progress=progress)
 
 
-def plain(logits, target, k):
-    """Rank, probability, entropy, the k best: by sorting the whole row."""
-    order = (-logits).sort(stable=True).indices.tolist()  # of equal ones the lower id first
-    p = logits.double().softmax(-1)
-    entropy = torch.special.entr(p).sum().item()
-    return order.index(int(target)), p[target].item(), entropy, order[:k], p[order[:k]].tolist()
-
-
 # -- recording -------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +115,7 @@ def test_trace_equals_plain_loops(words, config):
         full = reference(model, torch.from_numpy(text.ids[:-1]).long(), everyone)
         for d in range(model.config.max_depth):
             for at, target in enumerate(text.ids[1:]):
-                rank, prob, entropy, best, probs = plain(full.depth_logits[d][at], target, 3)
+                rank, prob, entropy, best, probs = plain_scores(full.depth_logits[d][at], target, 3)
                 assert text.rank[d, at] == rank and text.top_ids[d, at].tolist() == best
                 assert text.prob[d, at] == pytest.approx(prob, rel=2e-4)
                 assert text.entropy[d, at] == pytest.approx(entropy, rel=1e-3)
@@ -158,7 +150,7 @@ def test_with_duo_the_own_policy_is_run(words):
         truth = reference(model, torch.from_numpy(text.ids[:-1]).long(), by_policy(model.decider, 0.5))
         assert (truth.depth_count == torch.from_numpy(text.depth)).all()
         for at, target in enumerate(text.ids[1:]):
-            rank, prob, _, best, _ = plain(truth.logits[at], target, 1)
+            rank, prob, _, best, _ = plain_scores(truth.logits[at], target, 1)
             assert (text.final_rank[at], text.final_top[at]) == (rank, best[0])
             assert text.final_prob[at] == pytest.approx(prob, rel=2e-4)
     found, control = (np.concatenate([text.final_prob for text in t.texts]) for t in (traced, wrong))
@@ -173,7 +165,7 @@ def test_oracle_runs_where_depth_one_is_wrong(words):
         labels = torch.from_numpy(np.where(text.rank[0] > 0, 2, 1))
         truth = reference(model, torch.from_numpy(text.ids[:-1]).long(), by_labels(labels))
         assert (text.depth == labels.numpy()).all()
-        tops = [plain(logits, 0, 1)[3][0] for logits in truth.logits]
+        tops = [plain_scores(logits, 0, 1)[3][0] for logits in truth.logits]
         assert text.final_top.tolist() == tops
 
 
@@ -256,26 +248,12 @@ def test_a_trace_looks_once_at_each_pass(words, monkeypatch):
     assert sum(count) == 8 * sum(len(text.ids) - 1 for text in shared.texts)
 
 
-def test_measure_against_sorting():
-    """With ties, as bfloat16 has them, and targets among the best and elsewhere; more than a block, and less."""
-    generator = torch.Generator().manual_seed(0)
-    for size, k in ((97, 5), (1000, 5), (1000, 1), (640, 12)):
-        for coarse in (False, True):
-            logits = torch.randn(24, size, generator=generator) * 4
-            logits = (logits * 2).round() / 2 if coarse else logits
-            target = torch.cat([logits[:12].topk(3).indices[:, 2], torch.randint(0, size, (12,), generator=generator)])
-            found = measure(logits.clone(), target, k)
-            for at in range(24):
-                rank, prob, entropy, best, probs = plain(logits[at], target[at], k)
-                assert found[at, 0] == rank
-                assert found[at, 1:4].tolist() == pytest.approx([prob, entropy, probs[0]], rel=1e-4, abs=1e-7)
-                assert logits[at, found[at, 4 : 4 + k].long()].tolist() == logits[at, best].tolist()
-                if not coarse:
-                    assert found[at, 4 : 4 + k].tolist() == best
-                assert found[at, 4 + k :].tolist() == pytest.approx(probs, rel=1e-4)
-    assert measure(torch.tensor([[1.0, 3, 3, -math.inf]]), torch.tensor([2]), 2)[0, [0, 4, 5]].tolist() == [1, 1, 2]
-    with pytest.raises(ValueError, match="the model computes NaN"):
-        measure(torch.tensor([[1.0, math.nan]]), torch.tensor([0]), 1)
+def test_a_model_that_is_not_finite_is_refused(words):
+    model = model_of("own")
+    with torch.no_grad():
+        model.base.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="computes NaN"):
+        trace(model, words, rows(), policy="never")
 
 
 def test_more_passes_than_the_model_has_are_refused(words):
@@ -826,7 +804,7 @@ def fails(capsys, *arguments):
     capsys.readouterr()
     assert run([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "is a base model" not in line]
+    lines = [line for line in err.splitlines() if "is a base model" not in line and not line.startswith("tracing: ")]
     assert len(lines) == 1 and lines[0].startswith("tah: ") and out.strip() == "", err
     assert sorted(Path.cwd().rglob("*")) == before
     return lines[0]
@@ -937,7 +915,7 @@ def test_tune_confidence(capsys, checkpoint, measure):
 
 
 def test_throughput_is_measured(words, tmp_path):
-    found = throughput(model_of("duo", max_depth=2), words, (20, 30), repeats=1, tokens_per_batch=32)
+    found = throughput(model_of("duo", max_depth=2), words, (20, 30), TraceRequest(tokens_per_batch=32), repeats=1)
     assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, run again"}
     assert all(rate > 0 for rate in found["tokens_per_second"].values())
     save(found, markdown(found), tmp_path, "bench_trace")

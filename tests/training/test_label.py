@@ -291,7 +291,7 @@ def test_a_reference_with_another_tokenizer_is_refused(rows, tokenizer, referenc
 def test_a_reference_without_a_tokenizer_is_refused(rows, tokenizer, reference, tmp_path):
     reference.save_pretrained(tmp_path / "bare")
     bare = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="reference .*bare has no usable tokenizer"):
+    with pytest.raises(ValueError, match="bare has no usable tokenizer"):
         label(rows, tokenizer, bare, tmp_path / "out", max_length=64)
     assert label(rows, tokenizer, bare, tmp_path / "out", max_length=64, reference_tokenizer=tokenizer)["complete"]
 

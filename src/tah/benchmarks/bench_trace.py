@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..data.scoring import batches
 from ..model import TaHForCausalLM
-from ..tracing.trace import trace
+from ..tracing.trace import TraceRequest, trace
 from .measure import alternate, machine, median_ratio, table, texts, timed
 
 
@@ -25,10 +27,8 @@ def throughput(
     model: TaHForCausalLM,
     tokenizer: Any,
     lengths: Sequence[int] = (512,) * 8,
-    *,
-    tokens_per_batch: int = 4096,
+    request: TraceRequest | None = None,
     repeats: int = 5,
-    **options: Any,
 ) -> dict[str, Any]:
     """Tokens per second of tracing English texts, and of M plain passes of `model.base` with all logits.
 
@@ -37,15 +37,15 @@ def throughput(
 
     Args:
         lengths: tokens of each text.
-        tokens_per_batch: of the trace; the plain passes run the same batches, without padding masks.
+        request: of the trace; the plain passes run the same batches, without padding masks.
         repeats: rounds.
-        options: of `trace`.
     """
+    request = request or TraceRequest()
     ids = texts(tokenizer, lengths)  # English: what a true next token's rank costs depends on how likely the text is
     rows = [{"input_ids": row, "supervised": [False] + [True] * (len(row) - 1)} for row in ids]
-    M = options.get("max_depth") or model.config.max_depth
+    M = int(request.rule.max_depth or model.config.max_depth)
     inputs = []
-    for batch in batches([length - 1 for length in lengths], tokens_per_batch):
+    for batch in batches([length - 1 for length in lengths], request.tokens_per_batch):
         x = torch.zeros(len(batch), max(lengths[at] for at in batch) - 1, dtype=torch.int64)
         for row, at in enumerate(batch):
             x[row, : lengths[at] - 1] = torch.tensor(ids[at][:-1])
@@ -53,24 +53,27 @@ def throughput(
 
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(**given: Any) -> Callable[[], None]:
-            def traced() -> None:
-                file = Path(folder) / "trace.jsonl"
-                file.unlink(missing_ok=True)
-                trace(model, tokenizer, rows, file, tokens_per_batch=tokens_per_batch, **{**options, **given})
+        def run(variant: TraceRequest) -> None:
+            file = Path(folder) / "trace.jsonl"
+            file.unlink(missing_ok=True)
+            trace(model, tokenizer, rows, file, variant)
 
-            return traced
-
+        again = replace(request, run_policy=True, rule=replace(request.rule, policy="random"))
         runs = {
-            "plain": lambda: _plain(model, inputs, M),
-            "trace": run(own_policy=False),
-            "trace, run again": run(own_policy=True, policy="random"),
+            "plain": partial(_plain, model, inputs, M),
+            "trace": partial(run, replace(request, run_policy=False)),
+            "trace, run again": partial(run, again),
         }
         seconds = alternate({name: timed(run, model.device) for name, run in runs.items()}, repeats)
     tokens = sum(lengths) - len(lengths)
     return {
         "machine": machine(),
-        "settings": {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch, "repeats": repeats, "passes": M},
+        "settings": {
+            "lengths": list(lengths),
+            "tokens_per_batch": request.tokens_per_batch,
+            "repeats": repeats,
+            "passes": M,
+        },
         "seconds": seconds,
         "tokens_per_second": {name: tokens / statistics.median(each) for name, each in seconds.items()},
         "ratio": {name: median_ratio(seconds["plain"], each) for name, each in seconds.items()},

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..load import first_line
+from ..errors import first_line
 from .chat_rows import REASONING, Chat, Messages, Unusable, openai_call
 
 MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..checkpoints.hub import hub_reachable
 from ..core.loss import IGNORE
-from ..load import first_line
+from ..errors import first_line
 from .assistant_mask import encode
 from .chat_rows import Unusable
 from .data_files import bad_line, open_directory, open_file

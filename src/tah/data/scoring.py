@@ -5,7 +5,6 @@ Shapes: B rows of a batch, T tokens, N predictions in question, D width, V vocab
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,13 +293,3 @@ def check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and positions < max_length:
         raise ValueError(f"reference {name} has {positions} positions; lower max_length={max_length} to that")
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of up to 1024 values of every weight: tells a model from itself before more training."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, values.numel() // 1024)].float().cpu()
-        digest.update(name.encode() + (b"" if parameter.is_meta else values.numpy().tobytes()))
-    return digest.hexdigest()

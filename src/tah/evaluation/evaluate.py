@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..data.scoring import weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
 from ..names import STOCK_TASK
 from ..policy import Rule
@@ -55,7 +55,7 @@ def evaluate(
         what `results.json` holds: `results` by policy and task, `average` by policy, and the settings.
 
     Raises:
-        ValueError: a setting, a file or the model is not usable; one line says what to do.
+        ValueError: a setting, a file or the model is not usable; the message says what to do.
         ImportError: vLLM is asked for, and not installed.
     """
     request = Request(model, tasks, output, **options)

@@ -29,8 +29,8 @@ from ..core.cache import CACHE, DuoCache
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
+from ..errors import first_line
 from ..generation import RefuseNaN
-from ..load import first_line
 from ..policy import DepthState, Policy, Rule
 from ..session import Session
 from .by_row import RowEnds, SampleByRow
@@ -171,7 +171,7 @@ class TaHLM(HFLM):
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
     def _text(self, asked: Asked, answer: Generated) -> str:
-        """What lm-eval's filters get: up to the first stop string, without thoughts if `think_end_token` says so."""
+        """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
@@ -230,7 +230,7 @@ class TaHLM(HFLM):
         """Stop strings, most tokens, and how to sample: temperature, top_p and top_k, or None for the most probable.
 
         Raises:
-            ValueError: an option of lm-eval's that nobody here follows.
+            ValueError: an option of lm-eval's that is not supported.
         """
         options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # leaves out `use_cache` and the like
         stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
@@ -327,7 +327,7 @@ class ReferenceOracle(Policy):
 
     @torch.no_grad()
     def _choices(self, state: DepthState) -> Tensor:
-        """[N] what the reference would say next, for the tokens of this forward."""
+        """[N] the reference's most probable next tokens, for the tokens of this forward."""
         assert state.input_ids is not None
         new = self.mask if self.fresh else self.mask.new_ones(len(self.mask), 1)  # [B, T]
         if not self.fresh:

@@ -8,8 +8,8 @@ policy may forbid.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ COLOURS = {  # in a page they are its variables of these names: --ink, ...
     "crimson": "#be1647",
 }
 VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tah",
     "text.parse_math": False,  # a token may hold dollar signs
@@ -53,9 +53,11 @@ STYLE = {
 POINT = 72  # to the inch; the unit of an SVG
 
 
-def styled() -> AbstractContextManager[None]:
+@contextmanager
+def styled() -> Iterator[None]:
     """The style of all charts, for a `with` around drawing and saving, or as a decorator."""
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
 def new_chart(width: float = 6.4, height: float = 3.9, columns: int = 1) -> tuple[Figure, Any]:

@@ -112,10 +112,12 @@ def _passes(named: Named) -> Figure:
     figure, axes = new_chart()
     passes = [(mark, row) for mark, stats in named for row in stats["passes"]]
     for side, (name, (title, colour)) in zip((-0.2, 0.2), CHANGES.items(), strict=True):
-        found = [(at + side, row[name]) for at, (_, row) in enumerate(passes) if row[name]["value"] is not None]
+        found = [(number + side, row[name]) for number, (_, row) in enumerate(passes) if row[name]["value"] is not None]
         rows = [row for _, row in found]
         values = [row["value"] for row in rows]
-        axes.bar([x for x, _ in found], values, 0.36, yerr=_errors(rows), capsize=4, color=colour, label=title)
+        at = [x for x, _ in found]
+        axes.bar(at, values, 0.36, color=colour, label=title)
+        axes.errorbar(at, values, _errors(rows), fmt="none", capsize=4, ecolor=COLOURS["ink"])
         for x, row in found:
             text = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
             axes.annotate(f"{row['value']:.2%}", (x, row["high"] or row["value"]), color=COLOURS["ink"], **text)

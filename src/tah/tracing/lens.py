@@ -22,6 +22,7 @@ import numpy as np
 from ..files import write_atomically
 from .charts import MARKS, page_charts
 from .overthinking import compare, statistics
+from .tables import difference_table, tables_of
 from .trace_file import Trace, TracedText, check_comparable
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -59,7 +60,6 @@ def write_lens(
     js = "".join(ASSETS.joinpath(name).read_text("utf-8") for name in SCRIPTS)
     named = list(zip(MARKS, stats, strict=False))
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
-    environment.filters |= {"percent": _percent, "interval": _interval, "number": _number}
     page = environment.get_template("lens.html.j2").render(
         css=css,
         js=js,
@@ -71,6 +71,8 @@ def write_lens(
         shown_texts=len(data["lengths"]),
         all_tokens=int(traces[0].header["tokens"]),
         difference=difference,
+        difference_table=None if difference is None else difference_table(difference),
+        tables=[tables_of(its) for its in stats],
         charts=page_charts(named),
     )
     write_atomically(output, page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
@@ -86,20 +88,6 @@ def _as_json(value: Any) -> str:
     """JSON that can neither end a script element nor begin anything else in HTML."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _percent(share: float | None) -> str:
-    return "\u2013" if share is None else f"{share:.2%}".replace("%", " %")
-
-
-def _number(value: float | None) -> str:
-    return "\u2013" if value is None else f"{value:.4f}"
-
-
-def _interval(estimate: dict[str, float | None], digits: int = 2, times: float = 100) -> str:
-    """`81.21 to 82.40`, or nothing where undefined."""
-    low, high = estimate["low"], estimate["high"]
-    return "" if low is None or high is None else f"{low * times:.{digits}f} to {high * times:.{digits}f}"
 
 
 # -- its data --------------------------------------------------------------------------------------------------------

@@ -1,44 +1,85 @@
-"""The statistics of a trace as Markdown tables. Text from models, data and traces is shown as text there."""
+"""The statistics of a trace as tables, for its page and as Markdown. Text from models, data and traces stays text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..stats.bootstrap import Estimate
 
 MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is none
 LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # which GitHub turns into links on its own
+CHANGES = {
+    "wrong ones corrected": "corrected",
+    "right ones broken": "broken",
+    "break-even precision": "break_even_precision",
+    "loss falls": "improved",
+    "loss rises": "worsened",
+}
+POLICIES = {
+    "iterated": "iterated",
+    "accuracy": "accuracy",
+    "over never": "gain",
+    "loss": "loss",
+    "precision": "precision",
+    "break-even": "break_even_precision",
+    "second choice there": "second_choice",
+}
 
 
-def as_markdown(stats: dict[str, Any]) -> str:
-    """`overthinking.statistics` as a page of tables."""
-    lines = [*_about(stats), *_each_depth(stats)]
-    shown = ("iterated", "accuracy", "gain", "loss", "precision", "break_even_precision", "second_choice")
-    titles = ["policy", "iterated", "accuracy", "over never", "loss", "precision", "break-even", "second choice there"]
-    rows = []
+class Cell(NamedTuple):
+    text: str  # any
+    more: str = ""  # ours: an interval, a threshold
+
+
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    below: str = ""
+
+
+def tables_of(stats: dict[str, Any]) -> list[Table]:
+    """`overthinking.statistics` as tables, as far as there is something to show."""
+    depths = [[Cell(str(row["depth"])), _percent(row["accuracy"]), _nats(row["loss"])] for row in stats["depths"]]
+    passes = [[Cell(str(row["depth"])), *(_percent(row[key]) for key in CHANGES.values())] for row in stats["passes"]]
+    policies = []
     for name, row in stats["policies"].items():
-        title = _plain(name) if row["threshold"] is None else f"{_plain(name)} > {row['threshold']:.4g}"
-        rows.append([title, *(_number(row[n]) if n == "loss" else _percent(row[n]) for n in shown)])
-    over = ", ".join(f"{_percent(gap)} {_plain(name)}" for name, gap in stats["headroom"].items())
-    lines += [*_section("Who iterates", titles, rows), "", f"Headroom of the oracle: {over}."]
-    rows = [
+        first = Cell(name, "" if row["threshold"] is None else f" > {row['threshold']:.4g}")
+        policies.append([first, *((_nats if key == "loss" else _percent)(row[key]) for key in POLICIES.values())])
+    scores = [
         [
-            *(_plain(name), _plain(label), _percent(its["auroc"]), _percent(its["average_precision"])),
-            f"{its['share']:.2%}",
+            Cell(name),
+            Cell(label),
+            _percent(its["auroc"]),
+            _percent(its["average_precision"]),
+            Cell(f"{its['share']:.2%}"),
         ]
         for name, labels in stats["scores"].items()
         for label, its in labels.items()
     ]
-    titles = ["score", "finds", "AUROC", "average precision", "share of such tokens"]
-    lines += _section("How well scores find wrong tokens, and tokens that gain", titles, rows)
-    rows = [[_code(t["text"]), f"{t['count']:,}", f"{t['iterated']:.1%}"] for t in stats["iterated_tokens"]]
-    lines += _section("Tokens most often iterated", ["token", "count", "iterated"], rows)
-    return "\n".join(lines) + "\n"
+    over = ", ".join(f"{''.join(_percent(gap))} {name}" for name, gap in stats["headroom"].items())
+    tables = [
+        Table("After each pass, if every token runs it", ["depth", "accuracy", "loss"], depths),
+        Table("What deeper passes change", ["up to depth", *CHANGES], passes),
+        Table("Who iterates", ["policy", *POLICIES], policies, f"Headroom of the oracle: {over}."),
+        Table(
+            "How well scores find wrong tokens, and tokens that gain",
+            ["score", "finds", "AUROC", "average precision", "share of such tokens"],
+            scores,
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
-def _about(stats: dict[str, Any]) -> list[str]:
+def difference_table(found: dict[str, Any]) -> Table:
+    """`overthinking.compare` as a table."""
+    rows = [[Cell(name), _percent(row["accuracy"]), _nats(row["loss"])] for name, row in found["difference"].items()]
+    return Table("", ["policy", "accuracy, B less A", "loss, B less A"], rows)
+
+
+def as_markdown(stats: dict[str, Any]) -> str:
+    """`overthinking.statistics` as a page of tables."""
     about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
     measure = f" ({_plain(about['confidence_measure'])})" if about.get("confidence_measure") else ""
     model, data, policy = (_plain(about[name]) for name in ("model", "data", "policy"))
@@ -54,38 +95,31 @@ def _about(stats: dict[str, Any]) -> list[str]:
         exact = "never, always and own policy" if about["final"] == "run" else "never and always"
         why = f'Deeper passes read each other (attention "duo"): all but {exact} are approximated by outputs of a run'
         lines += ["", f"{why} where every token iterated."]
-    return lines
+    for table in tables_of(stats):
+        rows = [[f"{_plain(cell.text)}{cell.more}" for cell in row] for row in table.rows]
+        lines += _section(table.title, table.columns, rows) + (["", _plain(table.below)] if table.below else [])
+    rows = [[_code(t["text"]), f"{t['count']:,}", f"{t['iterated']:.1%}"] for t in stats["iterated_tokens"]]
+    if rows:
+        lines += _section("Tokens most often iterated", ["token", "count", "iterated"], rows)
+    return "\n".join(lines) + "\n"
 
 
-def _each_depth(stats: dict[str, Any]) -> list[str]:
-    depths = [[str(row["depth"]), _percent(row["accuracy"]), _number(row["loss"])] for row in stats["depths"]]
-    names = ("corrected", "broken", "break_even_precision", "improved", "worsened")
-    passes = [[str(row["depth"]), *(_percent(row[name]) for name in names)] for row in stats["passes"]]
-    titles = ["wrong ones corrected", "right ones broken", "break-even precision", "loss falls", "loss rises"]
-    return [
-        *_section("After each pass, if every token runs it", ["depth", "accuracy", "loss"], depths),
-        *_section("What deeper passes change", ["up to depth", *titles], passes),
-    ]
+def _section(title: str, columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return ["", f"## {title}", "", *lines]
 
 
-def _section(title: str, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A heading and a table; nothing where the table is empty."""
-    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
-    return ["", f"## {title}", "", *lines] if len(lines) > 2 else []
+def _percent(estimate: Estimate) -> Cell:
+    return _nats(estimate, 100, 2, " %")
 
 
-def _percent(estimate: Estimate) -> str:
-    return _number(estimate, 100, " %")
-
-
-def _number(estimate: Estimate | None, times: float = 1, unit: str = "") -> str:
-    """`81.80 % (81.21 to 82.40)`, or - where undefined."""
+def _nats(estimate: Estimate | None, times: float = 1, digits: int = 4, unit: str = "") -> Cell:
+    """`81.80 %` and ` (81.21 to 82.40)`, or - where undefined."""
     if estimate is None or estimate["value"] is None:
-        return "-"
-    digits = 2 if unit else 4
-    text = f"{estimate['value'] * times:.{digits}f}{unit}"
+        return Cell("-")
     low, high = estimate["low"], estimate["high"]
-    return text if low is None or high is None else f"{text} ({low * times:.{digits}f} to {high * times:.{digits}f})"
+    interval = "" if low is None or high is None else f" ({low * times:.{digits}f} to {high * times:.{digits}f})"
+    return Cell(f"{estimate['value'] * times:.{digits}f}{unit}", interval)
 
 
 def _plain(text: Any) -> str:

@@ -24,9 +24,10 @@ import transformers
 from torch import Tensor
 
 from .. import __version__
+from ..checkpoints.contents import weights_fingerprint
 from ..core.families import stable_positions
 from ..core.inputs import check_ids
-from ..data.scoring import batches, evaluating, weights_fingerprint
+from ..data.scoring import batches, evaluating
 from ..model import TaHForCausalLM
 from ..policy import Oracle, Rule
 from ..progress import SILENT, Reporter
@@ -166,10 +167,10 @@ class _Tracer:
 
         first = Recorder(self.rule, target, M, k, self.decider)
         self._forward(first, inputs)
-        passes = torch.stack([captured for _, captured in first.passes])  # [M, N, 4 + 2k]
+        passes = torch.stack([captured for _, captured in first.passes])  # [M, N, 3 + 2k]
         oracle = torch.where(passes[0, :, 0] > 0, M, 1)  # [N] all passes where depth 1 is wrong
         depth = oracle if isinstance(self.rule.policy, Oracle) else first.depth
-        final = passes[depth - 1, torch.arange(len(target), device=depth.device)]  # [N, 4 + 2k]
+        final = passes[depth - 1, torch.arange(len(target), device=depth.device)]  # [N, 3 + 2k]
         if self.run_policy:
             labels = torch.ones(mask.shape, dtype=torch.int64)
             labels[mask] = oracle.cpu()
@@ -181,15 +182,17 @@ class _Tracer:
 
         every, last = passes.cpu().numpy(), final.cpu().numpy()
         columns = {
-            **{name: every[..., at] for at, name in enumerate(("rank", "prob", "entropy", "max_prob"))},
-            "top_ids": every[..., 4 : 4 + k].astype(np.int32),
-            "top_probs": every[..., 4 + k :],
+            "rank": every[..., 0].astype(np.int32),
+            "prob": every[..., 1],
+            "entropy": every[..., 2],
+            "max_prob": every[..., 3 + k],
+            "top_ids": every[..., 3 : 3 + k].astype(np.int32),
+            "top_probs": every[..., 3 + k :],
             "depth": depth.cpu().numpy(),
             "final_rank": last[:, 0].astype(np.int32),
             "final_prob": last[:, 1],
-            "final_top": last[:, 4].astype(np.int32),
+            "final_top": last[:, 3].astype(np.int32),
         }
-        columns["rank"] = columns["rank"].astype(np.int32)
         if first.go_prob:
             columns["decider"] = torch.stack(first.go_prob).cpu().numpy()
         for text, n, stop in zip(texts, lengths, np.cumsum(lengths), strict=True):

@@ -296,7 +296,7 @@ DENIED = re.compile(
     r"exclud\w+|reject\w*|unlike|except|than|instead|whereas|while|although|though|contrast|compar\w+|distractor|"
     r"other)\b|n['’]t\b"
 )
-# What speaks for a letter behind it, where nothing says more.
+# What speaks for the letter behind it, where there is no statement.
 FOR = re.compile(
     r"(?i)(?:(?:^|[.!:;\n] ?)(?:(?:so|then|thus|therefore|finally|please),? )?(?:choose|select|pick) |"
     r"\b(?:looks|seems) like |\b(?:false|incorrect|untrue|inaccurate|wrong) (?:statement|sentence)(?: here)? is |"
@@ -367,7 +367,7 @@ def _remarks(text: str) -> Iterator[Letter]:
         if not any(words.search(part) for words in (DENIED, LIMITED) for part in (before, after)):
             yield found
     lines = option_lines(text)
-    # What the lines of a list say about their options, without the options' letters.
+    # The remarks on the options in the lines of a list, without the options' letters.
     heads = [text[at : at + 200].split("\n", 1)[0] for at, _ in lines]
     said = [re.sub(r"(?i)^(?:option |choice )?\W?\w[^\w✓✅✔✗❌✘]*", "", line, count=1) for line in heads]
     good = [bool(GOOD.search(line.rstrip(" .!"))) and not BAD.search(line) for line in said]

@@ -130,7 +130,9 @@ def _listed(found: re.Match[str]) -> str:
 
 def normalized(text: str) -> str:
     """The text of an answer, a value or several, with one way of writing for what has many."""
-    text = "".join(_with_boxes_opened(text)).translate(SIGNS)
+    for box in reversed(boxes(text)):
+        text = text[: box.start] + box.content + text[box.end :]
+    text = text.translate(SIGNS)
     text = re.sub(f"[{RAISED}]+", lambda found: f"^{{{found[0].translate(FROM_RAISED)}}}", text)
     text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
     for pattern, to in REWRITES:
@@ -143,15 +145,6 @@ def normalized(text: str) -> str:
     text = AMOUNT_IN_TEXT.sub(r"\1 \\text{\2}", text.strip())
     text = SPACED.sub(lambda found: found[0].replace(" ", ""), text)
     return without_labels(re.sub(" {2,}", " ", text).strip())
-
-
-def _with_boxes_opened(text: str) -> list[str]:
-    """The text with the contents of its boxes in their places."""
-    parts, at = [], 0
-    for box in boxes(text):
-        parts += [text[at : box.start], box.content]
-        at = box.end
-    return [*parts, text[at:]]
 
 
 def without_labels(text: str) -> str:
@@ -248,7 +241,7 @@ def plus_and_minus(text: str) -> list[str]:
 
 
 def members(text: str) -> list[str]:
-    r"""The values of an undressed text: of a list, a set, or both signs of \pm."""
+    r"""The values of a normalized text: of a list, a set, or both signs of \pm."""
     values: list[str] = []
     for part in split_list(text):
         part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part

@@ -8,8 +8,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from .notation import inner, split_list, without_labels
+
+# The numbers that a condition holds for: \{x \in \mathbb{R} \mid x>2\}
+SET_OF = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}")
+PLAIN = [
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\dollars", ""),
+        (r"\\text\{\s*([a-zA-Z])\s*\}", r"\1"),
+        # What math-verify takes for functions and constants, as symbols
+        (r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}"),
+        (r"\\gamma(?![a-zA-Z])", r"\\text{gama}"),
+        (r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}"),
+        (r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}"),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -17,7 +33,7 @@ class Value:
     """One value of an answer.
 
     Args:
-        text: as it was written, without labels, full stops and empty dress.
+        text: as it was written, without labels and full stops.
         bare: without the unit; as `text` where there is none.
         unit: in one way of writing; None where there is none.
     """
@@ -28,17 +44,15 @@ class Value:
 
 
 def read_value(text: str, gold: bool = False) -> Value:
-    """Read one value of an undressed text.
+    """Read one value of a normalized text.
 
     Args:
-        text: of the value, from `split`.
+        text: of the value, from `split_list`.
         gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
     """
     text = without_labels(text)
-    if set_of := re.fullmatch(
-        r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}", text
-    ):
-        text = set_of[2].strip()
+    if set_of := SET_OF.fullmatch(text):
+        text = set_of[1].strip()
     if not gold and r"\approx" in text:
         exact, _, rounded = text.partition(r"\approx")
         text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
@@ -47,14 +61,9 @@ def read_value(text: str, gold: bool = False) -> Value:
 
 
 def _plain(text: str) -> str:
-    """Without \text around a single letter, and with what math-verify takes for functions as symbols."""
-    text = re.sub(r"\\text\{\s*([a-zA-Z])\s*\}", r"\1", text.replace(r"\dollars", ""))
-    text = re.sub(r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}", text)
-    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\text{gama}", text)
-    text = re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}", text)
-    text = re.sub(
-        r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}", text
-    )  # no constant has an index
+    """The text as math-verify reads it as it was meant."""
+    for pattern, to in PLAIN:
+        text = pattern.sub(to, text)
     return text.strip()
 
 
@@ -69,13 +78,13 @@ NAMES = """
     dollar usd $, cent ¢, euro eur €, pence, rupee rs ₹, yen ¥, sq square, cu cubic, mph, kmh kmph kph, unit
 """
 UNITS = {name: names.split()[0] for names in NAMES.split(",") for name in names.split()}
-# Words that change a value or speak of it: no units
+# Words that change a value or describe it: no units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
     r"st|nd|rd|th|all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
     r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
 )
-# These do speak of it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
+# These describe it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
 BEHIND = ("of", "in", "times", "all", "over", "to", "and")
 POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
 # What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
@@ -108,7 +117,7 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
     """A value and its unit, in one way of writing; None where it has none.
 
     Args:
-        text: of one value, undressed.
+        text: of one value, normalized.
         gold: it is the right answer, in which `5m` is a product.
     """
     if not gold:
@@ -136,7 +145,7 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
 
 
 def _spelled(text: str) -> str:
-    """A value with its unit in words where this was written with signs, as \\Omega."""
+    """A value with its unit spelled out where that was written with a sign, as \\Omega."""
     for pattern, to in SIGNED:
         found = pattern.search(text)
         if not found or not found.start() or not AMOUNT.fullmatch(text[: found.start()]):
@@ -147,12 +156,14 @@ def _spelled(text: str) -> str:
 
 
 def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
+    """Whether these words are a unit where nothing but letters says so."""
     if spoken:  # in \\text; M is molar there
         return known or len(names[0]) > 1 or names == ["M"]
     if known:
         return not (gold and any(len(name) == 1 or name in ("mg", "ml") for name in names))
     first = len(names[0]) > 3 or _name(names[0]) is not None
-    return first and 5 > len(names) and all(1 < len(name) < 20 and not _alphabet(name) for name in names)
+    words = all(1 < len(name) < 20 and name not in ascii_lowercase for name in names)  # abcd is a product
+    return first and words and len(names) < 5
 
 
 def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
@@ -160,11 +171,6 @@ def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
     if spoken:
         return bool(re.search(r"[\w)}\]]$|\\(?:pi|%)$", body)) and (known or bool(re.search(r"\d", body)))
     return bool(AMOUNT.fullmatch(body)) and (known or rest[0].isspace())
-
-
-def _alphabet(name: str) -> bool:
-    """Whether the letters follow each other as in the alphabet, as the factors of abcd do."""
-    return len(name) > 1 and name in "abcdefghijklmnopqrstuvwxyz"
 
 
 def _name(name: str) -> str | None:
@@ -217,7 +223,7 @@ TUPLE = re.compile(r"^(\([^()]*,[^()]*\))\s*=\s*(\(.*\))$")
 COLUMN = re.compile(
     r"^\\begin\{[pb]matrix\}((?:(?!\\\\|\\begin)[^&])*(?:\\\\(?:(?!\\\\|\\begin|\\end)[^&])+)+)\\end\{[pb]matrix\}$"
 )
-AXES = ("x", "y", "z")  # the only names that have an order of their own
+AXES = ("x", "y", "z")
 Coordinate = tuple[str | None, Value]
 
 
@@ -225,7 +231,7 @@ def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
     r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where the text is no tuple.
 
     Args:
-        text: of one value, undressed.
+        text: of one value, normalized.
         gold: it is the right answer.
     """
     if column := COLUMN.match(text):
@@ -243,35 +249,31 @@ def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
 
 def named_values(values: Sequence[Value]) -> list[Coordinate]:
     """Values of a list as coordinates, with the names they have."""
-    found: list[Coordinate] = []
-    for value in values:
-        name = NAME.match(value.text)
-        bare = read_value(value.text[name.end() :]) if name else value
-        found.append((re.sub(r"\s", "", name[1]) if name else None, bare))
-    return found
+    named = ((NAME.match(value.text), value) for value in values)
+    return [
+        (re.sub(r"\s", "", name[1]), read_value(value.text[name.end() :])) if name else (None, value)
+        for name, value in named
+    ]
 
 
 def same_coordinates(
-    gold: Sequence[Coordinate], said: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
+    gold: Sequence[Coordinate], given: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
 ) -> bool:
     """Whether two lists of coordinates are the same: by name where both have these names, else in their order.
 
     Args:
         gold: of the right answer.
-        said: of the answer.
+        given: of the answer.
         alike: whether two values are the same.
     """
-    if len(gold) != len(said):
+    if len(gold) != len(given):
         return False
-    names = [[name for name, _ in side] for side in (gold, said)]
-    if None not in names[0] and sorted(map(str, names[0])) == sorted(map(str, names[1])):
-        order = [names[1].index(name) for name in names[0]]
-        said = [said[at] for at in order]
-    elif set(names[0]) == {None} or set(names[1]) == {None}:
-        gold, said = _by_axis(gold), _by_axis(said)
-    return all(alike(one, other) for (_, one), (_, other) in zip(gold, said, strict=True))
-
-
-def _by_axis(side: Sequence[Coordinate]) -> list[Coordinate]:
-    """In the order of x, y and z, where these are the names."""
-    return sorted(side, key=lambda one: str(one[0])) if all(name in AXES for name, _ in side) else list(side)
+    names, others = ([name for name, _ in side] for side in (gold, given))
+    if None not in names and sorted(map(str, names)) == sorted(map(str, others)):
+        given = [given[others.index(name)] for name in names]
+    elif {None} in (set(names), set(others)):  # x, y and z have an order of their own
+        gold, given = (
+            sorted(side, key=lambda one: str(one[0])) if all(name in AXES for name, _ in side) else side
+            for side in (gold, given)
+        )
+    return all(alike(one, other) for (_, one), (_, other) in zip(gold, given, strict=True))
