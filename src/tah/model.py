@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .checkpoints.weights import SafeCheckpoint, load_plain
+from .checkpoints.safe import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .core import fast
 from .core.cache import DuoCache, PassCache

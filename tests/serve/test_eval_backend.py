@@ -15,9 +15,11 @@ pytest.importorskip("lm_eval", reason="evaluation needs lm-eval: pip install 'ta
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from helpers.checkpoints import tiny, tiny_base, tokenizer
+from helpers.evaluations import Notes
 from tah.evaluation.eval_files import Asked
-from tah.evaluation.evaluate import Sampling, evaluate
+from tah.evaluation.evaluate import evaluate
 from tah.evaluation.harness import TaHLM
+from tah.evaluation.request import Sampling
 from tah.evaluation.vllm_backend import ServedLM
 from tah.session import Session
 from tah_cli.app import run
@@ -99,9 +101,9 @@ def test_drawn_answers_resumed_equal_uninterrupted(model, tmp_path):
     path = tmp_path / "cut" / "samples" / "decider" / "gsm8k.jsonl"
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[3:6]).replace('"verdict":"wrong"', '"verdict":null') + kept[7][:90])
-    notes: list[str] = []
-    again = go(model, tmp_path / "cut", "vllm", sampling=DRAWN, policies=["decider"], note=notes.append)
-    assert notes == [f"{path}: the last line was cut short and is answered again"]
+    progress = Notes()
+    again = go(model, tmp_path / "cut", "vllm", sampling=DRAWN, policies=["decider"], progress=progress)
+    assert progress.lines == [f"{path}: the last line was cut short and is answered again"]
     assert lines_of(tmp_path / "cut") == lines
     for one, other in zip(whole["results"], again["results"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}

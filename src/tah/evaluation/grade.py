@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .answers import judge_math
 from .code_tasks import entry_point_of, extract_code, grade_all
-from .grading.letters import judge_choice
+from .grading.choice import judge_choice
 from .grading.reply import Grade
 from .sandbox import Sandbox
 
@@ -29,7 +29,7 @@ class Graded:
         verdict: right, wrong, unparsed or untestable.
         gold: the right answer; of a program its tests, of which the beginning is kept.
         extracted: what was found in the answer and compared; None where nothing was found.
-        reason: in one line, where `extracted` beside `gold` does not say it.
+        reason: one line, where the verdict does not follow from `extracted` beside `gold`.
         grader: the version of the grader, see `grader`.
     """
 

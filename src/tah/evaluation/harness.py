@@ -7,7 +7,8 @@ lm-eval has no plug-ins, so from its own command line this module must be import
     python -c "import tah.evaluation.harness, lm_eval.__main__ as m; m.cli_evaluate()" run --model tah \\
         --model_args pretrained=DIR,policy=decider --tasks hellaswag
 
-Our tasks are found there with `--include_path` and the directory `tah/tasks`, under names that begin with `tah_`.
+Our tasks are found there with `--include_path` and the directory `tasks` beside this file, under names that begin with
+`tah_`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from ..core.compat import CACHE
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
+from ..errors import first_line
 from ..generation import RefuseNaN
-from ..load import first_line
-from ..policy import DepthState, Policy
+from ..policy import DepthState, Policy, Rule
 from ..session import Session
 from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
@@ -93,9 +94,8 @@ class TaHLM(HFLM):
         template = session.tokenizer.chat_template
         thinking = {"enable_thinking": True} if "enable_thinking" in str(template or "") else {}
         positions = getattr(session.model.config.get_text_config(), "max_position_embeddings", None)
-        options.setdefault(
-            "max_length", positions
-        )  # lm-eval looks for it at the top of the config, and then takes 2048
+        # lm-eval looks for it at the top of the config only, and otherwise takes 2048
+        options.setdefault("max_length", positions)
         super().__init__(
             pretrained=session.model,
             tokenizer=session.tokenizer,
@@ -118,16 +118,18 @@ class TaHLM(HFLM):
         Raises:
             ValueError: `oracle` without a reference, or one with another tokenizer; `decider` without a trained one.
         """
-        chosen: str | Policy | None = policy
+        session, self.oracle = self.session, None
         if policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
-            check_reference(self.reference.model, self.session.tokenizer, self.reference.tokenizer, 1)
-            chosen = ReferenceOracle(self.reference)
-        model, source = self.session.model, self.session.source
-        if (policy or model.config.policy) == "decider" and (self.session.wrapped or model.decider is None):
-            raise ValueError(f"{source} has no trained decider; give another policy, such as confidence")
-        self.rule = self.session.rule(policy=chosen, threshold=self.threshold, max_depth=self.max_depth)
+            check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
+            self.oracle = ReferenceOracle(self.reference)
+        self.rule = session.rule(Rule(self.oracle or policy, self.threshold, self.max_depth))
+        if self.rule.policy == "decider" and (session.wrapped or session.model.decider is None):
+            raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
+
+    def close(self) -> None:
+        """Give back what was taken for answering: nothing here, an engine's memory in `vllm_backend.py`."""
 
     # -- what lm-eval asks for ---------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class TaHLM(HFLM):
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
     def _text(self, asked: Asked, answer: Generated) -> str:
-        """What lm-eval's filters get: up to the first stop string, without thoughts if `think_end_token` says so."""
+        """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
@@ -194,7 +196,7 @@ class TaHLM(HFLM):
         self._checked(inps)
         self._begin(torch.ones_like(inps) if attn_mask is None else attn_mask)
         with torch.no_grad():
-            return self.model(inps, attention_mask=attn_mask, use_cache=False, **self.rule).logits
+            return self.model(inps, attention_mask=attn_mask, use_cache=False, **self.rule.arguments()).logits
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
@@ -218,7 +220,7 @@ class TaHLM(HFLM):
             stopping_criteria=StoppingCriteriaList([ends]),
             pad_token_id=pad,
             return_dict_in_generate=True,
-            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule,
+            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule.arguments(),
         )
         seconds = (time.perf_counter() - start) / B
         counts, lengths = out.depth_count.cpu(), ends.lengths.tolist()
@@ -229,7 +231,7 @@ class TaHLM(HFLM):
         """Stop strings, most tokens, and how to sample: temperature, top_p and top_k, or None for the most probable.
 
         Raises:
-            ValueError: an option of lm-eval's that nobody here follows.
+            ValueError: an option of lm-eval's that is not supported.
         """
         options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # leaves out `use_cache` and the like
         stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
@@ -261,8 +263,8 @@ class TaHLM(HFLM):
 
     def _begin(self, mask: Tensor) -> None:
         """A new batch, with prompts where `mask` [B, P] is set."""
-        if isinstance(self.rule["policy"], ReferenceOracle):
-            self.rule["policy"].begin(mask)
+        if self.oracle is not None:
+            self.oracle.begin(mask)
 
     def _checked(self, ids: Tensor) -> Tensor:
         """The same, where the model has an embedding for every token."""
@@ -286,8 +288,7 @@ class TaHLM(HFLM):
         return sorted({*ends, self.eot_token_id})
 
     def _check_lengths(self, wanted: Sequence[Asked]) -> None:
-        policy = self.rule["policy"]
-        models = [self.model, *([policy.reference] if isinstance(policy, ReferenceOracle) else [])]
+        models = [self.model, *([self.oracle.reference] if self.oracle else [])]
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
         positions = min((limit for limit in limits if limit is not None), default=None)
         for asked in wanted if positions is not None else ():
@@ -306,15 +307,14 @@ class TaHLM(HFLM):
 
 
 class ReferenceOracle(Policy):
-    """Knows better by asking: a token is hard where the model's first choice is not the reference's on the same text
-    (spec D.2). Hard tokens take all passes.
+    """Iterates on the hard tokens: those where the model's first choice is not the reference's on the same text.
 
-    The reference reads along with its own cache, so `begin` is called before each batch.
+    Hard tokens take all passes. The reference reads along with its own cache, so `begin` is called before each batch.
     """
 
     def __init__(self, reference: Session) -> None:
         self.reference = reference.model
-        self.rule = {"policy": "never"} if reference.wrapped else {}  # a wrapped base is itself
+        self.rule = Rule("never" if reference.wrapped else None)  # a wrapped base is itself
 
     def begin(self, mask: Tensor) -> None:
         """A new batch whose prompts are where `mask` [B, P] is set."""
@@ -328,7 +328,7 @@ class ReferenceOracle(Policy):
 
     @torch.no_grad()
     def _choices(self, state: DepthState) -> Tensor:
-        """[N] what the reference would say next, for the tokens of this forward."""
+        """[N] the reference's most probable next tokens, for the tokens of this forward."""
         assert state.input_ids is not None
         new = self.mask if self.fresh else self.mask.new_ones(len(self.mask), 1)  # [B, T]
         if not self.fresh:
@@ -339,5 +339,5 @@ class ReferenceOracle(Policy):
         for part in ids.split(CHUNK, dim=1):  # of a long prompt, so that no [B, P, V] exists
             start += part.shape[1]
             given = {"attention_mask": self.mask[:, :start].long(), CACHE: self.cache, "use_cache": True}
-            found.append(self.reference(part, **given, **self.rule).logits.argmax(-1))
+            found.append(self.reference(part, **given, **self.rule.arguments()).logits.argmax(-1))
         return torch.cat(found, dim=1)[new]

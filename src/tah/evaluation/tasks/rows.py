@@ -20,11 +20,11 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ...errors import first_line
 from ...files import parse_json
-from ...load import first_line
 from ..answers import read_math
 from ..grade import Kind, grade
-from ..grading.letters import LETTERS
+from ..grading.choice import LETTERS
 
 Row = dict[str, Any]
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -115,7 +115,7 @@ def check(row: Any, kind: Kind, where: str) -> None:
     """Whether a row fits the schema.
 
     Raises:
-        ValueError: it does not; says where and why.
+        ValueError: it does not; the message names the place and the reason.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not an object of {', '.join(FIELDS[kind])}")
@@ -158,7 +158,7 @@ def _check_choices(choices: Any, answer: Any, where: str) -> None:
         raise ValueError(f"{where}: choice {_short(wrong[0])} is neither a text nor a number")
     letters = LETTERS[: len(choices)]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
-        hint = "" if isinstance(answer, str) else "; nobody knows whether a number counts from 0 or from 1"
+        hint = "" if isinstance(answer, str) else "; a number might count from 0 or from 1"
         raise ValueError(f"{where}: answer {_short(answer)} is not one of the letters {letters}{hint}")
 
 
