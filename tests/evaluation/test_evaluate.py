@@ -22,12 +22,11 @@ from helpers.evaluations import ITEMS, LONG, SHORT, Notes, go, lines_of
 from tah import TaHForCausalLM
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math
-from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import as_markdown, bounded, compare, compared_markdown, widened
 from tah.evaluation.evaluate import answer_task, evaluate
 from tah.evaluation.grading.choice import judge_choice
-from tah.evaluation.harness import TaHLM
+from tah.evaluation.harness import SampleByRow, TaHLM
 from tah.evaluation.request import Sampling, build
 from tah.evaluation.tasks import CODE, DIRECTORY, rows
 from tah.evaluation.tasks.protocols import DEFAULT
