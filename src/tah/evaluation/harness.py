@@ -153,7 +153,7 @@ class TaHLM(HFLM):
         found: list[str] = []
         for _, group in itertools.groupby(wanted, key=lambda asked: asked.options):
             for batch in self._batches(list(group)):
-                found += map(self._text, batch, self._answers(batch))
+                found += map(self.cut_text, batch, self.answer_batch(batch))
         return found
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
@@ -161,17 +161,17 @@ class TaHLM(HFLM):
         for start in range(0, len(asked), self.batch_size):
             yield asked[start : start + self.batch_size]
 
-    def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
+    def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or generated and logged."""
         logged = [self.log.find(asked) if self.log else None for asked in batch]
         if all(logged):
             return [answer for answer in logged if answer]
-        answers = self._generate(batch)
+        answers = self.generate_batch(batch)
         if self.log:
             self.log.add([(batch[at], answers[at]) for at, old in enumerate(logged) if old is None])
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
-    def _text(self, asked: Asked, answer: Generated) -> str:
+    def cut_text(self, asked: Asked, answer: Generated) -> str:
         """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
@@ -200,7 +200,7 @@ class TaHLM(HFLM):
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
-    def _generate(self, batch: Sequence[Asked]) -> list[Generated]:
+    def generate_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         stop, limit, warping = self._wishes(batch[0].options)
         prompt, mask = self.tok_batch_encode([asked.prompt for asked in batch])
         prompt, mask, pad = prompt.to(self.device), mask.to(self.device), self._pad()
