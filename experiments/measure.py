@@ -18,7 +18,8 @@ import torch
 
 from tah import Confidence, Policy, TaHForCausalLM
 from tah.data.scoring import Reference
-from tah.pipeline.scores import TokenScores, score_answers, score_tokens
+from tah.pipeline.experiment.scores import TokenScores, score_answers, score_tokens
+from tah.policy import Rule
 from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question
@@ -32,33 +33,31 @@ GAIN = 0.05  # nats: a second pass that lowers the loss by more was worth it
 def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, validation: int) -> dict[str, Any]:
     """Thresholds from validation problems; scores on new problems (`test`) and on problems of the training (`seen`)."""
     model.eval()
-    rules: dict[str, dict[str, Any]] = {"never": {"policy": "never"}}
+    rules = {"never": Rule("never")}
     if model.config.max_depth > 1:
-        rules["always"] = {"policy": "always"}
+        rules["always"] = Rule("always")
         asked: dict[str, str | Policy] = {"entropy": Confidence("entropy")}
         if model.decider is not None:
             asked = {"decider": "decider"} | asked
         held_out = _rows(task.take("validation", validation, distinct=True), tokenizer)
         for name, policy in asked.items():
-            said = score_tokens(model, held_out, tokenizer.pad_token_id, policy=policy, threshold=1.0).probability
-            rules[name] = {"policy": policy, "threshold": threshold_for_share(said, SHARE)}
+            said = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
+            rules[name] = Rule(policy, threshold_for_share(said, SHARE))
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
     return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
 
 
-def _score(
-    model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules: dict[str, Rule]) -> dict[str, Any]:
     """`policies`: by name, exact match, iterated share of the tokens made, and who was right, as hexadecimal bits;
     `by_operations`: exact match by the problem's operations; and, where the model iterates, `curve`, `finding`, ..."""
     operations = np.array([problem.steps for problem in problems])
     questions, policies, by_operations = [question(problem) for problem in problems], {}, {}
     for name, rule in rules.items():
-        answered = score_answers(model, tokenizer, questions, **rule)
+        answered = score_answers(model, tokenizer, questions, rule)
         policies[name] = {
             "exact_match": float(answered.right.mean()),
             "iterated": answered.iterated_share,
-            "threshold": rule.get("threshold"),
+            "threshold": rule.threshold,
             "right": np.packbits(answered.right).tobytes().hex(),
         }
         by_operations[name] = {
@@ -69,10 +68,10 @@ def _score(
         return found
     rows, scores = _rows(problems, tokenizer), {}
     for name, rule in rules.items():  # at threshold 1 a policy is only asked
-        rule = rule if name in ("never", "always") else rule | {"threshold": 1.0}
-        scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, **rule)
+        rule = rule if name in ("never", "always") else Rule(rule.policy, 1.0)
+        scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, rule)
     guide = "decider" if "decider" in rules else "entropy"
-    chosen = scores[guide].probability > rules[guide]["threshold"]
+    chosen = scores[guide].probability > rules[guide].threshold
     policies |= _controls(scores, _ranks(model, rows), chosen)
     return found | _second_pass(scores)
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from tah.data.rows import Collator
 from tah.load import find, load_base, load_tah, parameter_counts
-from tah.training.recipe import load_recipe
+from tah.training.recipe_file import load_recipe
 from tah.training.train import Rows
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tah.pipeline.scores import last_number, score_answers
+from tah.pipeline.experiment.scores import last_number, score_answers
+from tah.policy import Rule
 from tah.session import Session
 from tah.stats.bootstrap import Resampled
 
@@ -27,9 +28,7 @@ SETS = {"sums": "sums", "test": "kinds of the training", "new_kinds": "other kin
 
 
 def score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
-    made = score_answers(
-        session.model, session.tokenizer, rows, read=last_number, max_new_tokens=LONGEST, policy=policy
-    )
+    made = score_answers(session.model, session.tokenizer, rows, Rule(policy), read=last_number, max_new_tokens=LONGEST)
     return {"right": made.right.astype(int).tolist(), "iterated": made.iterated_share, "texts": made.texts}
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tah.pipeline.tiny import SPECIAL, as_fast
+from tah.pipeline.experiment.tiny import SPECIAL, as_fast
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end

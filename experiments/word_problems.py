@@ -27,7 +27,7 @@ from typing import Any
 
 import reasoning_gym
 
-from tah.pipeline.tiny import Generate, distinct_rows
+from tah.pipeline.experiment.tiny import Generate, distinct_rows
 
 SUFFIX = " Give the result as your final answer. Do not include units."
 SIZES = {"test": 200, "new_kinds": 200, "sums": 200, "validation": 120, "train": 3000}

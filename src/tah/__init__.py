@@ -10,32 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .checkpoints.convert import convert
 from .config import TaHConfig
 from .core.cache import DuoCache
 from .core.families import UnsupportedBase, check_base
+from .load import convert
 from .model import TaHForCausalLM, TaHOutput
-from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
+from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random, Rule
 
 if TYPE_CHECKING:
-    from .checkpoints.adapter import load_additions as load_additions
-    from .checkpoints.adapter import save_additions as save_additions
+    from .checkpoints.adapter import save_adapter as save_adapter
+    from .checkpoints.peft import load_peft as load_peft
+    from .checkpoints.peft import save_peft as save_peft
     from .evaluation.evaluate import evaluate as evaluate
+    from .load import load_adapter as load_adapter
+    from .tracing.trace import TraceRequest as TraceRequest
     from .tracing.trace import trace as trace
     from .training.label import label as label
     from .training.prune import prune as prune
-    from .training.recipe import load_recipe as load_recipe
+    from .training.recipe_file import load_recipe as load_recipe
     from .training.train import train as train
 
 __version__ = "0.1.0"
 # What the commands call, imported when first used: some of it needs optional packages.
 _LATER = {
+    "TraceRequest": "tracing.trace",
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
-    "load_additions": "checkpoints.adapter",
-    "load_recipe": "training.recipe",
+    "load_recipe": "training.recipe_file",
+    "load_adapter": "load",
+    "load_peft": "checkpoints.peft",
     "prune": "training.prune",
-    "save_additions": "checkpoints.adapter",
+    "save_adapter": "checkpoints.adapter",
+    "save_peft": "checkpoints.peft",
     "trace": "tracing.trace",
     "train": "training.train",
 }
@@ -48,6 +54,7 @@ __all__ = [
     "Oracle",
     "Policy",
     "Random",
+    "Rule",
     "TaHConfig",
     "TaHForCausalLM",
     "TaHOutput",

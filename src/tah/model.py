@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .checkpoints.weights import SafeCheckpoint, load_plain
+from .checkpoints.safe import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .core.cache import CACHE, DuoCache, DuoStep, given_cache
 from .core.families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 LABEL_FREE = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
@@ -15,6 +16,12 @@ NEXT_INPUT = ("topk", "hidden")
 ATTENTION = ("duo", "own", "blind")
 OUTPUT = ("sum", "zero_init")
 DECIDERS = ("lean", "mlp")
+
+STAGES = ("backbone", "decider")  # of training
+Stage = Literal["backbone", "decider"]
+METHODS = ("paper", "lookahead", "standard", "always", "random", "confidence", "blind")  # who iterates in training
+BY_GAIN = ("lookahead", "blind")  # methods whose decider learns what a pass gains, so that nothing is labelled
+BY_SHARE = (*BY_GAIN, "random")  # methods that iterate a sampled share of the tokens
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODELS = ("smollm2", "smollm2-tah", "follow-tah")  # besides directories and hub ids
@@ -31,6 +38,8 @@ NINE = (  # the benchmarks of the paper
     "mbpp_plus",
 )
 TASKS = (*NINE, "aime24", "aime26", "minerva", "mmlu_stem", "arc_c", "arc_e")
+PROTOCOLS = ("default", "paper")
+BACKENDS = ("transformers", "vllm")
 STOCK_TASK = "lm_eval:"  # before the name of one of lm-eval's own tasks
 
 

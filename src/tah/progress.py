@@ -109,6 +109,7 @@ class Work:
         self.console, self.title, self.total, self.unit, self.clock = console, title, total, unit, clock
         self.first = self.done = done
         self.tokens = 0
+        self.note = ""  # shown after the counts: `loss 1.2`
         self.begun = self.shown = clock()
         self.ended: float | None = None
         self.bar: Bar | None = None
@@ -159,7 +160,7 @@ class Work:
         fresh = self.done - self.first
         if self.total is not None and 0 < fresh and self.done < self.total and self.ended is None:
             parts.append(f"{timedelta(seconds=round(self._seconds * (self.total - self.done) / fresh))} left")
-        return ", ".join(parts)
+        return ", ".join([*parts, self.note] if self.note else parts)
 
 
 class Reporter:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.rule import Rule
+from rich.rule import Rule as Line
 from rich.table import Table
 
 from tah.load import FOLLOW, quiet
-from tah.pipeline.scores import score_answers
+from tah.pipeline.experiment.scores import score_answers
+from tah.policy import Rule
 from tah.session import Answer, Session
 from tah.stats.bootstrap import Resampled
 
@@ -57,7 +58,7 @@ def demo(
     console.print(painter.legend())
     answers = []
     for number, question in enumerate(questions, 1):
-        console.print(Rule(f"{number}", style="dim"))
+        console.print(Line(f"{number}", style="dim"))
         console.print(question, style="bold")
         console.print("\ndecider: ", end="", style="dim")
         given = {"decider": _answer(session, question, "decider", max_new_tokens, painter.show)}
@@ -75,7 +76,7 @@ def demo(
 def _answer(session: Session, question: str, policy: str, max_new_tokens: int, show: Any) -> Answer:
     ids = session.encode([{"role": "user", "content": question}])
     session.forget()  # each policy pays for the prompt
-    return session.answer(ids, show, max_new_tokens=max_new_tokens, do_sample=False, policy=policy)
+    return session.answer(ids, show, Rule(policy), max_new_tokens=max_new_tokens, do_sample=False)
 
 
 def _line(answer: Answer) -> str:
@@ -100,7 +101,7 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
     all of them under each policy."""
     session = Session.open("follow-tah")
     painter = Painter(console, session.model.config.threshold)
-    console.print(Rule(f"{problems} new problems, under each policy", style="dim"))
+    console.print(Line(f"{problems} new problems, under each policy", style="dim"))
     console.print(TASK)
     console.print(painter.legend())
     rows = [json.loads(line) for line in (FOLLOW / "problems.jsonl").read_text("utf-8").splitlines()][:problems]
@@ -121,7 +122,7 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
 
 def _score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
     """`right` [R], iterated share of the tokens made."""
-    made = score_answers(session.model, session.tokenizer, rows, policy=policy)
+    made = score_answers(session.model, session.tokenizer, rows, Rule(policy))
     return {"right": made.right.tolist(), "iterated": made.iterated_share}
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from helpers.families import tiny
 from helpers.models import distance, tah, token_ids
 from tah import Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM, UnsupportedBase
-from tah.checkpoints.weights import replace_files
+from tah.checkpoints.safe import replace_files
 
 
 @pytest.fixture(scope="module")

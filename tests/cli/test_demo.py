@@ -9,7 +9,8 @@ import torch
 
 from tah.checkpoints.smollm2 import TAH
 from tah.load import FOLLOW, find, load_base, load_tah, parameter_counts
-from tah.pipeline.scores import last_number, score_answers
+from tah.pipeline.experiment.scores import last_number, score_answers
+from tah.policy import Rule
 from tah.session import Session
 from tah_cli.demo import POLICIES, QUESTIONS, demo
 
@@ -51,7 +52,7 @@ def test_the_small_model_in_the_box_follows_arrows_that_one_pass_does_not():
             at = following[at]
         assert row["answer"].split()[1] == at
     scored = {
-        policy: score_answers(session.model, session.tokenizer, rows, policy=policy)
+        policy: score_answers(session.model, session.tokenizer, rows, Rule(policy))
         for policy in ("never", "decider", "random")
     }
     right = {policy: its.right.mean() for policy, its in scored.items()}

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 
 pytest.importorskip("datasets")
 
-import tah.training.contents
-import tah.training.run
-
+import tah.checkpoints.contents
+import tah.pipeline.run
+from helpers.notes import Notes
 from tah.checkpoints.contents import contents, sizes_of, wrong
 from tah.pipeline.run import Run, Step, flat
+from tah.progress import Reporter
 from tah.training.recipe import Recipe
 from tah_cli.app import run
 
@@ -53,12 +54,12 @@ class Chain:
             )
             for name in needs
         ]
-        chain = Run(recipe, self.directory, steps, self.notes.append)
+        chain = Run(recipe, self.directory, steps, Notes(self.notes))
         chain.make(names or list(needs))
         return chain
 
     def work(self, name: str):
-        def make(recipe: Recipe, run: Path) -> None:
+        def make(recipe: Recipe, run: Path, progress: Reporter) -> None:
             self.ran.append(name)
             if self.barrier is not None and name in SHARED:
                 self.barrier.wait(10)
@@ -130,7 +131,7 @@ def test_seed_and_version_change_everything(chain, monkeypatch):
     chain.seed = 43
     assert chain.again() == ["data", "base", "label", "train"]
     assert chain.notes[0].startswith("data: again, seed was 42, is 43")
-    monkeypatch.setattr(tah.pipeline.run, "_version", lambda: "99")
+    monkeypatch.setattr(tah.pipeline.run, "version_of", lambda name: "99")
     assert chain.again() == ["data", "base", "label", "train"] and 'is "99"' in chain.notes[0]
 
 
@@ -447,6 +448,7 @@ def test_what_is_missing_is_named(capfd, work):
 
 
 def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
+    import tah.pipeline.steps
     import tah.training.train
 
     works(capfd, "label", "mine.yaml", "--output", "out")
@@ -457,10 +459,10 @@ def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
         (kept / "config.json").unlink()
         raise tah.training.train.Stopped("stopped at step 1")
 
-    monkeypatch.setattr(tah.training.train, "train", stops)
+    monkeypatch.setattr(tah.pipeline.steps, "train_stage", stops)
     assert run(["train", "mine.yaml", "--output", "out"]) == 143
     assert "tah: stopped at step 1" in capfd.readouterr().err
-    monkeypatch.setattr(tah.training.train, "train", real)
+    monkeypatch.setattr(tah.pipeline.steps, "train_stage", real)
     assert "--resume goes on" in fails(capfd, "train", "mine.yaml", "--output", "out")
     facts = Path("out/backbone/run.json")
     kept = facts.read_text()
@@ -537,7 +539,7 @@ def test_damaged_files_are_not_built_on(capfd, work):
 
 
 def test_help_imports_no_torch():
-    code = "from tah_cli import main; main()"
+    code = "from tah_cli.app import main; main()"
     for verb in ("label", "prune", "train", "run"):
         env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONPROFILEIMPORTTIME": "1"}
         command = [sys.executable, "-c", code, verb, "--help"]

@@ -16,19 +16,30 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.notes import Notes
 from tah import TaHForCausalLM
 from tah.data.assistant_mask import encode
 from tah.load import load_base, load_tah, load_tokenizer
-from tah.pipeline.baselines import equal_steps
-from tah.pipeline.report import paired, write_report
-from tah.pipeline.report_text import as_markdown, statements
+from tah.pipeline.experiment.baselines import equal_steps
+from tah.pipeline.experiment.report import paired, write_report
+from tah.pipeline.experiment.report_text import as_markdown, statements
+from tah.pipeline.experiment.scores import answer_of, proportion, score_answers, score_tokens
+from tah.pipeline.experiment.tiny import (
+    Generate,
+    check_disjoint,
+    digest,
+    distinct_rows,
+    make_tokenizer,
+    write_data,
+)
 from tah.pipeline.run import Run
-from tah.pipeline.scores import answer_of, proportion, score_answers, score_tokens
 from tah.pipeline.steps import chain as chain_of
 from tah.pipeline.steps import run
-from tah.pipeline.tiny import Generate, check_disjoint, digest, distinct_rows, make_tokenizer, read_section, write_data
+from tah.policy import Rule
+from tah.progress import SILENT
 from tah.stats.bootstrap import Resampled
-from tah.training.recipe import Recipe, load_recipe
+from tah.training.recipe import Recipe
+from tah.training.recipe_file import load_recipe, validated
 from tah.training.trainer import CHECKPOINTS, TaHTrainer, last_checkpoint
 from tah_cli.app import run as command
 
@@ -74,7 +85,7 @@ def recipe() -> Recipe:
 def chain(recipe, tmp_path_factory) -> Path:
     """Directory of a finished run."""
     directory = tmp_path_factory.mktemp("chain") / "run"
-    run(recipe, directory, lambda line: None)
+    run(recipe, directory, SILENT)
     return directory
 
 
@@ -152,7 +163,7 @@ def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     ("change", "says"),
     [
         ({"max_term": 3}, "data.generate.max_term is unknown; did you mean max_terms?"),
-        ({"min_terms": 5}, "data.generate.min_terms=5 is more than data.generate.max_terms=4"),
+        ({"min_terms": 5}, "data.generate.min_terms=5 is more than max_terms=4"),
         ({"train": 0}, "data.generate.train=0: must be greater than or equal to 1"),
         ({"train": "many"}, "data.generate.train='many': must be a valid integer"),
     ],
@@ -161,7 +172,7 @@ def test_wrong_settings_are_one_line(tmp_path, recipe, change, says):
     generate = settings().model_dump() | change
     wrong = recipe.model_copy(update={"data": recipe.data.model_copy(update={"generate": generate})})
     with pytest.raises(ValueError) as error:
-        write_data(wrong, tmp_path / "data")
+        write_data(wrong, tmp_path)
     assert str(error.value) == says and not (tmp_path / "data").exists()
 
 
@@ -169,13 +180,13 @@ def test_a_wrong_base_is_told_before_data_is_made(tmp_path, recipe):
     scratch = recipe.base.scratch | {"num_attention_heads": 3}
     wrong = recipe.model_copy(update={"base": recipe.base.model_copy(update={"scratch": scratch})})
     with pytest.raises(ValueError, match="base.scratch.hidden_size=32 must be an even multiple of num_attention_he"):
-        write_data(wrong, tmp_path / "data")
+        write_data(wrong, tmp_path)
     assert not (tmp_path / "data").exists()
 
 
 def test_a_missing_setting_is_named():
-    with pytest.raises(ValueError, match="^data.generate.test is required$"):
-        read_section(Generate, {"train": 3, "validation": 3}, "data.generate")
+    with pytest.raises(ValueError, match="^data.generate.test is required"):
+        validated(Generate, {"train": 3, "validation": 3}, "data.generate")
 
 
 def test_tokenizer_keeps_digits_apart_and_marks_what_is_said():
@@ -212,13 +223,13 @@ def test_base_and_reference_are_plain_checkpoints(chain):
 def test_a_second_run_skips_everything(recipe, chain):
     before = {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file() and path.parent != chain}
     notes = []
-    run(recipe, chain, notes.append)
+    run(recipe, chain, Notes(notes))
     assert notes == [f"{name}: done before" for name in "data base reference label backbone decider report".split()]
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_two_runs_are_equal(recipe, chain, tmp_path):
-    run(recipe, tmp_path / "run", lambda line: None)
+    run(recipe, tmp_path / "run", SILENT)
     for name in ("base", "reference", "backbone", "decider"):
         a, b = (load_file(directory / name / "model.safetensors") for directory in (chain, tmp_path / "run"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
@@ -229,15 +240,15 @@ def test_two_runs_are_equal(recipe, chain, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from tah.training.recipe import load_recipe
-from tah.training.steps import run
+from tah.training.recipe_file import load_recipe
+from tah.pipeline.steps import run
 from tah.training.trainer import TaHTrainer
 real = TaHTrainer.compute_loss
 def slow(self, *args, **kwargs):
     time.sleep(0.3)
     return real(self, *args, **kwargs)
 TaHTrainer.compute_loss = slow
-run(load_recipe("tiny", sys.argv[2:]), Path(sys.argv[1]), print)
+run(load_recipe("tiny", sys.argv[2:]), Path(sys.argv[1]))
 """
 
 
@@ -255,7 +266,7 @@ def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
     real, steps, notes = TaHTrainer.training_step, [], []
     monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
     recipe = load_recipe("tiny", overrides)
-    Run(recipe, directory, chain_of(recipe), notes.append).make(["base"])
+    Run(recipe, directory, chain_of(recipe), Notes(notes)).make(["base"])
     assert notes == ["data: done before", "base: going on"] and 0 < len(steps) == TRAINING["max_steps"] - done
     assert {path.name for path in (directory / "base").iterdir()} >= FILES["base"] - {"work"}
     assert not (directory / "base" / "work").exists()
@@ -267,7 +278,7 @@ def test_controls_are_further_models_and_rows(chain, tmp_path):
     shutil.copytree(chain, tmp_path / "run")
     wanted = load_recipe("tiny", [*MINIATURE, "controls.equal_compute=true", "controls.blind=true"])
     notes = []
-    run(wanted, tmp_path / "run", notes.append)
+    run(wanted, tmp_path / "run", Notes(notes))
     done = [f"{name}: done before" for name in "data base reference label backbone decider".split()]
     assert notes[:8] == [*done, "standard_compute: begins", "blind: begins"] and notes[8].startswith("report: again")
 
@@ -302,7 +313,7 @@ def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
         shutil.copy(chain / "steps" / f"{name}.json", tmp_path / "steps")
     notes = []
     recipe = load_recipe("tiny-lookahead", MINIATURE)
-    run(recipe, tmp_path, notes.append)
+    run(recipe, tmp_path, Notes(notes))
     assert notes[:3] == [f"{name}: done before" for name in ("data", "base", "reference")]
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found["method"] == "lookahead" and found["parameters"]["tah"]["maps"] > 0
@@ -337,7 +348,7 @@ def test_token_scores_are_the_models_own(chain):
     rows = [dict(zip(("input_ids", "supervised"), encode(row, tokenizer), strict=True)) for row in texts]
     plain = TaHForCausalLM.from_base(load_base(str(chain / "reference")), max_depth=1, lora_rank=0, decider=None)
     plain.config.policy = "never"
-    found = score_tokens(plain, rows, tokenizer.pad_token_id)
+    found = score_tokens(plain, rows, tokenizer.pad_token_id, Rule())
     for place, row in enumerate(rows):  # one by one, unpadded
         logits = reference(torch.tensor([row["input_ids"]])).logits[0].detach().log_softmax(-1)
         target = torch.tensor(row["input_ids"])[1:]
@@ -352,7 +363,7 @@ def test_token_scores_are_the_models_own(chain):
 def test_answers_are_those_of_generating_alone(chain):
     tokenizer, model = load_tokenizer(str(chain / "decider")), load_tah(str(chain / "decider"))
     rows = [json.loads(line) for line in (chain / "data" / "test.jsonl").read_text().splitlines()][:3]
-    found = score_answers(model, tokenizer, rows, policy="always")
+    found = score_answers(model, tokenizer, rows, Rule("always"))
     assert found.iterated_share == 1
     for row, text in zip(rows, found.texts, strict=True):
         ids = tokenizer.apply_chat_template(
@@ -437,7 +448,7 @@ def test_mistakes_are_found_before_anything_is_moved(override, message, tmp_path
     from tah.pipeline.steps import run
 
     with pytest.raises(ValueError, match=message):
-        run(load_recipe("tiny", [override]), tmp_path / "run", lambda line: None)
+        run(load_recipe("tiny", [override]), tmp_path / "run", SILENT)
     assert not (tmp_path / "run").exists()
 
 

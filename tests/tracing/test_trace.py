@@ -6,12 +6,10 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tah.cli_see  # noqa: F401  # registers its commands
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -19,21 +17,24 @@ from transformers import PreTrainedTokenizerFast
 from helpers.families import VOCAB, tiny
 from helpers.models import shake, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
+from helpers.scores import plain_scores
 from tah import TaHForCausalLM
-from tah.benchmarks.bench_trace import save, throughput
+from tah.benchmarks.bench_trace import markdown, throughput
+from tah.benchmarks.measure import save
 from tah.core.families import Head
 from tah.core.logits import RunningOutput
 from tah.load import FOLLOW
-from tah.policy import DepthState, Policy
+from tah.policy import DepthState, Policy, Rule
+from tah.progress import SILENT, Reporter
 from tah.stats.bootstrap import Resampled, ranking
 from tah.stats.threshold import threshold_for_loss
-from tah.tracing.overthinking import as_markdown, compare, statistics
-from tah.tracing.recorder import measure
-from tah.tracing.trace import trace
-from tah.tracing.trace_file import as_line, load_trace, parse_line
-from tah.tracing.trace_scores import tune
-from tah.tracing.trace_texts import read_rows, texts_of
-from tah.tracing.traced import Trace, TracedText
+from tah.tracing import trace as tracing
+from tah.tracing.overthinking import compare, statistics
+from tah.tracing.tables import as_markdown
+from tah.tracing.texts import read_rows, texts_of
+from tah.tracing.trace import TraceRequest
+from tah.tracing.trace_file import Trace, TracedText, as_line, load_trace, parse_line
+from tah.tracing.tune import tune
 from tah_cli.app import run
 
 LENGTHS = (7, 12, 5, 12, 2, 9)
@@ -70,12 +71,10 @@ def model_of(attention="duo", max_depth=3, **config):
     return tah(attention=attention, max_depth=max_depth, **{"policy": "decider", "threshold": 0.5, **config}).eval()
 
 
-def plain(logits, target, k):
-    """Rank, probability, entropy, the k best: by sorting the whole row."""
-    order = (-logits).sort(stable=True).indices.tolist()  # of equal ones the lower id first
-    p = logits.double().softmax(-1)
-    entropy = torch.special.entr(p).sum().item()
-    return order.index(int(target)), p[target].item(), entropy, order[:k], p[order[:k]].tolist()
+def trace(model, tokenizer, rows, output=None, progress=SILENT, **fields):
+    """`tah.trace` with the fields of its request, and of the rule in it, as arguments."""
+    rule = Rule(**{name: fields.pop(name, None) for name in ("policy", "threshold", "max_depth")})
+    return tracing.trace(model, tokenizer, rows, output, TraceRequest(rule, **fields), progress=progress)
 
 
 # -- recording -------------------------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ def test_trace_equals_plain_loops(words, config):
         full = reference(model, torch.from_numpy(text.ids[:-1]).long(), everyone)
         for d in range(model.config.max_depth):
             for at, target in enumerate(text.ids[1:]):
-                rank, prob, entropy, best, probs = plain(full.depth_logits[d][at], target, 3)
+                rank, prob, entropy, best, probs = plain_scores(full.depth_logits[d][at], target, 3)
                 assert text.rank[d, at] == rank and text.top_ids[d, at].tolist() == best
                 assert text.prob[d, at] == pytest.approx(prob, rel=2e-4)
                 assert text.entropy[d, at] == pytest.approx(entropy, rel=1e-3)
@@ -131,7 +130,7 @@ def test_trace_equals_plain_loops(words, config):
 def test_without_duo_the_own_policy_is_known_from_the_first_run(words, attention, policy):
     model = model_of(attention, random_rate=0.5, threshold=0.5 if policy == "decider" else 0.97)
     its = guided(model)
-    derived, run_again = (trace(model, words, its, policy=policy, own_policy=own) for own in (None, True))
+    derived, run_again = (trace(model, words, its, policy=policy, run_policy=own) for own in (None, True))
     assert (derived.header["final"], run_again.header["final"]) == ("exact", "run")
     depths = np.concatenate([text.depth for text in derived.texts])
     assert len(np.unique(depths)) > 1
@@ -145,13 +144,13 @@ def test_with_duo_the_own_policy_is_run(words):
     """And it is what the reference does under the decider; the derived results, the control, are not."""
     model = model_of("duo")
     traced = trace(model, words, rows())
-    wrong = trace(model, words, rows(), own_policy=False)
+    wrong = trace(model, words, rows(), run_policy=False)
     assert (traced.header["final"], wrong.header["final"]) == ("run", "approximate")
     for text in traced.texts:
         truth = reference(model, torch.from_numpy(text.ids[:-1]).long(), by_policy(model.decider, 0.5))
         assert (truth.depth_count == torch.from_numpy(text.depth)).all()
         for at, target in enumerate(text.ids[1:]):
-            rank, prob, _, best, _ = plain(truth.logits[at], target, 1)
+            rank, prob, _, best, _ = plain_scores(truth.logits[at], target, 1)
             assert (text.final_rank[at], text.final_top[at]) == (rank, best[0])
             assert text.final_prob[at] == pytest.approx(prob, rel=2e-4)
     found, control = (np.concatenate([text.final_prob for text in t.texts]) for t in (traced, wrong))
@@ -166,7 +165,7 @@ def test_oracle_runs_where_depth_one_is_wrong(words):
         labels = torch.from_numpy(np.where(text.rank[0] > 0, 2, 1))
         truth = reference(model, torch.from_numpy(text.ids[:-1]).long(), by_labels(labels))
         assert (text.depth == labels.numpy()).all()
-        tops = [plain(logits, 0, 1)[3][0] for logits in truth.logits]
+        tops = [plain_scores(logits, 0, 1)[3][0] for logits in truth.logits]
         assert text.final_top.tolist() == tops
 
 
@@ -249,26 +248,12 @@ def test_a_trace_looks_once_at_each_pass(words, monkeypatch):
     assert sum(count) == 8 * sum(len(text.ids) - 1 for text in shared.texts)
 
 
-def test_measure_against_sorting():
-    """With ties, as bfloat16 has them, and targets among the best and elsewhere; more than a block, and less."""
-    generator = torch.Generator().manual_seed(0)
-    for size, k in ((97, 5), (1000, 5), (1000, 1), (640, 12)):
-        for coarse in (False, True):
-            logits = torch.randn(24, size, generator=generator) * 4
-            logits = (logits * 2).round() / 2 if coarse else logits
-            target = torch.cat([logits[:12].topk(3).indices[:, 2], torch.randint(0, size, (12,), generator=generator)])
-            found = measure(logits.clone(), target, k)
-            for at in range(24):
-                rank, prob, entropy, best, probs = plain(logits[at], target[at], k)
-                assert found[at, 0] == rank
-                assert found[at, 1:4].tolist() == pytest.approx([prob, entropy, probs[0]], rel=1e-4, abs=1e-7)
-                assert logits[at, found[at, 4 : 4 + k].long()].tolist() == logits[at, best].tolist()
-                if not coarse:
-                    assert found[at, 4 : 4 + k].tolist() == best
-                assert found[at, 4 + k :].tolist() == pytest.approx(probs, rel=1e-4)
-    assert measure(torch.tensor([[1.0, 3, 3, -math.inf]]), torch.tensor([2]), 2)[0, [0, 4, 5]].tolist() == [1, 1, 2]
-    with pytest.raises(ValueError, match="the model computes NaN"):
-        measure(torch.tensor([[1.0, math.nan]]), torch.tensor([0]), 1)
+def test_a_model_that_is_not_finite_is_refused(words):
+    model = model_of("own")
+    with torch.no_grad():
+        model.base.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="computes NaN"):
+        trace(model, words, rows(), policy="never")
 
 
 def test_more_passes_than_the_model_has_are_refused(words):
@@ -278,7 +263,7 @@ def test_more_passes_than_the_model_has_are_refused(words):
 
 def test_a_model_of_one_pass(words):
     model = model_of(max_depth=1, policy="never", decider=None)
-    stats = statistics(trace(model, words, rows(), own_policy=True))
+    stats = statistics(trace(model, words, rows(), run_policy=True))
     assert len(stats["depths"]) == 1 and stats["passes"] == [] and stats["curves"] == {}
     assert stats["policies"]["own policy"]["accuracy"] == stats["policies"]["never"]["accuracy"]
     assert "## Who iterates" in as_markdown(stats)
@@ -291,12 +276,20 @@ class Killed(Exception):
     pass
 
 
-def kill(after):
-    def done(texts, of):
-        if texts >= after:
-            raise Killed
+class Killer(Reporter):
+    """Kills a trace after three texts."""
 
-    return done
+    def work(self, *given):
+        work = super().work(*given)
+        advance = work.advance
+
+        def counted(units, tokens):
+            advance(units, tokens)
+            if work.done >= 3:
+                raise Killed
+
+        work.advance = counted
+        return work
 
 
 @pytest.mark.parametrize("attention", ["own", "duo"])
@@ -306,7 +299,7 @@ def test_resumed_equals_uninterrupted(words, tmp_path, attention):
     once, again = tmp_path / "once.jsonl", tmp_path / "again.jsonl"
     whole = trace(model, words, rows(), once, tokens_per_batch=24)
     with pytest.raises(Killed):
-        trace(model, words, rows(), again, tokens_per_batch=24, done=kill(3))
+        trace(model, words, rows(), again, tokens_per_batch=24, progress=Killer())
     content = once.read_bytes()
     assert content.startswith(again.read_bytes()) and len(again.read_bytes()) < len(content)
     assert load_trace(again).missing > 0
@@ -460,7 +453,7 @@ def test_arguments_are_checked(words):
         ({"max_length": 65}, "max_length=65 must be at least 2 and at most 64"),
         ({"top_k": 98}, "top_k=98 must be at least 1 and at most 97"),
         ({"threshold": 2.0}, "threshold=2.0 must be a number"),
-        ({"policy": "sometimes"}, "policy 'sometimes' is not one of"),
+        ({"policy": "sometimes"}, "unknown policy 'sometimes'; choose from"),
     ):
         with pytest.raises(ValueError, match=message):
             trace(model, words, rows(), **options)
@@ -811,7 +804,7 @@ def fails(capsys, *arguments):
     capsys.readouterr()
     assert run([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if "is a base model" not in line]
+    lines = [line for line in err.splitlines() if "is a base model" not in line and not line.startswith("tracing: ")]
     assert len(lines) == 1 and lines[0].startswith("tah: ") and out.strip() == "", err
     assert sorted(Path.cwd().rglob("*")) == before
     return lines[0]
@@ -907,7 +900,7 @@ def test_tune_refuses(capsys, checkpoint, tiny_base):
     config = checkpoint / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"policy": "always"}))
     message = fails(capsys, "tune", checkpoint, "page.txt", "--target", "loss")
-    assert "has the policy 'always', which knows no threshold" in message
+    assert "has the policy 'always', which has no threshold" in message
 
 
 @pytest.mark.parametrize("measure", ["probability", "entropy"])
@@ -922,28 +915,10 @@ def test_tune_confidence(capsys, checkpoint, measure):
 
 
 def test_throughput_is_measured(words, tmp_path):
-    found = throughput(model_of("duo", max_depth=2), words, (20, 30), repeats=1, tokens_per_batch=32)
+    found = throughput(model_of("duo", max_depth=2), words, (20, 30), TraceRequest(tokens_per_batch=32), repeats=1)
     assert found["ratio"]["plain"] == 1 and set(found["ratio"]) == {"plain", "trace", "trace, run again"}
     assert all(rate > 0 for rate in found["tokens_per_second"].values())
-    save(found, tmp_path)
+    save(found, markdown(found), tmp_path, "bench_trace")
     assert json.loads((tmp_path / "bench_trace.json").read_text()) == found
     table = (tmp_path / "bench_trace.md").read_text()
     assert "| run | tokens/s | ratio to 2 plain passes |" in table and "| trace | " in table
-
-
-def test_help_needs_no_torch():
-    """`tah trace --help` answers at once: the commands' module imports nothing heavy."""
-    import subprocess
-
-    code = (
-        "import sys, importlib.util as u\n"
-        "s = u.spec_from_file_location('tah_cli.app', 'src/tah/cli.py')\n"
-        "m = sys.modules['tah_cli.app'] = u.module_from_spec(s)\n"
-        "s.loader.exec_module(m)\n"
-        "if 'tah_cli.see' not in sys.modules: m._register('cli_see')\n"
-        "assert m.run(['trace', '--help']) == 0 and m.run(['tune', '--help']) == 0\n"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Measure what iterating corrects and breaks." in done.stdout

@@ -67,7 +67,7 @@ def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
             "decider": joint,
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(values))
-        code = "import sys; from pathlib import Path; from tah.training.recipe import load_recipe; "
+        code = "import sys; from pathlib import Path; from tah.training.recipe_file import load_recipe; "
         code += "from tah.training.train import train; "
         code += "train(load_recipe(sys.argv[1]), 'backbone', Path(sys.argv[2]))"
         script = tmp_path / "script.py"

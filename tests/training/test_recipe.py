@@ -10,7 +10,8 @@ import yaml
 from transformers import AutoConfig
 
 from tah import TaHConfig
-from tah.training.recipe import RECIPES, Recipe, load_recipe, recipe_names
+from tah.training.recipe import Recipe
+from tah.training.recipe_file import RECIPES, load_recipe, recipe_names
 
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 PAPER = {"learning_rate": 4e-5, "weight_decay": 0.01, "max_grad_norm": 0.2, "num_train_epochs": 5}
@@ -154,24 +155,24 @@ def test_sections_are_not_shared_between_recipes():
         ("label.referense=x", ["label.referense is unknown", "did you mean reference?"]),
         ("backbone.training.lerning_rate=1", ["backbone.training.lerning_rate", "did you mean learning_rate?"]),
         ("backbone.training.learning_rate=fast", ["backbone.training.learning_rate='fast'", "valid number"]),
-        ("backbone.training.max_steps=-1", ["backbone.training.max_steps=-1 must be more than 0"]),
-        ("backbone.training.num_train_epochs=0", ["num_train_epochs=0 must be more than 0"]),
-        ("decider.training.learning_rate=-1e-4", ["decider.training.learning_rate=-0.0001 must be more than 0"]),
+        ("backbone.training.max_steps=-1", ["backbone.training.max_steps=-1: must be greater than 0"]),
+        ("backbone.training.num_train_epochs=0", ["num_train_epochs=0: must be greater than 0"]),
+        ("decider.training.learning_rate=-1e-4", ["decider.training.learning_rate=-0.0001: must be greater than 0"]),
         ("backbone.training.learning_rate=.nan", ["learning_rate=nan"]),
-        ("backbone.training.per_device_train_batch_size=0", ["per_device_train_batch_size=0 must be more than 0"]),
+        ("backbone.training.per_device_train_batch_size=0", ["per_device_train_batch_size=0: must be greater than 0"]),
         ("controls.equal_compute=true", ["controls are trained from base.scratch"]),
         ("controls.blnd=true", ["controls.blnd is unknown", "did you mean blind?"]),
         ("backbone.training.bf16=1", ["backbone.training.bf16=1", "valid boolean"]),
         ("backbone.training.eval_strategy=step", ["eval_strategy='step'", "did you mean steps?"]),
         ("decider.training.output_dir=x", ["decider.training.output_dir", "use output"]),
         ("model.lora_rnk=3", ["model.lora_rnk is unknown", "did you mean lora_rank?"]),
-        ("model.max_depth=two", ["model.max_depth='two'", "valid integer"]),
+        ("model.max_depth=two", ["model.max_depth='two'", "must be an integer"]),
         ("model.max_depth=0", ["max_depth=0"]),
         ("model.policy=always", ["model.policy", "chosen by training"]),
         ("model.decider.width=3", ["model.decider.kind is required"]),
         ("model.decider={kind: lean, wdth: 3}", ["wdth", "width"]),
         ("model.decider=null", ["model.decider is null"]),
-        ("backbone.method=lookahed", ["backbone.method='lookahed'", "'lookahead'"]),
+        ("backbone.method=lookahed", ["backbone.method='lookahed'", "did you mean lookahead?"]),
         ("backbone.method=always", ["backbone.method=always", "decider=null"]),
         ("label=null", ["label is required", "lookahead"]),
         ("label.rule=prob<2", ["prob<2", "prob<P"]),
@@ -216,7 +217,7 @@ def test_one_line_names_place_and_fix(file, overrides, words):
     [
         ("base: {model: a", ["bad.yaml:1", "not valid YAML"]),
         ("seed: 1\nseed: 2", ["bad.yaml:2", "'seed' is given twice"]),
-        ("[a]: 1", ["bad.yaml:1", "a key is no word"]),
+        ("[a]: 1", ["bad.yaml:1", "a key must be a word"]),
         ("- 1", ["not one"]),
         ("", ["not one"]),
         ("a: !!python/object:os.system {}", ["not valid YAML"]),

@@ -22,8 +22,8 @@ pytest.importorskip("pydantic")
 from datasets import Dataset
 
 from tah import TaHForCausalLM
-from tah.training.calibrate import Judged, quality, threshold_for_loss, threshold_for_share
-from tah.training.recipe import load_recipe
+from tah.stats.threshold import Judged, quality, threshold_for_loss, threshold_for_share
+from tah.training.recipe_file import load_recipe
 from tah.training.run_files import read_metrics
 from tah.training.train import prepare_model, train
 from tah.training.trainer import CHECKPOINTS, Objective, last_checkpoint
@@ -306,7 +306,7 @@ def start(recipe_path: Path, run: Path, *flags: str) -> subprocess.Popen:
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from tah.training.recipe import load_recipe\n"
+        "from tah.training.recipe_file import load_recipe\n"
         "from tah.training import train as t, trainer\n"
         "original = trainer.TaHTrainer.compute_loss\n"
         "def slow(self, *a, **k):\n"
@@ -358,11 +358,10 @@ def test_killed_and_resumed_equals_uninterrupted(run, recipe_of, tmp_path):
     assert at is not None and not (run / "backbone" / "config.json").exists()
 
     process = start(recipe_path, run, "--resume")
-    while ": step " not in (state := process.stderr.readline()) and process.poll() is None:
-        pass
+    while last_checkpoint(run / "backbone" / CHECKPOINTS) == at and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said = state + process.stderr.read()
-    process.wait()
+    said = process.communicate()[1]
     stopped = last_checkpoint(run / "backbone" / CHECKPOINTS)
     assert process.returncode and "stopped at step" in said, said
     assert int(at.name.split("-")[1]) < int(stopped.name.split("-")[1]) < 24
@@ -385,7 +384,7 @@ FAILURES = {  # in the middle of writing the second checkpoint
         "        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
     ),
-    "killed": "        self._save_rng_state = lambda directory: os.kill(os.getpid(), signal.SIGKILL)\n",
+    "killed": "        original(self, *a, **k), os.kill(os.getpid(), signal.SIGKILL)\n",
 }
 
 
@@ -398,14 +397,14 @@ def test_failed_save_leaves_the_last_checkpoint(failure, run, recipe_of):
     code = (
         "import os, sys, resource, signal\n"
         "from pathlib import Path\n"
-        "from tah.training.recipe import load_recipe\n"
+        "from tah.training.recipe_file import load_recipe\n"
         "from tah.training import train as t, trainer\n"
-        "original = trainer.TaHTrainer._save_checkpoint\n"
-        "def limited(self, *a):\n"
+        "original = trainer.TaHTrainer.save_model\n"
+        "def limited(self, *a, **k):\n"
         "    if self.state.global_step == 4:\n"
         f"{FAILURES[failure]}"
-        "    return original(self, *a)\n"
-        "trainer.TaHTrainer._save_checkpoint = limited\n"
+        "    return original(self, *a, **k)\n"
+        "trainer.TaHTrainer.save_model = limited\n"
         "t.train(load_recipe(sys.argv[1]), 'backbone', Path(sys.argv[2]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path), str(run)], capture_output=True, text=True)

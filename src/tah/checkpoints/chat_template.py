@@ -44,7 +44,7 @@ def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
             continue
         its = f"{source}: the chat template{f' {name!r}' if name else ''}"
         try:
-            reason = _fault(text, tuple(words.items()))
+            reason = template_fault(text, tuple(words.items()))
         except Untried as error:
             raise ValueError(f"{its} could not be tried: {error}") from error
         if reason and (readable or not reason.startswith(UNREADABLE)):
@@ -52,7 +52,7 @@ def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
 
 
 @lru_cache(maxsize=64)
-def _fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
+def template_fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
     """Why the template cannot be used; empty where it can. Raises `Untried`, which is not kept for the next time."""
     places = [place for place in sys.path if place]  # where this process finds its packages, but for its directory
     asked = json.dumps({"template": template, "words": dict(words), "places": places})

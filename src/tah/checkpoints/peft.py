@@ -13,7 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.lora import DepthLoRA, is_target, widths
-from ..model import TaHForCausalLM
+
+if TYPE_CHECKING:
+    from ..model import TaHForCausalLM
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Entries that are read below or change nothing about a finished adapter. PEFT leaves the others empty unless they are
@@ -181,7 +183,7 @@ def _check_plain(settings: Any, path: Path) -> None:
             raise ValueError(f"{path}: {key}={value!r} is more than a depth adapter can represent")
 
 
-def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
+def load_peft(model: TaHForCausalLM, directory: str | Path) -> None:
     """Copy a PEFT LoRA directory into the model's adapter; if it does not fit, the `ValueError` says what would."""
     adapter, config = read_adapter(directory), model.config
     scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
@@ -191,7 +193,7 @@ def load_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
     adapter.copy_to(model)
 
 
-def save_adapter(model: TaHForCausalLM, directory: str | Path) -> None:
+def save_peft(model: TaHForCausalLM, directory: str | Path) -> None:
     """Write the model's adapter as a plain PEFT LoRA directory. `ValueError` if the model has none."""
     tensors, config = tensors_of(model), model.config
     if not tensors:

@@ -19,9 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..data.scoring import weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
 from ..names import STOCK_TASK
+from ..policy import Rule
 from ..progress import SILENT, Reporter
 from ..session import Session
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
@@ -64,7 +65,7 @@ def evaluate(
         built = build(request.tasks, request.data, request.sampling, request.asking)
         session = _open(request, progress)
         if not request.policies:
-            if of_base := session.as_itself(request.threshold, request.max_depth):
+            if of_base := session.as_itself(Rule(None, request.threshold, request.max_depth)):
                 progress.note(of_base)
             request = replace(request, policies=[session.model.config.policy])
         with closing(_harness(request, session, built, progress)) as lm:
@@ -90,7 +91,7 @@ def _open(request: Request, progress: Reporter) -> Session:
     if isinstance(session, str):
         as_saved = request.backend == "vllm"
         session = Session.open(
-            session, dtype=request.dtype, device=request.device, as_saved=as_saved, note=progress.note
+            session, dtype=request.dtype, device=request.device, as_saved=as_saved, progress=progress
         )
     if not request.raw and not session.tokenizer.chat_template:
         raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
@@ -120,7 +121,7 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
         )
     if request.reference is not None:
         options["reference"] = Session.open(
-            request.reference, dtype=request.dtype, device=request.device, note=progress.note
+            request.reference, dtype=request.dtype, device=request.device, progress=progress
         )
     return TaHLM(session, batch_size=request.batch_size or 1, **options)
 

@@ -29,8 +29,8 @@ from ..core.cache import CACHE, DuoCache
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
+from ..errors import first_line
 from ..generation import RefuseNaN
-from ..load import first_line
 from ..policy import DepthState, Policy, Rule
 from ..session import Session
 from .eval_files import Asked, Generated, Samples
@@ -117,14 +117,12 @@ class TaHLM(HFLM):
             ValueError: `oracle` without a reference, or one with another tokenizer; `decider` without a trained one.
         """
         session, self.oracle = self.session, None
-        if policy is None:
-            session.as_itself(self.threshold, self.max_depth)
         if policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
             check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
             self.oracle = ReferenceOracle(self.reference)
-        self.rule = Rule(self.oracle or policy, self.threshold, self.max_depth).completed(session.model.config)
+        self.rule = session.rule(Rule(self.oracle or policy, self.threshold, self.max_depth))
         if self.rule.policy == "decider" and (session.wrapped or session.model.decider is None):
             raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..names import LABEL_FREE, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
+from ..names import BACKENDS, LABEL_FREE, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
 from ..session import Session
 from . import tasks as ours
 from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
@@ -19,7 +19,6 @@ from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
 import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
 from lm_eval.tasks import TaskManager  # isort: skip
 
-BACKENDS = ("transformers", "vllm")
 STOCK_NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)  # in lm-eval's YAML files
 
 

@@ -1,4 +1,4 @@
-"""What would make a step fail and can be known before any step begins: each raises `ValueError` with one line.
+"""Mistakes that would make a step fail, found before any step begins: each check raises `ValueError` with one line.
 
 Only configurations, tokenizers and a few rows are read. Models are built without weights, on the meta device.
 """
@@ -22,7 +22,6 @@ from ..training.recipe import Recipe
 from ..training.run_files import read_facts
 from ..training.train import check_fields, fields_of
 from ..training.trainer import CHECKPOINTS, last_checkpoint
-from .sources import rows_of
 
 
 def check_pruning(recipe: Recipe, run: Path) -> None:
@@ -30,7 +29,7 @@ def check_pruning(recipe: Recipe, run: Path) -> None:
     base = outline(plain_base(str(recipe.base.model)))
     check_layers(base, recipe.base.prune_layers)
     if recipe.data.generate is None:
-        check_texts(len(rows_of(recipe, run)[1]), recipe.base.prune_texts)
+        check_texts(len(recipe.rows(run)[1]), recipe.base.prune_texts)
 
 
 def check_labelling(recipe: Recipe, run: Path) -> None:
@@ -40,7 +39,7 @@ def check_labelling(recipe: Recipe, run: Path) -> None:
         return
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
     if recipe.data.generate is None:
-        for rows in rows_of(recipe, run):
+        for rows in recipe.rows(run):
             _check_rows(rows, tokenizer, recipe.data.max_length)
     reference = _look_for_reference(recipe)
     if reference is not None:
@@ -63,7 +62,7 @@ def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
 def check_backbone(recipe: Recipe, run: Path) -> None:
     """The base is of a family that can iterate, what the recipe says of the model fits it, and what a killed run has
     left can be continued."""
-    check_left(run / "backbone")
+    _check_left(run / "backbone")
     if recipe.base.scratch is not None:
         layers = recipe.base.scratch["num_hidden_layers"]
         TaHConfig(base_config={"model_type": "llama", "num_hidden_layers": layers}, **fields_of(recipe))
@@ -85,10 +84,10 @@ def check_backbone(recipe: Recipe, run: Path) -> None:
 
 def check_decider(recipe: Recipe, run: Path) -> None:
     """What a killed run has left can be continued."""
-    check_left(run / "decider")
+    _check_left(run / "decider")
 
 
-def check_left(directory: Path) -> None:
+def _check_left(directory: Path) -> None:
     if last_checkpoint(directory / CHECKPOINTS) is not None:
         read_facts(directory)
 
@@ -102,7 +101,7 @@ def plain_base(source: str) -> str:
 
 
 def _check_rows(rows: Any, tokenizer: Any, max_length: int) -> None:
-    """At least one row can be trained on; as a rule the first one tells."""
+    """At least one row can be trained on; as a rule the first one."""
     dropped = Counter[str]()
     for row in rows.with_format(None):
         if tokenize_row(row, tokenizer, max_length, dropped=dropped) is not None:

@@ -1,4 +1,4 @@
-"""A recipe's steps in one directory: what is done is skipped, what has changed is done again and says why.
+"""A recipe's steps in one directory: what is done is skipped, and what has changed is done again, with the reason.
 
     DIR/recipe.yaml         every field of the recipe, as it was used last
     DIR/steps/<step>.json   what the step's result was made from, and whether it is whole
@@ -12,25 +12,30 @@ step is made together.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from ..checkpoints.contents import sizes_of, wrong
+from ..config import FORMER_FIELDS
 from ..files import write_atomically
+from ..progress import SILENT, Reporter
 from ..training.recipe import Recipe
+from ..training.run_files import version_of
 
-State = Literal["missing", "unfinished", "changed", "damaged", "finished"]
+FORMER_NAMES = {now: before for before, now in FORMER_FIELDS.items()}
+
 POLL = 0.2  # seconds between looks at what another process does
 
 
@@ -41,95 +46,97 @@ class Step:
     Args:
         name: of the step, and of its record.
         directory: of its result, below the run's.
-        make: makes the result; called with the recipe and the run's directory.
+        make: makes the result; called with the recipe, the run's directory and a reporter.
         reads: the part of the recipe that decides about the result, flat.
         needs: steps whose results it reads.
         together: every process takes part, else the first alone.
-        resumes: goes on from what a killed run has left, else that is removed first.
+        resumes: continues what a killed run has left, else that is removed first.
+        single: trains in the first process alone, where torchrun's others would be waited for without end: refused.
         check: called before any step of the chain begins; raises `ValueError` for what would make this one fail.
     """
 
     name: str
     directory: str
-    make: Callable[[Recipe, Path], object]
+    make: Callable[[Recipe, Path, Reporter], object]
     reads: dict[str, Any]
     needs: tuple[str, ...] = ()
     together: bool = False
     resumes: bool = False
+    single: bool = False
     check: Callable[[Recipe, Path], None] | None = None
 
 
 class Run:
     """A recipe's chain of steps in a directory.
 
+    A step is done where its record has the fingerprint that is wanted now and the mark `finished`, and its files have
+    the sizes that were recorded. Everything else follows from these.
+
     Args:
         recipe: what to make.
         directory: where; made when the first step begins.
         steps: in an order in which every step comes after those it needs.
-        note: takes a line about each step.
+        progress: reports a line about each step, and what the steps report; by the first process only.
 
     Raises:
         ValueError: the directory is a file, or a model.
     """
 
-    def __init__(
-        self, recipe: Recipe, directory: Path, steps: Sequence[Step], note: Callable[[str], None] = lambda line: None
-    ) -> None:
-        self.recipe, self.directory, self.note = recipe, Path(directory), note
+    def __init__(self, recipe: Recipe, directory: Path, steps: Sequence[Step], progress: Reporter = SILENT) -> None:
+        self.recipe, self.directory = recipe, Path(directory)
         if self.directory.is_file():
             raise ValueError(f"{self.directory} is a file; choose another --output")
         if (self.directory / "config.json").exists():
             raise ValueError(f"{self.directory} is a model; choose another --output")
         self.steps = {step.name: step for step in steps}
         self.lead = int(os.environ.get("RANK", 0)) == 0
-        self.wanted: dict[str, dict[str, Any]] = {}
+        self.progress = progress if self.lead else SILENT
+        self.wanted: dict[str, dict[str, Any]] = {}  # the record of each step, but for what is known at its end
+        self.former: dict[str, str] = {}  # the fingerprint that the step has in a record of an older version
         for step in steps:
-            facts = {
-                "reads": step.reads,
-                "needs": {name: self.wanted[name]["fingerprint"] for name in step.needs},
-                "seed": recipe.seed,
-                "tah": _version(),
-            }
+            facts = self._facts(step.reads, {name: self.wanted[name]["fingerprint"] for name in step.needs})
             self.wanted[step.name] = {"step": step.name, "fingerprint": fingerprint(facts), **facts}
+            reads = {_renamed(key, FORMER_NAMES): value for key, value in step.reads.items()}
+            self.former[step.name] = fingerprint(self._facts(reads, {name: self.former[name] for name in step.needs}))
+
+    def _facts(self, reads: dict[str, Any], needs: dict[str, str]) -> dict[str, Any]:
+        return {"reads": reads, "needs": needs, "seed": self.recipe.seed, "tah": version_of("tah")}
 
     def result(self, name: str) -> Path:
         return self.directory / self.steps[name].directory
 
-    def state(self, name: str) -> State:
-        """Of a step's result.
+    def begun(self, name: str) -> bool:
+        """Whether there is a result of this step, finished or not."""
+        return self._record(name) is not None and self.result(name).is_dir()
 
-        `changed`: it was made, or begun, for something else; `difference` says what. `damaged`: it was finished, but
-        its files are not what they were; `damage` says which.
-        """
+    def finished(self, name: str) -> bool:
+        """Whether there is a whole result of what is wanted."""
         record = self._record(name)
-        if record is None or not self.result(name).is_dir():
-            return "missing"
-        if record["fingerprint"] != self.wanted[name]["fingerprint"]:
-            return "changed"
-        if not record["finished"]:
-            return "unfinished"
-        return "finished" if self.damage(name) is None else "damaged"
+        return record is not None and bool(record["finished"]) and self.change(name) is None
 
-    def damage(self, name: str) -> str | None:
-        """What is wrong with a finished result, as far as sizes and the heads of weights tell; None if nothing is."""
-        record, result = self._record(name) or {}, self.result(name)
-        if not result.is_dir():
-            return f"{result} is missing"
-        for place, size in record.get("files", {}).items():
-            if found := wrong(result / place, size):
-                return f"{result / place} {found}"
-        return None
-
-    def difference(self, name: str) -> str:
-        """How what a result was made from differs from what is wanted now, in words."""
+    def difference(self, name: str) -> str | None:
+        """How what a result was made from differs from what is wanted now, in words; None where it does not."""
         before, now = self._record(name), self.wanted[name]
-        assert before is not None
+        if before is None or before["fingerprint"] in (now["fingerprint"], self.former[name]):
+            return None
         pairs = [(key, before["reads"].get(key), now["reads"].get(key)) for key in before["reads"] | now["reads"]]
         pairs += [(key, before[key], now[key]) for key in ("seed", "tah")]
         found = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in pairs if old != new]
-        needs = before["needs"] | now["needs"]
-        found += [f"{key} is another" for key in needs if before["needs"].get(key) != now["needs"].get(key)]
+        for key in before["needs"] | now["needs"]:
+            same = key in now["needs"] and before["needs"].get(key) in (now["needs"][key], self.former[key])
+            found += [] if same else [f"{key} is another"]
         return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+    def change(self, name: str) -> str | None:
+        """As `difference`, or how a finished result differs from what was recorded: its files are compared by size,
+        and weights also by their head."""
+        record, result = self._record(name), self.result(name)
+        if record is None or (record["finished"] and not result.is_dir()):
+            return f"{result} is missing"
+        if (found := self.difference(name)) is not None:
+            return found
+        damage = ((result / place, wrong(result / place, size)) for place, size in record.get("files", {}).items())
+        return next((f"{path} {found}" for path, found in damage if found), None)
 
     def closure(self, names: Sequence[str]) -> list[str]:
         """`names` and everything they need, in order."""
@@ -146,50 +153,36 @@ class Run:
             ValueError: the directory is in use or cannot be written to, something in it was not made by this chain, or
                 a step's `check` found a mistake. In these cases nothing has been made or moved.
         """
+        chain = [self.steps[name] for name in self.closure(names)]
         with self._alone():
             if self.lead:
-                self._check([self.steps[name] for name in self.closure(names)])
+                self._check([step for step in chain if not self.finished(step.name)])
                 self.recipe.save(self.directory / "recipe.yaml")
-            for name in self.closure(names):
-                if self.lead:
-                    self._make(self.steps[name])
-                else:
-                    self._follow(self.steps[name])
+            for step in chain:
+                (self._make if self.lead else self._follow)(step)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _check(self, steps: Sequence[Step]) -> None:
-        todo = [(step, state) for step in steps if (state := self.state(step.name)) != "finished"]
-        for step, state in todo:
-            if state == "missing" and (result := self.result(step.name)).exists():
+    def _check(self, todo: Sequence[Step]) -> None:
+        for step in todo:
+            if self._record(step.name) is None and (result := self.result(step.name)).exists():
                 raise ValueError(f"{result} exists and was not made by this chain; move it or choose another --output")
-        for step, _ in todo:
+        for step in todo:
             if step.check is not None:
                 step.check(self.recipe, self.directory)
 
     def _make(self, step: Step) -> None:
         """On the first process."""
-        state, result = self.state(step.name), self.result(step.name)
-        if state == "finished":
-            self.note(f"{step.name}: done before")
+        if self.finished(step.name):
+            self.progress.note(f"{step.name}: done before")
             return
-        if state in ("changed", "damaged"):
-            why = self.difference(step.name) if state == "changed" else self.damage(step.name)
-            kept = self._move_aside(step)
-            self.note(f"{step.name}: again, {why}; what was there is now in {kept}")
-        elif state == "unfinished" and step.resumes:
-            self.note(f"{step.name}: going on")
-        elif state == "unfinished":
-            self.note(f"{step.name}: once more, a run was killed")
-            shutil.rmtree(result)
-        else:
-            self.note(f"{step.name}: begins")
+        self.progress.note(f"{step.name}: {self._clear(step)}")
         for left in self.directory.glob(f".{step.directory}.*"):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
         self._write(step, finished=False)
-        start, cpu = time.monotonic(), time.process_time()
+        start, cpu, result = time.monotonic(), time.process_time(), self.result(step.name)
         try:
-            step.make(self.recipe, self.directory)
+            self._work(step)
         except BaseException:
             if not any(path.is_file() for path in result.rglob("*")):  # nothing came of it
                 shutil.rmtree(result, ignore_errors=True)
@@ -198,19 +191,33 @@ class Run:
         spent = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
         self._write(step, finished=True, files=sizes_of(result), **spent)
 
+    def _clear(self, step: Step) -> str:
+        """Make room for a step's result; what there was of it and what happened to that, in words."""
+        if not self.begun(step.name):
+            return "begins"
+        if (why := self.change(step.name)) is not None:
+            return f"again, {why}; what was there is now in {self._move_aside(step)}"
+        if step.resumes:
+            return "going on"
+        shutil.rmtree(self.result(step.name))
+        return "once more, a run was killed"
+
+    def _work(self, step: Step) -> None:
+        if step.single and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this step is done by one process: start the command once without torchrun")
+        step.make(self.recipe, self.directory, self.progress)
+        gc.collect()  # a model's memory, before the next step takes its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _follow(self, step: Step) -> None:
         """On the other processes: take part where the step is made together, and wait until it is done."""
-        self._wait(lambda: self._begun(step.name))
-        if step.together and self.state(step.name) != "finished":
-            step.make(self.recipe, self.directory)
-        self._wait(lambda: self.state(step.name) == "finished")
-
-    def _begun(self, name: str) -> bool:
-        """Whether the first process has come to this step: whatever it makes again is no longer called finished."""
-        record = self._record(name)
-        if record is None or record["fingerprint"] != self.wanted[name]["fingerprint"]:
-            return False
-        return not record["finished"] or self.damage(name) is None
+        # The first process has come to this step when the record is of what is wanted: it does not leave one that is
+        # marked as finished beside a result that it makes again.
+        self._wait(lambda: self.change(step.name) is None)
+        if step.together and not self.finished(step.name):
+            self._work(step)
+        self._wait(lambda: self.finished(step.name))
 
     def _wait(self, reached: Callable[[], bool]) -> None:
         while not reached():  # torchrun ends all processes when one has failed
@@ -237,11 +244,12 @@ class Run:
             record: dict[str, Any] = json.loads(self._path(name).read_text("utf-8"))
             if not {"fingerprint", "reads", "needs", "seed", "tah", "finished"} <= set(record):
                 raise ValueError("entries are missing")
-            return record
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self._path(name)} is damaged; delete it and {self.result(name)}") from error
+        record["reads"] = {_renamed(key, FORMER_FIELDS): value for key, value in record["reads"].items()}
+        return record
 
     def _write(self, step: Step, finished: bool, **more: Any) -> None:
         record = self.wanted[step.name] | {"finished": finished} | more
@@ -289,6 +297,13 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
+def device_of_process() -> torch.device:
+    """Where this process of torchrun computes."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def fingerprint(value: Any) -> str:
     """16 hexadecimal digits that change with any part of a plain value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -306,10 +321,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _version() -> str:
-    try:
-        return version("tah")
-    except PackageNotFoundError:  # run from a source tree
-        from .. import __version__
-
-        return __version__
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    """`model.reembed` as `model.next_input`, or the other way round."""
+    name = key.removeprefix("model.")
+    return f"model.{names[name]}" if name != key and name in names else key

@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from ..checkpoints.contents import contents
-from ..data.rows import COMPLETE
+from ..data.data_files import COMPLETE
 from ..load import find, load_base, load_tah, load_tokenizer
+from ..names import Stage
+from ..progress import SILENT, Reporter
 from ..training.label import label as label_rows
 from ..training.recipe import Recipe
-from ..training.trainer import Stage
+from ..training.train import train as train_stage
 from . import preflight
-from .run import POLL, Run, Step, flat
-from .sources import default_device, release, rows_of
+from .experiment.baselines import train_base, train_blind, train_reference, train_standard_compute
+from .experiment.report import write_report
+from .experiment.tiny import check_sections, write_data
+from .pruned import prune_base
+from .run import POLL, Run, Step, device_of_process, flat
+
+SHARED: dict[str, Any] = {"together": True, "resumes": True}  # steps in which every process takes part
+ALONE: dict[str, Any] = {"single": True, "resumes": True}
 
 
 def chain(recipe: Recipe) -> list[Step]:
@@ -36,43 +43,29 @@ def chain(recipe: Recipe) -> list[Step]:
     base = flat(whole["base"], "base") | {"base.model": contents(recipe.base.model)}
     found = []
     if own_data or own_base:
-        from .tiny import check_sections
-
         check_sections(recipe)  # before anything made earlier is moved aside
     if own_data:
-        from .tiny import write_data
-
         generate = flat(whole["data"]["generate"], "data.generate")
-        found.append(Step("data", "data", lambda recipe, run: write_data(recipe, run / "data"), generate))
+        found.append(Step("data", "data", write_data, generate))
     texts = ("data",) if own_data else ()
     if own_base:
-        from .baselines import train_base
-
         base |= {"data.max_length": recipe.data.max_length, "backbone.packed": recipe.backbone.packed}
-        found.append(Step("base", "base", _by_one_process(train_base), base, texts, resumes=True))
+        found.append(Step("base", "base", train_base, base, texts, **ALONE))
     elif recipe.makes_base:
-        from .pruned import prune_base
-
         found.append(Step("base", "base", prune_base, base | data, texts, check=preflight.check_pruning))
     if own_reference:
-        from .baselines import train_reference
-
         reads = flat(whole["backbone"]["training"], "backbone.training")
-        make = _by_one_process(train_reference)
-        found.append(Step("reference", "reference", make, reads, (*texts, "base"), resumes=True))
+        found.append(Step("reference", "reference", train_reference, reads, (*texts, "base"), **ALONE))
     tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
-    judge = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
-    needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and judge else ()))
-    reads = data | tokenizer | {"label.reference": contents(judge)}
-    shared: dict[str, Any] = {"together": True, "resumes": True}
-    found.append(Step("label", "labels", make_labels, reads, needs, check=preflight.check_labelling, **shared))
+    reference = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
+    needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and reference else ()))
+    reads = data | tokenizer | {"label.reference": contents(reference)}
+    found.append(Step("label", "labels", make_labels, reads, needs, check=preflight.check_labelling, **SHARED))
     found += _stages(recipe, whole, base)
     if own_data:
-        from .report import write_report
-
         found += _controls(recipe, whole)
         needs = tuple(step.name for step in found if step.name != "base")
-        found.append(Step("report", "report", _by_one_process(write_report), {}, needs))
+        found.append(Step("report", "report", write_report, {}, needs, single=True))
     return found
 
 
@@ -86,53 +79,47 @@ def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list
     if not recipe.makes_base:
         reads |= {name: base[name] for name in ("base.model", "base.dtype")}
     needs = ("label", *(("base",) if recipe.makes_base else ()))
-    shared: dict[str, Any] = {"together": True, "resumes": True}
     check = preflight.check_backbone
-    found = [Step("backbone", "backbone", _train("backbone"), reads, needs, check=check, **shared)]
+    found = [Step("backbone", "backbone", _train("backbone"), reads, needs, check=check, **SHARED)]
     if recipe.decider is not None:
         reads, needs = flat(whole["decider"], "decider"), ("label", "backbone")
-        found.append(
-            Step("decider", "decider", _train("decider"), reads, needs, check=preflight.check_decider, **shared)
-        )
+        check = preflight.check_decider
+        found.append(Step("decider", "decider", _train("decider"), reads, needs, check=check, **SHARED))
     return found
 
 
 def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
     """Further models for the report to compare with."""
-    from .baselines import train_blind, train_standard_compute
-
     backbone, found = flat(whole["backbone"], "backbone"), []
     if recipe.controls.equal_compute:
         needs = ("data", "base", "label", "backbone", *(("decider",) if recipe.decider is not None else ()))
-        make, name = _by_one_process(train_standard_compute), "standard_compute"
-        found.append(Step(name, name, make, backbone, needs, resumes=True))
+        found.append(Step("standard_compute", "standard_compute", train_standard_compute, backbone, needs, **ALONE))
     if recipe.controls.blind:
         reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
         if recipe.uses_labels and recipe.label is not None:
             reads["label.rule"] = recipe.label.rule
-        make, needs = _by_one_process(train_blind), ("base", "label")
-        found.append(Step("blind", "blind", make, reads, needs, resumes=True))
+        found.append(Step("blind", "blind", train_blind, reads, ("base", "label"), **ALONE))
     return found
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-def run(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Path:
+def run(recipe: Recipe, directory: Path, progress: Reporter = SILENT) -> Path:
     """`tah run`: every step; the directory of the last one that is a model."""
-    steps = _steps(recipe, directory, note)
+    steps = _steps(recipe, directory, progress)
     steps.make(list(steps.steps))
     return steps.result("decider" if recipe.decider is not None else "backbone")
 
 
-def label(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Path:
+def label(recipe: Recipe, directory: Path, progress: Reporter = SILENT) -> Path:
     """`tah label`: the labelled data, and what that needs."""
-    steps = _steps(recipe, directory, note)
+    steps = _steps(recipe, directory, progress)
     steps.make(["label"])
     return steps.result("label")
 
 
-def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, note: Callable[[str], None]) -> Path:
+def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, progress: Reporter = SILENT) -> Path:
     """`tah train`: a stage; what is quick and missing is made first, a pruned base or tokens.
 
     Args:
@@ -141,7 +128,7 @@ def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, note: Cal
     Raises:
         ValueError: labels or the stage before are not there, or `resume` does not go with what is.
     """
-    steps = _steps(recipe, directory, note)
+    steps = _steps(recipe, directory, progress)
     if stage == "decider" and recipe.decider is None:
         raise ValueError("the recipe has no decider section, so there is no stage decider")
     if steps.lead:
@@ -154,85 +141,61 @@ def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, note: Cal
     return steps.result(stage)
 
 
-def _steps(recipe: Recipe, directory: Path, note: Callable[[str], None]) -> Run:
+def _steps(recipe: Recipe, directory: Path, progress: Reporter) -> Run:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else every process trains alone, without a word
-    return Run(recipe, directory, chain(recipe), note)
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else every process trains alone, without a warning
+    return Run(recipe, directory, chain(recipe), progress)
 
 
 def _check_there(steps: Run, name: str, fix: str) -> None:
-    state, result = steps.state(name), steps.result(name)
-    if state == "changed":
-        raise ValueError(f"{result} was made for something else: {steps.difference(name)}; {fix}")
-    if state == "damaged":
-        raise ValueError(f"{steps.damage(name)}; {fix}")
-    if state != "finished":
-        if state == "unfinished" and name == "backbone":
-            fix = "train --stage backbone --resume first"
-        raise ValueError(f"{result} is {'not there' if state == 'missing' else 'not finished'}; {fix}")
+    """Raises `ValueError` unless the result of a step is there and of this recipe."""
+    result = steps.result(name)
+    if not steps.begun(name):
+        raise ValueError(f"{result} is not there; {fix}")
+    if why := steps.change(name):
+        raise ValueError(f"{result} does not fit: {why}; {fix}")
+    if not steps.finished(name):
+        fix = "train --stage backbone --resume first" if name == "backbone" else fix
+        raise ValueError(f"{result} is not finished; {fix}")
 
 
 def _check_resume(steps: Run, name: str, resume: bool) -> None:
-    state, result = steps.state(name), steps.result(name)
-    if state == "changed" and resume:
+    result = steps.result(name)
+    if not steps.begun(name) or steps.finished(name):
+        return
+    why, left = steps.difference(name), any(result.glob("checkpoints/checkpoint-*"))
+    if why and resume:
         raise ValueError(
-            f"{result} was trained differently: {steps.difference(name)}; --resume needs the same recipe and data "
+            f"{result} was trained differently: {why}; --resume needs the same recipe and data "
             "(without it, the stage is trained anew)"
         )
-    if state == "unfinished" and not resume and any(result.glob("checkpoints/checkpoint-*")):
+    if not why and left and not resume:
         raise ValueError(f"{result} holds an unfinished training: --resume goes on with it; or choose another --output")
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _by_one_process(make: Callable[[Recipe, Path], None]) -> Callable[[Recipe, Path], None]:
-    """A step that trains, made by the first process alone, would wait forever for the others to join it."""
-
-    def checked(recipe: Recipe, run: Path) -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("this step is done by one process: start the command once without torchrun")
-        make(recipe, run)
-
-    return checked
-
-
-def make_labels(recipe: Recipe, run: Path) -> None:
-    """`run/labels/train` and `run/labels/validation`: tokens, and what the reference makes of them where it is used."""
+def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/labels/train` and `run/labels/validation`: tokens, and their scores under the reference where it is used."""
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
-    parts = dict(zip(("train", "validation"), rows_of(recipe, run), strict=True))
     reference, sizes = None, {}
     if recipe.label is not None:
         sizes = {name: getattr(recipe.label, name) for name in ("tokens_per_batch", "rows_per_shard")}
-    if recipe.label is not None and recipe.uses_labels:
-        name = recipe.label.reference
-        path, kind = find(str(run / "reference") if name == "trained" else name)
-        reference = (load_tah if kind == "tah" else load_base)(path).to(default_device())
-    for name, rows in parts.items():
-        target = run / "labels" / name
-        label_rows(
-            rows,
-            tokenizer,
-            reference,
-            target,
-            max_length=recipe.data.max_length,
-            report=Console(stderr=True),
-            **sizes,
-        )
+        if recipe.uses_labels:
+            name = recipe.label.reference
+            path, kind = find(str(run / "reference") if name == "trained" else name)
+            reference = (load_tah if kind == "tah" else load_base)(path).to(device_of_process())
+    sizes["max_length"] = recipe.data.max_length
+    for part, rows in zip(("train", "validation"), recipe.rows(run), strict=True):
+        target = run / "labels" / part
+        label_rows(rows, tokenizer, reference, target, progress=progress, **sizes)
         while not (target / COMPLETE).is_file():  # other processes have shards to finish
             time.sleep(POLL)
-    del reference
-    release()
 
 
-def _train(stage: Stage) -> Callable[[Recipe, Path], object]:
-    def make(recipe: Recipe, run: Path) -> None:
-        from ..training.train import train
-
-        train(recipe, stage, run, resume=True)
-        release()
-
-    return make
+def _train(stage: Stage) -> Callable[[Recipe, Path, Reporter], object]:
+    return lambda recipe, run, progress: train_stage(recipe, stage, run, resume=True, progress=progress)
 
 
 def _tokenizer_contents(source: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What a decider says about held-out tokens and what a second pass does to them; `quality.py` judges that.
+"""The threshold of a trained decider, chosen on held-out tokens. `stats.threshold` has the arithmetic.
 
 Shapes: n supervised tokens (of all validation rows together).
 """
@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ..core.loss import IGNORE, shift
 from ..model import TaHForCausalLM
-from ..stats.threshold import Judged, quality, threshold_for_loss, threshold_for_share
+from ..stats.threshold import Judged, threshold_for_loss, threshold_for_share
+from .recipe import Decider
 from .trainer import Objective
-
-__all__ = ["Judged", "judge", "quality", "threshold_for_loss", "threshold_for_share"]
 
 
 @torch.no_grad()
-def judge(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Judged:
-    """Ask the decider about every supervised token, and run all of them a second time.
+def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Judged:
+    """The decider's probability for every supervised token, and the losses when all of them run a second pass.
 
     With `attention="own"` the second losses are those of any policy; with `duo` they are those of iterating on all
     supervised tokens, an approximation for a policy that iterates on few.
@@ -28,7 +27,7 @@ def judge(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective
     Args:
         model: with a decider; its max_depth is >= 2.
         batches: from `data.Collator`.
-        objective: of the decider's stage; says what it should find.
+        objective: of the decider's stage; it defines which tokens the decider should find.
     """
     model.eval()
     found: list[list[Tensor]] = []
@@ -54,5 +53,12 @@ def judge(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective
         found.append([x.cpu() for x in (probability, hard, one, two)])
     if not found:
         raise ValueError("no validation rows to choose a threshold on")
-    probability, hard, one, two = (torch.cat(column).numpy() for column in zip(*found, strict=True))
-    return Judged(probability, hard, one, two)
+    return Judged(*(torch.cat(column).numpy() for column in zip(*found, strict=True)))
+
+
+def choose_threshold(decisions: Judged, decider: Decider) -> float:
+    """The threshold that gives the recipe's share of iterated tokens, or the lowest loss."""
+    if decider.target == "loss":
+        return threshold_for_loss(decisions)
+    assert decider.target_share is not None  # checked by the recipe
+    return threshold_for_share(decisions.probability, decider.target_share)

@@ -1,4 +1,4 @@
-"""Label the hard tokens of a data set with a reference model (spec B.2), shard by shard.
+"""Label the hard tokens of a data set with a reference model, shard by shard.
 
     output/settings.json    what was asked for; another request is refused
     output/data/NNNNN.parquet   a shard: `rows_per_shard` rows of the source, without those that were dropped
@@ -19,21 +19,21 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.forms import EXTRAS, form_of
-from ..data.rows import COMPLETE, tokenize_row
-from ..data.scoring import Measured, Reference, check_reference, weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
+from ..data.data_files import COMPLETE
+from ..data.rows import EXTRAS, form_of, tokenize_row
+from ..data.scoring import Measured, Reference, check_reference
 from ..files import write_atomically
-from ..progress import Progress
+from ..progress import SILENT, Reporter, Work
+from .run_files import version_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from rich.console import Console
     from transformers import PreTrainedModel
 
 SETTINGS, CARD = "settings.json", "README.md"
@@ -49,7 +49,7 @@ tags:
 ---
 # Labelled data set
 
-{kept} of {rows} rows, tokenized{judged}. Made by tah on {date} ({versions}).
+{kept} of {rows} rows, tokenized{labelled}. Made by tah on {date} ({versions}).
 
 {table}
 
@@ -61,20 +61,41 @@ choice), `ref_prob` (probability) and `ref_entropy` (of its prediction, in nats)
 and at the last position, they are -1, 0 and 0. A token is hard by the rule top1 where `ref_rank` > 0."""
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """How rows are tokenized and labelled.
+
+    Args:
+        max_length: most tokens of a row.
+        tokens_per_batch: most tokens of a forward, padding included.
+        rows_per_shard: rows of the source per file; what is lost at most when the process is killed.
+        too_long: `drop` rows that are longer, or `cut` them.
+    """
+
+    max_length: int
+    tokens_per_batch: int = 16384
+    rows_per_shard: int = 1024
+    too_long: str = "drop"
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("max_length", 2), ("tokens_per_batch", 1), ("rows_per_shard", 1)):
+            if (value := getattr(self, name)) < smallest:
+                raise ValueError(f"{name}={value} must be at least {smallest}")
+        if self.too_long not in ("drop", "cut"):
+            raise ValueError(f"too_long={self.too_long!r} is not one of drop, cut")
+
+
 def label(
     rows: Dataset,
     tokenizer: Any,
     reference: PreTrainedModel | None,
     output: str | Path,
     *,
-    max_length: int,
-    tokens_per_batch: int = 16384,
-    rows_per_shard: int = 1024,
-    too_long: str = "drop",
     reference_tokenizer: Any = None,
-    report: Console | None = None,
+    progress: Reporter = SILENT,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Tokenize `rows` and store what `reference` makes of every supervised token; returns counts.
+    """Tokenize `rows` and store rank, probability and entropy of every supervised token under `reference`.
 
     Called again, it continues with the shards that are missing. Under torchrun (RANK and WORLD_SIZE) each process does
     its share of the shards, and the one that finishes last completes the data set: wait for all before reading it.
@@ -84,41 +105,36 @@ def label(
         tokenizer: the base model's.
         reference: on the device it is to run on; None: no labels, for methods that need none.
         output: directory.
-        max_length: most tokens of a row.
-        tokens_per_batch: most tokens of a forward, padding included.
-        rows_per_shard: rows of the source per file; what is lost at most when the process is killed.
-        too_long: `drop` rows that are longer, or `cut` them.
         reference_tokenizer: to compare with ours; by default the one where the reference was loaded from.
-        report: where to show progress.
+        progress: reports the rows of the first process.
+        options: the fields of `Labelling`, of which `max_length` is required.
+
+    Returns:
+        Counts of rows and tokens.
 
     Raises:
         ValueError: the reference does not fit, `output` holds something else, or no row has a supervised token.
     """
-    least = {"max_length": (max_length, 2), "tokens_per_batch": (tokens_per_batch, 1)}
-    for name, (value, smallest) in (least | {"rows_per_shard": (rows_per_shard, 1)}).items():
-        if value < smallest:
-            raise ValueError(f"{name}={value} must be at least {smallest}")
-    if too_long not in ("drop", "cut"):
-        raise ValueError(f"too_long={too_long!r} is not one of drop, cut")
+    given = Labelling(**options)
     if reference is not None:
-        check_reference(reference, tokenizer, reference_tokenizer, max_length)
-    output, settings = Path(output), _settings(rows, tokenizer, reference)
-    settings |= {"max_length": max_length, "too_long": too_long, "rows_per_shard": rows_per_shard}
+        check_reference(reference, tokenizer, reference_tokenizer, given.max_length)
+    output, settings = Path(output), _settings(rows, tokenizer, reference, given)
     _check_output(output, settings)
     shards = _shards(output, settings)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     todo = [index for index in range(rank, len(shards), world) if not shards[index].exists()]
-    judge = None if reference is None or not todo else Reference(reference)
+    scorer = None if reference is None or not todo else Reference(reference)
     (output / "data").mkdir(parents=True, exist_ok=True)
     write_atomically(output / SETTINGS, json.dumps(settings, indent=1))
-    with Progress(report if rank == 0 else None, sum(len(_places(index, settings)) for index in todo)) as progress:
-        job = _Job(rows.with_format(None), tokenizer, judge, settings, tokens_per_batch, progress)
+    count = sum(len(_rows_of(index, settings)) for index in todo)
+    with (progress if todo and rank == 0 else SILENT).work("labelling", count, "rows") as work:
+        shard = _Shards(rows.with_format(None), tokenizer, scorer, settings, given.tokens_per_batch, work)
         for index in todo:
-            write_atomically(shards[index], job.shard(index))
+            write_atomically(shards[index], shard.make(index))
     found = _counts(output, settings)
     if found["complete"] and not (output / COMPLETE).exists():
         _finish(output, settings, found)
-    return found | {"tokens_per_second": progress.tokens_per_second}
+    return found | {"tokens_per_second": work.tokens_per_second}
 
 
 # -- what was asked for ----------------------------------------------------------------------------------------------
@@ -133,20 +149,20 @@ def fingerprint(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _settings(rows: Dataset, tokenizer: Any, reference: PreTrainedModel | None) -> dict[str, Any]:
-    """What decides about the contents, as far as `label`'s other arguments do not."""
+def _settings(rows: Dataset, tokenizer: Any, reference: PreTrainedModel | None, given: Labelling) -> dict[str, Any]:
+    """Everything that decides about the contents."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     text = json.dumps([state, tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    judge = None
-    if reference is not None:
-        judge = reference.name_or_path or type(reference).__name__
     return {
         "data": fingerprint(rows),
         "rows": len(rows),
         "tokenizer": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        "reference": judge,
+        "reference": None if reference is None else reference.name_or_path or type(reference).__name__,
         "reference_dtype": None if reference is None else str(reference.dtype).removeprefix("torch."),
         "reference_weights": None if reference is None else weights_fingerprint(reference),
+        "max_length": given.max_length,
+        "too_long": given.too_long,
+        "rows_per_shard": given.rows_per_shard,
     }
 
 
@@ -180,26 +196,26 @@ def _shards(output: Path, settings: dict[str, Any]) -> list[Path]:
     return [output / "data" / f"{index:05d}.parquet" for index in range(number)]
 
 
-def _places(index: int, settings: dict[str, Any]) -> range:
+def _rows_of(index: int, settings: dict[str, Any]) -> range:
     """Rows of the source in a shard."""
     size = settings["rows_per_shard"]
     return range(index * size, min((index + 1) * size, settings["rows"]))
 
 
 @dataclass
-class _Job:
+class _Shards:
     """Makes shards."""
 
     rows: Dataset
     tokenizer: Any
-    judge: Reference | None
+    reference: Reference | None
     settings: dict[str, Any]
     tokens_per_batch: int
-    progress: Progress
+    work: Work
 
-    def shard(self, index: int) -> bytes:
+    def make(self, index: int) -> bytes:
         """The file of a shard."""
-        start, places, dropped = time.monotonic(), _places(index, self.settings), Counter[str]()
+        start, places, dropped = time.monotonic(), _rows_of(index, self.settings), Counter[str]()
         kept: list[int] = []
         ids: list[np.ndarray] = []
         supervised: list[np.ndarray] = []
@@ -211,20 +227,20 @@ class _Job:
                 kept.append(place)
                 ids.append(np.array(row["input_ids"], np.int32))
                 supervised.append(np.array(row["supervised"]))
-        self.progress.advance(len(places) - len(kept), 0)
+        self.work.advance(len(places) - len(kept), 0)
         counts: dict[str, Any] = {"rows": len(places), "kept": len(kept), "dropped": dict(dropped)}
         counts |= {"lengths": [len(row) for row in ids], "supervised": int(sum(row.sum() for row in supervised))}
         columns: dict[str, Any] = {"input_ids": ids, "supervised": supervised}
-        if self.judge is None:
-            self.progress.advance(len(kept), sum(counts["lengths"]))
+        if self.reference is None:
+            self.work.advance(len(kept), sum(counts["lengths"]))
         else:
-            measured = self.judge.measure(ids, supervised, self.tokens_per_batch, self.progress.advance)
+            measured = self.reference.measure(ids, supervised, self.tokens_per_batch, self.work)
             columns |= {f"ref_{name}": [getattr(row, name) for row in measured] for name in ("rank", "prob", "entropy")}
-            counts |= _judged(measured)
+            counts |= _sums(measured)
         return _parquet(columns | {"row": kept}, counts | {"seconds": time.monotonic() - start})
 
 
-def _judged(measured: list[Measured]) -> dict[str, Any]:
+def _sums(measured: list[Measured]) -> dict[str, Any]:
     """Sums over the supervised tokens."""
     asked = [row.rank >= 0 for row in measured]
     return {
@@ -305,10 +321,10 @@ def _card(settings: dict[str, Any], found: dict[str, Any]) -> str:
         "supervised tokens": f"{found['supervised']:,}",
         "tokens per row": "{min:,} to {max:,}, median {median:,.0f}".format(**found["lengths"]),
     }
-    judge = settings["reference"]
-    if judge is not None:
+    name = settings["reference"]
+    if name is not None:
         lines |= {
-            "reference": f"{judge} ({settings['reference_dtype']})",
+            "reference": f"{name} ({settings['reference_dtype']})",
             "hard tokens (top1)": f"{found['hard']:,} ({found['hard_share']:.2%})",
             "reference's cross-entropy, entropy": f"{found['reference_loss']:.4f}, {found['reference_entropy']:.4f}",
         }
@@ -317,16 +333,9 @@ def _card(settings: dict[str, Any], found: dict[str, Any]) -> str:
     return CARD_TEXT.format(
         kept=f"{found['kept']:,}",
         rows=f"{found['rows']:,}",
-        judged="" if judge is None else f" and judged by {judge}",
+        labelled="" if name is None else f" and labelled by {name}",
         date=date.today().isoformat(),
-        versions=", ".join(f"{name} {_version(name)}" for name in ("tah", "torch", "transformers", "datasets")),
+        versions=", ".join(f"{each} {version_of(each)}" for each in ("tah", "torch", "transformers", "datasets")),
         table="\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in lines.items())]),
-        columns="" if judge is None else CARD_COLUMNS,
+        columns="" if name is None else CARD_COLUMNS,
     )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a source tree
-        return "from source"

@@ -1,4 +1,4 @@
-"""Drop the layers of a base model that matter least, so that a TaH model is no larger than the plain one (spec B.6).
+"""Drop the layers of a base model that matter least, so that a TaH model is no larger than the plain one.
 
 Every layer is left out in turn, and the one whose absence raises the perplexity of held-out texts least is dropped; for
 more than one layer, what is left is measured anew. Perplexity is over all predicted tokens alike, in float32, whatever
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core.families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
+from ..progress import SILENT, Reporter
 
 CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
 TEXTS = 64  # fewer texts rank layers by luck
@@ -103,7 +104,7 @@ def prune(
     output: str | Path,
     *,
     fewest: int = TEXTS,
-    report: Callable[[float], None] = lambda share: None,
+    progress: Reporter = SILENT,
     dtype: torch.dtype | None = None,
 ) -> PruneReport:
     """Drop `layers` layers from `base`, in place, and write what is left as a normal checkpoint, whole or not at all.
@@ -115,7 +116,7 @@ def prune(
         layers: how many to drop, greedily.
         output: directory to make, with `prune.json` and `prune.md` in it.
         fewest: texts needed.
-        report: told the share of the work that is done, after each text.
+        progress: reports the texts, for each layer to drop.
         dtype: of the checkpoint; the base's own by default.
 
     Raises:
@@ -138,7 +139,7 @@ def prune(
     )
     left = list(range(made.layers))
     for _ in range(layers):
-        before, without = perplexities(base, texts, lambda share: report((len(made.rounds) + share) / layers))
+        before, without = perplexities(base, texts, progress)
         least = min(range(len(left)), key=lambda at: (without[at], at))
         drop_layer(base, least)
         candidates = dict(zip(left, without, strict=True))
@@ -153,7 +154,7 @@ def prune(
 
 @torch.no_grad()
 def perplexities(
-    base: PreTrainedModel, texts: Sequence[Text], report: Callable[[float], None] = lambda share: None
+    base: PreTrainedModel, texts: Sequence[Text], progress: Reporter = SILENT
 ) -> tuple[float, list[float]]:
     """Perplexity of the base, and without each of its layers in turn.
 
@@ -165,14 +166,15 @@ def perplexities(
     count = sum(sum(text.counts[1:]) for text in texts)
     if count == 0:
         raise ValueError("the held-out texts have no token that counts")
-    for number, text in enumerate(texts, start=1):
-        seen: list[tuple[Tensor, Any]] = []  # of each layer: hidden states [1, T, D] that go in, and what comes out
-        with _recording(layers, seen):
-            total += _loss(base, text)
-        for at in range(len(layers)):
-            with _replaying(layers[: at + 1], seen, at):
-                without[at] += _loss(base, text)
-        report(number / len(texts))
+    with progress.work("leaving out each layer", len(texts), "texts") as work:
+        for text in texts:
+            seen: list[tuple[Tensor, Any]] = []  # of each layer: hidden states [1, T, D] that go in, and its output
+            with _recording(layers, seen):
+                total += _loss(base, text)
+            for at in range(len(layers)):
+                with _replaying(layers[: at + 1], seen, at):
+                    without[at] += _loss(base, text)
+            work.advance()
     if math.isnan(total):
         raise ValueError("the base's logits are NaN on the held-out texts; its weights are damaged")
     return _perplexity(total / count), [_perplexity(loss / count) for loss in without]

@@ -1,149 +1,434 @@
-"""Recipes as files: YAML read without its traps, overrides, and errors that name the key and the nearest valid one."""
+"""A recipe: one YAML file that describes one experiment, checked before anything runs.
+
+`TaHConfig` describes the model and is saved with the weights; a recipe describes how the model is made. Keys below
+`training` go to transformers' `TrainingArguments` unchanged.
+"""
 
 from __future__ import annotations
 
-import re
+import copy
+import dataclasses
+import enum
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-try:
-    import yaml
-    from pydantic import BaseModel, ValidationError
-except ImportError as error:
-    raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
+import numpy as np
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator, model_validator
+from transformers import TrainingArguments
+from typing_extensions import TypedDict
 
-from .recipe_checks import in_words, near
-from .recipe_fields import Recipe
+from ..config import TaHConfig, current_fields
+from ..data.rows import check_rule, load_rows
+from ..files import write_atomically
+from ..names import BY_GAIN, BY_SHARE, DTYPES, METHODS, suggest
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHOSEN = ("policy", "threshold")  # TaHConfig fields that a stage sets when it ends
+OWNED = {  # TrainingArguments that another place decides
+    "output_dir": "it is the run's directory; use output",
+    "seed": "it is the recipe's seed",
+    "resume_from_checkpoint": "it is the command's --resume",
+}
+POSITIVE = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+# -- types of values -------------------------------------------------------------------------------------------------
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or the packaged one of that name.
+def one_of(words: Sequence[str]) -> AfterValidator:
+    """A field whose value is one of `words`."""
+
+    def check(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"is unknown; {suggest(value, words)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _refuse(reason: str) -> AfterValidator:
+    def check(value: Any) -> None:
+        raise ValueError(f"is decided elsewhere: {reason}")
+
+    return AfterValidator(check)
+
+
+def _training_fields() -> dict[str, Any]:
+    """The type of each of `TrainingArguments`, as pydantic is to check it."""
+    hints = get_type_hints(TrainingArguments)
+    found: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(TrainingArguments) if field.init):
+        options = [kind for kind in get_args(hints[name]) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+        found[name] = Annotated[str, one_of([str(word.value) for word in options[0]])] if options else hints[name]
+        if name in POSITIVE:
+            found[name] = Annotated[hints[name], Field(gt=0)]
+        if name in OWNED:
+            found[name] = Annotated[Any, _refuse(OWNED[name])]
+    return found
+
+
+if TYPE_CHECKING:
+    Training = dict[str, Any]
+else:  # the values that are given, checked and unchanged: no default is filled in, and 1 stays 1 where 1.0 is meant
+    Fields = TypedDict("Fields", _training_fields(), total=False)
+    Fields.__pydantic_config__ = STRICT
+    Training = Annotated[Fields, WrapValidator(lambda value, check: check(value) and value), PlainSerializer(dict)]
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Part(BaseModel):
+    """A section: unknown keys and values of another type are errors, nothing is converted."""
+
+    model_config = STRICT
+
+
+class Base(Part):
+    """The model that is made to iterate.
 
     Args:
-        source: path of a .yaml file, or a name from `recipe_names()`.
-        overrides: `key.key=value`, the value in YAML, applied in order.
-
-    Raises:
-        ValueError: no such recipe, or anything wrong in it, in one line with the place.
+        model: directory, hub id, or `smollm2`; None where the recipe trains its base itself (`scratch`).
+        tokenizer: directory or hub id to take the tokenizer and its chat template from; None: from `model`.
+        prune_layers: layers to drop before training; 0 keeps the model whole.
+        prune_texts: held-out texts that decide which.
+        scratch: sizes and training of a base made by the recipe.
+        dtype: of the weights: `auto` as they were saved.
     """
-    path = _find(str(source))
-    values = _parse(path)
-    values.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(values, override)
+
+    model: str | None = None
+    tokenizer: str | None = None
+    prune_layers: Count = 0
+    prune_texts: Positive = 64
+    scratch: dict[str, Any] | None = None
+    dtype: Annotated[str, one_of(DTYPES)] = "auto"
+
+
+class Data(Part):
+    """The texts.
+
+    Args:
+        source: hub id (`owner/name` or `owner/name:config`), directory or file (`data.load_rows`), or `tiny`
+            (generated).
+        split: of the source.
+        validation: source of held-out texts; None: `validation_split` of `source`, or else a share of `split`.
+        validation_split: split of the held-out texts.
+        validation_share: share of `split` held out where nothing else is given, drawn with the recipe's seed.
+        columns: role (`messages`, `prompt`, ...) -> name of the source's column.
+        max_length: longest text in tokens; longer ones are dropped and counted.
+        limit: use only the first texts of the source.
+        generate: settings of generated data.
+    """
+
+    source: str
+    split: str = "train"
+    validation: str | None = None
+    validation_split: str | None = None
+    validation_share: Share = 0.01
+    columns: dict[str, str] = {}
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    limit: Positive | None = None
+    generate: dict[str, Any] | None = None
+
+
+class Label(Part):
+    """Which tokens are hard.
+
+    Args:
+        reference: model that labels: directory, hub id, `smollm2`, or `trained` (by the recipe, on generated data).
+        rule: `top1` (its first choice is another token), `prob<p` or `rank>k`; needs no new pass when changed.
+        tokens_per_batch: tokens the reference reads at a time.
+        rows_per_shard: texts per file; a killed run loses at most one file of work.
+    """
+
+    reference: str
+    rule: Annotated[str, AfterValidator(lambda rule: check_rule(rule) and rule)] = "top1"
+    tokens_per_batch: Positive = 16384
+    rows_per_shard: Positive = 1024
+
+
+class Backbone(Part):
+    """Stage 1: base, adapter and maps.
+
+    Args:
+        method: who iterates in training (`trainer.Objective`): `paper` (hard tokens), `lookahead` (all, every depth in
+            the loss), or a baseline: `standard`, `always`, `random`, `confidence`, `blind`.
+        train: `all` weights, or `lora`: everything but the base (one small GPU).
+        packed: several texts per row.
+        loss_weights: what the output after each depth counts; None: only the final one (`paper` and baselines), or
+            all alike (`lookahead`, `blind`).
+        share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
+        tau: `confidence` iterates where the entropy exceeds this, in nats.
+        uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate, which costs
+            about as much as `standard`. Not with `decider.joint`, which learns from all of them.
+        depth_schedule: (share of training done, most passes from then on), both rising, the first at share 0 and
+            depth 2: with one pass nothing would train adapter, maps and a joint decider.
+        init: TaH or base checkpoint to continue from, instead of `base.model`.
+        training: `TrainingArguments`.
+    """
+
+    method: Annotated[str, one_of(METHODS)] = "paper"
+    train: Literal["all", "lora"] = "all"
+    packed: bool = False
+    loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tau: Annotated[float, Field(ge=0)] = 0.3
+    uncertain: bool = False
+    depth_schedule: list[Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Positive], Field(strict=False)]] = []
+    init: str | None = None
+    training: Training = {}
+
+
+class Decider(Part):
+    """Stage 2: the decider, everything else frozen. Its kind is `model.decider`.
+
+    Args:
+        joint: train it along with the backbone (`lookahead`, `blind`).
+        gain: a token is worth a pass that lowers its cross-entropy by more than this, in nats (`lookahead`, `blind`).
+        pos_weight: weight of hard tokens in the loss; None: measured from the labels.
+        target: the threshold is chosen on held-out texts for an iterated `share`, or for the best `loss`.
+        target_share: share of iterated tokens that the threshold should give.
+        training: `TrainingArguments`.
+    """
+
+    joint: bool = False
+    gain: Annotated[float, Field(ge=0)] = 0.05
+    pos_weight: Annotated[float, Field(gt=0)] | None = None
+    target: Literal["share", "loss"] = "share"
+    target_share: Share | None = 0.07
+    training: Training = {}
+
+
+class Controls(Part):
+    """What the report is to compare with besides Standard, made after the run's own model (`base.scratch` only).
+
+    Args:
+        equal_compute: Standard with more steps, so many that they cost what labels, backbone and decider did.
+        blind: backbone and decider once more, deeper passes seeing no text: what that gains is no reasoning.
+    """
+
+    equal_compute: bool = False
+    blind: bool = False
+
+
+class Recipe(Part):
+    """One experiment: data, labels, base and both stages.
+
+    Args:
+        name: of the recipe; the file's name unless given.
+        seed: of everything that is drawn.
+        output: directory of the run; None: `runs/<name>`.
+        model: fields of `TaHConfig`.
+        decider: None: no second stage.
+        controls: further models for the report.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    output: Annotated[str, Field(min_length=1)] | None = None
+    base: Base
+    model: dict[str, Any] = {}
+    data: Data
+    label: Label | None = None
+    backbone: Backbone = Backbone()
+    decider: Decider | None = None
+    controls: Controls = Controls()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """The rules between fields."""
+        if self.backbone.method == "blind":
+            if self.model.get("attention", "blind") != "blind":
+                raise ValueError(f"model.attention={self.model['attention']!r}, but backbone.method=blind needs blind")
+            self.model["attention"] = "blind"
+        self.model = current_fields(self.model)
+        _check_model(self.model)
+        self._check_base()
+        self._check_labels()
+        self._check_depths()
+        self._check_decider()
+        self._check_shares()
+        self._check_controls()
+        return self
+
+    def _check_base(self) -> None:
+        base = self.base
+        if (base.model is None) == (base.scratch is None):
+            raise ValueError("base.model is required: a directory, a hub id, or smollm2 (or else base.scratch)")
+        if base.scratch is not None and self.data.generate is None:
+            raise ValueError("base.scratch is trained on generated data; give data.source=tiny, or name a base.model")
+        if base.prune_layers and base.scratch is not None:
+            raise ValueError("base.prune_layers has no place beside base.scratch; make the base smaller instead")
+        if base.prune_layers and self.backbone.init is not None:
+            raise ValueError("backbone.init replaces the base, so base.prune_layers has no effect; set it to 0")
+        if self.data.validation is None and self.data.validation_split == self.data.split:
+            raise ValueError(f"data.validation_split={self.data.split} is what is trained on; name another split")
+        if (self.data.source == "tiny") != (self.data.generate is not None):
+            raise ValueError("data.generate belongs to data.source=tiny, and data.source=tiny needs it")
+
+    def _check_labels(self) -> None:
+        label = self.label
+        if label is None:
+            if self.uses_labels:
+                raise ValueError(
+                    "label is required for backbone.method=paper: set label.reference to a model, or use "
+                    "backbone.method=lookahead, which needs no labels"
+                )
+            return
+        if label.reference == "trained" and self.base.scratch is None:
+            raise ValueError("label.reference=trained needs base.scratch; name a model instead")
+
+    def _check_depths(self) -> None:
+        backbone, most = self.backbone, self.max_depth
+        if most == 1 and backbone.method != "standard":
+            raise ValueError(f"model.max_depth=1 leaves nothing to iterate for backbone.method={backbone.method}")
+        weights = backbone.loss_weights
+        if weights is not None and (len(weights) != most or sum(weights) <= 0):
+            raise ValueError(f"backbone.loss_weights={weights} must be {most} numbers, one per depth, not all 0")
+        starts, depths = [s for s, _ in backbone.depth_schedule], [d for _, d in backbone.depth_schedule]
+        rising = all(a < b for values in (starts, depths) for a, b in zip(values, values[1:], strict=False))
+        if starts and (starts[0] != 0 or not rising or depths[0] < 2 or depths[-1] > most):
+            pairs = [list(pair) for pair in backbone.depth_schedule]
+            raise ValueError(
+                f"backbone.depth_schedule={pairs} must be [share done, depth] pairs that rise, "
+                f"from share 0 and depth 2, to depth {most} (model.max_depth) at most"
+            )
+        if weights is not None and depths and sum(weights[: depths[0]]) == 0:
+            raise ValueError(f"backbone.loss_weights={weights} leave no loss at depth {depths[0]} of depth_schedule")
+
+    def _check_decider(self) -> None:
+        decider, method = self.decider, self.backbone.method
+        if decider is None:
+            return
+        if self.model.get("decider", {}) is None:
+            raise ValueError("the decider stage has nothing to train: model.decider is null; set decider=null too")
+        if not self.uses_labels and not self.by_gain:
+            raise ValueError(
+                f"a decider learns from labels (method paper) or gains ({', '.join(BY_GAIN)}), and "
+                f"backbone.method={method} has neither; set decider=null"
+            )
+        if decider.joint and not self.by_gain:
+            raise ValueError(f"decider.joint works with backbone.method={' or '.join(BY_GAIN)}, not {method}")
+        if decider.joint and self.backbone.uncertain:
+            raise ValueError("decider.joint learns from all tokens and backbone.uncertain trains few; drop one of them")
+        if decider.joint and 0 in (self.backbone.loss_weights or ()):
+            raise ValueError("decider.joint needs every depth's loss, so no 0 in backbone.loss_weights")
+        if decider.target == "share" and decider.target_share is None:
+            raise ValueError("decider.target=share needs decider.target_share; or use decider.target=loss")
+
+    def _check_shares(self) -> None:
+        backbone = self.backbone
+        if backbone.share < 1 and backbone.method not in BY_SHARE:
+            raise ValueError(f"backbone.share={backbone.share} is for {', '.join(BY_SHARE)}, not {backbone.method}")
+        if backbone.uncertain and not self.by_gain:
+            raise ValueError(f"backbone.uncertain=true is for {', '.join(BY_GAIN)}, not {backbone.method}")
+        if backbone.share == 1 and backbone.method == "random":
+            raise ValueError("backbone.method=random needs backbone.share below 1; iterating all tokens is `always`")
+        if backbone.train == "lora" and self.model.get("lora_rank") == 0:
+            raise ValueError("backbone.train=lora with model.lora_rank=0 leaves nothing to train")
+        if backbone.train == "lora" and backbone.method == "standard":
+            raise ValueError("backbone.train=lora with method=standard trains nothing: the adapter is off at depth 1")
+
+    def _check_controls(self) -> None:
+        controls = self.controls
+        if (controls.equal_compute or controls.blind) and self.base.scratch is None:
+            raise ValueError("controls are trained from base.scratch, as in the recipe tiny; drop the section")
+        if controls.equal_compute and self.max_depth > 2:
+            raise ValueError(
+                "controls.equal_compute counts tokens that iterate, not passes: it needs model.max_depth=2"
+            )
+        if controls.blind and self.decider is None:
+            raise ValueError("controls.blind needs a decider section, to choose as many tokens as the run's own model")
+        if controls.blind and self.model.get("attention") == "blind":
+            raise ValueError("controls.blind has nothing to control: model.attention is blind already")
+
+    @property
+    def max_depth(self) -> int:
+        """Most passes while training the backbone."""
+        return 1 if self.backbone.method == "standard" else int(self.model.get("max_depth", 2))
+
+    @property
+    def by_gain(self) -> bool:
+        """Whether passes are judged by what they gain, and not by labels."""
+        return self.backbone.method in BY_GAIN
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.backbone.method == "paper"
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether the run has a `base` directory of its own."""
+        return self.base.prune_layers > 0 or self.base.scratch is not None
+
+    def directory(self) -> Path:
+        """Of the run."""
+        return Path(self.output) if self.output is not None else Path("runs") / self.name
+
+    def base_path(self, run: Path) -> str:
+        """Where the model to train is: in the run, or as the recipe names it (for `load.find`)."""
+        return str(run / "base") if self.makes_base else str(self.base.model)
+
+    def tokenizer_path(self, run: Path) -> str:
+        """Where the tokenizer is (for `load.find`); pruning a base does not change it."""
+        return self.base.tokenizer or self.base.model or str(run / "base")
+
+    def rows(self, run: Path) -> tuple[Dataset, Dataset]:
+        """The texts to train on, and those held out.
+
+        Raises:
+            ValueError: the data cannot be read, or there are too few rows to hold any out.
+        """
+        data = self.data
+        if data.generate is not None:
+            return load_rows(str(run / "data" / "train.jsonl")), load_rows(str(run / "data" / "validation.jsonl"))
+        rows = load_rows(data.source, data.split, data.columns, data.limit)
+        if data.validation is not None or data.validation_split is not None:
+            split = data.validation_split or data.split
+            return rows, load_rows(data.validation or data.source, split, data.columns)
+        count = max(1, round(data.validation_share * len(rows)))
+        if len(rows) < 2:
+            raise ValueError(f"{data.source} has one row, so none can be held out; give data.validation")
+        held_out = np.zeros(len(rows), bool)
+        held_out[np.random.default_rng(self.seed).permutation(len(rows))[:count]] = True
+        return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field, defaults too, as plain values."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as YAML that `load_recipe` reads, whole or not at all."""
+        write_atomically(path, "# Every field as it was used.\n" + yaml.safe_dump(self.resolved(), sort_keys=False))
+
+
+def _check_model(fields: dict[str, Any]) -> None:
+    """`model` makes a `TaHConfig`, as far as that is known without the base; raises `ValueError` with the field."""
+    own = [name for name in TaHConfig.__annotations__ if name not in ("base_config", *CHOSEN)]
+    for name in fields:
+        if name in CHOSEN:
+            raise ValueError(f"model.{name} is chosen by training, from backbone.method and the decider stage; drop it")
+        if name not in own:
+            raise ValueError(f"model.{name} is unknown; {suggest(name, own)}")
+    if isinstance(fields.get("decider"), dict) and "kind" not in fields["decider"]:
+        raise ValueError("model.decider.kind is required: lean (hidden states only) or mlp (the authors')")
+    some_base = {"model_type": "llama", "num_hidden_layers": 10**6}  # its layers are checked when it is known
     try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        problems = [_one_line(dict(problem)) for problem in error.errors()]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"{path.name}: {problems[0]}{more}") from None
-
-
-def recipe_names() -> list[str]:
-    """Of the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def _find(source: str) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    packaged = RECIPES / f"{source}.yaml"
-    if "/" not in source and packaged.is_file():
-        return packaged
-    if "/" in source or source.endswith((".yaml", ".yml")):
-        raise ValueError(f"no recipe {source!r}: there is no such file")
-    raise ValueError(f"no recipe {source!r}; {near(source, recipe_names())}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2: 4e-5 is a number and `no` is a word, as everybody expects; a key given twice is an error."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tfTF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        raise ValueError(f"{path.name}{where}: not valid YAML: {problem or 'cannot be read'}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not UTF-8 text") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name}: a recipe is a YAML mapping with data, base and backbone; this is not one")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set `a.b=c` in nested dictionaries."""
-    key, equals, text = override.partition("=")
-    names = key.split(".")
-    if not equals or not all(names):
-        raise ValueError(f"{override!r} is not KEY=VALUE, like backbone.training.learning_rate=1e-4")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML") from error
-    for depth, name in enumerate(names[:-1]):
-        inner = values.get(name)
-        if inner is None:
-            inner = values[name] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"{override!r}: {'.'.join(names[: depth + 1])} is {inner!r}, it has no keys below it")
-        values = inner
-    values[names[-1]] = value
-
-
-# -- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _one_line(problem: dict[str, Any]) -> str:
-    """One of pydantic's problems in our words."""
-    location, kind = problem["loc"], problem["type"]
-    place = ".".join(map(str, location))
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
-    if kind == "extra_forbidden":
-        return f"{place} is unknown; {near(str(location[-1]), _keys(location[:-1]))}"
-    if kind == "missing":
-        return f"{place} is required"
-    return place + in_words(problem["msg"], problem["input"])
-
-
-def _keys(location: Sequence[Any]) -> list[str]:
-    """The keys allowed at a place in a recipe."""
-    model: type[BaseModel] = Recipe
-    for name in location:
-        annotation = model.model_fields[name].annotation
-        options = get_args(annotation) if get_origin(annotation) in (Union, type(int | None)) else (annotation,)
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(model.model_fields)
+        TaHConfig(base_config=some_base, policy="never", **copy.deepcopy(fields))
+    except (TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"model.{line}" if line.partition("=")[0] in own else f"model: {line}") from error

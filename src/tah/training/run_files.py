@@ -1,4 +1,4 @@
-"""What a training run shows and writes down: progress, `run.json`, `metrics.jsonl`, `curves.png`."""
+"""The files of a training run, `run.json`, `metrics.jsonl` and `curves.png`, and its progress."""
 
 from __future__ import annotations
 
@@ -6,61 +6,53 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from .. import __version__
+from ..config import current_fields
 from ..files import differences, write_atomically
 from ..model import TaHForCausalLM
+from ..names import Stage
+from ..progress import Work
 from .recipe import Recipe
-from .trainer import CHECKPOINTS, Stage, last_checkpoint
+from .trainer import CHECKPOINTS, last_checkpoint
 
 LIBRARIES = ("tah", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with step, loss, iterated share and time left, on standard error; lines where that is no terminal."""
+    """Reports the steps of a training, with its loss and the share of tokens that iterated.
 
-    def __init__(self, title: str) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self.console = Console(stderr=True)
-        self.bar, self.title = Progress(*columns, console=self.console, disable=not self.console.is_terminal), title
+    Args:
+        open_work: begins the piece of work, given its steps and those that were done before.
+    """
+
+    def __init__(self, open_work: Callable[[int, int], Work]) -> None:
+        self.open_work = open_work
+        self.work: Work | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.start()
-        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, note="")
+        self.work = self.open_work(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
+        assert self.work is not None
+        self.work.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         names = {"loss": "loss", "eval_loss": "validation loss", "iterated_share": "iterated"}
-        note = "  ".join(f"{text} {logs[name]:.3g}" for name, text in names.items() if name in (logs or {}))
-        if not note:
-            return
-        self.bar.update(self.task, note=note)
-        if not self.console.is_terminal:
-            line = f"{self.title}: step {state.global_step} of {state.max_steps}  {note}"
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
+        note = ", ".join(f"{text} {logs[name]:.3g}" for name, text in names.items() if name in (logs or {}))
+        if note and self.work is not None:
+            self.work.note = note
 
 
 def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -> dict[str, Any]:
-    """What a run is, for `run.json` and to compare with on resume."""
+    """What is trained on what, for `run.json` and to compare with on resume."""
     data: dict[str, Any] = {
         str(path.relative_to(rows)): path.stat().st_size for path in sorted(rows.glob("*/data/*.parquet"))
     }
@@ -76,7 +68,7 @@ def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -
         },
         "git": _git_commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: version_of(name) for name in LIBRARIES},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -104,7 +96,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     """The `run.json` of a training that has begun.
 
     Raises:
-        ValueError: it is missing or damaged, so nobody knows what the checkpoints beside it are.
+        ValueError: it is missing or damaged, so that what the checkpoints beside it were made from is unknown.
     """
     try:
         facts: dict[str, Any] = json.loads((directory / "run.json").read_text("utf-8"))
@@ -129,7 +121,7 @@ def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
     names = ["seed", "base", "model", "backbone"]
     if facts["stage"] == "decider" or (recipe["decider"] or {}).get("joint"):
         names.append("decider")
-    parts = {name: recipe[name] for name in names}
+    parts = {name: recipe[name] for name in names} | {"model": current_fields(recipe["model"])}
     return {"stage": facts["stage"], "recipe": parts, "data": facts["data"]}
 
 
@@ -151,14 +143,12 @@ def trim_metrics(path: Path, checkpoint: Path | None) -> None:
 
 def draw_curves(directory: Path) -> None:
     """`curves.png` from `metrics.jsonl`: losses and the iterated share by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = read_metrics(directory / "metrics.jsonl")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     losses = sorted({key for line in lines for key in line if key.startswith(("loss", "eval_loss"))})
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for axes, names in ((left, losses), (right, ["iterated_share", "eval_iterated_share"])):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -169,18 +159,18 @@ def draw_curves(directory: Path) -> None:
             axes.legend()
     left.set_ylabel("loss (nats)")
     figure.savefig(directory / "curves.png", dpi=100)
-    pyplot.close(figure)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of a library that is installed."""
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    except importlib.metadata.PackageNotFoundError:  # tah may run from a source tree
+        return __version__ if name == "tah" else None
 
 
 def _git_commit() -> str | None:

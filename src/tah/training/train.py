@@ -6,9 +6,9 @@ A stage's directory holds the checkpoint (safetensors, tokenizer), `run.json` (w
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations import TensorBoardCallback
 
 from ..config import TaHConfig
-from ..data.rows import COMPLETE, Collator, depth_labels, pack
+from ..data.data_files import COMPLETE
+from ..data.rows import Collator, depth_labels, pack
 from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
-from .calibrate import judge, quality, threshold_for_loss, threshold_for_share
+from ..names import Stage
+from ..progress import SILENT, Reporter
+from ..stats.threshold import quality
+from .calibrate import choose_threshold, measure_decisions
 from .recipe import Recipe
 from .run_files import TrainingProgress, check_directory, draw_curves, is_last, run_facts, trim_metrics, write_json
-from .trainer import CHECKPOINTS, Objective, Stage, TaHTrainer
+from .trainer import CHECKPOINTS, Objective, TaHTrainer
 
 
 class Stopped(Exception):
@@ -35,7 +39,14 @@ class Stopped(Exception):
 
 
 def train(
-    recipe: Recipe, stage: Stage, output: Path, *, resume: bool = False, name: str | None = None, data: str = "labels"
+    recipe: Recipe,
+    stage: Stage,
+    output: Path,
+    *,
+    resume: bool = False,
+    name: str | None = None,
+    data: str = "labels",
+    progress: Reporter = SILENT,
 ) -> Path:
     """Train a stage and return its directory, `output/<stage>`.
 
@@ -48,47 +59,34 @@ def train(
         resume: go on from the newest complete checkpoint, where there is one.
         name: of the stage's directory, where it is not `stage`: for baselines beside the main run.
         data: directory of the rows below `output`.
+        progress: reports steps and losses.
 
     Raises:
         ValueError: something is missing or does not fit, a run to resume differs, or the loss is not a number.
         Stopped: SIGTERM came; `resume=True` continues.
     """
-    directory = output / (name or stage)
-    train_rows = Rows.load(output / data / "train", recipe)
+    directory, held_out = output / (name or stage), output / data / "validation"
+    rows = Rows.load(output / data / "train", recipe)
     model, tokenizer = prepare_model(recipe, stage, output)
     dtype = model.dtype
     for parameter in model.parameters():
         if parameter.requires_grad:  # half precision would round small updates away; `bf16: true` computes in it
             parameter.data = parameter.data.float()
-    objective = objective_of(recipe, stage, model, train_rows)
     facts = run_facts(recipe, stage, output / data, model)
     checkpoint = check_directory(directory, facts, resume)
-    held_out = output / data / "validation"
     trainer = TaHTrainer(
-        objective=objective,
+        objective=objective_of(recipe, stage, model, rows),
         model=model,
         args=_arguments(recipe, stage, directory),
-        train_dataset=train_rows,
+        train_dataset=rows,
         eval_dataset=Rows.load(held_out, recipe) if held_out.is_dir() else None,
-        data_collator=Collator(tokenizer.pad_token_id, packed=train_rows.packed),
+        data_collator=Collator(tokenizer.pad_token_id, packed=rows.packed),
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
-    lead = trainer.is_world_process_zero()
-    if lead:
+    if trainer.is_world_process_zero():
         write_json(directory / "run.json", facts | {"world_size": trainer.args.world_size})
         trim_metrics(directory / "metrics.jsonl", checkpoint)
-        trainer.add_callback(TrainingProgress(f"{recipe.name}: {stage}"))
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
-    if checkpoint is not None and is_last(checkpoint):
-        trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step beyond the end
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to go on (tah train: with --resume)")
+    _fit(trainer, checkpoint, directory, progress, f"{recipe.name}: {stage}")
     for parameter in model.parameters():  # and not the buffers, whose precision positions need
         parameter.data = parameter.data.to(dtype)
     if stage == "decider":
@@ -96,9 +94,29 @@ def train(
     else:
         _choose_policy(recipe, model)
     trainer.save_model(str(directory))  # last, so that a directory with config.json is a finished stage
-    if lead:
+    if trainer.is_world_process_zero():
         draw_curves(directory)
     return directory
+
+
+def _fit(trainer: TaHTrainer, checkpoint: Path | None, directory: Path, progress: Reporter, title: str) -> None:
+    """Train from the start or from a checkpoint to the last step, or raise `Stopped`."""
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
+    with ExitStack() as stack:
+        if trainer.is_world_process_zero():
+            trainer.add_callback(
+                TrainingProgress(lambda steps, done: stack.enter_context(progress.work(title, steps, "steps", done)))
+            )
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
+        if checkpoint is not None and is_last(checkpoint):
+            trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step beyond the end
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopped:
+        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to go on (tah train: with --resume)")
 
 
 # -- data --------------------------------------------------------------------------------------------------------
@@ -256,15 +274,11 @@ def _choose_threshold(recipe: Recipe, model: TaHForCausalLM, trainer: TaHTrainer
     assert recipe.decider is not None
     size = trainer.args.per_device_eval_batch_size
     batches = DataLoader(trainer.eval_dataset, size, collate_fn=trainer.data_collator)
-    judged = judge(model, batches, trainer.objective)
-    if recipe.decider.target == "loss":
-        threshold = threshold_for_loss(judged)
-    else:
-        assert recipe.decider.target_share is not None  # checked by the recipe
-        threshold = threshold_for_share(judged.probability, recipe.decider.target_share)
+    decisions = measure_decisions(model, batches, trainer.objective)
+    threshold = choose_threshold(decisions, recipe.decider)
     model.config.policy, model.config.threshold = "decider", threshold
     if trainer.is_world_process_zero():
-        write_json(directory / "quality.json", quality(judged, threshold))
+        write_json(directory / "quality.json", quality(decisions, threshold))
 
 
 # -- the run -----------------------------------------------------------------------------------------------------

@@ -13,24 +13,24 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..config import current_tensor
 from ..core.loss import IGNORE, decider_loss, shift
 from ..model import TaHForCausalLM, TaHOutput
+from ..names import BY_GAIN, Stage
 from ..policy import Confidence, DepthState, Random
 
-Stage = Literal["backbone", "decider"]
-METHODS = ("paper", "lookahead", "standard", "always", "random", "confidence", "blind")
 CHECKPOINTS = "checkpoints"
 
 
 class _UncertainOf(Confidence):
-    """Entropy, among tokens whose depth labels allow more: nobody has to say a prompt's, however uncertain."""
+    """Entropy, among tokens whose depth labels allow more: a prompt's tokens are not to be predicted."""
 
     def __init__(self) -> None:
         super().__init__("entropy")
@@ -43,7 +43,7 @@ class _UncertainOf(Confidence):
 
 @dataclass
 class Objective:
-    """What a stage trains, and on which tokens (spec B.3, B.4; docs/training.md).
+    """What a stage trains, and on which tokens (the paper's two stages; docs/training.md).
 
     Args:
         stage: `backbone` (base, adapter, maps) or `decider`.
@@ -82,8 +82,8 @@ class Objective:
 
     @property
     def by_gain(self) -> bool:
-        """Whether decisions are judged by what a pass gains, not by labels."""
-        return self.method in ("lookahead", "blind")
+        """Whether the decider learns what a pass gains, and not labels."""
+        return self.method in BY_GAIN
 
     def depth_at(self, progress: float) -> int:
         """Most passes when `progress` in [0, 1] of the training is done."""
@@ -216,6 +216,8 @@ class TaHTrainer(Trainer):
 
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        assert self.model is not None
+        self.model.register_load_state_dict_pre_hook(_rename_former_tensors)  # checkpoints of older versions
         self.objective, self.stopped = objective, False
         self.meters = {True: Meter(), False: Meter("eval_")}  # training and evaluation
         self._staging: Path | None = None
@@ -296,6 +298,11 @@ class TaHTrainer(Trainer):
                 use_mtime=False,
             )
         self.accelerator.wait_for_everyone()
+
+
+def _rename_former_tensors(module: torch.nn.Module, state: dict[str, Any], *rest: Any) -> None:
+    for name in list(state):
+        state[current_tensor(name)] = state.pop(name)
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -20,8 +20,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ...errors import first_line
 from ...files import parse_json
-from ...load import first_line
 from ..answers import read_math
 from ..grade import Kind, grade
 from ..grading.choice import LETTERS

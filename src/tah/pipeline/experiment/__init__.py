@@ -1,0 +1,1 @@
+"""The embedded experiment, recipes `tiny` and `tiny-lookahead`: its data, baselines and report."""

@@ -1,0 +1,133 @@
+"""Models that a run makes beside its own: the base and the reference of the embedded experiment, and its controls.
+
+Standard is the base after more ordinary steps, one pass: as many as the backbone takes (`reference`, which also
+labels), or as many as cost what labels, backbone and decider did (`standard_compute`; training the reference is
+not counted). `blind` is TaH again with deeper passes that see no text, so that what it gains is no reasoning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ...data.data_files import COMPLETE
+from ...data.rows import load_rows
+from ...load import load_tah, load_tokenizer
+from ...names import Stage
+from ...progress import SILENT, Reporter
+from ...training.label import label
+from ...training.recipe import Backbone, Recipe
+from ...training.run_files import read_metrics
+from ...training.train import Rows, train
+from .tiny import make_tokenizer, read_scratch
+
+FORWARD, TRAINED = 1, 3  # cost of a pass; gradients take two more (Kaplan et al. 2020, section 2.1)
+EVERYWHERE = ("always", "random", "confidence")  # methods that iterate on prompts too
+
+
+def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/base`: a tokenizer made from the texts, and a Llama trained on them from nothing.
+
+    Raises:
+        ValueError: wrong settings.
+    """
+    scratch = read_scratch(recipe)
+    texts = load_rows(str(run / "data" / "train.jsonl"))
+    tokenizer = make_tokenizer((said["content"] for row in texts for said in row["messages"]), scratch.vocab_size)
+    config = LlamaConfig(
+        **scratch.model_dump(exclude={"training", "vocab_size"}),
+        vocab_size=len(tokenizer),
+        num_key_value_heads=scratch.num_attention_heads,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    start = run / "base" / "work" / "base"
+    LlamaForCausalLM(config).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    _train_plain(recipe, run, "base", start, scratch.training, progress)
+
+
+def train_reference(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/reference`: the base, trained on like the backbone but with one pass: the model that labels, and Standard
+    at equal data and steps."""
+    _train_plain(recipe, run, "reference", run / "base", recipe.backbone.training, progress)
+
+
+def train_standard_compute(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/standard_compute`: as the reference, with more steps: all cost what labels, backbone and decider did."""
+    training = recipe.backbone.training | {"max_steps": equal_steps(recipe, run)}
+    _train_plain(recipe, run, "standard_compute", run / "base", training, progress)
+
+
+def train_blind(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
+    """`run/blind`: backbone and decider as the recipe's, but deeper passes see nothing except their own deeper keys."""
+    changed = {"name": f"{recipe.name}-blind", "model": recipe.model | {"attention": "blind"}}
+    control, directory = recipe.model_copy(update=changed), run / "blind"
+    if not (directory / "backbone" / "config.json").is_file():
+        train(control, "backbone", run, resume=True, name="blind/backbone", progress=progress)
+    train(control, "decider", directory, resume=True, data="../labels", progress=progress)
+
+
+def equal_steps(recipe: Recipe, run: Path) -> int:
+    """Steps of Standard that cost what labels, backbone and decider did.
+
+    Cost is counted in passes of a token through the base, 1 each, 3 with gradients; passes are the measured ones
+    (`metrics.jsonl`). Adapter, decider and head are not counted.
+    """
+    counts = [json.loads((run / "labels" / part / COMPLETE).read_text("utf-8")) for part in ("train", "validation")]
+    tokens = counts[0]["tokens"] / len(Rows.load(run / "labels" / "train", recipe))  # of a row, packed or not
+    where = 1.0 if recipe.backbone.method in EVERYWHERE else counts[0]["supervised"] / counts[0]["tokens"]
+    cost = FORWARD * sum(count["tokens"] for count in counts) if recipe.uses_labels else 0.0
+    stages: tuple[tuple[Stage, int], ...] = (("backbone", TRAINED), ("decider", FORWARD))
+    for stage, each in stages:
+        if stage == "backbone" or recipe.decider is not None:
+            cost += each * tokens * _passes(recipe, stage, run / stage, where)
+    return round(cost / (TRAINED * tokens * _rows_of_a_process(recipe, "backbone")))  # one process trains Standard
+
+
+def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> float:
+    """Passes of a whole row in a stage's training; `where`: share of the tokens that may iterate."""
+    lines = read_metrics(directory / "metrics.jsonl")
+    shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
+    steps = max(line["step"] for line in lines)
+    processes = json.loads((directory / "run.json").read_text("utf-8"))["world_size"]
+    rows = steps * processes * _rows_of_a_process(recipe, stage)
+    return rows * (1 + where * sum(shares) / len(shares))
+
+
+def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
+    """In one step of the optimizer."""
+    section = recipe.backbone if stage == "backbone" or recipe.decider is None else recipe.decider
+    batch = section.training.get("per_device_train_batch_size", 8)
+    return batch * section.training.get("gradient_accumulation_steps", 1)
+
+
+def _train_plain(
+    recipe: Recipe, run: Path, name: str, start: Path, training: dict[str, Any], progress: Reporter
+) -> None:
+    """`run/name`: the model in `start` (a directory called `base`) trained as a plain next-token model on the
+    assistant's tokens, with the logs of its training. What a killed run has left in `run/name/work` is continued."""
+    tokenizer, work = load_tokenizer(str(start)), run / name / "work"
+    for split in ("train", "validation"):
+        rows = load_rows(str(run / "data" / f"{split}.jsonl"))
+        label(rows, tokenizer, None, work / "tokens" / split, max_length=recipe.data.max_length)
+    backbone = Backbone(method="standard", packed=recipe.backbone.packed, training=training)
+    changed = {"name": f"{recipe.name}-{name}", "backbone": backbone, "label": None, "decider": None}
+    output, inner = start.parent, os.path.relpath(work, start.parent)
+    plain = recipe.model_copy(update=changed)
+    places = {"name": f"{inner}/trained", "data": f"{inner}/tokens"}
+    trained = train(plain, "backbone", output, resume=True, progress=progress, **places)
+    load_tah(str(trained)).base.save_pretrained(run / name)
+    tokenizer.save_pretrained(run / name)
+    for log in ("run.json", "metrics.jsonl", "curves.png"):
+        shutil.copyfile(trained / log, run / name / f"training-{log}")
+    shutil.rmtree(work)

@@ -1,0 +1,243 @@
+"""The sentences, tables and pictures of a report, from its numbers alone (`report.gather`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS = {  # in the order of the tables: the name of a row, and what was scored
+    "standard": ("standard", "the base after as many ordinary steps on the same data, one pass"),
+    "standard_compute": (
+        "standard (equal compute)",
+        "the base after more ordinary steps: they cost what labels, backbone and decider did, one pass",
+    ),
+    "never": ("never", "this model, one pass"),
+    "decider": ("decider", "this model, the trained decider chooses"),
+    "confidence": (
+        "confidence at equal share",
+        "this model, the most uncertain tokens iterate, as many as by the model's own policy",
+    ),
+    "random": ("random at equal share", "this model, as many tokens drawn at random"),
+    "blind": (
+        "blind",
+        "both stages again with deeper passes that see no text, its own decider: its gain is no reasoning",
+    ),
+    "always": ("always", "this model, every token iterates"),
+    "oracle": (
+        "oracle",
+        "this model with labels that mark the tokens Standard gets wrong: uses the answers, cannot be deployed",
+    ),
+    "second_choice": (
+        "second_choice",
+        "no second pass: Standard's second choice where it is wrong; uses the answers like the oracle",
+    ),
+}
+QUALITY = ("auroc", "average_precision", "precision", "recall", "iterated_share", "calibration_error")
+Numbers = Mapping[str, Any]
+
+
+# -- sentences -------------------------------------------------------------------------------------------------------
+
+
+def statements(found: Numbers) -> list[str]:
+    """The result in sentences, the comparison with Standard first."""
+    answers, tokens, own = found["answers"], found["tokens"], found["policy"]
+    scores = answers or tokens
+    lines = []
+    if "standard" in tokens:
+        lines.append(_against("standard", own, answers if "standard" in answers else tokens, "at equal data and steps"))
+    else:
+        lines.append("No Standard model was trained on the same data, so no gain over one is measured.")
+    if "standard_compute" in tokens:
+        steps = found["equal_compute_steps"]
+        lines.append(_against("standard_compute", own, scores, f"at equal compute: {steps} steps"))
+    if own != "never":
+        lines.append(_against("never", own, scores, "the same weights without a second pass"))
+    if own not in ("never", "always") and answers:
+        every = answers["always"]
+        lines.append(
+            f"A second pass of every token gets {_percent(every['exact_match']['share'])} right: "
+            f"{_signed(every['minus_never'])} against `never`."
+        )
+    if own == "decider":
+        others = ", ".join(f"{name} {_percent(tokens[name]['accuracy'])}" for name in ("never", "confidence", "random"))
+        its = tokens[own]
+        lines.append(
+            f"Token accuracy along the given texts, {_percent(its['iterated_share'])} iterated: {own} "
+            f"{_percent(its['accuracy'])}; {others}. Against `never` the decider's second pass "
+            f"corrected {its['fixed']} tokens and broke {its['broke']}."
+        )
+    if "oracle" in tokens:
+        lines.append(_about_oracle(tokens))
+    return [*lines, "One run with one seed: intervals cover the choice of test rows, not of the seed."]
+
+
+def _against(other: str, own: str, scores: Numbers, how: str) -> str:
+    """The comparison of the model's own policy with a baseline, of answers or of tokens."""
+    change, answered = scores[own][f"minus_{other}"], "exact_match" in scores[own]
+    if change["low"] is not None and change["low"] > 0:
+        verb = "beats"
+    else:
+        verb = "is worse than" if change["high"] is not None and change["high"] < 0 else "does not measurably beat"
+    policy = "the decider's policy" if own == "decider" else f"the policy {own}"
+    what, count = "Tokens along the given texts", ""
+    if answered:
+        what, count = "Generated answers", f" of {scores[own]['exact_match']['questions']}"
+    its, theirs = (
+        _percent(scores[name]["exact_match"]["share"] if answered else scores[name]["accuracy"])
+        for name in (own, other)
+    )
+    baseline = "`never`" if other == "never" else "Standard"
+    return f"{what}: {policy} {verb} {baseline} here ({how}): {its} against {theirs}{count} right, {_signed(change)}."
+
+
+def _about_oracle(tokens: Numbers) -> str:
+    oracle, second = tokens["oracle"]["accuracy"], tokens["second_choice"]["accuracy"]
+    if oracle <= tokens["never"]["accuracy"]:
+        return "Even with labels that mark where Standard is wrong, the second pass gains nothing."
+    leak = "less, but the oracle still uses the answers"
+    if second >= oracle:
+        leak = "at least as much without any second pass, so the oracle's gain is no evidence of thinking"
+    return (
+        f"With labels that mark where Standard is wrong (they use the answers), the second pass gets "
+        f"{_percent(oracle)} of tokens right; taking Standard's second choice there gets {_percent(second)}: {leak}."
+    )
+
+
+def _about_cost(seconds: Numbers) -> list[str]:
+    """Not among the `statements`: it differs from run to run."""
+    made = [seconds[name]["cpu"] for name in ("reference", "label", "backbone", "decider") if name in seconds]
+    if "reference" not in seconds or len(made) < 2 or None in made:
+        return []
+    ratio = sum(made[1:]) / made[0]
+    return [
+        f"Labels, backbone and decider took {ratio:.1f} times the CPU seconds of Standard; steps are equal, not cost."
+    ]
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _signed(change: Numbers | None) -> str:
+    if change is None:
+        return "-"
+    value = f"{100 * change['value']:+.1f} points"
+    if change["low"] is None:  # a single row has no interval
+        return value
+    return f"{value} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+
+
+# -- markdown --------------------------------------------------------------------------------------------------------
+
+
+def as_markdown(found: Numbers) -> str:
+    test, names = found["test"], [name for name in ROWS if name in found["tokens"]]
+    hard = "" if test["hard_share"] is None else f", {_percent(test['hard_share'])} of them hard"
+    lines = [
+        f"# {found['recipe']}: results",
+        "",
+        *(f"- {line}" for line in [*found["statements"], *_about_cost(found["seconds"])]),
+        "",
+        f"Method `{found['method']}`, policy `{found['policy']}` at threshold {found['threshold']:.3f}, seed "
+        f"{found['seed']}. Scored on {test['rows']} {test['source']}: {test['tokens']} tokens{hard}. "
+        "Intervals are 95 %, bootstrap over rows (Wilson for single shares).",
+        "",
+    ]
+    if found["answers"]:
+        head = ["policy", "exact match", "interval", "iterated", "minus Standard", "minus never"]
+        body = [_answer_line(name, found["answers"][name]) for name in names if name in found["answers"]]
+        lines += ["## Answers generated greedily", "", *_table(head, body), "![exact match](answers.png)", ""]
+    head = ["policy", "accuracy", "loss", "iterated", "with prompts", "fixed", "broke", "minus Standard"]
+    lines += ["## Tokens along the given texts", ""]
+    lines += _table(head, [_token_line(name, found["tokens"][name]) for name in names])
+    lines += ["Fixed and broke: tokens that a second pass turned right or wrong, against `never`.", ""]
+    lines += [f"- {': '.join(ROWS[name])}" for name in names]
+    lines += ["", "![accuracy by share](sweep.png)", ""]
+    return "\n".join([*lines, *_decider_part(found), *_cost_part(found)]) + "\n"
+
+
+def _answer_line(name: str, entry: Numbers) -> list[str]:
+    match = entry["exact_match"]
+    low, high = map(_percent, match["interval"])
+    shares = [_percent(match["share"]), f"[{low}, {high}]", _percent(entry["iterated_share"])]
+    return [ROWS[name][0], *shares, *(_signed(entry.get(f"minus_{other}")) for other in ("standard", "never"))]
+
+
+def _token_line(name: str, entry: Numbers) -> list[str]:
+    loss = "-" if entry.get("loss") is None else f"{entry['loss']:.4f}"
+    shares = [_percent(entry.get(key)) for key in ("iterated_share", "iterated_share_with_prompts")]
+    counts = ["-" if entry.get(key) is None else str(entry[key]) for key in ("fixed", "broke")]
+    change = _signed(entry.get("minus_standard"))
+    return [ROWS[name][0], _percent(entry["accuracy"], 2), loss, *shares, *counts, change]
+
+
+def _decider_part(found: Numbers) -> list[str]:
+    lines: list[str] = []
+    if found["finding"]:
+        body = [
+            [name, f"{v['auroc']:.3f}", f"{v['average_precision']:.3f}", _percent(v["wanted_share"])]
+            for name, v in found["finding"].items()
+        ]
+        lines += ["## Finding the tokens that should iterate", ""]
+        lines += _table(["scorer", "AUROC", "average precision", "share to find"], body)
+    if quality := found["quality"]:
+        numbers = [f"{key.replace('_', ' ')} {quality[key]:.3f}" for key in QUALITY if quality[key] is not None]
+        lines += [f"On the validation rows, at the threshold: {', '.join(numbers)}.", ""]
+    return lines
+
+
+def _cost_part(found: Numbers) -> list[str]:
+    models = {"this model": found["parameters"]["tah"], "standard": found["parameters"]["standard"]}
+    columns = [name for name, count in models["this model"].items() if count]
+    sizes = [
+        [name, *(f"{counts[column]:,}" for column in columns), f"{sum(counts.values()):,}"]
+        for name, counts in models.items()
+        if counts is not None
+    ]
+    seconds = [
+        [name, f"{spent['wall']:.1f}", "-" if spent["cpu"] is None else f"{spent['cpu']:.1f}"]
+        for name, spent in found["seconds"].items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return [
+        *("## Parameters", "", *_table(["", *columns, "all"], sizes)),
+        *("## Seconds by step", "", *_table(["step", "wall clock", "CPU"], seconds)),
+        f"{versions}; commit {found['git']}",
+    ]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [*("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body]), ""]
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(found: Numbers, directory: Path) -> None:
+    """answers.png, where answers were generated, and sweep.png."""
+    from matplotlib.figure import Figure
+
+    if answers := {name: found["answers"][name]["exact_match"] for name in ROWS if name in found["answers"]}:
+        shares = [100 * entry["share"] for entry in answers.values()]
+        ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
+        errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.bar(list(answers), shares, yerr=errors, capsize=4, color="0.6")
+        axes.set_ylabel("answers right (%), 95 % interval")
+        figure.savefig(directory / "answers.png", dpi=100)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in ("decider", "confidence", "random"):
+        points = [(100 * e["iterated_share"], 100 * e["accuracy"]) for e in found["sweep"] if e["policy"] == name]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    for name, style in (("standard", "--"), ("never", ":")):
+        if name in found["tokens"]:
+            axes.axhline(100 * found["tokens"][name]["accuracy"], linestyle=style, color="0.4", label=name)
+    axes.set_xlabel("iterated tokens (%)")
+    axes.set_ylabel("tokens right along the given texts (%)")
+    axes.legend()
+    figure.savefig(directory / "sweep.png", dpi=100)

@@ -1,0 +1,164 @@
+"""Recipes as files: YAML read without its traps, overrides, and errors that name the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+try:
+    import yaml
+    from pydantic import ValidationError
+except ImportError as error:
+    raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
+
+from ..names import nearest, suggest
+from .recipe import Part, Recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or the packaged one of that name.
+
+    Args:
+        source: path of a .yaml file, or a name from `recipe_names()`.
+        overrides: `key.key=value`, the value in YAML, applied in order.
+
+    Raises:
+        ValueError: there is no such recipe, or something in it is wrong; one line with the place.
+    """
+    path = _find(str(source))
+    values = _read(path)
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return validated(Recipe, values)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    """The names of the packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(source: str) -> Path:
+    for path in (Path(source), RECIPES / f"{source}.yaml"):
+        if path.is_file():
+            return path
+    if "/" in source or source.endswith((".yaml", ".yml")):
+        raise ValueError(f"no recipe {source!r}: there is no such file")
+    raise ValueError(f"no recipe {source!r}; {suggest(source, recipe_names())}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2: 4e-5 is a number and `no` is a word, which pyyaml reads otherwise; a key given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            problem = None if isinstance(key, yaml.ScalarNode) else "a key must be a word"
+            if problem or key.value in seen:
+                problem = problem or f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f":{mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{path.name}{where}: not valid YAML: {problem or 'cannot be read'}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: not UTF-8 text") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name}: a recipe is a YAML mapping with data, base and backbone; this is not one")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `a.b=c` in nested dictionaries."""
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise ValueError(f"{override!r} is not KEY=VALUE, like backbone.training.learning_rate=1e-4")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML") from error
+    for depth, name in enumerate(names[:-1]):
+        if values.get(name) is None:
+            values[name] = {}
+        if not isinstance(values[name], dict):
+            before = ".".join(names[: depth + 1])
+            raise ValueError(f"{override!r}: {before} is {values[name]!r}, it has no keys below it")
+        values = values[name]
+    values[names[-1]] = value
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+PartType = TypeVar("PartType", bound=Part)
+
+
+def validated(kind: type[PartType], values: Any, place: str = "") -> PartType:
+    """A section with these values.
+
+    Args:
+        place: of the section in the recipe, for messages.
+
+    Raises:
+        ValueError: a value is wrong; one line with the place, the value and what is allowed, for the first of them.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(_in_words(kind, values, place, problems[0]) + more) from None
+
+
+def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems as a line."""
+    location: list[str | int] = []
+    allowed: Any = kind  # the type of the section at `location`
+    for name in problem["loc"]:
+        if not isinstance(values, dict | list):
+            break  # pydantic also names the member of a union that it tried
+        location.append(name)
+        if name == problem["loc"][-1] and problem["type"] == "extra_forbidden":
+            break
+        values = values.get(name) if isinstance(values, dict) else values[int(name)]
+        hint = get_type_hints(allowed, include_extras=False).get(name) if isinstance(allowed, type) else None
+        allowed = next((option for option in (*get_args(hint), hint) if hasattr(option, "__annotations__")), None)
+    where, given = ".".join(filter(None, [place, *map(str, location)])), repr(problem["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}..."
+    if problem["type"] == "missing":
+        return f"{where} is required"
+    if problem["type"] == "extra_forbidden":
+        names = list(allowed.__annotations__)
+        near = nearest(location[-1], names)
+        hint = f"did you mean {near}?" if near else f"choose from {', '.join(names[:20])}"
+        return f"{where} is unknown; {hint}"
+    if problem["type"] == "value_error":  # raised by a check of ours
+        between = f"={given} " if not isinstance(problem["input"], dict) else "." if where else ""
+        return f"{where}{between}{problem['ctx']['error']}"
+    message = problem["msg"].replace("Input should be", "must be").partition(" or instance of ")[0]
+    message = message.replace("a valid dictionary", "a mapping of keys to values")
+    return f"{where}={given}: {message[0].lower()}{message[1:]}"
