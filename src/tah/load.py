@@ -87,7 +87,7 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def outline(path: str) -> PreTrainedModel:
-    """The model at `path` without its weights, on the meta device: what its configuration says.
+    """The model at `path` without its weights, built from its configuration on the meta device.
 
     Raises:
         ValueError: the configuration cannot be read, or is not of a causal language model.
