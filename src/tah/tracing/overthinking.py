@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from ..stats.bootstrap import Estimate, Resampled, ranking, ratio
-from ..stats.threshold import Judged, quality, threshold_for_share
+from ..stats.threshold import Decisions, quality, threshold_for_share
 from .trace_file import Tokens, Trace, check_comparable, loss_of
 
 CONFIDENCE, ENTROPY = 0.7, 0.3  # thresholds of the untrained policies: 1 - top probability, nats
@@ -286,7 +286,7 @@ def _ranking(view: View, name: str, score: np.ndarray, threshold: float) -> dict
             "average_precision": view.draw.estimate(precision),
         }
         if name == "decider":
-            found_by_decider = quality(Judged(score[0], wanted, view.loss[0], view.loss[1]), threshold)
+            found_by_decider = quality(Decisions(score[0], wanted, view.loss[0], view.loss[1]), threshold)
             found[label] |= {key: found_by_decider[key] for key in ("calibration_error", "calibration")}
     return found
 

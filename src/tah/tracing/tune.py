@@ -12,7 +12,7 @@ import numpy as np
 from ..config import TaHConfig
 from ..files import write_atomically
 from ..load import find
-from ..stats.threshold import Judged, threshold_for_loss, threshold_for_share
+from ..stats.threshold import Decisions, threshold_for_loss, threshold_for_share
 from .overthinking import depths, view_of
 from .trace_file import Trace
 
@@ -67,7 +67,7 @@ def tune(trace: Trace, target: str, score: str = "decider") -> dict[str, Any]:
         threshold = threshold_for_share(least[0], share)
     else:  # reaching each depth is one decision, taken where the least probability so far exceeds the threshold
         one, two = view.loss[:-1].ravel(), view.loss[1:].ravel()
-        threshold = threshold_for_loss(Judged(least.ravel(), one > two, one, two))
+        threshold = threshold_for_loss(Decisions(least.ravel(), one > two, one, two))
     depth = depths(least, threshold)
     at = depth - 1, np.arange(len(depth))
     return {
