@@ -21,7 +21,7 @@ from helpers.models import shake, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import save, throughput
-from tah.core.families import Head
+from tah.core.head import Head
 from tah.core.logits import RunningOutput
 from tah.load import FOLLOW
 from tah.policy import DepthState, Policy
