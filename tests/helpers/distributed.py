@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts with torchrun, two processes on gloo: `python distributed.py CASE FILE`.
+"""What `test_distributed.py` starts with torchrun, two processes on gloo: `-m helpers.distributed CASE FILE`.
 
 Each case trains on two rows, one per rank, of which the second has no hard token, and writes what the first rank has.
 """
