@@ -1,4 +1,4 @@
-"""How good a decider is and the threshold it should use, from what it said and what a second pass did.
+"""How good a decider is and the threshold it should use, from its probabilities and the losses of both passes.
 
 Shapes: n supervised tokens.
 """
@@ -17,10 +17,10 @@ BINS = 10  # of the calibration table
 
 @dataclass
 class Judged:
-    """The decider's word on n supervised tokens after depth 1, and what a second pass does to them."""
+    """The decider's probabilities for n supervised tokens after depth 1, and what a second pass does to them."""
 
     probability: np.ndarray  # [n] float64, of going on
-    hard: np.ndarray  # [n] bool, what it should say
+    hard: np.ndarray  # [n] bool, whether the token should go on
     loss_one: np.ndarray  # [n] cross-entropy after depth 1, nats
     loss_two: np.ndarray  # [n] after a second pass of every supervised token
 
