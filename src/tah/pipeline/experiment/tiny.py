@@ -165,7 +165,7 @@ def digest(question: str) -> str:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the texts in which every digit is a token, with a chat template that marks what the assistant writes."""
+    """A byte-level BPE of the texts in which every digit is a token; its chat template marks the assistant's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
