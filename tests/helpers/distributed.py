@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.models import labels, tah, token_ids
 from tah import TaHForCausalLM
 from tah.core.loss import shift
+from tah.model import TrainingPass
 
 SEAMS = {"next_input": "hidden", "output": "zero_init", "max_depth": 3}
 
@@ -88,7 +89,7 @@ def evaluate() -> dict[str, Tensor]:
     fully_shard(inner, mesh=mesh)
     mine = {name: x[rank : rank + 1] for name, x in rows.items()}
     with torch.no_grad():
-        loss = inner(**mine, num_items_in_batch=items(rows), idle=True).loss
+        loss = inner(**mine, num_items_in_batch=items(rows), training=TrainingPass(idle=True)).loss
     dist.all_reduce(loss)
     return {"loss": loss}
 

@@ -22,7 +22,7 @@ from helpers.reference import by_labels, by_policy, reference
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import markdown, throughput
 from tah.benchmarks.measure import save
-from tah.core.families import Head
+from tah.core.head import Head
 from tah.core.logits import RunningOutput
 from tah.load import FOLLOW
 from tah.policy import DepthState, Policy

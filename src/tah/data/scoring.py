@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ..core.families import Head, UnsupportedBase, decoder_of, head_of
+from ..core.families import UnsupportedBase, decoder_of, head_of
+from ..core.head import Head
 from ..load import first_line
 from ..model import TaHForCausalLM
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
-from ..core.cache import CACHE, DuoCache
+from ..core.cache import DuoCache
+from ..core.compat import CACHE
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference

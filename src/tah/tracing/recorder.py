@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.logits import highest
+from ..core.fast import topk
 from ..policy import BoundRule, DepthState, Policy
 
 ROWS = 16  # measured at a time, so that they stay in a CPU's cache over the dozen operations on each
@@ -129,7 +129,7 @@ def measure(logits: Tensor, target: Tensor, k: int) -> Tensor:
 
 def most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of `z` [n, V] and their ids, [n, k], falling; of equal ones the lower id first."""
-    top, ids = highest(z, k)
+    top, ids = topk(z, k)
     ids, order = ids.sort()
     top, order = top.gather(1, order).sort(descending=True, stable=True)
     return top, ids.gather(1, order)

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..core.logits import TaHOutput
 from ..core.loss import IGNORE, decider_loss, shift
-from ..model import TaHForCausalLM, TaHOutput
+from ..model import TaHForCausalLM, TrainingPass
 from ..policy import Confidence, DepthState, Random
 
 Stage = Literal["backbone", "decider"]
@@ -97,6 +98,12 @@ class Objective:
         return [1 / depth] * depth if self.by_gain else None
 
     def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
+        """Arguments of `forward`, those of training as one object."""
+        given = self._given(batch, step, depth, shared)
+        its = {field.name: given.pop(field.name) for field in fields(TrainingPass) if field.name in given}
+        return given | {"training": TrainingPass(**its)}
+
+    def _given(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool) -> dict[str, Any]:
         """Arguments of `forward` for a batch, at a training step with at most `depth` passes.
 
         `shared`: other processes run the same step, so every depth must run in each.
