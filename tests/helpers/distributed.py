@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts with torchrun, two processes on gloo: `python distributed.py CASE FILE`.
+"""What `test_distributed.py` starts with torchrun, two processes on gloo: `-m helpers.distributed CASE FILE`.
 
 Each case trains on two rows, one per rank, of which the second has no hard token, and writes what the first rank has.
 """
@@ -46,7 +46,7 @@ def alone() -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
-def ddp(**options: bool) -> dict[str, Tensor]:
+def ddp(**options: TrainingPass) -> dict[str, Tensor]:
     """As DDP trains: gradients averaged, so each loss is multiplied by the number of ranks.
 
     Args:
@@ -100,7 +100,7 @@ def evaluate() -> dict[str, Tensor]:
 
 def starve() -> dict[str, Tensor]:
     """Control: without idle passes the rank without hard tokens breaks the other."""
-    return ddp(idle=False)
+    return ddp(training=TrainingPass(idle=False))
 
 
 if __name__ == "__main__":

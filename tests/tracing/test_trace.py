@@ -16,7 +16,7 @@ from helpers.traces import fails, guided, model_of, rows, trace, works
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import markdown, throughput
 from tah.benchmarks.measure import save
-from tah.core.families import Head
+from tah.core.head import Head
 from tah.core.logits import RunningOutput
 from tah.policy import DepthState, Policy
 from tah.tracing.overthinking import statistics
