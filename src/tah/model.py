@@ -2,7 +2,8 @@
 
 The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
 *policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
-and read keys of depths up to their own. The logits of all passes of a token add up. docs/architecture.md follows a prompt.
+and read keys of depths up to their own. The logits of all passes of a token add up. docs/architecture.md follows one
+prompt through this file.
 
 Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
 hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.
@@ -170,8 +171,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
         # The logits of a token are the sum over its passes. They are carried as a sum of hidden states [B*T, D]; the
-        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. When the
-        # policy looks at logits, the `num_best` most probable tokens can be kept, so the next input needs no head again.
+        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. Where
+        # the policy looks at logits, the `num_best` most probable tokens can be kept for the next input, so that the
+        # head does not run twice.
         num_best = self.config.mix_topk if self.next_input_map is None else 0
         running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
