@@ -10,6 +10,7 @@ from typing import Any
 from typer.main import get_command
 
 from tah_cli.app import app
+from tah_cli.groups import Group
 
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """\
@@ -25,11 +26,12 @@ with 141, both quietly.
 
 def document() -> str:
     """The page as markdown, from the parameters and not from the help text: that looks different in each typer."""
-    command = get_command(app)
-    verbs = command.commands.items()
-    parts = [INTRODUCTION, "## tah\n", str(app.info.epilog), "", *options(command), ""]
-    parts += [f"* [`tah {name}`](#tah-{name}): {first_line(verb)}" for name, verb in verbs]
-    for name, verb in verbs:
+    group = get_command(app)
+    assert isinstance(group, Group)
+    commands = list(group.walk())
+    parts = [INTRODUCTION, "## tah\n", str(app.info.epilog), "", *options(group), ""]
+    parts += [f"* [`tah {name}`](#tah-{name.replace(' ', '-')}): {first_line(verb)}" for name, verb in commands]
+    for name, verb in commands:
         arguments = " ".join(arg.metavar for arg in verb.params if arg.param_type_name == "argument")
         parts += [
             f"\n## tah {name}\n",

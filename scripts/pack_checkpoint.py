@@ -3,7 +3,7 @@
     python scripts/pack_checkpoint.py smollm2 out/smollm2/decider       # of `tah run smollm2-word-problems`
     python scripts/pack_checkpoint.py follow out/follow/lookahead-mix-0 # of experiments/lookahead.py --save out/follow
 
-Writes src/tah/assets/smollm2-tah, the additions in bfloat16, or src/tah/assets/follow-tah, the whole model and 100
+Writes src/tah/assets/smollm2-tah, the adapter in bfloat16, or src/tah/assets/follow-tah, the whole model and 100
 problems that it has not seen. The model cards beside them are written by hand.
 """
 
@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tah.checkpoints.adapter import save_additions
+from tah import save_adapter
 from tah.checkpoints.smollm2 import TAH
 from tah.files import write_atomically
 from tah.load import FOLLOW, load_tah
@@ -39,7 +39,7 @@ def main(which: str, trained: Path) -> None:
     if which == "follow":
         pack_follow(trained)
     else:
-        save_additions(load_tah(str(trained)), TAH)
+        save_adapter(load_tah(str(trained)), TAH)
     for path in sorted((FOLLOW if which == "follow" else TAH).iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 

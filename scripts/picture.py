@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
 from tah.load import quiet
+from tah.policy import Rule
 from tah.session import Session
 from tah_cli.demo import QUESTIONS
 from tah_cli.terminal import Painter, summary
@@ -37,6 +38,7 @@ def main() -> None:
     answer = session.answer(
         ids,
         lambda token: None,
+        Rule(),
         max_new_tokens=60,
         do_sample=False,
     )

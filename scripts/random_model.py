@@ -9,11 +9,15 @@ A step costs the same whatever the weights are. It has no tokenizer: `tah bench 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from bench_gpu_train import QWEN3
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
+
+from bench_gpu_train import QWEN3  # noqa: E402
 
 
 def main() -> None:

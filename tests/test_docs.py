@@ -18,7 +18,7 @@ def test_links(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) if "://" not in link]
     assert all((page.parent / link).exists() for link in links), links
-    named = re.findall(r"`((?:src|tests|docs|examples|scripts)/[\w./]+?)`", text)
+    named = re.findall(r"`((?:src|tests|docs|examples|scripts|benchmark)/[\w./]+?)`", text)
     assert all((ROOT / name).exists() for name in named if "*" not in name), named
 
 

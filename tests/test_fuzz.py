@@ -26,9 +26,9 @@ pytest.importorskip("datasets")
 
 from tah_cli.app import app, run
 
-COMMANDS = get_command(app).commands
+COMMANDS = dict(get_command(app).walk())
 # These would measure or serve for minutes, so they only get models that do not exist.
-HEAVY = ("bench", "bench-train", "bench-trace", "bench-serve", "serve", "demo")
+HEAVY = ("bench", "bench train", "bench trace", "bench serve", "serve", "demo")
 RECIPES = ("run", "train", "label")
 SURE = ["backbone.method=paper", "label.reference=./nowhere"]  # no training begins, whatever comes before
 MODELS = ["tah", "base", "follow-tah", "refusing", "longer"]
@@ -230,7 +230,7 @@ def operands(command: str) -> st.SearchStrategy[list[str]]:
         "convert": st.tuples(
             st.sampled_from([*NO_MODELS, *MODELS]), st.sampled_from(["out", "empty", "tah", ""]) | odd
         ),
-        "eval-compare": st.tuples(
+        "eval compare": st.tuples(
             *[st.sampled_from(["empty", "missing", "prose.txt:never", "tah:", ":", ""]) | odd] * 2
         ),
     }
@@ -261,7 +261,7 @@ def command_lines(draw: Any) -> list[str]:
         )
         words = words[draw(st.integers(0, 1)) :]
     words = [word for word in words if word not in ("smollm2", "smollm2-tah", "--help", "-h")]
-    return [command, *words] if draw(st.integers(0, 19)) else words
+    return [*command.split(), *words] if draw(st.integers(0, 19)) else words
 
 
 typed = st.lists(

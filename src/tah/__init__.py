@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .checkpoints.convert import convert
+from .checkpoints.adapter import save_adapter
+from .checkpoints.peft import load_peft, save_peft
 from .config import TaHConfig
 from .core.cache import DuoCache
 from .core.families import UnsupportedBase, check_base
+from .load import convert, load_adapter
 from .model import TaHForCausalLM, TaHOutput
-from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random
+from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random, Rule
 
 if TYPE_CHECKING:
-    from .checkpoints.adapter import load_additions as load_additions
-    from .checkpoints.adapter import save_additions as save_additions
     from .evaluation.evaluate import evaluate as evaluate
+    from .tracing.trace import TraceRequest as TraceRequest
     from .tracing.trace import trace as trace
     from .training.label import label as label
     from .training.prune import prune as prune
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 # What the commands call, imported when first used: some of it needs optional packages.
 _LATER = {
+    "TraceRequest": "tracing.trace",
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
-    "load_additions": "checkpoints.adapter",
     "load_recipe": "training.recipe_file",
     "prune": "training.prune",
-    "save_additions": "checkpoints.adapter",
     "trace": "tracing.trace",
     "train": "training.train",
 }
@@ -48,12 +48,17 @@ __all__ = [
     "Oracle",
     "Policy",
     "Random",
+    "Rule",
     "TaHConfig",
     "TaHForCausalLM",
     "TaHOutput",
     "UnsupportedBase",
     "check_base",
     "convert",
+    "load_adapter",
+    "load_peft",
+    "save_adapter",
+    "save_peft",
 ]
 
 AutoConfig.register("tah", TaHConfig)

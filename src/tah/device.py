@@ -1,18 +1,18 @@
 """Where a model computes, and in which precision: what `--device auto` and `--dtype auto` mean.
 
-The decisions are functions of plain facts about the machine, so that they can be looked at for machines one has not.
+The decisions are functions of plain facts about the machine, so that tests can make them for machines of any kind.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .load import first_line
+from .errors import first_line
+from .progress import SILENT, Reporter
 
 HARDWARE = {"cuda": "this GPU", "mps": "this Mac's GPU", "cpu": "this CPU"}  # what errors and notes call it
 
@@ -53,7 +53,7 @@ class Machine:
     def choose_dtype(self, kind: str, saved: torch.dtype) -> torch.dtype:
         """What `auto` means for a checkpoint that was saved in `saved`: that where a device of this kind computes in it
         natively, else float32."""
-        if saved == torch.float32 or kind in self.other:  # we know nothing of other kinds, so we change nothing
+        if saved == torch.float32 or kind in self.other:  # other kinds may have any formats, so nothing changes
             return saved
         native = {
             torch.bfloat16: kind in self.bfloat16,
@@ -106,7 +106,7 @@ def put(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    note: Callable[[str], None] = lambda line: None,
+    progress: Reporter = SILENT,
     machine: Machine | None = None,
 ) -> Any:
     """Move a model that was loaded with `dtype` to where it shall compute.
@@ -114,8 +114,9 @@ def put(
     Args:
         model: any module of transformers.
         name: what the user calls it.
-        dtype: `auto` may become float32, which `note` is told; a name leaves it as it was loaded.
+        dtype: `auto` may become float32; a name leaves the model as it was loaded.
         device: `auto` or torch's name for one.
+        progress: gets a note where `auto` became float32.
         machine: this one by default.
 
     Raises:
@@ -131,7 +132,7 @@ def put(
         raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from error
     if chosen != saved:
         was = str(saved).removeprefix("torch.")
-        note(
+        progress.note(
             f"{name} is saved in {was}, which {HARDWARE.get(where.type, device)} does not compute in natively: float32 "
             f"instead (--dtype {was} keeps it)"
         )

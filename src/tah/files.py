@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,28 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             new.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to be filled, which becomes `target` when the block ends without an error; else it is removed.
+
+    Args:
+        target: must not exist then, or be empty.
+
+    Raises:
+        OSError: `target` is not empty.
+    """
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        if target.exists():
+            target.rmdir()
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def parse_json(line: str | bytes) -> Any:

@@ -1,24 +1,24 @@
-"""Find and load the MODEL argument of the commands, and describe it: a TaH checkpoint or a base model."""
+"""Find and load the MODEL argument of the commands: a TaH checkpoint or a base model."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from .checkpoints import adapter, safe
+from .checkpoints import convert as original
 from .checkpoints.chat_template import check_template
-from .checkpoints.hub import Snapshot, converted, is_original, is_repository
-from .checkpoints.untrusted import build_empty, check_config, check_counts, empty_base, read_json
-from .checkpoints.weights import load_plain
-from .core.families import UnsupportedBase, check_base
+from .checkpoints.smollm2 import smollm2_base, smollm2_tah
+from .checkpoints.untrusted import build_empty, check_counts, checked_config, empty_base
+from .errors import first_line
 from .model import TaHForCausalLM
+from .names import DTYPES, MODELS, nearest
 
 FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LONGEST = 300  # characters of another's message that we repeat
 Kind = Literal["tah", "base"]
 
 
@@ -36,42 +36,26 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
         ValueError: there is no such thing, or it is not a model.
     """
     if not source.strip():
-        raise ValueError("MODEL is empty; give a directory, a hub id, smollm2, smollm2-tah, or follow-tah")
-    if source == "follow-tah" and not Path(source).is_dir():
+        raise ValueError(f"MODEL is empty; give a directory, a hub id, {', '.join(MODELS[:-1])}, or {MODELS[-1]}")
+    if source in MODELS and not os.path.isdir(source):
+        match source:
+            case "smollm2":
+                return str(smollm2_base()), "base"
+            case "smollm2-tah":
+                return str(smollm2_tah(TaHForCausalLM)), "tah"
         return str(FOLLOW), "tah"
-    if source == "smollm2" and not Path(source).is_dir():
-        from .checkpoints.smollm2 import smollm2_base
-
-        return str(smollm2_base()), "base"
-    if source == "smollm2-tah" and not Path(source).is_dir():
-        from .checkpoints.smollm2 import smollm2_tah
-
-        return str(smollm2_tah()), "tah"
-    directory = Path(source)
-    if directory.is_dir():
-        return (str(converted(source, directory)), "tah") if is_original(directory) else _described(directory, source)
-    if directory.exists():
+    if os.path.exists(source) and not os.path.isdir(source):
         raise ValueError(f"{source} is a file; give the directory of a model")
-    if not is_repository(source):
-        raise ValueError(f"no model {source!r}: there is no such directory")
-    found = Snapshot(source)
-    if is_original(found.directory):
-        return str(converted(source, found)), "tah"
-    kind = _described(found.directory, str(found.directory))
-    if weights:
-        found.complete()
-    return kind
-
-
-def _described(directory: Path, source: str) -> tuple[str, Kind]:
-    """`source` and its kind, as the configuration there says."""
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{source} is not a model: it has no config.json")
-    described = read_json(directory / "config.json")
+    try:
+        directory = safe.find(source, {}, TaHForCausalLM, weights)
+    except ValueError as error:
+        if (near := nearest(source, MODELS)) is None or not str(error).startswith("no model "):
+            raise
+        raise ValueError(f"{error}; did you mean {near}?") from error
+    described = checked_config(directory)
     if "model_type" not in described:
-        raise ValueError(f"{source}/config.json is damaged: it has no model_type")
-    check_config(described, f"{source}/config.json")
-    return source, "tah" if described["model_type"] == "tah" else "base"
+        raise ValueError(f"{directory}/config.json is damaged: it has no model_type")
+    return directory, "tah" if described["model_type"] == "tah" else "base"
 
 
 def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
@@ -88,25 +72,28 @@ def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
         raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
+def check_tah(path: str) -> None:
+    """Raise `ValueError` unless the TaH checkpoint at `path` is in order but for single tensors; loads nothing."""
+    safe.check_checkpoint(path, TaHForCausalLM)
+
+
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
     """The base model at `path`, complete.
 
     Raises:
         ValueError: it cannot be loaded, or tensors are missing.
     """
-    return load_plain(path, dtype=_known(dtype), trust_remote_code=False)
+    return safe.load_plain(path, dtype=_known(dtype), trust_remote_code=False)
 
 
 def outline(path: str) -> PreTrainedModel:
-    """The model at `path` without its weights, on the meta device: what its configuration says.
+    """The model at `path` without its weights, built from its configuration on the meta device.
 
     Raises:
         ValueError: the configuration cannot be read, or is not of a causal language model.
     """
     where = f"{path}/config.json"
-    described = read_json(Path(path, "config.json"))
-    check_config(described, where)
-    check_counts(described, None, where)
+    check_counts(checked_config(path), None, where)
     return build_empty(lambda: empty_base(path), None, where)
 
 
@@ -140,30 +127,6 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-def inspect(source: str, against: str | None = None) -> dict[str, Any]:
-    """What a model is, for `tah inspect`; with `against`, its parameters beside those of a plain base.
-
-    Raises:
-        ValueError: there is no such model, or it is damaged, or `against` is not a base.
-    """
-    path, kind = find(source)
-    baseline = None if against is None else _count_base(against)
-    found = _inspect_tah(source, path) if kind == "tah" else _inspect_base(source, path)
-    if baseline is not None:
-        total = found["total"] if kind == "tah" else found["base"]["parameters"]
-        percent = 100 * (total - baseline) / baseline
-        found["against"] = {"model": against, "parameters": baseline, "difference_percent": percent}
-    return found
-
-
-def _count_base(source: str) -> int:
-    """Parameters of a base; no weights are read."""
-    path, kind = find(source, weights=False)
-    if kind != "base":
-        raise ValueError(f"--against {source}: that is not a plain base model")
-    return outline(path).num_parameters()
-
-
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     """How many parameters each part has."""
     sizes = {"base": 0, "adapter": 0, "decider": 0, "maps": 0}
@@ -173,86 +136,31 @@ def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     return sizes
 
 
-def _inspect_tah(source: str, path: str) -> dict[str, Any]:
-    model = load_tah(path)
-    config, sizes = model.config, parameter_counts(model)
-    decider = config.decider and {"kind": config.decider["kind"], "layers": config.decider["layers"]}
-    return {
-        "model": source,
-        "kind": "tah",
-        "base": _facts(model.base) | {"parameters": sizes["base"]},
-        "parameters": sizes,
-        "total": sum(sizes.values()),
-        "extra_percent": {name: 100 * size / sizes["base"] for name, size in sizes.items() if name != "base"},
-        "max_depth": config.max_depth,
-        "policy": config.policy,
-        "threshold": config.threshold,
-        "decider": decider,
-        "lora_rank": config.lora_rank,
-        "seams": {name: getattr(config, name) for name in ("next_input", "attention", "output")},
-    }
+def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> original.ConversionReport:
+    """Convert the checkpoint of the original implementation in `src` to a TaH checkpoint in `dst`, or leave nothing.
+
+    Args:
+        src: its directory, or its id on the hub.
+        dst: directory to make; it may exist if it is empty.
+        threshold: in the place of the checkpoint's. The authors evaluate with 0.9, which their checkpoints lack.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, damaged, asks for code, or asks for what a TaH model cannot do;
+            or `dst` is not empty. One line with the file and the entry.
+    """
+    return original.convert(src, dst, TaHForCausalLM, threshold)
 
 
-def _inspect_base(source: str, path: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"model": source, "kind": "base", "supported": False, "reason": None}
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{path}: {first_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return result | {"reason": f"transformers has no causal language model for the family {config.model_type}"}
-    base = load_base(path)
-    try:
-        check_base(base)
-        result["supported"] = True
-    except UnsupportedBase as error:
-        result["reason"] = str(error)
-    return result | {"base": _facts(base)}
+def load_adapter(base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
+    """`base` and the adapter that `tah.save_adapter` wrote into `directory` as one model, in the base's dtype.
 
-
-def _facts(base: PreTrainedModel) -> dict[str, Any]:
-    text = base.config.get_text_config(decoder=True)
-    return {
-        "family": base.config.model_type,
-        "parameters": base.num_parameters(),
-        "layers": text.num_hidden_layers,
-        "width": text.hidden_size,
-        "vocabulary": text.vocab_size,
-        "positions": getattr(text, "max_position_embeddings", None),
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }
-
-
-def as_lines(found: dict[str, Any]) -> str:
-    """`tah inspect` for people: one fact per line, names of nested facts joined by a space."""
-    flat: dict[str, Any] = {}
-    for name, value in found.items():
-        if isinstance(value, dict):
-            flat |= {f"{name} {inner}": entry for inner, entry in value.items()}
-        elif value is not None:
-            flat[name] = value
-    width = max(map(len, flat))
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_as_word(value, name)}" for name, value in flat.items())
-
-
-def _as_word(value: Any, name: str) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and name.startswith("extra_percent"):
-        return f"{value:.3g} % of the base"
-    if isinstance(value, float) and name.endswith("percent"):
-        return f"{value:+.3g} %"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    Raises:
+        ValueError: a file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
+    """
+    return adapter.load_adapter(TaHForCausalLM, base, directory)
 
 
 def quiet() -> None:
     """Leave the terminal to us: no progress bars and no advice from transformers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, or the beginning of it: others' messages go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

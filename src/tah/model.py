@@ -1,11 +1,11 @@
 """Think-at-Hard on any Hugging Face decoder. Start reading at `TaHForCausalLM.forward`.
 
 The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
-*policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position.
-Their keys and values stay in the cache beside those of depth 1, and the logits of all passes of a token add up.
+*policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
+and read the keys of both depths. The logits of all passes of a token add up. docs/architecture.md follows a prompt.
 
-Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one,
-R rows that have one (their tokens packed left into [R, P] columns), D width, V vocabulary, L layers.
+Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
+hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .checkpoints.weights import SafeCheckpoint, load_plain
+from .checkpoints.safe import SafeCheckpoint, load_plain
 from .config import TaHConfig
 from .core import fast
 from .core.cache import DuoCache, PassCache
@@ -48,13 +48,24 @@ class TrainingPass:
         follow_labels: tokens run as many passes as `depth_labels` says; the policy is asked, but not followed.
         loss_weights: weight of the output after each depth 1..max_depth in the loss; by default only the final output
             counts.
-        idle: where no token goes on, run one through the deeper passes all the same and add nothing, so that the
-            processes that share a model all use the same parameters. By default while training with labels.
+        idle: where no token goes on, run one through the deeper passes all the same and add 0 times the result to the
+            loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. By
+            default while training with labels and without a cache.
     """
 
     follow_labels: bool = False
     loss_weights: Sequence[float] | None = None
     idle: bool | None = None
+
+    def idles(self, by_default: bool, kept: bool) -> bool:
+        """Whether a call runs idle passes; `kept`: its cache will be used again.
+
+        Raises:
+            ValueError: it is asked to, although the keys of an idle pass would stay in the cache.
+        """
+        if self.idle and kept:
+            raise ValueError("an idle pass leaves its keys in the cache; train with use_cache=False")
+        return by_default and not kept if self.idle is None else self.idle
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
@@ -83,7 +94,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
-        # Of the two choices that differ from the paper: U of the next input emb + U h, and Z of the output h1 + Z h2.
+        # Two choices differ from the paper: the next input emb + U h, and the output h1 + Z h2. These are U and Z.
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         if self.next_input_map is not None:
@@ -94,7 +105,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             if part is not None:
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
-            allow_replay_with_cache(layer)  # PassCache.update may be replayed
+            allow_replay_with_cache(layer)  # activation checkpointing may replay PassCache.update
         self.post_init()
 
     # -- the method ----------------------------------------------------------------------------------------------
@@ -127,7 +138,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             past_key_values, cache: the `DuoCache` of earlier tokens of the same batch (transformers 5.24 renamed it).
             inputs_embeds: [B, T, D] instead of `input_ids`.
             labels: [B, T] like `input_ids`, -100 where not supervised; shifted inside.
-            depth_labels: [B, T] passes each token should take, for the `oracle` policy; not shifted.
+            depth_labels: [B, T] passes each token should take, for the policy `oracle` and for
+                `training.follow_labels`; not shifted.
             policy: a name or a [`Policy`]; the config's by default.
             threshold: in [0, 1], or one per row [B]; the config's by default.
             max_depth: >= 1, or one per row [B]; the config's by default.
@@ -136,6 +148,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 all, but none while training with labels, whose loss needs no [B, T, V].
             training: what only training asks for.
             kwargs: `num_items_in_batch`, the number to divide the loss by (default: supervised tokens of this call).
+
+        Returns:
+            Logits, loss, cache, and for every token its `depth_count` and `continue_logits` (nan where the policy was
+            not asked), see [`TaHOutput`].
 
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
@@ -151,19 +167,21 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
 
         # Depth 1: every token through the untouched base. Opening a pass reserves slots for its tokens in the cache;
         # the base gets the view of it that belongs to this pass, and its layers write their keys and values there.
-        view = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
-        hidden, features = self._run(1, view, rule.policy, **tokens.stock_inputs(view, self.decoder))
+        pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
+        hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
         # The logits of a token are the sum over its passes. They are carried as a sum of hidden states [B*T, D]; the
-        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller.
-        num_best = self.config.mix_topk if self.next_input_map is None else 0  # tokens that make up a next input
-        output = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
+        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. From
+        # logits that the policy looks at, the `num_best` best tokens can be kept for the next input.
+        num_best = self.config.mix_topk if self.next_input_map is None else 0
+        running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, padding left out
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if labels is None else DepthLoss(labels, rule.max_depth, training.loss_weights)
-        idle = self.training and loss is not None if training.idle is None else training.idle
+        kept = use_cache or past is not None
+        idle = training.idles(self.training and loss is not None, kept)
 
         for depth in range(1, rule.max_depth):
             # Who is hard? The policy decides about the tokens that just ran ...
@@ -173,40 +191,40 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 positions=tokens.positions.flatten()[active],
                 hidden=features,
                 depth_labels=tokens.select(depth_labels, active),
-                map_logits=partial(output.map_logits, active),
+                map_logits=partial(running.map_logits, active),
             )
-            new_logits, go = rule.decide(state, row=active // T)  # [N], [N] bool
+            new_logits, goes_on = rule.decide(state, row=active // T)  # [N], [N] bool
             del state, features  # a long prompt's hidden states need not outlive the decision
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, new_logits.to(continue_logits))
             if loss is not None:
-                loss.add(output, depth, active, go)  # before deeper passes add to the output
-            if idle and not go.any():
-                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, output, active, hidden)
-                if loss is not None:
+                loss.add(running, depth, active, goes_on)  # before deeper passes add to the output
+            if idle and not goes_on.any():
+                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
+                if loss is not None:  # without one, only the communication between processes counts
                     loss.total = loss.total + zero
-            active, hidden = active[go], hidden[go]
+            active, hidden = active[goes_on], hidden[goes_on]
             if len(active) == 0:
                 break
 
             # ... and the hard ones run again, on a new input at their old position.
             assert cache is not None
-            embeds = self._next_input(tokens, output, active, hidden)  # [M, D]
+            embeds = self._next_input(tokens, running, active, hidden)  # [M, D]
             hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
-            output.add(active, hidden)
+            running.add(active, hidden)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
         if loss is not None:
-            loss.add(output, rule.max_depth, active)  # the tokens that took all passes
+            loss.add(running, rule.max_depth, active)  # the tokens that took all passes
         if cache is not None and self.config.attention != "duo":
-            cache.drop_deep()  # under `own` and `blind` no later token may see the deeper keys of this one
+            cache.drop_deep()  # under `own` and `blind` a token's deeper keys are for its own later passes only
         continue_logits = continue_logits.view(B, T, columns)
-        if cache is not None and (use_cache or past is not None):
+        if cache is not None and kept:
             cache.commit(depth_count, continue_logits.detach())
         no_logits = logits_to_keep is None and self.training and loss is not None
-        logits = None if no_logits else self._logits(output, B, T, 0 if logits_to_keep is None else logits_to_keep)
+        logits = None if no_logits else self._logits(running, B, T, 0 if logits_to_keep is None else logits_to_keep)
         return TaHOutput(
-            loss=None if loss is None else loss.value(output, kwargs.get("num_items_in_batch")),
+            loss=None if loss is None else loss.value(running, kwargs.get("num_items_in_batch")),
             logits=logits,
             **{CACHE: cache if use_cache else None},
             depth_count=depth_count,
@@ -222,7 +240,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         return cache
 
     def _run(
-        self, depth: int, view: PassCache | None, policy: Callable[[DepthState], Tensor], **inputs: Any
+        self, depth: int, pass_cache: PassCache | None, policy: Callable[[DepthState], Tensor], **inputs: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """One pass over the base: final hidden states [.., .., D] and those that the policy reads, by index."""
         decoder = self.decoder
@@ -233,7 +251,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         # `at_depth` switches LoRA: it is off at depth 1 and on at every depth beyond (lora.py).
         with at_depth(depth), capture_hidden(decoder_layers(decoder, num_layers), wanted) as seen:
             # use_cache only says whether the base creates a cache; it uses the one that it is given either way.
-            hidden = decoder(**{CACHE: view}, use_cache=False, **inputs).last_hidden_state
+            hidden = decoder(**{CACHE: pass_cache}, use_cache=False, **inputs).last_hidden_state
         if num_layers in wanted:
             seen[num_layers] = hidden
         return hidden, seen
@@ -248,12 +266,12 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         embeds: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """A pass at `depth` >= 2 of the tokens `active` [M] with inputs [M, D]: final hidden states [M, D] and those
-        that the policy reads."""
-        turns = fast.turns(active, tokens.valid.shape[1])
-        done = [self._run_packed(depth, cache, policy, tokens, active[turn], embeds[turn]) for turn in turns]
-        if len(turns) == 1:
+        that the policy reads. A long pass may run in chunks, as a long prompt may."""
+        chunks = fast.chunks(active, tokens.valid.shape[1])
+        done = [self._run_packed(depth, cache, policy, tokens, active[chunk], embeds[chunk]) for chunk in chunks]
+        if len(chunks) == 1:
             return done[0]
-        order = torch.cat(turns).argsort()
+        order = torch.cat(chunks).argsort()
         features = {k: torch.cat([its[k] for _, its in done])[order] for k in done[0][1]}
         return torch.cat([hidden for hidden, _ in done])[order], features
 
@@ -266,16 +284,16 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         active: Tensor,
         embeds: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """As `_run_again`, at once. Only rows with an active token take part, their tokens packed left."""
+        """One chunk of `_run_again`. Only rows with an active token take part, their tokens packed left."""
         T = tokens.positions.shape[1]
-        packed, row, column = pack(active, T)
+        packed = pack(active, T)
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
-        # A query sees keys of earlier positions. Order keys are positions that also tell documents apart (masks.py).
-        order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns) if tokens.documents else positions
-        view = cache.open_deeper_pass(depth, row, column, packed, tokens.order_keys.flatten()[active], T)
-        masks = view.masks(self.decoder.config, order_keys, self.config.attention, embeds.dtype)
+        # A query sees keys up to its own position. Order keys are positions that also tell documents apart (masks.py).
+        order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns)
+        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active], T)
+        masks = pass_cache.masks(self.decoder.config, order_keys, self.config.attention, embeds.dtype)
         inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
-        hidden, features = self._run(depth, view, policy, **inputs)
+        hidden, features = self._run(depth, pass_cache, policy, **inputs)
         return select(hidden, features, packed.valid, packed.full)
 
     def _idle(
@@ -284,37 +302,38 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         rule: BoundRule,
         cache: DuoCache | None,
         tokens: Tokens,
-        output: RunningOutput,
+        running: RunningOutput,
         active: Tensor,
         hidden: Tensor,
     ) -> Tensor:
-        """Passes after `depths` of a single token for nothing: a zero that depends on all that those passes train.
+        """Run one token through the passes after each of `depths` and return 0 times what came out: a zero whose
+        gradient reaches every parameter of those passes.
 
-        Training in parallel needs it: a rank without a hard token would leave the others waiting for its gradients.
+        A process without a hard token would else leave the others waiting for its gradients.
         """
         assert cache is not None
-        zero, active, hidden = output.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
+        zero, active, hidden = running.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
         for depth in depths:
-            embeds = self._next_input(tokens, output, active, hidden)
+            embeds = self._next_input(tokens, running, active, hidden)
             hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
             out = hidden if self.output_map is None else self.output_map(hidden)
             zero = zero + 0 * out.float().sum()
         return zero
 
-    def _next_input(self, tokens: Tokens, output: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
+    def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D]: the embeddings of the
-        most probable next tokens, weighted by their probabilities (the paper's input updater), or emb + U h."""
+        most probable next tokens so far, weighted by their probabilities (the paper's input updater), or emb + U h."""
         embed = self.get_input_embeddings()
         if self.next_input_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
             return own.flatten(0, 1)[active] + self.next_input_map(hidden)
-        return mixed_embedding(output, active, embed)
+        return mixed_embedding(running, active, embed)
 
-    def _logits(self, output: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
+    def _logits(self, running: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""
-        index = torch.arange(B * T, device=output.total.device).view(B, T)
+        index = torch.arange(B * T, device=running.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        logits = output.logits(index.flatten())
+        logits = running.logits(index.flatten())
         return logits.view(B, index.shape[1], logits.shape[-1])
 
     # -- parts ---------------------------------------------------------------------------------------------------

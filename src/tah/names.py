@@ -38,6 +38,8 @@ NINE = (  # the benchmarks of the paper
     "mbpp_plus",
 )
 TASKS = (*NINE, "aime24", "aime26", "minerva", "mmlu_stem", "arc_c", "arc_e")
+PROTOCOLS = ("default", "paper")
+BACKENDS = ("transformers", "vllm")
 STOCK_TASK = "lm_eval:"  # before the name of one of lm-eval's own tasks
 
 

@@ -8,12 +8,11 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 EVERY = 30.0  # seconds between lines where there is no terminal
-MINUTE = 60.0  # the same for an evaluation, which takes hours
 
 
 class Counted(ProgressColumn):
@@ -30,48 +29,6 @@ class Counted(ProgressColumn):
     def render(self, task: Task) -> Text:
         """For one task of the bar."""
         return Text("" if task.total is None else f"{task.completed:.0f} of {task.total:.0f} {self.what}")
-
-
-class Answers:
-    """The answers of an evaluation, task by task: as a bar on a terminal; elsewhere in a line when a task begins, one a
-    minute, and one when it ends.
-
-    Args:
-        console: where to.
-        clock: seconds of a clock that never goes back.
-    """
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console, self.clock = console, clock
-        self.task: tuple[str, str] | None = None  # policy and name
-        self.begun = self.told = clock()  # when the task began, and when the last line was written
-        self.first = 0  # answers that were there when it began
-        columns = (TextColumn("{task.description}"), BarColumn(), Counted("answers"))
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Bar(*columns, *times, console=console, disable=not console.is_terminal, transient=True)
-
-    def __enter__(self) -> Answers:
-        self.bar.start()
-        self.bar.add_task("loading", total=None)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.stop()
-
-    def __call__(self, policy: str, task: str, done: int, of: int) -> None:
-        """So many answers to a task are done, under a policy."""
-        if self.console.is_terminal:
-            self.bar.update(self.bar.task_ids[0], description=f"{task}, {policy}", completed=done, total=of)
-            return
-        now = self.clock()
-        new = self.task != (policy, task)
-        if new:
-            self.task, self.begun, self.first = (policy, task), now, done
-        if new or done == of or now - self.told >= MINUTE:
-            self.told, fresh = now, done - self.first
-            left = (now - self.begun) * (of - done) / max(1, fresh)
-            eta = f", {timedelta(seconds=round(left))} left" if 0 < fresh and done < of else ""
-            self.console.print(f"{task}, {policy}: {done:,} of {of:,} answers{eta}", soft_wrap=True)
 
 
 class Work:

@@ -1,9 +1,11 @@
-"""A model, its tokenizer and a conversation with it: what the commands share."""
+"""A model, its tokenizer and a conversation with it, for the commands."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,22 +15,25 @@ from .core.cache import DuoCache
 from .core.compat import CACHE
 from .core.inputs import check_ids
 from .device import put
+from .errors import first_line
 from .generation import check_generation_config
-from .load import find, first_line, load_base, load_tah, load_tokenizer
+from .load import find, load_base, load_tah, load_tokenizer
 from .model import TaHForCausalLM
+from .policy import Rule
+from .progress import SILENT, Reporter
 from .streaming import Token, TokenStreamer
 
-# Of a base wrapped on the fly, where it is asked for `confidence`: iterate where the top token has less than 0.3 of the
-# probability, about one in ten.
+# The threshold of a base wrapped on the fly, under the policy `confidence`: a token iterates where the most probable
+# next token has a probability below 0.3, which is about one in ten.
 CONFIDENCE_THRESHOLD = 0.7
 NAMED = 5  # unknown words that a note names
-LONGEST_REASON = 200  # characters of what a chat template says
+LONGEST_REASON = 200  # characters of a chat template's message
 LONGEST_NAME = 24  # characters of such a word
 
 
 @dataclass
 class Answer:
-    """What a model said, and what it cost."""
+    """An answer, and what it cost."""
 
     tokens: list[Token]
     prompt_tokens: int
@@ -76,7 +81,7 @@ class Session:
         dtype: str = "auto",
         device: str = "auto",
         as_saved: bool = False,
-        note: Callable[[str], None] = lambda line: None,
+        progress: Reporter = SILENT,
     ) -> Session:
         """Load a TaH checkpoint, or wrap a base model, without adapter and decider. Nothing in such a base is trained
         to iterate, so it answers as itself, with the policy `never`, until another is asked for.
@@ -86,7 +91,7 @@ class Session:
             dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
             device: `auto` is CUDA, then MPS, then the CPU.
             as_saved: the model is only handed on to another engine: it stays as it was saved, in the CPU's memory.
-            note: is told where `auto` became float32.
+            progress: gets a note where `auto` became float32.
 
         Raises:
             ValueError: it cannot be found, is damaged, or cannot be wrapped, or there is no such device.
@@ -100,30 +105,31 @@ class Session:
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
         model.name_or_path = source  # what errors and traces call it
         check_generation_config(model.generation_config, source)
-        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` says what a template runs into
+        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` refuses it
         if not as_saved:
-            put(model, source, dtype=dtype, device=device, note=note)
+            put(model, source, dtype=dtype, device=device, progress=progress)
         return cls(source, model.eval(), tokenizer, kind == "base")
 
-    def rule(self, **given: Any) -> dict[str, Any]:
-        """Policy, threshold and max_depth: what was given, and the model's own where that is None.
+    def rule(self, rule: Rule) -> Rule:
+        """`rule`, completed by the model's configuration.
 
         Raises:
             ValueError: a threshold or a depth is given for a wrapped base that answers as itself: it changes nothing.
         """
-        if given.get("policy") is None:
-            self.as_itself(given.get("threshold"), given.get("max_depth"))
-        return {name: getattr(self.model.config, name) if value is None else value for name, value in given.items()}
+        if self.wrapped:
+            check_idle(self.source, rule)
+        return rule.completed(self.model.config)
 
-    def as_itself(self, threshold: float | None = None, max_depth: int | None = None) -> str | None:
-        """Where no policy was chosen: what to tell a user whose base answers as itself; None for a trained model.
+    def as_itself(self, rule: Rule) -> str | None:
+        """A note for the user of a wrapped base who chose no policy, so that the base answers as itself; None for
+        everybody else.
 
         Raises:
-            ValueError: a threshold or a depth was given all the same, which would silently change nothing.
+            ValueError: as `rule`.
         """
-        if not self.wrapped:
+        self.rule(rule)
+        if not self.wrapped or rule.policy is not None:
             return None
-        check_idle(self.source, threshold, max_depth)
         return (
             f"{self.source} is a base model without a trained second pass, so it answers as itself; --policy "
             "confidence gives one to tokens it is unsure of"
@@ -143,32 +149,27 @@ class Session:
         """A conversation as the chat template writes it."""
         system = [message["content"] for message in messages if message["role"] == "system"]
         others = [message for message in messages if message["role"] != "system"]
+
+        def without_system() -> str | None:
+            with suppress(Exception):  # of any kind: templates are programs
+                return self._template(others)
+            return None
+
+        template = f"the chat template of {self.source}"
         try:
             text = self._template(messages)
-        except Exception as error:  # whatever a template of others runs into
+        except Exception as error:
             why = f"({first_line(error)[:LONGEST_REASON]})"
-            if system and others and self._writes(others):
+            if system and others and without_system() is not None:
                 raise ValueError(
-                    f"the chat template of {self.source} refuses a system message {why}; leave out --system, and say "
-                    "it in the prompt"
+                    f"{template} refuses a system message {why}; leave out --system, and put it into the prompt"
                 ) from error
             raise ValueError(
-                f"the chat template of {self.source} cannot write this conversation {why}; tah generate --raw does "
-                "without a template"
+                f"{template} cannot write this conversation {why}; tah generate --raw does without a template"
             ) from error
-        if system and system[0].strip() not in text and self._writes(others) and self._template(others) == text:
-            raise ValueError(
-                f"the chat template of {self.source} leaves a system message out; leave out --system, and say it in "
-                "the prompt"
-            )
+        if system and system[0].strip() not in text and without_system() == text:
+            raise ValueError(f"{template} leaves a system message out; leave out --system, and put it into the prompt")
         return text
-
-    def _writes(self, messages: list[dict[str, str]]) -> bool:
-        try:
-            self._template(messages)
-        except Exception:
-            return False
-        return True
 
     def _template(self, messages: list[dict[str, str]]) -> str:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -176,15 +177,17 @@ class Session:
         return text
 
     def unknown_words(self, text: str) -> str | None:
-        """What to tell a user whose words the tokenizer does not know and reads as one and the same token, or as
-        nothing; None where it knows all."""
+        """A note that names the words that the tokenizer reads as its unknown token, or as nothing; None where there
+        are none."""
+        inner = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        token = str(getattr(inner, "unk_token", None) or self.tokenizer.unk_token or "")
+        nothing = self.tokenizer.convert_tokens_to_ids(token) if token else None
         words = list(dict.fromkeys(text.split()))
-        nothing = self._unknown()
         read = self.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
         unknown = [
             word
             for word, ids in zip(words, read, strict=True)
-            if not ids or (nothing is not None and nothing[1] in ids and nothing[0] not in word)
+            if not ids or (nothing is not None and nothing in ids and token not in word)
         ]
         if not unknown:
             return None
@@ -192,15 +195,22 @@ class Session:
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         return f"the tokenizer of {self.source} does not know {', '.join(map(repr, named))}{more}"
 
-    def _unknown(self) -> tuple[str, int] | None:
-        """The token that stands for words that the tokenizer does not know, and its id."""
-        inner = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
-        token = getattr(inner, "unk_token", None) or self.tokenizer.unk_token
-        at = None if token is None else self.tokenizer.convert_tokens_to_ids(token)
-        return None if token is None or at is None else (str(token), at)
+    def answer(
+        self,
+        ids: list[int],
+        show: Callable[[Token], None],
+        rule: Rule,
+        *,
+        max_new_tokens: int,
+        **sampling: Any,
+    ) -> Answer:
+        """Continue the prompt `ids`.
 
-    def answer(self, ids: list[int], show: Callable[[Token], None], *, max_new_tokens: int, **options: Any) -> Answer:
-        """Continue `ids`; `show` gets each token as it comes. `options` go to `generate`.
+        Args:
+            show: called with each token as it comes.
+            rule: who iterates; `Rule()` is as the model's configuration has it.
+            max_new_tokens: fewer where the model has too few positions.
+            sampling: further arguments of `generate`, see `sampling`.
 
         Raises:
             ValueError: an empty prompt, one longer than the model or of tokens that it does not have, or a model that
@@ -221,7 +231,8 @@ class Session:
             streamer=streamer,
             max_new_tokens=max_new_tokens,
             pad_token_id=self._end,
-            **options,
+            **rule.arguments(),
+            **sampling,
         )
         seconds = time.perf_counter() - start
         self.cache, self.ids = cache, ids + [token.id for token in streamer.tokens]
@@ -239,30 +250,26 @@ class Session:
     def _continued(self, ids: list[int]) -> DuoCache:
         """The cache, cut back to what it has in common with `ids`; at least one token of them is left to run."""
         seen = self.cache.get_seq_length()
-        pairs = zip(self.ids[:seen], ids[:-1], strict=False)
-        common = next(
-            (at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(seen, max(0, len(ids) - 1))
-        )
+        common = len(os.path.commonprefix([self.ids[:seen], ids[:-1]]))
         if common == 0:
             return DuoCache()
         self.cache.crop(common - seen)
         return self.cache
 
 
-def check_idle(source: str, threshold: float | None = None, max_depth: int | None = None) -> None:
-    """Refuse settings of a base that answers as itself, which would silently change nothing.
+def check_idle(source: str, rule: Rule) -> None:
+    """Refuse settings of a base that answers as itself, because they would silently change nothing.
 
     Args:
         source: what the user calls the base.
-        threshold: that was asked for, if any.
-        max_depth: that was asked for; 1 is what such a base does.
+        rule: without a policy the base answers as itself; a depth of 1 is what it does then.
 
     Raises:
-        ValueError: one of them was asked for.
+        ValueError: there is no policy, but a threshold or a depth.
     """
-    idle = {"--threshold": threshold, "--max-depth": None if max_depth == 1 else max_depth}
+    idle = {"--threshold": rule.threshold, "--max-depth": None if rule.max_depth == 1 else rule.max_depth}
     for option, value in idle.items():
-        if value is not None:
+        if rule.policy is None and value is not None:
             raise ValueError(
                 f"{option} {value} changes nothing while the base model {source} answers as itself; add "
                 "--policy confidence, or leave it out"

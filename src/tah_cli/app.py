@@ -1,30 +1,27 @@
-"""The `tah` command. Verbs import torch and the models only when they run, so that `--help` answers at once."""
+"""The `tah` command. Commands import torch and the models only when they run, so that `--help` answers at once."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from tah.session import Session
+from . import bench, evaluate, serve, train, understand, use
+from .groups import DefaultGroup, Group
+from .options import note
 
-POLICIES = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
-PACKAGE = Path(find_spec("tah").origin).parent  # type: ignore[union-attr, arg-type]  # not imported: that takes seconds
 USER_ERRORS = (ValueError, OSError, ImportError)
 LONGEST_LINE = 600  # characters of an error; more hides what matters, and --debug shows all of it
 UsageError: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bring their own click
 
 app = typer.Typer(
     name="tah",
+    cls=Group,
     help="Think-at-Hard: a language model that runs again on the tokens that are hard.",
     epilog="MODEL: a TaH checkpoint, any Hugging Face decoder (wrapped on the fly), smollm2, smollm2-tah, follow-tah.",
     rich_markup_mode=None,
@@ -32,82 +29,39 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+eval_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
+bench_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert),
+    "Train": (train.run, train.label, train.train, train.prune),
+    "Understand": (understand.trace, understand.report, understand.tune),
+}
+FORMER: dict[str, Callable[..., None]] = {  # hidden, for one release
+    "eval-compare": evaluate.compare,
+    "eval-regrade": evaluate.regrade,
+    "bench-train": bench.bench_train,
+    "bench-trace": bench.bench_trace,
+    "bench-serve": bench.bench_serve,
+}
 
-def _policy(name: str | None) -> str | None:
-    if name is None or name in POLICIES:
-        return name
-    near = difflib.get_close_matches(name, POLICIES, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise typer.BadParameter(f"unknown policy {name!r}; {hint}choose from {', '.join(POLICIES)}")
-
-
-def _system(text: str | None) -> str | None:
-    try:
-        (text or "").encode()
-    except UnicodeError as error:
-        raise typer.BadParameter("--system is not UTF-8 text") from error
-    return text
-
-
-def _number(help: str, kind: type[int] | type[float], low: int, high: int | None = None) -> Any:
-    """An option for a number in a range; typer's own messages do not repeat what was typed."""
-    name = "an integer" if kind is int else "a number"
-    allowed = f"{name} >= {low}" if high is None else f"{name} from {low} to {high}"
-
-    def parse(text: Any) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(low - 1)
-        if not (low <= value and (high is None or value <= high)):
-            raise typer.BadParameter(f"{text} must be {allowed}")
-        return value
-
-    return typer.Option(parser=parse, metavar="N" if kind is int else "X", help=help)
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Directory, hub id, smollm2, smollm2-tah, or follow-tah.", show_default=False),
-]
-PolicyOption = Annotated[
-    str | None,
-    typer.Option(callback=_policy, metavar="NAME", help=f"Who iterates: {', '.join(POLICIES)}. [default: the model's]"),
-]
-ThresholdOption = Annotated[
-    float | None,
-    _number("Iterate above this probability, 0 to 1. [default: the model's]", float, 0, 1),
-]
-DepthOption = Annotated[
-    int | None,
-    _number("Most passes a token may take. [default: the model's]", int, 1, 1000),
-]
-TokensOption = Annotated[int, _number("Longest answer, in tokens.", int, 1)]
-TemperatureOption = Annotated[float, _number("0 always takes the most probable token.", float, 0, 100)]
-TopPOption = Annotated[
-    float,
-    _number("Sample among the most probable tokens up to this mass.", float, 0, 1),
-]
-TopKOption = Annotated[int, _number("Sample among this many tokens; 0 means all.", int, 0)]
-SeedOption = Annotated[int, _number("Of the sampling.", int, 0, 2**63 - 1)]
-SystemOption = Annotated[
-    str | None, typer.Option(callback=_system, metavar="TEXT", help="System message of the chat template.")
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="auto (as saved if the device computes in it natively, else float32), float32, bfloat16 or float16.",
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-NoColorOption = Annotated[
-    bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")
-]
+for panel, functions in COMMANDS.items():
+    for function in functions:
+        app.command(rich_help_panel=panel)(function)
+app.add_typer(eval_app, name="eval", rich_help_panel="Evaluate")
+eval_app.command("eval", hidden=True)(evaluate.evaluate)
+eval_app.command()(evaluate.compare)
+eval_app.command()(evaluate.regrade)
+app.add_typer(bench_app, name="bench", rich_help_panel="Evaluate")
+bench_app.command("bench", hidden=True)(bench.bench)
+bench_app.command("train")(bench.bench_train)
+bench_app.command("trace")(bench.bench_trace)
+bench_app.command("serve")(bench.bench_serve)
+app.command(rich_help_panel="Serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
+for spelling, function in FORMER.items():
+    app.command(spelling, hidden=True)(function)
 
 
 @app.callback(invoke_without_command=True)
@@ -127,143 +81,15 @@ def top(
         typer.echo(context.get_help())
 
 
-@app.command()
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads standard input.")],
-    policy: PolicyOption = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
-    max_new_tokens: TokensOption = 256,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    system: SystemOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    no_color: NoColorOption = False,
-) -> None:
-    """Answer a prompt, coloured by passes per token."""
-    prompt = _text(prompt)
-    if not prompt.strip():
-        raise typer.BadParameter("PROMPT is empty; give at least one word")
-    _check_changes(model, policy, threshold, max_depth)
-    session = _open(model, dtype, device)
-    _answers_as_itself(session, policy, threshold, max_depth)
-    from tah.session import sampling
-
-    from .terminal import Painter, make_console, summary
-
-    if not raw and not session.tokenizer.chat_template:
-        _note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
-    if unknown := session.unknown_words(prompt):
-        _note(unknown)
-    messages = [{"role": "system", "content": system}] if system else []
-    ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
-    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
-    options = rule | sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
-    if as_json:
-        answer = session.answer(ids, lambda token: None, **options)
-        typer.echo(json.dumps({"model": model, "prompt": prompt, **rule, **answer.as_dict()}, ensure_ascii=False))
-        return
-    painter = Painter(make_console(color=not no_color), options["threshold"])
-    answer = session.answer(ids, painter.show, **options)
-    painter.console.print()
-    notes = make_console(stderr=True, color=not no_color)
-    if any(depth > 1 for depth in answer.depths):
-        notes.print(painter.legend())
-    notes.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
-
-
-@app.command()
-def chat(
-    model: ModelArgument,
-    policy: PolicyOption = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
-    max_new_tokens: TokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    top_k: TopKOption = 0,
-    seed: SeedOption = 0,
-    system: SystemOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    no_color: NoColorOption = False,
-) -> None:
-    """Talk to a model; /help lists the commands."""
-    _check_changes(model, policy, threshold, max_depth)
-    session = _open(model, dtype, device)
-    _answers_as_itself(session, policy, threshold, max_depth)
-    from tah.session import sampling
-
-    from .chat import Chat
-
-    rule = session.rule(policy=policy, threshold=threshold, max_depth=max_depth)
-    options = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
-    Chat(session, rule, options, system, color=not no_color).run()
-
-
-def _text(prompt: str) -> str:
-    """PROMPT, or standard input for -."""
-    try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()
-    except UnicodeError as error:
-        raise typer.BadParameter("PROMPT is not UTF-8 text") from error
-    return prompt
-
-
-def _open(model: str, dtype: str, device: str) -> Session:
-    from tah.load import quiet
-    from tah.session import Session
-
-    quiet()
-    return Session.open(model, dtype=dtype, device=device, note=_note)
-
-
-def _check_changes(model: str, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
-    """Refuse what changes nothing for a base that answers as itself, before its weights are loaded."""
-    if policy is None and (threshold, max_depth) != (None, None):
-        from tah.load import find
-        from tah.session import check_idle
-
-        if find(model, weights=False)[1] == "base":
-            check_idle(model, threshold, max_depth)
-
-
-def _answers_as_itself(session: Session, policy: str | None, threshold: float | None, max_depth: int | None) -> None:
-    """Where no policy was chosen for a base that was wrapped on the fly, say what answers."""
-    if policy is None and (told := session.as_itself(threshold, max_depth)):
-        _note(told)
-
-
-def _note(text: str) -> None:
-    typer.echo(f"tah: {text}", err=True)
-
-
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code.
 
     0: done. 1: a fault of ours. 2: something that the user can put right. 130: interrupted. 141: nobody reads what we
-    print. Either error is said in one line, with the traceback before it where --debug or TAH_DEBUG asks for that.
+    print. An error of either kind is one line, after the traceback if --debug or TAH_DEBUG asks for it.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
     arguments = [word for at, word in enumerate(arguments) if word != "--debug" or at > end]
-    if arguments[:2] in (
-        ["eval", "compare"],
-        ["eval", "regrade"],
-        ["bench", "train"],
-        ["bench", "trace"],
-        ["bench", "serve"],
-    ):
-        arguments[:2] = ["-".join(arguments[:2])]
     streams = sys.stdout, sys.stderr
     try:
         status = app(arguments, prog_name="tah", standalone_mode=False)
@@ -283,14 +109,14 @@ def run(arguments: list[str]) -> int:
             if debug:
                 typer.echo(traceback.format_exc().encode("utf-8", "backslashreplace").decode(), err=True, nl=False)
             code, line = _explained(error)
-            _note(line)
+            note(line)
         except BrokenPipeError:  # nobody reads stderr either
             return _quietly(141)
         return code
 
 
 def _explained(error: Exception) -> tuple[int, str]:
-    """The exit code for an error, and what to say of it, in one line."""
+    """The exit code for an error, and its message in one line."""
     if isinstance(error, UsageError):
         code, line = 2, error.format_message()
     elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
@@ -304,10 +130,10 @@ def _explained(error: Exception) -> tuple[int, str]:
     if len(line) + len(hint) > LONGEST_LINE:
         hint = hint or " (--debug shows all of it)"
         line = f"{line[: LONGEST_LINE - len(hint) - 3]}..."
-    return code, printable(line) + hint
+    return code, _printable(line) + hint
 
 
-def printable(line: str) -> str:
+def _printable(line: str) -> str:
     """Without control characters, and with what is no UTF-8 escaped: a file's name must not steer the terminal."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return shown.encode("utf-8", "backslashreplace").decode()
@@ -322,9 +148,6 @@ def _quietly(code: int) -> int:
             with suppress(OSError):  # a stream of a caller's may have no file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
-
-
-from . import bench, evaluate, lens, make, models, see, serve  # noqa: E402, F401
 
 
 def main() -> None:

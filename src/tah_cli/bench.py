@@ -1,4 +1,4 @@
-"""The commands that measure what iterating costs: bench, bench-train, bench-trace. `cli.py` registers them."""
+"""The commands that measure what iterating costs: bench, bench train, bench trace, bench serve."""
 
 from __future__ import annotations
 
@@ -8,88 +8,132 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import JsonOption, _note, _number, app
+from . import options
+from .options import model_argument, number, quiet, reporter, word
+from .serve import need_vllm
 
+BASE_DTYPES = ("float32", "bfloat16")
+TRAIN_DTYPES = (*BASE_DTYPES, "autocast")
+
+BaseArgument = Annotated[str, model_argument("Directory, hub id, or smollm2.")]
+RepeatsOption = Annotated[int, number("Rounds; the result is their median.", int, 1)]
 OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")]
 
 
-@app.command()
 def bench(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
+    model: BaseArgument = "smollm2",
     dtype: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="float32 or bfloat16; may be repeated. [default: both]"),
+        list[str] | None, word("dtype", BASE_DTYPES, "float32 or bfloat16; may be repeated. [default: both]")
     ] = None,
-    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
+    repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Measure the cost of iterating (many minutes).
+    """Measure the cost of iterating.
 
-    tah bench train: of training; tah bench trace: of tracing; tah bench serve: of serving.
+    Takes many minutes. The commands below measure training, tracing and serving.
     """
-    for name in dtype or ():
-        if name not in ("float32", "bfloat16"):
-            raise typer.BadParameter(f"dtype {name!r} is not one of float32, bfloat16")
-    from tah.benchmarks.bench import bench as run_bench
-    from tah.benchmarks.bench import markdown, save
-    from tah.load import quiet
+    from tah.benchmarks import bench as benchmark
 
     quiet()
-    sizes: dict[str, Any] = (
-        {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)} if quick else {"repeats": repeats}
-    )
-    result = run_bench(
-        model, dtypes=tuple(dtype or ("float32", "bfloat16")), report=lambda row: _note(str(row)), **sizes
-    )
-    if output is not None:
-        save(result, output)
-    typer.echo(json.dumps(result) if as_json else markdown(result))
-
-
-@app.command("bench-train")
-def bench_train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16, or autocast.")] = "float32",
-    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 512 tokens, without labelling.")] = False,
-    output: OutputOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure the cost of training with hard tokens, and of labelling (many minutes)."""
-    from tah.benchmarks.bench_train import SHAPES, Setup, markdown, save
-    from tah.benchmarks.bench_train import bench_train as run_bench
-    from tah.load import quiet
-
-    quiet()
-    setup = Setup(model, dtype)
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
-        sizes = {"repeats": min(2, repeats), "shapes": SHAPES[:1], "labels": None, "memory": False}
-    result = run_bench(setup, report=lambda row: _note(str(row)), **sizes)
-    if output is not None:
-        save(result, output)
-    typer.echo(json.dumps(result) if as_json else markdown(result))
+        sizes = {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)}
+    result = benchmark.bench(model, dtypes=tuple(dtype or BASE_DTYPES), progress=reporter(), **sizes)
+    _finish(benchmark, result, output, as_json)
 
 
-@app.command("bench-trace")
-def bench_trace(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, hub id, or smollm2.")] = "smollm2",
-    texts: Annotated[int, _number("How many, of 512 tokens each.", int, 1)] = 8,
-    repeats: Annotated[int, _number("Rounds; the median counts.", int, 1)] = 5,
+def bench_train(
+    model: BaseArgument = "smollm2",
+    dtype: Annotated[str, word("dtype", TRAIN_DTYPES, "float32, bfloat16, or autocast.")] = "float32",
+    repeats: RepeatsOption = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 512 tokens, without labelling.")] = False,
     output: OutputOption = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Measure the cost of tracing against as many plain passes (minutes)."""
-    from tah.benchmarks.bench_trace import markdown, save, throughput
-    from tah.load import quiet
+    """Measure the cost of training and of labelling.
+
+    Training is on hard tokens. Takes many minutes.
+    """
+    from tah.benchmarks import bench_train as benchmark
+
+    quiet()
+    sizes: dict[str, Any] = {"repeats": repeats}
+    if quick:
+        sizes = {"repeats": min(2, repeats), "shapes": benchmark.SHAPES[:1], "labels": None, "memory": False}
+    result = benchmark.bench_train(benchmark.Setup(model, dtype), progress=reporter(), **sizes)
+    _finish(benchmark, result, output, as_json)
+
+
+def bench_trace(
+    model: BaseArgument = "smollm2",
+    texts: Annotated[int, number("Number of texts, of 512 tokens each.", int, 1)] = 8,
+    repeats: RepeatsOption = 5,
+    output: OutputOption = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the cost of tracing.
+
+    The baseline is as many plain passes. Takes minutes.
+    """
+    from tah.benchmarks import bench_trace as benchmark
+    from tah.policy import Rule
     from tah.session import Session
+    from tah.tracing.trace import TraceRequest
 
     quiet()
     session = Session.open(model, dtype="float32", device="cpu")
-    options: dict[str, Any] = {"policy": "confidence"} if session.wrapped else {}  # one that costs something
-    result = throughput(session.model, session.tokenizer, (512,) * texts, repeats=repeats, **options)
+    rule = Rule("confidence") if session.wrapped else Rule()  # a base alone would iterate nothing
+    result = benchmark.throughput(session.model, session.tokenizer, (512,) * texts, TraceRequest(rule), repeats)
+    _finish(benchmark, result, output, as_json)
+
+
+def bench_serve(
+    model: BaseArgument = "smollm2",
+    dtype: Annotated[str, word("dtype", BASE_DTYPES, "float32 or bfloat16.")] = "float32",
+    repeats: RepeatsOption = 5,
+    variants: Annotated[
+        str, typer.Option(metavar="LIST", help="base and others; base, generate and the rest each hold a model.")
+    ] = "base,never,two_pass,mixed,generate",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Numbers of requests that decode at a time; stream (96 requests, 32 at a time); prefill.",
+        ),
+    ] = "1,8,32,stream,prefill",
+    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
+    output: OutputOption = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the cost of serving on vLLM.
+
+    The baselines are the base model in vLLM and `generate` of transformers. 7 % of the tokens iterate, drawn
+    beforehand.
+    """
+    need_vllm()
+    from tah.benchmarks import bench_serve as benchmark
+
+    names = [name.strip() for name in ("8" if quick else tasks).split(",")]
+    if unknown := sorted(set(names) - set(benchmark.TASKS)):
+        raise ValueError(f"--tasks {','.join(unknown)}: choose from {', '.join(benchmark.TASKS)}")
+    result = benchmark.bench_serve(
+        model,
+        dtype=dtype,
+        variants=tuple(name.strip() for name in variants.split(",")),
+        tasks=tuple(benchmark.TASKS[name] for name in names),
+        repeats=min(2, repeats) if quick else repeats,
+        progress=reporter(),
+    )
+    _finish(benchmark, result, output, as_json)
+
+
+def _finish(benchmark: Any, result: dict[str, Any], output: Path | None, as_json: bool) -> None:
+    """Write and print the result of a benchmark."""
+    from tah.benchmarks.measure import save
+
+    table = benchmark.markdown(result)
     if output is not None:
-        save(result, output)
-    typer.echo(json.dumps(result) if as_json else markdown(result))
+        save(result, table, output, benchmark.__name__.rpartition(".")[2])
+    typer.echo(json.dumps(result) if as_json else table)

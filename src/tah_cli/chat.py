@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from tah.config import check_max_depth, check_threshold
+from tah.names import LABEL_FREE, suggest
+from tah.policy import Rule
 from tah.session import Session
 
-from .app import POLICIES
 from .terminal import Painter, make_console, summary
 
 FIRST = [{"role": "user", "content": "hello"}]  # a conversation that every template can write
 NEEDS = {  # what comes after a command, and an example
     "/depth": "an integer from 1 on, such as /depth 2",
     "/threshold": "a number from 0 to 1, such as /threshold 0.5",
-    "/policy": f"one of {', '.join(POLICIES)}",
+    "/policy": f"one of {', '.join(LABEL_FREE)}",
 }
 HELP = """\
 /depth N        most passes a token may take
@@ -39,7 +41,7 @@ class Chat:
     """Reads lines, answers them, keeps the conversation.
 
     Args:
-        rule: policy, threshold and max_depth; commands change them for the answers that follow.
+        rule: of the first answer, completed; commands change it for the answers that follow.
         sampling: the other options of `Session.answer`.
         system: message before the conversation.
 
@@ -48,7 +50,7 @@ class Chat:
     """
 
     def __init__(
-        self, session: Session, rule: dict[str, Any], sampling: dict[str, Any], system: str | None, *, color: bool
+        self, session: Session, rule: Rule, sampling: dict[str, Any], system: str | None, *, color: bool
     ) -> None:
         self.session, self.rule, self.sampling = session, rule, sampling
         self.start = [{"role": "system", "content": system}] if system else []
@@ -59,8 +61,7 @@ class Chat:
 
     def run(self) -> None:
         """Until the user leaves."""
-        painter = Painter(self.console, self.rule["threshold"])
-        self.console.print(painter.legend())
+        self.console.print(self._painter().legend())
         self.console.print("/help for commands", style="dim")
         if not self.session.tokenizer.chat_template:
             self.console.print("the model has no chat template; messages are joined as they are", style="dim")
@@ -84,6 +85,9 @@ class Chat:
             elif line:
                 self.turn(line)
 
+    def _painter(self) -> Painter:
+        return Painter(self.console, cast(float, self.rule.threshold))
+
     def command(self, line: str) -> str:
         """Obey a line that starts with a slash; return what to tell the user."""
         name, _, value = line.partition(" ")
@@ -93,38 +97,38 @@ class Chat:
         try:
             match name:
                 case "/help":
-                    return HELP.format(policies=", ".join(POLICIES))
+                    return HELP.format(policies=", ".join(LABEL_FREE))
                 case "/reset":
                     self.messages = list(self.start)
                     return "forgotten"
                 case "/depth":
                     check_max_depth(depth := _number(int, value))
-                    self.rule["max_depth"] = depth
+                    self.rule = replace(self.rule, max_depth=depth)
                 case "/threshold":
                     check_threshold(threshold := _number(float, value))
-                    self.rule["threshold"] = threshold
+                    self.rule = replace(self.rule, threshold=threshold)
                 case "/policy":
-                    if value not in POLICIES:
-                        return f"unknown policy {value!r}; choose from {', '.join(POLICIES)}"
+                    if value not in LABEL_FREE:
+                        return f"unknown policy {value!r}; {suggest(value, LABEL_FREE)}"
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
-                    self.rule["policy"] = value
+                    self.rule = replace(self.rule, policy=value)
                 case _:
                     return f"unknown command {name}; /help lists them"
         except NotANumber:
             return f"{name} {value[:40]}: that is no number; {name} needs {NEEDS[name]}"
         except ValueError as error:
             return f"{name} {value}: {error}"
-        idle = self.rule["policy"] == "never" and name in ("/depth", "/threshold")
+        idle = self.rule.policy == "never" and name in ("/depth", "/threshold")
         hint = "; nothing iterates under the policy never, /policy confidence changes that" if idle else ""
-        return ", ".join(f"{key} {entry}" for key, entry in self.rule.items()) + hint
+        return ", ".join(f"{key} {entry}" for key, entry in self.rule.arguments().items()) + hint
 
     def turn(self, line: str) -> None:
         """Answer one message. The cache of earlier turns is used as far as the new prompt repeats them."""
         if note := self.session.unknown_words(line):
             self.console.print(note, style="dim")
         self.messages.append({"role": "user", "content": line})
-        painter = Painter(self.console, self.rule["threshold"])
+        painter = self._painter()
         said: list[str] = []
 
         def show(token: Any) -> None:
@@ -132,7 +136,7 @@ class Chat:
             said.append(token.text)
 
         try:
-            answer = self.session.answer(self.session.encode(self.messages), show, **self.rule, **self.sampling)
+            answer = self.session.answer(self.session.encode(self.messages), show, self.rule, **self.sampling)
             self.console.print()
             self.console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
         except KeyboardInterrupt:

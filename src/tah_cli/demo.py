@@ -76,7 +76,7 @@ def demo(
 def _answer(session: Session, question: str, policy: str, max_new_tokens: int, show: Any) -> Answer:
     ids = session.encode([{"role": "user", "content": question}])
     session.forget()  # each policy pays for the prompt
-    return session.answer(ids, show, max_new_tokens=max_new_tokens, do_sample=False, policy=policy)
+    return session.answer(ids, show, Rule(policy), max_new_tokens=max_new_tokens, do_sample=False)
 
 
 def _line(answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""The commands that evaluate: eval, eval-compare, eval-regrade. Registered on the `tah` command by `cli.py`."""
+"""The commands that evaluate: eval, eval compare, eval regrade."""
 
 from __future__ import annotations
 
@@ -8,122 +8,133 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import DepthOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, ThresholdOption, _note, _number, app
+from . import options
+from .checks import check_model, check_policies, check_questions, check_run, check_tasks, split
+from .names import words
+from .options import number, quiet, reporter, word
+
+Code = Annotated[bool, typer.Option("--allow-code-execution", help="Run the programs in the answers, in a sandbox.")]
 
 
-@app.command("eval")
 def evaluate(
-    model: ModelArgument,
+    model: options.Model,
     tasks: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="nine (the paper's), names, or lm_eval:NAME; separated by commas."),
+        typer.Option(
+            metavar="NAMES",
+            callback=check_tasks,
+            help="Benchmarks, separated by commas: nine (those of the paper), names, or lm_eval:NAME.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="For answers and results; continued.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Directory for answers and results; an unfinished run continues."
+        ),
+    ],
     policy: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Who iterates, one after the other: decider, confidence, always, never, random, oracle. "
-            "[default: the model's]",
+            callback=check_policies,
+            help=f"Policies, separated by commas: {', '.join(words.POLICIES)}. [default: that of the model]",
         ),
     ] = None,
     protocol: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="Fixes prompt, sampling, seed, samples and sources: default, or paper for what its authors published. "
-            "Options given beside it override it.",
+        word(
+            "protocol",
+            words.PROTOCOLS,
+            "Sets prompt, sampling, seed, samples and sources: default, or paper for what its authors published. "
+            "Other options override it.",
         ),
     ] = "default",
     samples: Annotated[
-        int | None, _number("Answers to each question; their mean counts (avg@N). [default: the protocol's; 1]", int, 1)
+        int | None,
+        number("Answers per question; the score is their mean (avg@N). [default: that of the protocol, 1]", int, 1),
     ] = None,
-    limit: Annotated[int | None, _number("Only the first so many questions of each task.", int, 1)] = None,
+    limit: Annotated[int | None, number("Use only this number of questions of each task.", int, 1)] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=FILE", help="Questions from a JSONL file, not the Hub; may be repeated."),
+        typer.Option(
+            metavar="TASK=FILE", help="Read the questions from a JSONL file, not from the Hub; may be repeated."
+        ),
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the most probable token.")] = False,
-    temperature: Annotated[float | None, _number("Sampling temperature. [default: 0.6]", float, 0, 100)] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
+    temperature: Annotated[float | None, number("Sampling temperature. [default: 0.6]", float, 0, 100)] = None,
     top_p: Annotated[
-        float | None, _number("Sample among the most probable tokens up to this mass. [default: 0.95]", float, 0, 1)
+        float | None, number("Sample among the most probable tokens up to this mass. [default: 0.95]", float, 0, 1)
     ] = None,
-    top_k: Annotated[int | None, _number("Sample among this many tokens; 0 means all. [default: 20]", int, 0)] = None,
-    max_new_tokens: Annotated[int | None, _number("Longest answer, in tokens. [default: 4096]", int, 1)] = None,
+    top_k: Annotated[int | None, number("Sample among this many tokens; 0 means all. [default: 20]", int, 0)] = None,
+    max_new_tokens: Annotated[int | None, number("Longest answer, in tokens. [default: 4096]", int, 1)] = None,
     seed: Annotated[
-        int | None, _number("Random seed. [default: the protocol's; 0, or 42 with paper]", int, 0, 2**63 - 1)
+        int | None, number("Random seed. [default: that of the protocol; 0, or 42 with paper]", int, 0, 2**63 - 1)
     ] = None,
-    batch_size: Annotated[
-        int | None, _number("Questions at a time. [default: 1; with vLLM as many as it likes]", int, 1)
-    ] = None,
+    batch_size: Annotated[int | None, number("Questions at a time. [default: 1; vLLM chooses its own]", int, 1)] = None,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="transformers, or vllm for large runs, where it is installed.")
+        str, word("backend", words.BACKENDS, "transformers, or vllm for large runs, if it is installed.")
     ] = "transformers",
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="For the policy oracle: the model that knows better.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", callback=check_model, help="Reference model of the policy oracle, with the same tokenizer."
+        ),
     ] = None,
-    threshold: ThresholdOption = None,
-    max_depth: DepthOption = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
     raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run the programs that answers hold, in a sandbox.")
-    ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    allow_code_execution: Code = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
-    """Evaluate on benchmarks, with the cost of iterating.
+    """Evaluate on benchmarks.
 
-    The answers are kept in DIR, and a killed run continues where it was. Each result has its 95 % interval, the depth
-    of its answers and their cost relative to the base. `tah eval compare A B` compares two runs; `tah eval regrade DIR`
-    grades the answers of a run again.
+    The answers are kept in DIR, and a killed run continues. Each result has a 95 % interval, the mean depth of the
+    answers and their cost relative to the base.
     """
-    from tah.load import quiet
-
+    files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
+    check_questions(files, split(tasks))
     quiet()
-    files, drawing = _files(data or []), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     from tah.evaluation.eval_report import as_markdown
-    from tah.evaluation.evaluate import Sampling
     from tah.evaluation.evaluate import evaluate as run_evaluation
-    from tah.progress import Answers
+    from tah.evaluation.request import Sampling
 
-    from .terminal import make_console
-
-    with Answers(make_console(stderr=True)) as told:
-        results = run_evaluation(
-            model,
-            _words(tasks),
-            output,
-            policies=None if policy is None else _words(policy),
-            protocol=protocol,
-            sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
-            limit=limit,
-            data=files,
-            threshold=threshold,
-            max_depth=max_depth,
-            reference=reference,
-            raw=raw,
-            batch_size=batch_size,
-            backend=backend,
-            allow_code_execution=allow_code_execution,
-            dtype=dtype,
-            device=device,
-            told=told,
-            note=_note,
-        )
+    results = run_evaluation(
+        model,
+        split(tasks),
+        output,
+        policies=split(policy),
+        protocol=protocol,
+        sampling=Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed, **drawing),
+        limit=limit,
+        data=files,
+        threshold=threshold,
+        max_depth=max_depth,
+        reference=reference,
+        raw=raw,
+        batch_size=batch_size,
+        backend=backend,
+        allow_code_execution=allow_code_execution,
+        dtype=dtype,
+        device=device,
+        progress=reporter(),
+    )
     typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
 
 
-@app.command("eval-compare")
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="Directory of an evaluation, or DIR:POLICY.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one, over the same questions.")],
-    as_json: JsonOption = False,
+    a: Annotated[
+        str, typer.Argument(metavar="A", callback=check_run, help="Directory of an evaluation, or DIR:POLICY.")
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", callback=check_run, help="Another evaluation, over the same questions.")
+    ],
+    as_json: options.Json = False,
 ) -> None:
     """Compare two evaluations question by question.
 
-    Also written `tah eval compare A B`. Differences come with paired 95 % bootstrap intervals; runs over other data or
-    with another protocol are refused.
+    Differences have paired 95 % bootstrap intervals. Runs over other data or with another protocol are refused.
     """
     from tah.evaluation.eval_report import compare as run_comparison
     from tah.evaluation.eval_report import compared_markdown
@@ -132,33 +143,31 @@ def compare(
     typer.echo(json.dumps(found) if as_json else compared_markdown(found), nl=as_json)
 
 
-@app.command("eval-regrade")
 def regrade(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an evaluation.")],
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK=FILE", help="Questions of a run that did not keep them; may be repeated."),
     ] = None,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run the programs that answers hold, in a sandbox.")
-    ] = False,
-    as_json: JsonOption = False,
+    allow_code_execution: Code = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Grade the answers of an evaluation again, without a model.
+    """Grade the answers of an evaluation again.
 
-    Also written `tah eval regrade DIR`. For a run that an older grader graded: `tah eval compare` compares only
-    verdicts of the same version. The answers stay as they are; DIR's verdicts and results are replaced.
+    For a run that was graded by an older version of the grader: `tah eval compare` compares only verdicts of one
+    version. The answers stay; the verdicts and results in DIR are replaced.
     """
-    files = _files(data or [])
+    check_run(str(directory))
+    files = _files(data)
     from tah.evaluation.regrade import as_text
     from tah.evaluation.regrade import regrade as run_again
 
-    found = run_again(directory, data=files, allow_code_execution=allow_code_execution)
+    found = run_again(directory, data=files, allow_code_execution=allow_code_execution, progress=reporter())
     typer.echo(json.dumps(found) if as_json else as_text(found), nl=as_json)
 
 
 def _drawing(greedy: bool, **given: Any) -> dict[str, Any]:
-    """What was said of the sampling; `Sampling` knows the rest.
+    """The given options of the sampling.
 
     Raises:
         BadParameter: --greedy beside it.
@@ -172,13 +181,14 @@ def _drawing(greedy: bool, **given: Any) -> dict[str, Any]:
     return {"temperature": 0.0} if greedy else drawing
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _files(given: list[str] | None) -> dict[str, str]:
+    """The files of TASK=FILE by task.
 
-
-def _files(given: list[str]) -> dict[str, str]:
-    files = {}
-    for text in given:
+    Raises:
+        BadParameter: a text of another form, or a task with two files.
+    """
+    files: dict[str, str] = {}
+    for text in given or ():
         name, equals, path = text.partition("=")
         if not equals or not path:
             raise typer.BadParameter(f"--data {text} must be TASK=FILE, such as gsm8k=questions.jsonl")

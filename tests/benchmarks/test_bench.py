@@ -1,14 +1,18 @@
 """The benchmark measures what it says: variants, shares and memory. No time is compared with anything."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from helpers.families import tiny
 from helpers.models import shake
 from tah import TaHForCausalLM
 from tah.benchmarks import bench
+from tah.benchmarks.measure import Row, save
+from tah.progress import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +23,11 @@ def checkpoint(tmp_path_factory):
 
 
 def test_result(checkpoint, tmp_path):
-    rows = []
-    result = bench.bench(checkpoint, dtypes=("float32",), batches=(1, 4), lengths=(100,), repeats=1, report=rows.append)
+    lines = Console(file=io.StringIO(), width=200)
+    sizes = {"dtypes": ("float32",), "batches": (1, 4), "lengths": (100,), "repeats": 1}
+    result = bench.bench(checkpoint, **sizes, progress=Reporter(lines))
+    rows = [Row(**row) for row in result["rows"]]
+    assert lines.file.getvalue().splitlines() == [f"tah: {row}" for row in rows]
     assert [(row.task, row.variant) for row in rows] == [
         (task, variant)
         for task in ("decode, batch 1", "decode, batch 4", "prefill, 100 tokens", "memory, 100 tokens")
@@ -32,7 +39,7 @@ def test_result(checkpoint, tmp_path):
     assert shares["prefill, 100 tokens", "forced"] == pytest.approx(0.07)
     assert all(row.ratio == 1 for row in rows if row.variant == "base") and all(row.median > 0 for row in rows)
     assert result["machine"]["torch"] == torch.__version__ and result["settings"]["rate"] == 0.07
-    bench.save(result, tmp_path / "out")
+    save(result, bench.markdown(result), tmp_path / "out", "bench")
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     table = (tmp_path / "out" / "bench.md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and "| forced |" in table[4]

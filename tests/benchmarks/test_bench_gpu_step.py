@@ -1,4 +1,4 @@
-"""The steps that `scripts/bench_gpu_step.py` times are the same computation in different batches."""
+"""The steps that `benchmark/bench_gpu_step.py` times are the same computation in different batches."""
 
 import importlib.util
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu_step.py"
+SCRIPT = Path(__file__).parents[2] / "benchmark" / "bench_gpu_step.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config
+from transformers import Qwen3Config
 
 from helpers.families import TINY
 from tah import TaHForCausalLM
 from tah.benchmarks import bench_train
 from tah.benchmarks.bench_train import Setup, Trainee
+from tah.benchmarks.measure import Row, save, texts
+from tah.load import load_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu_train.py"
+SCRIPT = Path(__file__).parents[2] / "benchmark" / "bench_gpu_train.py"
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,10 @@ def script():
 
 
 def test_result(tiny_base, tmp_path):
-    rows = []
     result = bench_train.bench_train(
-        Setup(str(tiny_base)), shapes=((2, 30),), repeats=1, memory=False, labels=(8, 40, 64), report=rows.append
+        Setup(str(tiny_base)), shapes=((2, 30),), repeats=1, memory=False, labels=(8, 40, 64)
     )
+    rows = [Row(**row) for row in result["rows"]]
     assert [(row.task, row.variant) for row in rows] == [
         *(("step, 2 x 30", variant) for variant in bench_train.VARIANTS),
         *(("labels", variant) for variant in bench_train.LABELLING),
@@ -38,7 +40,7 @@ def test_result(tiny_base, tmp_path):
     assert all(row.ratio == 1 for row in rows if row.variant in ("plain", "prefill"))
     assert all(row.median > 0 and row.tokens_per_second > 0 for row in rows)
     assert result["machine"]["torch"] == torch.__version__ and result["settings"]["hard"] == 0.12
-    bench_train.save(result, tmp_path / "out")
+    save(result, bench_train.markdown(result), tmp_path / "out", "bench_train")
     assert json.loads((tmp_path / "out" / "bench_train.json").read_text()) == result
     table = (tmp_path / "out" / "bench_train.md").read_text().splitlines()
     assert len(table) == 2 + len(rows)
@@ -127,9 +129,8 @@ def test_flops_are_those_that_torch_counts(script):
 
 
 def test_texts_have_the_lengths_asked_for(tiny_base):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    texts = bench_train.words(tokenizer, [5, 40])
-    assert [len(tokenizer(text)["input_ids"]) for text in texts] == [5, 40] and texts[0] != texts[1][:5]
+    short, long = texts(load_tokenizer(str(tiny_base)), [5, 40])
+    assert (len(short), len(long)) == (5, 40) and short != long[:5]
 
 
 def test_gpu_script_refuses_without_a_gpu():

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tah import TaHForCausalLM
-from tah.checkpoints.adapter import SETTINGS, WEIGHTS, load_additions, save_additions
+from tah import TaHForCausalLM, load_adapter, save_adapter
+from tah.checkpoints.adapter import SETTINGS, WEIGHTS
 
 SEAMS = {"next_input": "hidden", "output": "zero_init", "attention": "own", "lora_rank": 4, "threshold": 0.3}
 
@@ -30,11 +30,11 @@ def model(tiny_base):
     return made.eval()
 
 
-def test_base_and_additions_are_the_model_again(model, base, tmp_path):
+def test_base_and_adapter_are_the_model_again(model, base, tmp_path):
     ids = torch.randint(3, 50, (2, 9))
     wanted = model(ids, policy="always").logits
-    save_additions(model, tmp_path / "made", dtype=torch.float32)
-    loaded = load_additions(base, tmp_path / "made").eval()
+    save_adapter(model, tmp_path / "made", dtype=torch.float32)
+    loaded = load_adapter(base, tmp_path / "made").eval()
     assert torch.equal(loaded(ids, policy="always").logits, wanted)
     assert not torch.equal(loaded(ids, policy="never").logits, wanted)
     settings = ("max_depth", "decider", "policy", "lora_targets", *SEAMS)
@@ -43,19 +43,19 @@ def test_base_and_additions_are_the_model_again(model, base, tmp_path):
 
 
 def test_by_default_they_are_bfloat16_and_without_the_base(model, tmp_path):
-    save_additions(model, tmp_path)
+    save_adapter(model, tmp_path)
     own = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("base.") or ".lora_" in n)
     assert 2 * own <= (tmp_path / WEIGHTS).stat().st_size < 2 * own + 20_000
 
 
 def test_what_does_not_fit_is_refused(model, tiny_base, tmp_path):
     def load_onto_a_base(**options):
-        return load_additions(AutoModelForCausalLM.from_pretrained(tiny_base, **options), tmp_path)
+        return load_adapter(AutoModelForCausalLM.from_pretrained(tiny_base, **options), tmp_path)
 
-    save_additions(model, tmp_path)
+    save_adapter(model, tmp_path)
     settings = json.loads((tmp_path / SETTINGS).read_text())
     wrong = {
-        "belong to a base with hidden_size=7, not hidden_size=": {"base": settings["base"] | {"hidden_size": 7}},
+        "belongs to a base with hidden_size=7, not hidden_size=": {"base": settings["base"] | {"hidden_size": 7}},
         "does not fit its additions.json: ": {"lora_rank": 5},
     }
     for message, change in wrong.items():
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused(model, tiny_base, tmp_path):
     (tmp_path / SETTINGS).write_text(json.dumps(settings))
     other = AutoModelForCausalLM.from_config(model.base.config)
     with pytest.raises(ValueError, match="a base of the same shape with other weights"):
-        load_additions(other, tmp_path)
+        load_adapter(other, tmp_path)
     assert load_onto_a_base(dtype=torch.bfloat16).dtype == torch.bfloat16
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:-10])
@@ -73,14 +73,14 @@ def test_what_does_not_fit_is_refused(model, tiny_base, tmp_path):
         load_onto_a_base()
     for damaged in ("{", '{"base": [1]}', "[]"):
         (tmp_path / SETTINGS).write_text(damaged)
-        with pytest.raises(ValueError, match="holds no additions, or damaged ones"):
+        with pytest.raises(ValueError, match="holds no adapter, or a damaged one"):
             load_onto_a_base()
 
 
 def test_a_plain_base_has_none(base, tmp_path):
     plain = TaHForCausalLM.from_base(base, lora_rank=0, decider=None, policy="never")
     with pytest.raises(ValueError, match="nothing beside its base"):
-        save_additions(plain, tmp_path)
+        save_adapter(plain, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,20 +101,20 @@ def test_a_plain_base_has_none(base, tmp_path):
     ],
 )
 def test_settings_of_another_size_are_refused_before_anything_is_made(model, base, tmp_path, change):
-    save_additions(model, tmp_path)
+    save_adapter(model, tmp_path)
     settings = json.loads((tmp_path / SETTINGS).read_text())
     (tmp_path / SETTINGS).write_text(json.dumps(settings | change))
     with pytest.raises(ValueError) as error:
-        load_additions(base, tmp_path)
+        load_adapter(base, tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert not [name for name, _ in base.named_parameters() if ".lora_" in name]  # the base is as it was
 
 
 def test_weights_that_are_no_safetensors_are_refused(model, base, tmp_path):
-    save_additions(model, tmp_path)
+    save_adapter(model, tmp_path)
     settings = json.loads((tmp_path / SETTINGS).read_text())
     torch.save({"x": torch.ones(1)}, tmp_path / WEIGHTS)
     digest = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
     (tmp_path / SETTINGS).write_text(json.dumps(settings | {"sha256": digest}))
     with pytest.raises(ValueError, match="additions.safetensors is damaged"):
-        load_additions(base, tmp_path)
+        load_adapter(base, tmp_path)

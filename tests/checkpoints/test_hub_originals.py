@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers.hub_cache import SECOND, publish, use
 from helpers.originals import GOLDEN, Command, edit
-from tah import TaHForCausalLM, UnsupportedBase
+from tah import TaHForCausalLM, UnsupportedBase, convert
 from tah.checkpoints.contents import contents as file_hash
-from tah.checkpoints.convert import convert, files_read
+from tah.checkpoints.convert import files_read
 from tah.checkpoints.hub import Snapshot, hub_reachable
 from tah.load import find, load_tah
 from tah.session import Session
-from tah.tracing.tuning import check_tunable
+from tah.tracing.tune import check_tunable
 from tah_cli.app import run
 
 NAME = "nics-efc/TaH-tiny"
@@ -32,7 +32,7 @@ NAME = "nics-efc/TaH-tiny"
 def original(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path) -> Path:
     """A checkpoint that the authors' code wrote, with a tokenizer, as theirs on the hub have one."""
     source = tmp_path / "original"
-    shutil.copytree(GOLDEN / f"golden_{getattr(request, 'param', 'S')}" / "ckpt", source)
+    shutil.copytree(GOLDEN / getattr(request, "param", "S") / "ckpt", source)
     for path in [*tiny_base.glob("*token*"), tiny_base / "chat_template.jinja"]:
         shutil.copy(path, source)
     return source
@@ -189,7 +189,7 @@ def test_damaged_and_half_written_conversions_are_made_again(hub: Path, tmp_path
     path = Path(find(NAME)[0])
     whole = contents(path)
     (path / "model.safetensors").unlink()
-    left = path.with_name(f".{path.name}.partial-1")
+    left = path.with_name(f".{path.name}.1.tmp")
     left.mkdir()
     (left / "config.json").write_text("{}")
     assert contents(find(NAME)[0]) == whole and made(tmp_path) == [path.name]

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.originals import GOLDEN, Command, converted, copied, cut_in_half, edit, edit_tensors, refusal
-from tah import TaHForCausalLM
-from tah.checkpoints.peft import load_adapter, read_adapter, save_adapter, tensors_of
+from tah import TaHForCausalLM, load_peft, save_peft
+from tah.checkpoints.peft import read_adapter, tensors_of
 from tah.core.lora import at_depth
 
 
@@ -186,7 +186,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def base_of(name: str) -> Any:
-    return tiny_gpt2() if name == "gpt2" else AutoModelForCausalLM.from_pretrained(GOLDEN / f"golden_{name}" / "ckpt")
+    return tiny_gpt2() if name == "gpt2" else AutoModelForCausalLM.from_pretrained(GOLDEN / name / "ckpt")
 
 
 def assert_same_as_peft(model: TaHForCausalLM, base: Any, directory: Path) -> None:
@@ -204,7 +204,7 @@ def assert_same_as_peft(model: TaHForCausalLM, base: Any, directory: Path) -> No
 
 @pytest.mark.parametrize("name", ["S", "L"])
 def test_converted_adapter_is_what_peft_computes(name: str, tmp_path: Path) -> None:
-    source = GOLDEN / f"golden_{name}" / "ckpt"
+    source = GOLDEN / name / "ckpt"
     _, model = converted(source, tmp_path)
     assert_same_as_peft(model, base_of(name), source / "lora")
 
@@ -214,7 +214,7 @@ def test_converted_adapter_is_what_peft_computes(name: str, tmp_path: Path) -> N
 def test_saved_adapter_is_what_peft_computes(name: str, targets: str | None, tmp_path: Path) -> None:
     leaves = {"gpt2": ["c_attn", "c_fc"]}.get(name, ["q_proj", "down_proj"]) if targets else None
     model = randomised(TaHForCausalLM.from_base(base_of(name), lora_rank=4, lora_alpha=6, lora_targets=leaves))
-    save_adapter(model, tmp_path / "adapter")
+    save_peft(model, tmp_path / "adapter")
     assert_same_as_peft(model, base_of(name), tmp_path / "adapter")
 
 
@@ -233,20 +233,20 @@ def test_saved_settings_name_the_adapted_layers_and_no_others(name: str, transpo
     make = with_special_layer if name == "special" else lambda: base_of(name)
     targets = ["c_attn"] if transposed else ["q_proj"]
     model = randomised(TaHForCausalLM.from_base(make(), lora_rank=4, lora_alpha=6, lora_targets=targets))
-    save_adapter(model, tmp_path)
+    save_peft(model, tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     if name == "special":
         targets = [f"model.layers.{k}.self_attn.q_proj" for k in (1, 2, 3)]
     assert settings["target_modules"] == targets and settings["fan_in_fan_out"] is transposed
     assert_same_as_peft(model, make(), tmp_path)
-    load_adapter(model, tmp_path)
+    load_peft(model, tmp_path)
 
 
 def test_adapter_round_trip(tmp_path: Path) -> None:
     model = randomised(TaHForCausalLM.from_base(base_of("S"), lora_rank=4, lora_alpha=6, lora_dropout=0.2))
-    save_adapter(model, tmp_path)
-    other = TaHForCausalLM.from_base(base_of("S"), **read_adapter(tmp_path).fields)
-    load_adapter(other, tmp_path)
+    save_peft(model, tmp_path)
+    other = TaHForCausalLM.from_base(base_of("S"), **read_adapter(tmp_path).fields(base_of("S")))
+    load_peft(other, tmp_path)
     assert (other.config.lora_alpha, other.config.lora_dropout) == (6, 0.2)
     assert tensors_of(other).keys() == tensors_of(model).keys()
     for key, tensor in tensors_of(model).items():
@@ -263,21 +263,21 @@ def test_adapter_made_by_peft_is_loaded(tmp_path: Path, rslora: bool) -> None:
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
-    fields = read_adapter(tmp_path).fields
+    fields = read_adapter(tmp_path).fields(base_of("S"))
     assert fields["lora_targets"] == ["q_proj", "up_proj"] and fields["lora_alpha"] == (12 if rslora else 6)
     model = TaHForCausalLM.from_base(base_of("S"), **fields)
-    load_adapter(model, tmp_path)
+    load_peft(model, tmp_path)
     assert_same_as_peft(model, base_of("S"), tmp_path)
 
 
 @pytest.mark.parametrize("other", [{"lora_rank": 8}, {"lora_alpha": 7}, {"lora_rank": 0}, {"lora_targets": ["q_proj"]}])
 def test_adapter_of_another_kind_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     fields = {"lora_rank": 4, "lora_alpha": 6, "lora_targets": ["q_proj", "v_proj"]}
-    save_adapter(TaHForCausalLM.from_base(base_of("S"), **fields), tmp_path)
+    save_peft(TaHForCausalLM.from_base(base_of("S"), **fields), tmp_path)
     model = randomised(TaHForCausalLM.from_base(base_of("S"), **(fields | other)))
     before = {key: tensor.clone() for key, tensor in tensors_of(model).items()}
     with pytest.raises(ValueError) as error:
-        load_adapter(model, tmp_path)
+        load_peft(model, tmp_path)
     assert str(error.value) == (
         f"the adapter in {tmp_path} does not fit the model's; it fits from_base(base, lora_rank=4, lora_alpha=6.0, "
         "lora_dropout=0.0, lora_targets=['q_proj', 'v_proj'])"
@@ -288,7 +288,7 @@ def test_adapter_of_another_kind_is_refused(tmp_path: Path, other: dict[str, Any
 def test_model_without_an_adapter_saves_none(tmp_path: Path) -> None:
     model = TaHForCausalLM.from_base(base_of("S"), lora_rank=0)
     with pytest.raises(ValueError, match="no adapter to save"):
-        save_adapter(model, tmp_path / "adapter")
+        save_peft(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -334,9 +334,9 @@ def made_by_peft(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, 
 def test_adapter_of_some_layers_is_what_peft_computes(made_by_peft: tuple[Path, int], tmp_path: Path) -> None:
     directory, count = made_by_peft
     adapter = read_adapter(directory)
-    for fields in (adapter.fields, adapter.fields_for(base_of("S"))):
-        model = TaHForCausalLM.from_base(base_of("S"), **fields)
-        load_adapter(model, directory)
+    for base in (base_of("S"), TaHForCausalLM.from_base(base_of("S")).base):
+        model = TaHForCausalLM.from_base(base_of("S"), **adapter.fields(base))
+        load_peft(model, directory)
         assert len(tensors_of(model)) == 2 * count
         assert_same_as_peft(model, base_of("S"), directory)
     model.save_pretrained(tmp_path / "model")
@@ -344,7 +344,7 @@ def test_adapter_of_some_layers_is_what_peft_computes(made_by_peft: tuple[Path, 
     ids = torch.arange(1, 25).view(2, 12)
     with torch.no_grad():
         assert torch.equal(again(ids, policy="always").logits, model(ids, policy="always").logits)
-    save_adapter(again, tmp_path / "back")
+    save_peft(again, tmp_path / "back")
     assert_same_as_peft(again, base_of("S"), tmp_path / "back")
 
 
@@ -354,10 +354,10 @@ def test_what_is_said_to_fit_does_fit(made_by_peft: tuple[Path, int]) -> None:
     directory, _ = made_by_peft
     other = TaHForCausalLM.from_base(base_of("S"), lora_rank=4, lora_alpha=6, lora_targets=["gate_proj"])
     with pytest.raises(ValueError, match="it fits from_base") as error:
-        load_adapter(other, directory)
+        load_peft(other, directory)
     given = str(error.value).partition("from_base(base, ")[2].removesuffix(")")
     model = TaHForCausalLM.from_base(base_of("S"), **eval(f"dict({given})"))  # noqa: S307  # our own words
-    load_adapter(model, directory)
+    load_peft(model, directory)
 
 
 @pytest.mark.parametrize(

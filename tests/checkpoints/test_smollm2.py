@@ -13,6 +13,7 @@ import torch
 
 from tah.checkpoints import smollm2 as module
 from tah.checkpoints.smollm2 import FILES, MissingPackage, smollm2_base
+from tah.checkpoints.user_cache import cache_dir
 
 
 class StubModel:
@@ -33,7 +34,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and a conversion that takes no time."""
     monkeypatch.setenv("TAH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "find_gguf", lambda: tmp_path / "stub.gguf")
-    monkeypatch.setattr(module, "_load", lambda gguf, dtype: (StubModel(), StubModel()))
+    monkeypatch.setattr(module, "read_gguf", lambda gguf, dtype: (StubModel(), StubModel()))
     return tmp_path / "cache"
 
 
@@ -104,7 +105,7 @@ def test_half_written_directories_are_not_used(cache):
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_failed_conversion_leaves_nothing(cache, monkeypatch, part):
-    monkeypatch.setattr(module, "_load", lambda *_: (StubModel(part == "model"), StubModel(part == "tokenizer")))
+    monkeypatch.setattr(module, "read_gguf", lambda *_: (StubModel(part == "model"), StubModel(part == "tokenizer")))
     with pytest.raises(OSError, match="no space left"):
         smollm2_base()
     assert finished(cache) == []
@@ -118,7 +119,7 @@ def test_racing_calls_convert_once(cache, monkeypatch):
         time.sleep(0.3)
         return StubModel(), StubModel()
 
-    monkeypatch.setattr(module, "_load", slow_load)
+    monkeypatch.setattr(module, "read_gguf", slow_load)
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(smollm2_base())) for _ in range(3)]
     for thread in threads:
@@ -152,8 +153,8 @@ def test_package_without_its_weights(tmp_path, monkeypatch):
 def test_cache_directory(monkeypatch):
     monkeypatch.delenv("TAH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", os.path.join("/", "x"))
-    assert module.cache_dir() == Path("/x/tah")
+    assert cache_dir() == Path("/x/tah")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert module.cache_dir() == Path.home() / ".cache" / "tah"
+    assert cache_dir() == Path.home() / ".cache" / "tah"
     monkeypatch.setenv("TAH_CACHE", os.path.join("/", "y"))
-    assert module.cache_dir() == Path("/y")
+    assert cache_dir() == Path("/y")

@@ -20,7 +20,7 @@ from helpers.families import tiny
 from helpers.hub_cache import publish, use
 from helpers.models import distance, tah, token_ids
 from tah import TaHConfig, TaHForCausalLM
-from tah.checkpoints.chat_template import _fault, check_template
+from tah.checkpoints.chat_template import check_template, template_fault
 from tah.checkpoints.untrusted import check_model, empty_base
 from tah.config import refuse_kernels
 from tah.load import load_base, load_tah, load_tokenizer
@@ -523,7 +523,7 @@ def test_each_of_several_templates_is_tried(tiny_base: Path) -> None:
 def test_a_probe_that_fails_does_not_blame_the_template(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str
 ) -> None:
-    _fault.cache_clear()
+    template_fault.cache_clear()
     tokenizer = with_template(tiny_base, ONCE)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", program)

@@ -58,8 +58,8 @@ def test_the_fast_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "olmo3", "deepseek_v3"])
 @pytest.mark.parametrize("attention", ["duo", "own", "blind"])
-def test_a_pass_in_turns_equals_the_pass_at_once(monkeypatch: pytest.MonkeyPatch, family: str, attention: str) -> None:
-    """Padded, continued, packed; in turns with fewer keys than there are."""
+def test_a_pass_in_chunks_equals_the_pass_at_once(monkeypatch: pytest.MonkeyPatch, family: str, attention: str) -> None:
+    """Padded, continued, packed; in chunks with fewer keys than there are."""
     model = tah(family, "sdpa", attention=attention, max_depth=3)
     ids, depth_labels = token_ids(2, 23), labels(2, 23, depth=3)
     mask = torch.ones_like(ids)
@@ -83,27 +83,27 @@ def test_a_pass_in_turns_equals_the_pass_at_once(monkeypatch: pytest.MonkeyPatch
         rest = model(ids[:, 12:], depth_labels=depth_labels[:, 12:], past_key_values=start.past_key_values)
         several = model(packed, position_ids=positions, depth_labels=labels(1, sum(LENGTHS)), policy="oracle")
         found.append(([out.logits[mask > 0], start.logits, rest.logits, several.logits], calls))
-    (in_turns, turn_calls), (at_once, whole_calls) = found
-    assert len(turn_calls) > len(whole_calls) and min(turn_calls) < min(whole_calls)
-    assert max(map(distance, in_turns, at_once)) < 1e-4
+    (in_chunks, chunk_calls), (at_once, whole_calls) = found
+    assert len(chunk_calls) > len(whole_calls) and min(chunk_calls) < min(whole_calls)
+    assert max(map(distance, in_chunks, at_once)) < 1e-4
 
 
-def test_turns_cover_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_cover_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "QUERIES", 3)
     tokens = torch.tensor([0, 2, 3, 4, 5, 7, 9, 11, 20, 25, 26])  # of rows of 10
-    turns = fast.turns(tokens, 10)
-    assert len(turns) > 1
-    assert torch.equal(torch.cat(turns).sort().values, torch.arange(len(tokens)))
+    chunks = fast.chunks(tokens, 10)
+    assert len(chunks) > 1
+    assert torch.equal(torch.cat(chunks).sort().values, torch.arange(len(tokens)))
     for row in range(3):  # a row's tokens run in their order
-        order = [int(at) for turn in turns for at in turn if tokens[at] // 10 == row]
+        order = [int(at) for chunk in chunks for at in chunk if tokens[at] // 10 == row]
         assert order == sorted(order)
-    assert len(fast.turns(tokens[:2], 10)) == 1
+    assert len(fast.chunks(tokens[:2], 10)) == 1
     with torch.enable_grad():
-        assert len(fast.turns(tokens, 10)) == 1
+        assert len(fast.chunks(tokens, 10)) == 1
 
 
 def test_depth_one_of_packed_rows_is_computed_as_the_base_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last bit, however long: turns are for deeper passes."""
+    """To the last bit, however long: chunks are for deeper passes."""
     model = tah()
     ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
     found = []

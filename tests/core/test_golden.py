@@ -1,4 +1,4 @@
-"""Our output against vectors recorded from the authors' implementation (tests/data/golden_*/README.md).
+"""Our output against vectors recorded from the authors' implementation (tests/golden/*/README.md).
 
 Their depth counts from 0, ours from 1. S is a Qwen3, L a Llama; both are random float32 weights.
 """
@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from tah import DuoCache, TaHForCausalLM
-from tah.checkpoints.convert import convert
+from tah import DuoCache, TaHForCausalLM, convert
 from tah.policy import Policy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -21,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="module", params=["S", "L"])
 def golden(request, tmp_path_factory):
-    folder = GOLDEN / f"golden_{request.param}"
+    folder = GOLDEN / request.param
     target = tmp_path_factory.mktemp("golden") / request.param
     convert(folder / "ckpt", target)
     manifest = json.loads((folder / "manifest.json").read_text())

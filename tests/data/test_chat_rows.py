@@ -12,7 +12,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from helpers.models import CHAT_TEMPLATE
-from tah.data import assistant_mask as turns
 from tah.data.rows import load_rows, tokenize_row
 
 CHATML = CHAT_TEMPLATE  # knows no tools, and takes any role
@@ -950,7 +949,6 @@ def test_what_is_learnt_is_what_was_said(tokenizer):
 
 
 def test_a_template_that_ends_no_turn_and_says_nothing_either_is_told_once(tokenizer, caplog):
-    turns._warn_of_no_end.cache_clear()
     TEMPLATES["endless"] = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -11,13 +11,13 @@ from test_chat_rows import PAIRS, ROWS, TEMPLATES
 from transformers import AutoTokenizer
 
 from helpers.models import CHAT_TEMPLATE
-from tah.data import assistant_mask as turns
-from tah.data.chat_rows import UNLEARNT
-from tah.data.data_files import PACKED, _values
+from tah.data.assistant_mask import encode
+from tah.data.chat_rows import WEIGHTS, Unusable
+from tah.data.data_files import PACKED, json_values
 from tah.data.rows import load_rows, tokenize_row
 from tah.evaluation.tasks import rows as questions
 from tah.files import DEEPEST, Nesting, parse_json, too_deep
-from tah.tracing.trace_texts import read_rows
+from tah.tracing.texts import read_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,12 +260,12 @@ def test_values_of_a_file_are_read_one_by_one(chunk, tmp_path, monkeypatch):
     for text in (json.dumps(entries), json.dumps(entries, indent=1), "\ufeff" + json.dumps(entries), "[]", "[] []"):
         path.write_text(text)
         want = [(f"entry {at} of its list", each) for at, each in enumerate(entries if "1234" in text else [], 1)]
-        assert list(_values(path)) == want
+        assert list(json_values(path)) == want
     path.write_text('\n{"a":\n1}\n{"b": 2} {"c": ' + "9" * 5000 + "}\n12")
-    places = [(place, list(value) if isinstance(value, dict) else value) for place, value in _values(path)]
+    places = [(place, list(value) if isinstance(value, dict) else value) for place, value in json_values(path)]
     assert places == [("line 2", ["a"]), ("line 4", ["b"]), ("line 4", ["c"]), ("line 5", 12)]
     path.write_text('[{"a": 1}, {"b"')
-    assert list(_values(path)) == [("entry 1 of its list", {"a": 1})]
+    assert list(json_values(path)) == [("entry 1 of its list", {"a": 1})]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "data/train.jsonl.gz"])
@@ -374,7 +374,7 @@ def read_questions(path, kind):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("choice", {"answer": 0}, r"answer 0 is not one of the letters ABC; nobody knows .* from 0 or from 1"),
+        ("choice", {"answer": 0}, r"answer 0 is not one of the letters ABC; a number might count from 0 or from 1"),
         ("choice", {"answer": 1}, "answer 1 is not one of the letters ABC; "),
         ("choice", {"answer": 1.0}, "answer 1.0 is not one of the letters ABC; "),
         ("choice", {"answer": True}, "answer True is not one of the letters ABC; "),
@@ -498,8 +498,8 @@ def try_row(row, tokenizer, template):
     """A row is learnt or dropped, and of what the assistant says nothing is lost."""
     tokenizer.chat_template = template
     try:
-        ids, supervised = turns.encode(row, tokenizer)
-    except turns.Unusable as error:
+        ids, supervised = encode(row, tokenizer)
+    except Unusable as error:
         return one_line(error)
     learnt = tokenizer.decode([token for token, said in zip(ids, supervised, strict=True) if said])
     text = tokenizer.decode(ids)
@@ -507,7 +507,7 @@ def try_row(row, tokenizer, template):
         content = message.get("content")
         if isinstance(content, str):
             said = content.split("</think>")[-1].strip()  # reasoning may be left out
-            read_only = any(not message.get(name, True) for name in UNLEARNT)
+            read_only = any(not message.get(name, True) for name in WEIGHTS)
             shown = learnt if message.get("role") == "assistant" and not read_only else text
             # Results of tools are written as JSON by some templates.
             assert any(

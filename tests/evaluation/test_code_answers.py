@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tah.evaluation.code_tasks import REASON, Verdict, extract_code, grade_all, grade_code
+from tah.evaluation.code_tasks import REASON, CodeVerdict, extract_code, grade_all, grade_code
 from tah.evaluation.grading.code_judge import Link
 from tah.evaluation.sandbox import Sandbox
 
@@ -26,7 +26,7 @@ RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
 
 
-def graded(answers: list[str], item: dict | None = None, seconds: float = 15) -> list[Verdict]:
+def graded(answers: list[str], item: dict | None = None, seconds: float = 15) -> list[CodeVerdict]:
     """Verdicts on answers to one item, two at a time."""
     return list(grade_all([item or ADD] * len(answers), answers, Sandbox(seconds=seconds), workers=2))
 

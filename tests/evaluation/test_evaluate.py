@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
 import shutil
 import sys
@@ -13,24 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tah.cli_eval  # noqa: F401  # registers its commands
 import torch
 from lm_eval.tasks import TaskManager
+from rich.console import Console
 
-from helpers.evaluations import ITEMS, LONG, SHORT, go, lines_of
+from helpers.evaluations import ITEMS, LONG, SHORT, Notes, go, lines_of
 from tah import TaHForCausalLM
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math
-from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
-from tah.evaluation.eval_report import _bounded, _widened, as_markdown, compare, compared_markdown
-from tah.evaluation.evaluate import _run, evaluate
-from tah.evaluation.grading.letters import judge_choice
-from tah.evaluation.harness import TaHLM
+from tah.evaluation.eval_report import as_markdown, bounded, compare, compared_markdown, widened
+from tah.evaluation.evaluate import answer_task, evaluate
+from tah.evaluation.grading.choice import judge_choice
+from tah.evaluation.harness import SampleByRow, TaHLM
 from tah.evaluation.request import Sampling, build
-from tah.evaluation.tasks import CODE, DIRECTORY, TASKS, rows
+from tah.evaluation.tasks import CODE, DIRECTORY, rows
 from tah.evaluation.tasks.protocols import DEFAULT
 from tah.files import differences
+from tah.names import TASKS
 from tah.session import Session
 from tah_cli.app import run
 
@@ -83,12 +84,12 @@ def test_a_batch_answers_as_its_questions_alone(wild, policy, sampled):
     lm = TaHLM(wild, batch_size=4, seed=3)
     lm.use(policy)
     wanted = asked(PROMPTS, **sampled)
-    together = lm._generate(wanted)
+    together = lm.generate_batch(wanted)
     for one, batched in zip(wanted, together, strict=True):
-        (alone,) = lm._generate([one])
+        (alone,) = lm.generate_batch([one])
         names = ("text", "tokens", "prompt_tokens", "finished", "depths", "iterated", "passes")
         assert [getattr(alone, name) for name in names] == [getattr(batched, name) for name in names]
-    backwards = lm._generate(wanted[::-1])[::-1]
+    backwards = lm.generate_batch(wanted[::-1])[::-1]
     assert [answer.text for answer in backwards] == [answer.text for answer in together]
     assert len({answer.text for answer in together}) > 1
 
@@ -96,7 +97,7 @@ def test_a_batch_answers_as_its_questions_alone(wild, policy, sampled):
 def test_samples_differ_and_seeds_decide(wild):
     options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": []}
     wanted = [Asked("t", 0, sample, "one", options) for sample in range(4)]
-    texts = [[a.text for a in TaHLM(wild, policy="never", seed=seed)._generate(wanted)] for seed in (0, 0, 1)]
+    texts = [[a.text for a in TaHLM(wild, policy="never", seed=seed).generate_batch(wanted)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 4
 
@@ -130,7 +131,7 @@ def test_costs_are_those_of_one_forward_over_the_answer(wild, policy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.model, "generate", generate)
-        answers = lm._generate(asked(PROMPTS))
+        answers = lm.generate_batch(asked(PROMPTS))
     for row, answer in enumerate(answers):
         real = torch.cat([mask[row], torch.ones(20, dtype=torch.long)]).bool()
         ids = kept["out"].sequences[row][real][: answer.prompt_tokens + answer.tokens - 1]
@@ -144,15 +145,15 @@ def test_costs_are_those_of_one_forward_over_the_answer(wild, policy):
 
 def test_rows_stop_at_their_own_stop_string(wild):
     lm = TaHLM(wild, batch_size=4, policy="never")
-    free = lm._generate(asked(PROMPTS))
+    free = lm.generate_batch(asked(PROMPTS))
     stop = next(letter for letter in free[2].text if letter.isascii() and letter.isprintable())
-    stopped = lm._generate(asked(PROMPTS, until=[stop]))
+    stopped = lm.generate_batch(asked(PROMPTS, until=[stop]))
     for before, after in zip(free, stopped, strict=True):
         assert after.finished == (stop in before.text)
         assert after.text == (before.text[: before.text.index(stop) + 1] if after.finished else before.text)
         assert after.tokens <= before.tokens == 20
     assert stopped[2].finished and 0 < stopped[2].tokens < 20
-    texts = [lm._text(*pair) for pair in zip(asked(PROMPTS, until=[stop]), stopped, strict=True)]
+    texts = [lm.cut_text(*pair) for pair in zip(asked(PROMPTS, until=[stop]), stopped, strict=True)]
     assert not any(stop in text for text in texts)
 
 
@@ -171,7 +172,7 @@ def test_the_oracle_iterates_where_the_reference_disagrees(wild, monkeypatch):
     monkeypatch.setattr(harness, "CHUNK", 8)  # the reference reads prompts in parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.model, "generate", generate)
-        answers = lm._generate(asked(PROMPTS))
+        answers = lm.generate_batch(asked(PROMPTS))
     _, mask = lm.tok_batch_encode(PROMPTS)
     seen = set()
     for row, answer in enumerate(answers):
@@ -184,7 +185,10 @@ def test_the_oracle_iterates_where_the_reference_disagrees(wild, monkeypatch):
         assert answer.passes == hard.numel() + 2 * hard.sum()  # max_depth is 3
         seen |= set(hard.tolist())
     assert seen == {True, False}
-    assert sum(a.iterated for a in TaHLM(reference, reference=reference, policy="oracle")._generate(asked(["x"]))) == 0
+    assert (
+        sum(a.iterated for a in TaHLM(reference, reference=reference, policy="oracle").generate_batch(asked(["x"])))
+        == 0
+    )
 
 
 def test_likelihoods_follow_the_policy(wild):
@@ -295,7 +299,7 @@ def test_programs_are_graded_in_the_sandbox():
         f"```python\n{item['prompt']}{item['canonical_solution']}\n```",
         f"```python\n{item['prompt']}    pass\n```",
     ]
-    doc = rows._fill(item, "code", 0)
+    doc = rows.complete_row(item, "code", 0)
     found = rows.results(doc, [[*texts, "<think>hm"]])
     assert found["acc"] == found["unparsed"] == 1 / 3
     right, wrong, unparsed = found["graded"]
@@ -305,7 +309,9 @@ def test_programs_are_graded_in_the_sandbox():
     assert "assert candidate(" in wrong["reason"] and unparsed["reason"] == "no code: the answer has no code"
     for line in (ITEMS / "mbpp.jsonl").read_text().splitlines():
         item = json.loads(line)
-        found = rows.results(rows._fill(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]])
+        found = rows.results(
+            rows.complete_row(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]]
+        )
         assert [its["verdict"] for its in found["graded"]] == ["right", "wrong"]
 
 
@@ -424,7 +430,7 @@ def test_thoughts_are_asked_for_where_the_template_knows_them(wild):
         patch.setattr(wild.tokenizer, "chat_template", thinking)
         assert TaHLM(wild).apply_chat_template([{"role": "user", "content": "q"}]) == "<think>q"
     assert "enable_thinking" not in TaHLM(wild).chat_template_args
-    (opened,) = TaHLM(wild)._generate(asked(["one <think>\n"]))
+    (opened,) = TaHLM(wild).generate_batch(asked(["one <think>\n"]))
     assert opened.text.startswith("<think>") and grade_math("1", opened.text + "\\boxed{1}") == "unparsed"
 
 
@@ -479,13 +485,13 @@ def test_resumed_equals_uninterrupted(pupil, done, tmp_path):
     content = [json.loads(line) | {"verdict": None} for line in broken.read_text().splitlines()]
     text = "".join(json.dumps(line) + "\n" for line in content[:4]) + json.dumps(content[4])[:70]
     broken.write_text(text)
-    notes, told = [], []
-    again = go(
-        pupil, directory, note=notes.append, told=lambda policy, task, done, of: told.append((policy, task, done, of))
-    )
+    progress, shown = Notes(), io.StringIO()
+    progress.console = Console(file=shown, width=100)
+    again = go(pupil, directory, progress=progress)
     assert lines_of(directory) == lines_of(whole)
-    assert notes == [f"{broken}: the last line was cut short and is answered again"]
-    assert told[0] == ("never", "gsm8k", 4, 10) and ("random", "arc_e", 6, 6) in told
+    assert progress.lines == [f"{broken}: the last line was cut short and is answered again"]
+    tasks = ("gsm8k, never: 10 of 10", "arc_e, never: 6 of 6", "gsm8k, random: 10 of 10", "arc_e, random: 6 of 6")
+    assert shown.getvalue().splitlines() == [f"{task} answers" for task in tasks]
     for before, after in zip(results["results"], again["results"], strict=True):
         assert before | {"seconds": 0} == after | {"seconds": 0}
     broken.write_text(text[:100] + "\n" + text)
@@ -496,7 +502,7 @@ def test_resumed_equals_uninterrupted(pupil, done, tmp_path):
 def test_a_finished_run_answers_nothing_again(pupil, done, tmp_path):
     directory, results = done
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaHLM, "_generate", lambda self, batch: pytest.fail("asked again"))
+        patch.setattr(TaHLM, "generate_batch", lambda self, batch: pytest.fail("asked again"))
         again = go(pupil, directory)
         assert go(pupil, directory, limit=9) == results  # of each task there are fewer
     assert again == results
@@ -526,30 +532,30 @@ def test_a_run_in_use_is_refused(tmp_path):
 
 def test_intervals_where_all_answers_are_alike():
     """24 of 24 wrong: the chance of that is 2.5 % where 14.2 % are right."""
-    nothing = _bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
+    nothing = bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
     assert nothing == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.1425, abs=1e-4)}
     assert (1 - nothing["high"]) ** 24 == pytest.approx(0.025)
-    assert _bounded({"value": 1.0, "low": 1.0, "high": 1.0}, 24)["low"] == pytest.approx(1 - 0.1425, abs=1e-4)
+    assert bounded({"value": 1.0, "low": 1.0, "high": 1.0}, 24)["low"] == pytest.approx(1 - 0.1425, abs=1e-4)
     some = {"value": 0.5, "low": 0.2, "high": 0.8}
-    assert _bounded(some, 24) == some
+    assert bounded(some, 24) == some
     one = {"value": 1.0, "low": None, "high": None}  # a single question: there is nothing to resample
-    assert _bounded(one, 1) == {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}
-    assert _bounded(one | {"value": 0.0}, 1) == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.975)}
+    assert bounded(one, 1) == {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}
+    assert bounded(one | {"value": 0.0}, 1) == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.975)}
 
 
 def test_the_average_is_not_surer_than_its_tasks():
     """A task without a right answer says little about the average of it and another."""
-    nothing = _bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
-    alone = _widened({"value": 0.0, "low": 0.0, "high": 0.0}, [nothing])
+    nothing = bounded({"value": 0.0, "low": 0.0, "high": 0.0}, 24)
+    alone = widened({"value": 0.0, "low": 0.0, "high": 0.0}, [nothing])
     assert alone == nothing
     some = {"value": 0.5, "low": 0.2, "high": 0.8}
-    both = _widened({"value": 0.25, "low": 0.1, "high": 0.4}, [nothing, some])
+    both = widened({"value": 0.25, "low": 0.1, "high": 0.4}, [nothing, some])
     assert both == {"value": 0.25, "low": 0.1, "high": pytest.approx(0.4 + nothing["high"] / 2)}
-    assert _widened(dict(some), [some]) == some
-    single = _bounded({"value": 1.0, "low": None, "high": None}, 1)
-    assert _widened({"value": 1.0, "low": None, "high": None}, [single] * 2) == single
+    assert widened(dict(some), [some]) == some
+    single = bounded({"value": 1.0, "low": None, "high": None}, 1)
+    assert widened({"value": 1.0, "low": None, "high": None}, [single] * 2) == single
     unknown = {"value": 0.75, "low": None, "high": None}  # of one question, answered twice
-    assert _widened(dict(unknown), [single, unknown | {"value": 0.5}]) == unknown
+    assert widened(dict(unknown), [single, unknown | {"value": 0.5}]) == unknown
 
 
 def test_a_refused_evaluation_leaves_nothing(wild, tmp_path):
@@ -593,7 +599,7 @@ def test_lm_eval_knows_how_long_texts_may_be(wild):
 
 def test_an_unknown_option_is_refused(wild):
     with pytest.raises(ValueError, match="min_p: only temperature"):
-        TaHLM(wild, policy="never")._generate(asked(["x"], min_p=0.5))
+        TaHLM(wild, policy="never").generate_batch(asked(["x"], min_p=0.5))
 
 
 def test_changed_prompts_are_noticed(done, tmp_path):
@@ -616,9 +622,9 @@ def test_one_of_lm_evals_own_tasks(pupil, tmp_path):
     task = TaskManager(include_path=str(tmp_path / "t"), include_defaults=False).load(["own"])["tasks"]["own"]
     samples = Samples(tmp_path / "out", "never", "lm_eval:own", ["0", "1"])
     lm = TaHLM(str(pupil), batch_size=2, add_bos_token=False)
-    scores = samples.path.with_suffix(".json")
-    _run(lm, task, samples, policy="never", limit=None, raw=False, scores=scores)
-    assert json.loads(scores.read_text())["exact_match,none"] == 0.5
+    lm.use("never")
+    answer_task(lm, task, samples)
+    assert json.loads(samples.scores.read_text())["exact_match,none"] == 0.5
     assert [line["tokens"] for line in samples.lines.values()] == [len("It is \\boxed{")] * 2
 
 
@@ -778,7 +784,10 @@ def test_the_command(pupil, tmp_path, capsys):
         ),
         (["--tasks", "gsm8k", "--greedy", "--samples", "2"], "samples=2 at temperature 0 would all be alike"),
         (["--tasks", "gsm8k", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p 0.5 has no meaning"),
-        (["--tasks", "gsm8k", "--backend", "vlm"], "unknown backend 'vlm'; choose from transformers, vllm"),
+        (
+            ["--tasks", "gsm8k", "--backend", "vlm"],
+            "unknown backend 'vlm'; did you mean vllm? choose from transformers, ",
+        ),
         (["--tasks", "lm_eval:gsm9k"], "lm-eval has no task 'gsm9k'; did you mean lm_eval:gsm8k?"),
         (["--tasks", "gsm8k", "--samples", "0"], "0 must be an integer >= 1"),
         (["--tasks", "gsm8k", "--data", "gsm8k=nowhere.jsonl"], "nowhere.jsonl cannot be read"),

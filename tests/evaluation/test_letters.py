@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tah.evaluation.answers import grade_choice
-from tah.evaluation.grading.letters import judge_choice
-from tah.evaluation.grading.markup import plain
+from tah.evaluation.grading.choice import judge_choice, plain
 
 # The answer, and the letter that it settles on; None where it settles on none. Four choices.
 DISCUSSED = [
@@ -286,14 +285,8 @@ DRESSED = [
 ]
 
 REPLIES = [  # both kinds, as models phrase them
-    (
-        "A. **Paris** – no.\nB. **London** – no.\nC. **Rome** – of Italy.\nD. Oslo\n\n**Correct answer: C. Rome**",
-        "C",
-    ),
-    (
-        "**A.** no\n\n**B.** no\n\n**C.** yes\n\nTherefore, the correct answer is **C**.\n\n$$\\boxed{C}$$",
-        "C",
-    ),
+    ("A. **Paris** – no.\nB. **London** – no.\nC. **Rome** – of Italy.\nD. Oslo\n\n**Correct answer: C. Rome**", "C"),
+    ("**A.** no\n\n**B.** no\n\n**C.** yes\n\nTherefore, the correct answer is **C**.\n\n$$\\boxed{C}$$", "C"),
     ("### Step-by-step\n1. a\n2. b\n\n### ✅ Final Answer:\n\n$$\n\\boxed{\\text{C}}\n$$", "C"),
     (
         "The correct answer is: **C) Mitochondria**\n\n- A) Nucleus: DNA\n- B) Ribosome: proteins\n- D) Golgi: packing",
@@ -657,21 +650,12 @@ REPLIES = [  # both kinds, as models phrase them
     ("A through D", None),
     ("Answer: A, C and D", None),
     ("Answer: A and possibly B", None),
-    (
-        "We try each.\n\n(A) 3: too small.\n(B) 5: works.\n(C) 7: too big.\n\nThus the answer is (B) 5.",
-        "B",
-    ),
-    (
-        "First, option A: impossible. Next, option B: no. Option C does. Therefore, the correct option is C.",
-        "C",
-    ),
+    ("We try each.\n\n(A) 3: too small.\n(B) 5: works.\n(C) 7: too big.\n\nThus the answer is (B) 5.", "B"),
+    ("First, option A: impossible. Next, option B: no. Option C does. Therefore, the correct option is C.", "C"),
     ("Step 1: foo\nStep 2: bar\nFinal: C", "C"),
     ("The reaction is endothermic (option A is exothermic). So the answer is B.", "B"),
     ("The correct answer is B) Paris. The other options, A) London and C) Rome, are incorrect.", "B"),
-    (
-        "**Correct Answer: (B) Paris**\n\nThe others:\n* **(A) London:** no\n* **(C) Rome:** no",
-        "B",
-    ),
+    ("**Correct Answer: (B) Paris**\n\nThe others:\n* **(A) London:** no\n* **(C) Rome:** no", "B"),
     ("Looking at the options, option D seems plausible, but the correct answer is option A.", "A"),
     ("The answer is A. This is because B is too cold.", "A"),
     ("Answer: A. This is because option B is too cold and option C too hot.", "A"),

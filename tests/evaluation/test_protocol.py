@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from helpers.evaluations import ITEMS, go
+from helpers.evaluations import ITEMS, Notes, go
 from helpers.models import CHAT_TEMPLATE
 from tah.evaluation.code_tasks import extract_code
 from tah.evaluation.eval_files import Asked
@@ -15,8 +15,9 @@ from tah.evaluation.eval_report import as_markdown, compare
 from tah.evaluation.evaluate import evaluate
 from tah.evaluation.harness import TaHLM
 from tah.evaluation.request import Sampling, build
-from tah.evaluation.tasks import CODE, NINE, TASKS, rows
+from tah.evaluation.tasks import CODE, rows
 from tah.evaluation.tasks.protocols import DEFAULT, PAPER, PROTOCOLS
+from tah.names import NINE, TASKS
 from tah.session import Session
 
 FILES = {name: str(ITEMS / "math.jsonl") for name in ("gsm8k", "aime25", "amc23", "olympiadbench")}
@@ -51,12 +52,12 @@ def test_a_begun_program_is_read_whole(pupil):
     """The block that the prompt opened belongs to the answer, even where the model goes on with a remark."""
     lm = TaHLM(str(pupil), batch_size=1)
     options = {"until": [], "max_gen_toks": 4, "do_sample": False}
-    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script:\n```python\n", options)])
+    (found,) = lm.generate_batch([Asked("t", 0, 0, "Below is a script:\n```python\n", options)])
     assert found.text.startswith("```python\n") and found.tokens <= 4
     assert extract_code("```python\n# adds\ndef add(a, b):\n    return a + b\n```\nIt adds.", "add").startswith(
         "# adds"
     )
-    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script in ```python", options | {"max_gen_toks": 1})])
+    (found,) = lm.generate_batch([Asked("t", 0, 0, "Below is a script in ```python", options | {"max_gen_toks": 1})])
     assert found.text.startswith("```python\n")
 
 
@@ -105,9 +106,9 @@ def test_what_is_not_published_is_listed():
 @pytest.fixture(scope="module")
 def paper(pupil, tmp_path_factory):
     directory = tmp_path_factory.mktemp("protocol") / "paper"
-    notes: list[str] = []
-    found = go(pupil, directory, protocol="paper", note=notes.append)
-    return directory, found, notes
+    progress = Notes()
+    found = go(pupil, directory, protocol="paper", progress=progress)
+    return directory, found, progress.lines
 
 
 def test_a_run_records_its_protocol(pupil, paper, tmp_path):
@@ -123,7 +124,7 @@ def test_a_run_records_its_protocol(pupil, paper, tmp_path):
     assert "Not published, so decided by ours: prompt (arc_e)." in as_markdown(found)
     with pytest.raises(ValueError, match=r"holds an evaluation with protocol='paper' \(now 'default'\)"):
         go(pupil, directory)
-    with pytest.raises(ValueError, match="unknown protocol 'papers'; choose from default, paper"):
+    with pytest.raises(ValueError, match="unknown protocol 'papers'; did you mean paper. choose from default, paper"):
         go(pupil, tmp_path / "new", protocol="papers")
 
 

@@ -7,7 +7,6 @@ import shutil
 from importlib.metadata import version
 
 import pytest
-import tah.cli_eval  # noqa: F401  # registers its commands
 
 from helpers.evaluations import ITEMS, go, lines_of
 from tah.evaluation import grade as grading

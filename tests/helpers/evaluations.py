@@ -7,10 +7,22 @@ from pathlib import Path
 
 from tah.evaluation.evaluate import evaluate
 from tah.evaluation.request import Sampling
+from tah.progress import Reporter
 
 ITEMS = Path(__file__).parents[1] / "evaluation" / "items"
 LONG = {"max_position_embeddings": 512}
 SHORT = Sampling(samples=2, max_new_tokens=24, temperature=0.7)
+
+
+class Notes(Reporter):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def go(model, output, **options):

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tah import TaHForCausalLM
-from tah.checkpoints.convert import ConversionReport, convert
+from tah import TaHForCausalLM, convert
+from tah.checkpoints.convert import ConversionReport
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def copied(name: str, tmp_path: Path) -> Path:
     source = tmp_path / f"original_{name}"
-    shutil.copytree(GOLDEN / f"golden_{name}" / "ckpt", source)
+    shutil.copytree(GOLDEN / name / "ckpt", source)
     return source
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 from helpers.checkpoints import tiny
 from tah.benchmarks.bench_serve import VARIANTS, bench_serve, decode, markdown, prefill, stream
+from tah.progress import Reporter
 
 
 @pytest.mark.timeout(900)  # engines start one after another, minutes each on a busy machine
 def test_variants_take_turns(tmp_path):
     model = tiny(tmp_path / "model", "llama")
-    seen = []
+    lines = Console(file=io.StringIO(), width=200)
     tasks = (stream(40, new=12), prefill(4, 100), decode(8, 20))
-    result = bench_serve(str(model), tasks=tasks, repeats=2, report=seen.append)
+    result = bench_serve(str(model), tasks=tasks, repeats=2, progress=Reporter(lines))
     assert [(row["task"], row["variant"]) for row in result["rows"]] == [(t.name, v) for t in tasks for v in VARIANTS]
     shares = {(row["task"], row["variant"]): row["iterated"] for row in result["rows"]}
     for task in tasks:
@@ -24,7 +28,7 @@ def test_variants_take_turns(tmp_path):
     assert shares[tasks[1].name, "two_pass"] == shares[tasks[1].name, "mixed"]  # the same prompts, the same draws
     assert all(row["ratio"] == 1 for row in result["rows"] if row["variant"] == "base")
     assert shares[tasks[1].name, "generate"] == pytest.approx(shares[tasks[1].name, "mixed"])
-    assert len(seen) == 15 and len(markdown(result).splitlines()) == 2 + 15 + 2
+    assert len(lines.file.getvalue().splitlines()) == 15 and len(markdown(result).splitlines()) == 2 + 15 + 2
     assert result["memory"]["base"] == 1 < result["memory"]["tah"] < 1.101 and len(result["memory"]) == 2
 
 

@@ -15,9 +15,11 @@ pytest.importorskip("lm_eval", reason="evaluation needs lm-eval: pip install 'ta
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from helpers.checkpoints import tiny, tiny_base, tokenizer
+from helpers.evaluations import Notes
 from tah.evaluation.eval_files import Asked
-from tah.evaluation.evaluate import Sampling, evaluate
+from tah.evaluation.evaluate import evaluate
 from tah.evaluation.harness import TaHLM
+from tah.evaluation.request import Sampling
 from tah.evaluation.vllm_backend import ServedLM
 from tah.session import Session
 from tah_cli.app import run
@@ -76,12 +78,12 @@ def test_stop_strings_have_their_depths(model):
     options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     session = Session.open(model, dtype="float32")
     plain = TaHLM(session, batch_size=4)
-    free = plain._answers([Asked("t", at, 0, prompt, options) for at, prompt in enumerate(prompts)])
+    free = plain.answer_batch([Asked("t", at, 0, prompt, options) for at, prompt in enumerate(prompts)])
     stop = next(letter for letter in free[2].text[4:] if letter.isascii() and letter.isprintable())
     asked = [Asked("t", at, 0, prompt, options | {"until": [stop]}) for at, prompt in enumerate(prompts)]
-    want = plain._answers(asked)
+    want = plain.answer_batch(asked)
     assert want[2].finished and want[2].tokens < 24 and sum(answer.iterated for answer in want) > 0
-    got = ServedLM(session, engine=SMALL)._answers(asked)
+    got = ServedLM(session, engine=SMALL).answer_batch(asked)
     names = ("text", "prompt_tokens", "tokens", "finished", "depths", "iterated", "passes")
     assert [[getattr(one, name) for name in names] for one in got] == [
         [getattr(one, name) for name in names] for one in want
@@ -99,9 +101,9 @@ def test_drawn_answers_resumed_equal_uninterrupted(model, tmp_path):
     path = tmp_path / "cut" / "samples" / "decider" / "gsm8k.jsonl"
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[3:6]).replace('"verdict":"wrong"', '"verdict":null') + kept[7][:90])
-    notes: list[str] = []
-    again = go(model, tmp_path / "cut", "vllm", sampling=DRAWN, policies=["decider"], note=notes.append)
-    assert notes == [f"{path}: the last line was cut short and is answered again"]
+    progress = Notes()
+    again = go(model, tmp_path / "cut", "vllm", sampling=DRAWN, policies=["decider"], progress=progress)
+    assert progress.lines == [f"{path}: the last line was cut short and is answered again"]
     assert lines_of(tmp_path / "cut") == lines
     for one, other in zip(whole["results"], again["results"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,18 +16,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from helpers.families import VOCAB
 from helpers.models import tah, token_ids
+from helpers.traces import fails, word_tokenizer
+from tah.policy import Rule
+from tah.tracing.charts import page_charts, save_charts
 from tah.tracing.lens import write_lens
-from tah.tracing.lens_charts import draw_charts
-from tah.tracing.lens_svg import steps
-from tah.tracing.overthinking import as_markdown, compare, statistics
-from tah.tracing.trace import trace
-from tah.tracing.trace_file import load_trace
-from tah.tracing.traced import Trace
+from tah.tracing.overthinking import compare, statistics
+from tah.tracing.tables import as_markdown
+from tah.tracing.trace import TraceRequest, trace
+from tah.tracing.trace_file import Trace, load_trace
 from tah_cli.app import run
 
 HOSTILE = [
@@ -46,8 +45,7 @@ def words(prefix: str = "w") -> PreTrainedTokenizerFast:
     """A tokenizer of the tiny models' vocabulary, some of whose tokens are what nobody wants in a page."""
     names = [f"{prefix}{token}" for token in range(VOCAB)]
     names[8 : 8 + len(HOSTILE)] = HOSTILE
-    table = {name: token for token, name in enumerate(names)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(table, "w0")), eos_token="w2")
+    return word_tokenizer(names)
 
 
 def rows(model, count: int = 6) -> list[dict]:
@@ -73,7 +71,7 @@ def made(path: Path, attention: str, seed: int = 0, **options) -> Trace:
         if seed:
             for parameter in model.decider.parameters():
                 parameter.mul_(-1)
-    return trace(model, words(), texts, path, name="<b>bold</b> & co", source="data", **options)
+    return trace(model, words(), texts, path, TraceRequest(model="<b>bold</b> & co", data="data", **options))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +168,7 @@ def test_page_asks_for_nothing_and_runs_only_its_own_script(files, tmp_path):
     assert set(HOSTILE) <= set(page.data["strings"])
 
 
-def test_charts_say_what_the_statistics_say(files, tmp_path):
+def test_charts_show_the_statistics(files, tmp_path):
     (stats,) = write_lens([load_trace(files["own"])], tmp_path / "page.html")
     source = (tmp_path / "page.html").read_text("utf-8")
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", source, re.S)]
@@ -178,24 +176,37 @@ def test_charts_say_what_the_statistics_say(files, tmp_path):
         *("Accuracy after each depth", "Loss after each depth", "Tokens corrected and broken"),
         *("Accuracy against compute", "Calibration of the decider", "Tokens most often iterated"),
     ]
-    said = [title.text for chart in charts for title in chart.iter("title")]
+    texts = [[text.text for text in chart.iter("text")] for chart in charts]
     for row in stats["depths"]:
-        assert f"A, depth {row['depth']}: {row['accuracy']['value']:.2%} right" in said
-        assert f"A, depth {row['depth']}: {row['loss']['value']:.4f} nats" in said
-    low, high, *_ = map(float, charts[3].get("data-scale").split())
-    assert (low, high) == (1, 3)
-    curve = charts[3].find("polyline[@class='line decider']").get("points").split()
-    assert len(curve) == len(stats["curves"]["decider"]["accuracy"])
+        assert f"{row['accuracy']['value']:.2%}" in texts[0] and f"{row['loss']['value']:.4f}" in texts[1]
+    for row in stats["passes"]:
+        assert {f"{row[name]['value']:.2%}" for name in ("corrected", "broken")} <= set(texts[2])
+    for row in stats["iterated_tokens"][:12]:
+        assert f"{row['iterated']:.1%} of {row['count']:,}" in texts[5]
+    scale = charts[3].find(".//circle[@class='now']").get("data-scale")
+    x0, x1, y0, y1, left, bottom, right, top = map(float, scale.split())
+    for name, curve in stats["curves"].items():
+        path = charts[3].find(f".//g[@class='curve {name}']/path").get("d")
+        x, y = np.array(re.findall(r"[ML] (\S+) (\S+)", path), float).T
+        assert x0 + (x - left) / (right - left) * (x1 - x0) == pytest.approx(curve["mean_depth"], abs=1e-4)
+        assert y0 + (y - bottom) / (top - bottom) * (y1 - y0) == pytest.approx(curve["accuracy"], abs=1e-4)
     for name, row in stats["policies"].items():
         if row["accuracy"]["value"] is not None:
             assert re.search(rf">{re.escape(name)}( |<)", source), name
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0.912, 0.934), (-3, 2), (1, 1.0004), (0, 4000)])
-def test_steps_are_round_and_within(low, high):
-    found = steps(low, high)
-    assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] < found[-1] <= high + 1e-9
-    assert np.allclose(np.diff(found), found[1] - found[0])
+def test_charts_are_the_same_bytes_and_fit_a_page_of_any_colour(files):
+    stats = statistics(load_trace(files["own"]))
+    one, again = (page_charts([("A", stats), ("B", stats)]) for _ in range(2))
+    assert [chart["svg"] for chart in one] == [chart["svg"] for chart in again]
+    assert [chart["name"] for chart in one] == [
+        *("accuracy", "loss", "passes"),
+        *("compute", "calibration", "iterated") * 2,
+    ]
+    for chart in one:
+        for element in ElementTree.fromstring(chart["svg"]).iter():
+            assert not {"id", "style", "href", "clip-path"} & element.attrib.keys()
+            assert all(element.get(name, "none").startswith(("none", "var(--")) for name in ("fill", "stroke"))
 
 
 def test_two_traces_share_their_texts_and_show_the_difference(files, tmp_path):
@@ -226,7 +237,7 @@ def test_a_model_of_one_pass(tmp_path):
     traced = trace(model, words(), rows(model, 2), tmp_path / "one.jsonl")
     write_lens([traced], tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text("utf-8").count("<svg") == 2
-    assert [path.name for path in draw_charts([statistics(traced)], tmp_path)] == ["accuracy.png", "loss.png"]
+    assert [path.name for path in save_charts([statistics(traced)], tmp_path)] == ["accuracy.png", "loss.png"]
 
 
 @pytest.mark.parametrize("measure", ["probability", "entropy"])
@@ -235,7 +246,7 @@ def test_tokens_are_shaded_by_what_the_policy_went_by(tmp_path, measure):
     texts = rows(model, 3)
     tokens = trace(model, words(), texts).tokens(every=True)
     said = 1 - tokens.max_prob[0] if measure == "probability" else 1 - np.exp(-tokens.entropy[0])
-    traced = trace(model, words(), texts, threshold=float(np.median(said)))
+    traced = trace(model, words(), texts, request=TraceRequest(Rule(threshold=float(np.median(said)))))
     assert 0.4 < (traced.tokens(every=True).depth > 1).mean() < 0.6
     write_lens([traced], tmp_path / "page.html")
     score = Page(tmp_path / "page.html").data["traces"][0]["score"]
@@ -260,16 +271,6 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def fails(capsys, *arguments) -> str:
-    """The one line of a command that fails with exit code 2 and writes nothing."""
-    before = sorted(Path.cwd().rglob("*"))
-    assert run(["report", *map(str, arguments)]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("tah: ") and err.count("\n") == 1 and not out, err
-    assert sorted(Path.cwd().rglob("*")) == before
-    return err
-
-
 def test_report_writes_page_markdown_and_charts(capsys, files, here):
     assert run(["report", str(files["own"]), str(files["other"]), "--markdown", "r.md", "--png", "png"]) == 0
     assert "report.html: " in capsys.readouterr().out
@@ -290,7 +291,7 @@ def test_report_of_a_run(capsys, files, here):
     (here / "run" / "data").mkdir()
     (here / "run" / "data" / "test.jsonl").touch()
     capsys.readouterr()
-    error = fails(capsys, "run")
+    error = fails(capsys, "report", "run")
     assert "make one: tah trace run/decider run/data/test.jsonl -o run/trace.jsonl" in error
 
 
@@ -302,29 +303,29 @@ def test_unfinished_and_damaged_traces(capsys, files, here):
     assert "unfinished: 1 texts are missing" in (here / "report.html").read_text("utf-8")
     lines = whole.split(b"\n")
     Path("hole.jsonl").write_bytes(b"\n".join([*lines[:2], lines[2][:100], *lines[3:]]))
-    assert "hole.jsonl: line 3 is damaged" in fails(capsys, "hole.jsonl")
+    assert "hole.jsonl: line 3 is damaged" in fails(capsys, "report", "hole.jsonl")
     Path("header.jsonl").write_bytes(lines[0] + b"\n")
-    assert "holds no tokens yet" in fails(capsys, "header.jsonl")
+    assert "holds no tokens yet" in fails(capsys, "report", "header.jsonl")
 
 
 def test_mistakes_are_named(capsys, files, here):
     Path("text.txt").write_text("hello")
-    assert "text.txt is no trace" in fails(capsys, "text.txt")
-    assert "trace none.jsonl does not exist; make one: tah trace" in fails(capsys, "none.jsonl")
-    assert "at most two" in fails(capsys, *[files["own"]] * 3)
+    assert "text.txt is no trace" in fails(capsys, "report", "text.txt")
+    assert "trace none.jsonl does not exist; make one: tah trace" in fails(capsys, "report", "none.jsonl")
+    assert "at most two" in fails(capsys, "report", *[files["own"]] * 3)
     assert "directory no/such of no/such/page.html does not exist" in fails(
-        capsys, files["own"], "-o", "no/such/page.html"
+        capsys, "report", files["own"], "-o", "no/such/page.html"
     )
-    assert "give a file name" in fails(capsys, files["own"], "-o", ".")
-    assert "--png text.txt is a file" in fails(capsys, files["own"], "--png", "text.txt")
-    assert "--png /proc/none cannot be made: " in fails(capsys, files["own"], "--png", "/proc/none")
+    assert "give a file name" in fails(capsys, "report", files["own"], "-o", ".")
+    assert "--png text.txt is a file" in fails(capsys, "report", files["own"], "--png", "text.txt")
+    assert "--png /proc/none cannot be made: " in fails(capsys, "report", files["own"], "--png", "/proc/none")
     before = Path(files["own"]).read_bytes()
     for options in (["-o", files["own"]], ["--markdown", files["own"]], ["-o", "a.html", "--markdown", "./a.html"]):
-        assert "would be overwritten" in fails(capsys, files["own"], *options)
+        assert "would be overwritten" in fails(capsys, "report", files["own"], *options)
     assert Path(files["own"]).read_bytes() == before
     model = tah(max_depth=2).eval()
     trace(model, words("v"), rows(model, 2), "words.jsonl")
-    assert "different tokenizers" in fails(capsys, files["own"], "words.jsonl")
+    assert "different tokenizers" in fails(capsys, "report", files["own"], "words.jsonl")
 
 
 @pytest.mark.parametrize("package, options", [("jinja2", []), ("matplotlib", ["--png", "png"])])
@@ -334,23 +335,9 @@ def test_missing_packages(capsys, files, here, monkeypatch, package, options):
         monkeypatch.delitem(sys.modules, name)
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("tah.tracing.lens", "tah.tracing.lens_svg", "tah.tracing.lens_charts"):
+    for name in ("tah.tracing.lens", "tah.tracing.charts", "tah.stats.charts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert "pip install 'tah[report]'" in fails(capsys, files["own"], *options)
-
-
-def test_report_needs_no_torch(files, tmp_path):
-    """Importing torch would take longer than the report."""
-    code = (
-        "import sys, importlib.util as u\n"
-        "s = u.spec_from_file_location('tah_cli.app', 'src/tah/cli.py')\n"
-        "m = sys.modules['tah_cli.app'] = u.module_from_spec(s)\n"
-        "s.loader.exec_module(m)\n"
-        f"assert m.run(['report', {str(files['own'])!r}, '-o', {str(tmp_path / 'page.html')!r}]) == 0\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "page.html").exists(), done.stderr
+    assert "pip install 'tah[report]'" in fails(capsys, "report", files["own"], *options)
 
 
 def test_failed_write_leaves_the_old_page(files, tmp_path, monkeypatch):
@@ -453,7 +440,7 @@ def test_browser_hover_shows_every_depth(show, files):
     verdict = ("kept right", "kept wrong", "corrected", "broken")
     right, ends = text.rank[0, 7] == 0, text.final_rank[7] == 0
     wanted = verdict[0 if right and ends else 3 if right else 2 if ends else 1]
-    assert box.locator(".said").inner_text() == wanted
+    assert box.locator(".outcome").inner_text() == wanted
 
 
 def test_browser_filters(show, files):

@@ -22,7 +22,6 @@ pytest.importorskip("pydantic")
 from datasets import Dataset
 
 from tah import TaHForCausalLM
-from tah.stats.threshold import Judged, quality, threshold_for_loss, threshold_for_share
 from tah.training.recipe_file import load_recipe
 from tah.training.run_files import read_metrics
 from tah.training.train import prepare_model, train
@@ -462,41 +461,6 @@ def test_nan_loss_names_step_and_rows(run, recipe_of):
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ \(rows \[\d+, \d+\]\)"):
         train(recipe, "backbone", run)
     assert not (run / "backbone" / "config.json").exists()
-
-
-# -- the threshold -----------------------------------------------------------------------------------------------
-
-
-def judged():
-    return Judged(
-        probability=np.array([0.9, 0.8, 0.3, 0.2, 0.1]),
-        hard=np.array([True, False, True, False, False]),
-        loss_one=np.array([2.0, 0.1, 1.0, 0.1, 0.1]),
-        loss_two=np.array([0.5, 0.6, 0.2, 0.9, 0.9]),
-    )
-
-
-def test_thresholds():
-    p = judged().probability
-    assert threshold_for_share(p, 0.4) == pytest.approx(0.55)
-    assert threshold_for_share(p, 0.0) == pytest.approx(0.95)
-    assert threshold_for_share(p, 1.0) == pytest.approx(0.05)
-    assert threshold_for_loss(judged()) == pytest.approx(0.25)  # gains 1.5, -0.5, 0.8, ...: best after three
-    worse = judged()
-    worse.loss_two = worse.loss_one + 1
-    assert (worse.probability > threshold_for_loss(worse)).sum() == 0
-
-
-def test_quality():
-    found = quality(judged(), 0.55)
-    assert found["precision"] == 0.5 and found["recall"] == 0.5 and found["iterated_share"] == 0.4
-    assert found["auroc"] == pytest.approx(5 / 6) and found["hard_share"] == 0.4
-    assert found["average_precision"] == pytest.approx((1 / 1 + 2 / 3) / 2)
-    assert found["loss"]["decider"] == pytest.approx((0.5 + 0.6 + 1.0 + 0.1 + 0.1) / 5)
-    assert found["loss"]["oracle"] == pytest.approx((0.5 + 0.1 + 0.2 + 0.1 + 0.1) / 5)
-    assert sum(b["tokens"] for b in found["calibration"]) == 5
-    none = quality(judged(), 1.0)
-    assert none["precision"] is None and none["recall"] == 0
 
 
 def test_sampled_share_of_lookahead():

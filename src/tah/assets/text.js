@@ -135,7 +135,7 @@ function paintRow(text) {
 
 function update() {
   for (const pane of shown()) {
-    judge(pane);
+    decide(pane);
     report(pane);
   }
   flag();
@@ -143,7 +143,7 @@ function update() {
   paint();
   count();
   legend();
-  if (state.token >= 0) tell(state.token);
+  if (state.token >= 0) describe(state.token);
 }
 
 // -- numbers ---------------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ function report(pane) {
 
 /** The ring on the chart of accuracy against compute: on that of its trace, and of A where both panes show one. */
 function mark(pane) {
-  const chart = document.querySelector(`svg.compute[data-mark="${pane.trace.mark}"]`);
-  if (!chart || (traces.length === 1 && pane.number > 0)) return;
-  const [x0, x1, y0, y1, left, bottom, right, top] = chart.dataset.scale.split(" ").map(Number);
-  const x = pane.sums.depth / scored, y = pane.sums.right / scored, ring = chart.querySelector(".now");
+  const ring = document.querySelector(`.now[data-mark="${pane.trace.mark}"]`);
+  if (!ring || (traces.length === 1 && pane.number > 0)) return;
+  const [x0, x1, y0, y1, left, bottom, right, top] = ring.dataset.scale.split(" ").map(Number);
+  const x = pane.sums.depth / scored, y = pane.sums.right / scored;
   ring.setAttribute("cx", left + ((x - x0) / (x1 - x0)) * (right - left));
   ring.setAttribute("cy", Math.min(bottom, Math.max(top, bottom - ((y - y0) / (y1 - y0)) * (bottom - top))));
 }

@@ -1,8 +1,8 @@
-// The depth lens, third part: what is known of one token, and how to get from one to another.
+// The depth lens, third part: the details of one token, and how to move from one to another.
 
 // -- one token -------------------------------------------------------------------------------------------------
 
-function tell(i) {
+function describe(i) {
   const p = at[i], box = $("details"), close = element("button", "close", "Close");
   close.addEventListener("click", release);
   const place = `text ${data.rows[textOf[i]]}, token ${i - start[textOf[i]] + 1} · id ${ids[i]}`;
@@ -19,7 +19,7 @@ function aspects(pane, p, several) {
   const outcome = pane.outcome[p], made = element("section", "");
   const head = element("p", "");
   if (several) head.append(element("b", `mark ${pane.mark}`, pane.mark), " ");
-  head.append(element("span", `said ${OUTCOMES[outcome]}`, OUTCOMES[outcome]), d === 1 ? " 1 pass" : ` ${d} passes`);
+  head.append(element("span", `outcome ${OUTCOMES[outcome]}`, OUTCOMES[outcome]), d === 1 ? " 1 pass" : ` ${d} passes`);
   const passes = element("div", "passes");
   for (let depth = 0; depth < trace.max_depth; depth++) passes.append(onePass(trace, p, depth, depth < d));
   made.append(head, passes);
@@ -47,8 +47,8 @@ function numbers(pane, p, d) {
   const first = (string) => visible(data.strings[string]);
   if (ran) line("first choice", (depth) => first(trace.top[(depth * N + p) * trace.top_k]), first(trace.final[p]));
   line("entropy, nats", (depth) => trace.entropy[depth * N + p].toFixed(2), "");
-  const said = (depth) => (depth + 1 < M ? trace.decider[depth * N + p].toFixed(4) : "");
-  if (trace.decider) line("decider: go on", said, "");
+  const goProb = (depth) => (depth + 1 < M ? trace.decider[depth * N + p].toFixed(4) : "");
+  if (trace.decider) line("decider: go on", goProb, "");
   return table;
 }
 
@@ -95,7 +95,7 @@ function show(i, pinned) {
   if (state.token >= 0) point(state.token, false);
   Object.assign(state, { token: i, pinned });
   point(i, true);
-  tell(i);
+  describe(i);
 }
 
 function release() {

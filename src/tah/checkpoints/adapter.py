@@ -1,7 +1,9 @@
-"""What a model has beside its base (adapter, maps, decider), on its own: all that training with a frozen base makes.
+"""The adapter of a model on its own: everything beside the base (LoRA, maps, decider), which training with a frozen
+base makes.
 
-A directory of additions is `additions.json`, the model's settings, and `additions.safetensors`, named as in a whole
-checkpoint. The base is not in it and comes from where it was published; for SmolLM2-135M that is 6 MB in place of 540.
+An adapter's directory has `additions.json`, the model's settings, and `additions.safetensors`, whose tensors have the
+names of a whole checkpoint. The base comes from where it was published; for SmolLM2-135M this saves 6 MB in place of
+540.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,15 +21,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import TaHConfig, current_fields, current_tensor
 from ..files import write_atomically
-from ..model import TaHForCausalLM
+from .contents import weights_fingerprint
 from .untrusted import build_empty
 
+if TYPE_CHECKING:
+    from ..model import TaHForCausalLM
+
 SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
-SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base that they belong to
+SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base
 
 
-def save_additions(model: TaHForCausalLM, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write them, and the base's fingerprint: its weights are not saved, so it should be as published.
+def save_adapter(model: TaHForCausalLM, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write all of a model but its base, of which only a fingerprint is saved.
 
     Args:
         directory: made where it is not there.
@@ -38,22 +43,24 @@ def save_additions(model: TaHForCausalLM, directory: str | Path, dtype: torch.dt
     """
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = [field.name for field in dataclasses.fields(TaHConfig) if field.name not in {*inherited, "base_config"}]
-    base = {name: getattr(model.base.config, name, None) for name in SHAPE} | {"weights": _fingerprint(model.base)}
+    base = {name: getattr(model.base.config, name, None) for name in SHAPE} | {
+        "weights": weights_fingerprint(model.base, of_base=True)
+    }
     settings = {"base": base, **{name: getattr(model.config, name) for name in own}}
-    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in _of(model).items()}
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in _adapter(model).items()}
     if not tensors:
-        raise ValueError("the model has nothing beside its base: no adapter, no maps, no decider")
+        raise ValueError("the model has nothing beside its base: no LoRA, no maps, no decider")
     weights, target = save(tensors, metadata={"format": "pt"}), Path(directory)
     write_atomically(target / WEIGHTS, weights)
     settings["sha256"] = hashlib.sha256(weights).hexdigest()  # so that new weights never go with old settings
     write_atomically(target / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
-    """`base` and the additions in `directory` as one model, in the base's dtype.
+def load_adapter(model_class: type[TaHForCausalLM], base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
+    """`base` and the adapter in `directory` as one model, in the base's dtype.
 
     Raises:
-        ValueError: a file is missing or damaged, or they belong to a base of another shape or other weights.
+        ValueError: a file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
     """
     source = Path(directory)
     try:
@@ -62,7 +69,7 @@ def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausal
         shape, digest = dict(settings.pop("base")), settings.pop("sha256")
         settings = current_fields(settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} holds no additions, or damaged ones ({error})") from error
+        raise ValueError(f"{source} holds no adapter, or a damaged one ({error})") from error
     if hashlib.sha256(weights).hexdigest() != digest:
         raise ValueError(f"{source / WEIGHTS} is not what {SETTINGS} was written with; copy both again")
     try:
@@ -72,36 +79,24 @@ def load_additions(base: PreTrainedModel, directory: str | Path) -> TaHForCausal
     given = {name: getattr(base.config, name, None) for name in SHAPE}
     if differ := [f"{name}={shape.get(name)!r}" for name in SHAPE if given[name] != shape.get(name)]:
         has = ", ".join(f"{name}={given[name]!r}" for name in SHAPE if given[name] != shape.get(name))
-        raise ValueError(f"the additions in {source} belong to a base with {', '.join(differ)}, not {has}")
-    if shape.get("weights") != _fingerprint(base):
-        raise ValueError(f"the additions in {source} belong to a base of the same shape with other weights")
-    # First without memory: settings may say any size, and only what is in the file is made.
+        raise ValueError(f"the adapter in {source} belongs to a base with {', '.join(differ)}, not {has}")
+    if shape.get("weights") != weights_fingerprint(base, of_base=True):
+        raise ValueError(f"the adapter in {source} belongs to a base of the same shape with other weights")
+    # First without memory: the settings may have any sizes, and only what is in the file is allocated.
     tensors = len(saved) + sum(1 for _ in base.parameters())
     config = {"base_config": base.config.to_dict(), **settings}
-    own = _of(build_empty(lambda: TaHForCausalLM(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))
+    own = _adapter(build_empty(lambda: model_class(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))
     wrong = sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]
     if wrong := wrong or [n for n in own if not saved[n].is_floating_point()]:
         raise ValueError(f"{source / WEIGHTS} does not fit its {SETTINGS}: {wrong[0]}")
-    model = TaHForCausalLM.from_base(base, **settings)
-    own = _of(model)
+    model = model_class.from_base(base, **settings)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in _adapter(model).items():
             tensor.copy_(saved[name])
     return model
 
 
-def _fingerprint(base: PreTrainedModel) -> str:
-    """A hash of 1024 values of every weight in bfloat16: the same whether loaded in float32 or in bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in base.named_parameters():
-        if ".lora_" not in name:
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // 1024)].cpu().to(torch.bfloat16).float()
-            digest.update(name.encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _of(model: TaHForCausalLM) -> dict[str, torch.Tensor]:
+def _adapter(model: TaHForCausalLM) -> dict[str, torch.Tensor]:
     """Parameters and buffers that the base does not have without the adapter."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or ".lora_" in name}

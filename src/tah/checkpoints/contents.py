@@ -1,4 +1,4 @@
-"""What files hold: a hash to tell sources apart by, and whether a result is still as it was written."""
+"""Hashes that tell files and models apart, and whether a result is still as it was written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LARGE = 64 * 2**20  # bytes; of larger files size and time count, and not every byte
 LOGS = ("checkpoints", "tensorboard")  # in a result, but nobody builds on them: they may be deleted
@@ -38,6 +42,23 @@ def contents(source: str | None, names: Iterable[str] | None = None) -> str | No
         digest.update(json.dumps([inside, stat.st_size]).encode())
         digest.update(str(stat.st_mtime_ns).encode() if stat.st_size > LARGE else file.read_bytes())
     return f"files {digest.hexdigest()[:12]}"
+
+
+def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
+    """A hash of up to 1024 values of every weight: it tells a model from the same model after more training.
+
+    Args:
+        of_base: leave LoRA adapters out, and round to bfloat16, so that a base has the same hash in every precision.
+    """
+    digest = hashlib.sha256() if of_base else hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if of_base and ".lora_" in name:
+            continue
+        digest.update(name.encode())
+        if not parameter.is_meta:
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].cpu()
+            digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sizes_of(result: Path) -> dict[str, int]:

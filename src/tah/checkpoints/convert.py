@@ -1,10 +1,10 @@
-"""Write a checkpoint of the original implementation (spec C.1) as a native TaH checkpoint.
+"""Write a checkpoint of the original implementation as a native TaH checkpoint.
 
 No code of the checkpoint runs: see `original.py` for its pickle and its configuration; `auto_map` is refused, and
 weights must be safetensors. There is no way back: the original layout needs a pickle, and this package writes none.
-The adapter alone can be exchanged, see `adapters.py`.
+The LoRA adapter alone can be exchanged, see `peft.py`.
 
-Where the original surprises, the converter does what its loader does, and says so in the report:
+Where the original is surprising, the converter does what its loader does, and the report has a note about it:
 
 * The threshold is `iter_decider_kwargs.threshold` (0.5 when absent), never the one among the weights. It is rounded to
   `iter_decider_kwargs.dtype` and then to the base's dtype: 0.9 is 0.8984375 in bfloat16.
@@ -17,7 +17,7 @@ Where the original surprises, the converter does what its loader does, and says 
   untrained, so the trained weights are used with its arguments.
 * PEFT keeps an adapter in float32 next to a base in half precision; here it takes the base's dtype.
 
-Defaults of MLPIterDecider that the spec gives: layers (16, 20, 24, 28), widths (256, 512, 256), dropout 0.3, threshold
+Defaults of MLPIterDecider in the paper: layers (16, 20, 24, 28), widths (256, 512, 256), dropout 0.3, threshold
 0.5, max_iter 3. Assumed, from the original's constructor: topk 100, expansion 4, normalize_input False, dtype bfloat16.
 """
 
@@ -26,23 +26,26 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..config import TaHConfig
 from ..decider import build_decider
-from ..model import TaHForCausalLM
-from .hub import TOKENIZER, Snapshot, is_repository, original_directory, own_files
-from .original import CONFIG, DECIDER, READ, OriginalDecider, read_config, read_decider
+from ..errors import some
+from ..files import new_directory
+from .contents import contents
+from .hub import TOKENIZER, Snapshot, is_repository
+from .original import CONFIG, DECIDER, READ, OriginalDecider, own_files, read_config, read_decider
 from .peft import Adapter, read_adapter
-from .smollm2 import cache_dir, locked, progress
-from .untrusted import build_empty, check_model, empty_base, read_json, weight_files
-from .weights import WEIGHTS, misshapen
+from .untrusted import build_empty, checked_config, load_base, read_json, weight_files
+from .user_cache import cache_dir, make_once
+
+if TYPE_CHECKING:
+    from ..model import TaHForCausalLM
 
 VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
 
@@ -71,26 +74,17 @@ class ConversionReport:
         return "\n".join(lines + [f"note       {note}" for note in self.notes])
 
 
-def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> ConversionReport:
-    """Convert the original checkpoint in `src` to a native one in `dst`, all of it or nothing.
-
-    Args:
-        src: directory with `config.json`, `model.safetensors` (or its shards), `tah_config.json`, and as a rule
-            `iter_decider.bin`, `lora/` and a tokenizer; a str may also be the id of such a repository on the hub.
-        dst: directory to make; it may exist if it is empty.
-        threshold: instead of the checkpoint's. The authors evaluate with 0.9, which their checkpoints do not say.
-
-    Raises:
-        ValueError: the checkpoint is incomplete, damaged, asks for code, or asks for what a TaH model cannot do;
-            or `dst` is not empty. One line with the file and the entry.
-    """
+def convert(
+    src: str | Path, dst: str | Path, model_class: type[TaHForCausalLM], threshold: float | None = None
+) -> ConversionReport:
+    """As `tah.convert`, with the class of the model to make."""
     source, target = Path(src), Path(os.path.realpath(dst))
     if not source.is_dir() and not (isinstance(src, str) and is_repository(src)):
         raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty directory; choose another destination")
     if not source.is_dir():
-        source = original_directory(Snapshot(str(src)))
+        source = _downloaded(Snapshot(str(src)))
     notes: list[str] = []
     config = read_config(source)
     decider = read_decider(source, config, notes)
@@ -101,12 +95,17 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
         adapter.check_shapes(base)
     if decider.state is not None:
         _check_decider(decider, base, fields)
-    model = TaHForCausalLM.from_base(base, **fields)
+    model = model_class.from_base(base, **fields)
     if adapter:
         adapter.copy_to(model)
     if decider.state is not None:
         _copy_decider(decider, model)
-    report = ConversionReport(
+    with new_directory(target) as work:
+        model.save_pretrained(work)
+        for name in TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, work / name)
+    return ConversionReport(
         base_family=base.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         max_depth=fields["max_depth"],
@@ -115,8 +114,58 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
         unknown_keys=sorted(config.keys() - READ - {"mix_topk"}),
         notes=notes,
     )
-    _save(model, source, target)
-    return report
+
+
+def converted(name: str, found: Path | Snapshot, model_class: type[TaHForCausalLM]) -> Path:
+    """An original checkpoint as a native one in the user's cache, converted where it is not there yet.
+
+    Args:
+        name: what the user calls it.
+        found: where it is. A revision of the hub is converted once, and a directory again when a file that the
+            conversion reads has changed.
+
+    Raises:
+        ValueError: it cannot be converted.
+    """
+    if isinstance(found, Snapshot):
+        key = found.commit[:12]
+    else:
+        name = os.path.basename(os.path.abspath(name))
+        key = str(contents(str(found), files_read(found))).rpartition(" ")[2]
+
+    def make(target: Path) -> None:
+        convert(_downloaded(found) if isinstance(found, Snapshot) else found, target, model_class)
+
+    words = re.sub(r"[^\w.-]+", "--", name).strip(".-")[-80:] or "original"
+    line = f"Converting {name} from the authors' layout (once)"
+    return make_once(cache_dir() / f"{words}-{key}-tah-v{VERSION}", _is_whole, make, line)
+
+
+def reconversion(directory: str | os.PathLike[str]) -> str:
+    """The advice for a damaged directory, to end a message with; empty where `converted` has not made it."""
+    made = re.search(r"-tah-v\d+$", os.path.basename(directory))
+    ours = os.path.realpath(os.path.dirname(directory)) == os.path.realpath(cache_dir())
+    return "; delete that directory, and it is converted again" if made and ours else ""
+
+
+def files_read(source: Path) -> list[str]:
+    """The files of an original checkpoint that `convert` reads, on which its result depends."""
+    names = ["config.json", "generation_config.json", "model.safetensors.index.json", CONFIG, *TOKENIZER]
+    try:
+        names += [path.name for path in weight_files(source, read_json(source / "config.json"))]
+        names += own_files(read_config(source))
+    except ValueError:  # which `convert` raises again
+        pass
+    return names
+
+
+def _downloaded(found: Snapshot) -> Path:
+    """The directory of an original checkpoint of the hub with all that `convert` reads, where that can be converted."""
+    return found.complete(*own_files(read_config(found.directory)))
+
+
+def _is_whole(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
 
 
 def _config_fields(
@@ -158,7 +207,7 @@ def _config_fields(
         elif arguments["dtype"] != dtype:
             notes.append(f"the decider's first projections are rounded to {arguments['dtype']}, as in the original")
     if adapter:
-        fields |= adapter.fields_for(base)
+        fields |= adapter.fields(base)
         if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
             notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
     return fields
@@ -180,93 +229,19 @@ def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:
     return adapter
 
 
-def convert_once(name: str, key: str, fetch: Callable[[], Path]) -> Path:
-    """A checkpoint of the original implementation as one of ours, in the cache; converted where it is not there yet.
-
-    Args:
-        name: of the checkpoint, for people.
-        key: tells its revisions apart.
-        fetch: where the original is; called only if it is needed.
-
-    Raises:
-        ValueError: it cannot be converted.
-    """
-    words = re.sub(r"[^\w.-]+", "--", name).strip(".-")[-80:] or "original"
-    target = cache_dir() / f"{words}-{key}-tah-v{VERSION}"
-    if _is_whole(target):
-        return target
-    with locked(target):
-        if not _is_whole(target):  # another process may have converted it while this one waited for the lock
-            for leftover in target.parent.glob(f".{target.name}.partial-*"):  # of killed runs: the lock is ours
-                shutil.rmtree(leftover, ignore_errors=True)
-            shutil.rmtree(target, ignore_errors=True)
-            source = fetch()
-            with progress(f"Converting {name} from the authors' layout (once)", after=True):
-                convert(source, target)
-    return target
-
-
-def files_read(source: Path) -> list[str]:
-    """The files of an original checkpoint that `convert` reads, and so those that its result depends on."""
-    names = ["config.json", "generation_config.json", "model.safetensors.index.json", CONFIG, *TOKENIZER]
-    try:
-        names += [path.name for path in weight_files(source, read_json(source / "config.json"))]
-        names += own_files(read_config(source))
-    except ValueError:  # `convert` says so
-        pass
-    return names
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether a converted checkpoint is there: it got its name when it was, so only a later hand can have harmed it."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return "config.json" in names and any(WEIGHTS.fullmatch(name) for name in names)
-
-
-def _check_base_files(source: Path) -> None:
-    """Everything about the base that can be refused before it is loaded."""
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json")
+def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
+    """The base in the dtype of the checkpoint, complete and with nothing left over."""
     if (source / "adapter_config.json").exists():  # transformers would follow it to another base
         raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
-    try:
-        described = read_json(source / "config.json")
-        wanted = {key for key, value in described.items() if key in ("auto_map", "quantization_config") and value}
-        if not wanted:
-            check_model(source, lambda: empty_base(source))
-    except ValueError as error:
-        line = str(error).removeprefix(f"{source}/").removeprefix(f"{source} ")
-        damaged = " is damaged or incomplete: " in line
-        raise ValueError(line if damaged else f"the base in {source} cannot be loaded: {line}") from error
-    for key in sorted(wanted):
-        raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
-
-
-def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
-    """The base model in the dtype of the checkpoint, complete and with nothing left over."""
-    _check_base_files(source)
-    try:
-        base, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype="auto",
-            attn_implementation="eager",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
-    except (ImportError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the base in {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    for what in ("missing", "unexpected"):
-        if names := sorted(loading[f"{what}_keys"]):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"the base weights have {what} tensors: {', '.join(names[:3])}{more}")
-    if wrong := misshapen(loading):
-        raise ValueError(f"the base weights do not fit config.json: {wrong[0]}")
+    described = checked_config(source)  # with nothing given: our choice of kernels does not excuse another there
+    for key in ("auto_map", "quantization_config"):
+        if described.get(key):
+            raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
+    options = {"dtype": "auto", "attn_implementation": "eager", "trust_remote_code": False, "local_files_only": True}
+    base = load_base(source, options, str(source), ignored=())
     if dict(base.named_modules()).get(embedding_key) is not base.get_input_embeddings():
-        raise ValueError(f"tah_config.json: embedding_key is {embedding_key!r}, not the input embedding of the base")
-    base.config.name_or_path = ""  # the new checkpoint does not say where the old one lay
+        raise ValueError(f"{CONFIG}: embedding_key is {embedding_key!r}, not the input embedding of the base")
+    base.config.name_or_path = ""  # the new checkpoint does not mention where the old one lay
     return base
 
 
@@ -287,8 +262,7 @@ def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict
         if own[name].shape != state[name].shape:
             wrong.append(f"{name} is {list(state[name].shape)}, not {list(own[name].shape)}")
     if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{DECIDER} does not fit its arguments: {min(wrong)}{more}")
+        raise ValueError(f"{DECIDER} does not fit its arguments: {some(wrong)}")
 
 
 @torch.no_grad()
@@ -300,20 +274,3 @@ def _copy_decider(decider: OriginalDecider, model: TaHForCausalLM) -> None:
         if name.split(".")[0] in ("logits_projection", "combined_projection"):
             tensor = tensor.to(decider.arguments["dtype"])
         own[name].copy_(tensor)
-
-
-def _save(model: TaHForCausalLM, source: Path, target: Path) -> None:
-    """Write the checkpoint beside `target` and then rename it, so that `target` is never half a checkpoint."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        model.save_pretrained(partial)
-        for name in TOKENIZER:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        if target.exists():
-            target.rmdir()  # empty, or this fails
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

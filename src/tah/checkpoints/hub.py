@@ -1,8 +1,8 @@
-"""Models of the hub as directories of this machine, so that they are looked at before any of them is used.
+"""Models of the hub as directories of this machine, so that they are checked before any of them is used.
 
-A model comes in two parts: what describes it (JSON, tokenizer, chat template), and then, by name, the weights that the
-first part leads to. So nothing else of a repository is downloaded: no pickle but the authors' `iter_decider.bin`, no
-copies of the weights in other formats.
+A download has two parts: the files that describe a model (JSON, tokenizer, chat template), and then the weights, by the
+names that the first part gives. Nothing else of a repository is downloaded: no pickle but the authors'
+`iter_decider.bin`, no copies of the weights in other formats.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ..errors import first_line
+from .original import CONFIG
 from .untrusted import shards
 
-ORIGINAL = "tah_config.json"  # only checkpoints of the original implementation have this file
 OPTIONS = {"cache_dir", "token", "local_files_only", "force_download"}  # of from_pretrained and of a download alike
 TOKENIZER = (  # what tokenizers of transformers read; a repository's other JSON may have any size
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
@@ -31,7 +32,7 @@ RARE = (
     "sentencepiece.model spm.model spm_char.model source.spm target.spm tekken.json tokenizer.model.v* *.tiktoken "
     "additional_chat_templates/*.jinja"
 ).split()
-MODEL = ("config.json", "generation_config.json", "model.safetensors.index*.json", ORIGINAL)
+MODEL = ("config.json", "generation_config.json", "model.safetensors.index*.json", CONFIG)
 
 
 class Snapshot:
@@ -74,8 +75,7 @@ class Snapshot:
             return Path(self._download(**options))
         except Exception as error:
             unreachable = isinstance(error, LocalEntryNotFoundError)  # or what is in the cache is not all of it
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            why = "the model hub cannot be reached" if unreachable else line[:300]
+            why = "the model hub cannot be reached" if unreachable else first_line(error)
             raise ValueError(f"no model {self.repository!r}: there is no such directory, and {why}") from error
 
 
@@ -95,75 +95,3 @@ def hub_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-def local(source: str | os.PathLike[str], options: dict[str, Any]) -> Path:
-    """The directory of a model that `from_pretrained` was asked for, complete; a repository is downloaded.
-
-    Args:
-        options: what else `from_pretrained` was given; what says where in a repository is read, and nothing taken out.
-
-    Raises:
-        ValueError: there is no such directory or repository.
-    """
-    name, subfolder = os.fspath(source), options.get("subfolder") or ""
-    if os.path.isdir(name):
-        directory = Path(name, subfolder)
-        return converted(name, directory) if is_original(directory) else directory
-    if not is_repository(name):
-        raise ValueError(f"no model {name!r}: there is no such directory")
-    found = Snapshot(
-        name, options.get("revision"), subfolder, **{key: options[key] for key in OPTIONS & options.keys()}
-    )
-    if is_original(found.directory):
-        return converted(name, found)
-    code = ["*.py"] if options.get("trust_remote_code") else []
-    return found.complete(*code, variant=options.get("variant") or "")
-
-
-def converted(name: str, found: Path | Snapshot) -> Path:
-    """A checkpoint in the authors' layout as one of ours: in the cache, by revision, or, where it is local, by the
-    contents of the files that are converted.
-
-    Raises:
-        ValueError: it cannot be converted.
-    """
-    from .contents import contents
-    from .convert import convert_once, files_read
-
-    if isinstance(found, Snapshot):
-        return convert_once(name, found.commit[:12], lambda: original_directory(found))
-    key = str(contents(str(found), files_read(found))).rpartition(" ")[2]
-    return convert_once(os.path.basename(os.path.abspath(name)), key, lambda: found)
-
-
-def advice(directory: Any) -> str:
-    """What to do about a damaged directory, to be put behind the reason: it may be one that `converted` has made."""
-    from .smollm2 import cache_dir
-
-    if not isinstance(directory, (str, os.PathLike)) or not re.search(r"-tah-v\d+$", os.path.basename(directory)):
-        return ""
-    ours = os.path.realpath(os.path.dirname(directory)) == os.path.realpath(cache_dir())
-    return "; delete that directory, and it is converted again" if ours else ""
-
-
-def is_original(directory: Path) -> bool:
-    """Whether it has the layout of the original implementation (spec C.1)."""
-    return (directory / ORIGINAL).is_file()
-
-
-def original_directory(found: Snapshot) -> Path:
-    """A checkpoint of the authors, with all of it that `convert` reads; what cannot be converted is not downloaded."""
-    from .original import read_config
-
-    return found.complete(*own_files(read_config(found.directory)))
-
-
-def own_files(config: dict[str, Any]) -> list[str]:
-    """Where the decider and the adapter of the authors' checkpoint may be, by its `tah_config.json`."""
-    kwargs = config.get("iter_decider_kwargs")
-    moved = kwargs.get("load_path") if isinstance(kwargs, dict) else None
-    files = ["iter_decider.bin", "lora/adapter_config.json", "lora/adapter_model.safetensors"]
-    if isinstance(moved, str) and not set("*?[") & set(moved):
-        files += [os.path.normpath(moved), f"{os.path.normpath(moved)}/iter_decider.bin"]
-    return files

@@ -1,4 +1,4 @@
-"""Files of the original implementation, read as plain data (spec C.1).
+"""Files of the original implementation, read as plain data.
 
 Everything here comes from a download and is trusted with nothing: `iter_decider.bin`, a pickle, is opened by torch's
 restricted unpickler with nothing added to what it admits, and `tah_config.json` may name dtypes but no other object.
@@ -22,7 +22,7 @@ from torch import Tensor
 CONFIG, DECIDER = "tah_config.json", "iter_decider.bin"
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 MLP, LABEL = "MLPIterDecider", "IterLabelDecider"
-ARGUMENTS: dict[str, dict[str, Any]] = {  # of each decider class, with its defaults; convert.py says where from
+ARGUMENTS: dict[str, dict[str, Any]] = {  # of each decider class, with its defaults; see convert.py for their source
     MLP: {
         "topk": 100,
         "hidden_states_size": 1024,
@@ -83,6 +83,21 @@ def read_config(source: Path) -> dict[str, Any]:
         if type(config.get(key)) is not int or config[key] < 1:
             raise ValueError(f"{CONFIG}: {name} is {config.get(key)!r}, not an integer >= 1")
     return config
+
+
+def is_original(directory: Path) -> bool:
+    """Whether a directory has the layout of the original implementation."""
+    return (directory / CONFIG).is_file()
+
+
+def own_files(config: dict[str, Any]) -> list[str]:
+    """The paths that the decider and the adapter may have, by `tah_config.json`."""
+    kwargs = config.get("iter_decider_kwargs")
+    moved = kwargs.get("load_path") if isinstance(kwargs, dict) else None
+    files = [DECIDER, "lora/adapter_config.json", "lora/adapter_model.safetensors"]
+    if isinstance(moved, str) and not set("*?[") & set(moved):
+        files += [os.path.normpath(moved), f"{os.path.normpath(moved)}/{DECIDER}"]
+    return files
 
 
 def _plain(value: Any, path: str) -> Any:
@@ -217,7 +232,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """The line of torch's message that says what it met: the last but one paragraph."""
+    """The reason in torch's message: its last paragraph but one."""
     paragraphs = [part.strip().splitlines()[0] for part in text.split("\n\n") if part.strip()]
     return paragraphs[-2].rstrip(".") if len(paragraphs) > 1 else "a pickle that torch refuses"
 

@@ -8,26 +8,28 @@ never imported (that would import llama.cpp).
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DTYPES = ("float32", "bfloat16", "float16")
+import torch
+import transformers
+from tokenizers import decoders, pre_tokenizers
+
+from ..files import new_directory
+from ..names import DTYPES
+from .adapter import SETTINGS, WEIGHTS, load_adapter
+from .safe import load_plain
+from .user_cache import cache_dir, make_once
+
+if TYPE_CHECKING:
+    from ..model import TaHForCausalLM
+
 TAH = Path(__file__).parents[1] / "assets" / "smollm2-tah"
 VERSION = 1  # part of the directory's name: raise it whenever the converted files change
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER)
 
 
 class MissingPackage(ImportError):
@@ -40,37 +42,38 @@ def smollm2_base(dtype: str = "float32") -> Path:
     if is_complete(target):
         return target
     gguf = find_gguf()
-    with progress("Converting SmolLM2-135M-Instruct (once, about a minute)"), locked(target):
-        if not is_complete(target):  # another process may have finished while this one waited for the lock
-            _write(target, lambda: _load(gguf, dtype))
-    return target
+    line = "Converting SmolLM2-135M-Instruct (once, about a minute)"
+
+    def make(target: Path) -> None:
+        with new_directory(target) as work:
+            for part in read_gguf(gguf, dtype):
+                part.save_pretrained(work)
+
+    return make_once(target, is_complete, make, line)
 
 
-def smollm2_tah() -> Path:
-    """Directory of SmolLM2-135M-Instruct made into a TaH model: the base, and the additions that come with the package
+def smollm2_tah(model_class: type[TaHForCausalLM]) -> Path:
+    """Directory of SmolLM2-135M-Instruct made into a TaH model: the base, and the adapter that comes with this package
     (`assets/smollm2-tah`, with its model card). Put together on the first call (0.55 GB in float32)."""
-    digest = hashlib.sha256(b"".join((TAH / name).read_bytes() for name in ("additions.json", "additions.safetensors")))
-    target = cache_dir() / f"smollm2-tah-{digest.hexdigest()[:12]}-v{VERSION}"
+    digest = hashlib.sha256(b"".join((TAH / name).read_bytes() for name in (SETTINGS, WEIGHTS))).hexdigest()
+    target = cache_dir() / f"smollm2-tah-{digest[:12]}-v{VERSION}"
     if is_complete(target):
         return target
     base = smollm2_base()
-    with progress("Adding the second pass to SmolLM2-135M-Instruct (once, seconds)"), locked(target):
-        if not is_complete(target):
-            _write(target, lambda: _load_tah(base))
-    return target
 
+    def make(target: Path) -> None:
+        with new_directory(target) as work:
+            load_adapter(model_class, load_plain(base, dtype="auto"), TAH).save_pretrained(work)
+            for name in TOKENIZER:
+                shutil.copyfile(base / name, work / name)
 
-def cache_dir() -> Path:
-    """TAH_CACHE if set, else `tah` below the user's cache directory."""
-    if os.environ.get("TAH_CACHE"):
-        return Path(os.environ["TAH_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tah"
+    return make_once(target, is_complete, make, "Adding the second pass to SmolLM2-135M-Instruct (once, seconds)")
 
 
 def converted_dir(dtype: str) -> Path:
     """Where the converted model is or will be."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in DTYPES[1:]:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES[1:])}")
     return cache_dir() / f"smollm2-135m-instruct-{dtype}-v{VERSION}"
 
 
@@ -94,40 +97,9 @@ def find_gguf() -> Path:
     return files[0]
 
 
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """One process at a time makes `target`."""
-    from filelock import FileLock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        yield
-
-
-def _write(target: Path, load: Callable[[], tuple[Any, Any]]) -> None:
-    """Write `target` in one rename, so that it either is complete or does not exist. The caller holds the lock."""
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of killed runs: no live one can have the lock
-        shutil.rmtree(leftover, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        model, tokenizer = load()
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        if not is_complete(work):
-            raise RuntimeError(f"the conversion wrote {sorted(os.listdir(work))}, expected at least {sorted(FILES)}")
-        if target.exists():  # damaged after it was written: rename cannot replace a directory that is not empty
-            shutil.rmtree(target)
-        os.rename(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _load(gguf: Path, dtype: str) -> tuple[Any, Any]:
+def read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer as published, from the GGUF file."""
-    import torch
-    import transformers
-
-    # Versions without GgufConfig know no other way than to dequantize.
+    # Versions without GgufConfig always dequantize.
     known = hasattr(transformers, "GgufConfig")
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -141,32 +113,19 @@ def _load(gguf: Path, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_tah(base: Path) -> tuple[Any, Any]:
-    """Base and additions as one model, and the base's tokenizer."""
-    from transformers import AutoTokenizer
-
-    from ..load import load_base
-    from .adapter import load_additions
-
-    return load_additions(load_base(str(base)), TAH), AutoTokenizer.from_pretrained(base)
-
-
 def _tokenizer(gguf: Path, max_length: int) -> Any:
     """The tokenizer as published, which is not quite what Transformers makes of a GGUF file.
 
     5.16 to 5.23 drop the splitting of digits, so that whitespace before a number is cut unlike in training ("\\n\\n1"
     becomes three tokens, not two). Some also take <|im_start|> for the end of text, or decode as sentencepiece does.
     """
-    from tokenizers import decoders, pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     backend = read.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -176,28 +135,3 @@ def _tokenizer(gguf: Path, max_length: int) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
     )
-
-
-@contextmanager
-def progress(message: str, after: bool = False) -> Iterator[None]:
-    """One line on stderr in place of Transformers' progress bars; a spinner where stderr is a terminal.
-
-    Args:
-        after: say it once the work is done, where it may well be refused.
-    """
-    from rich.console import Console
-    from transformers.utils import logging
-
-    console = Console(stderr=True)
-    if not console.is_terminal and not after:
-        console.print(message, highlight=False, soft_wrap=True)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with console.status(message):
-            yield
-        if not console.is_terminal and after:
-            console.print(message, highlight=False, soft_wrap=True)
-    finally:
-        if bars:
-            logging.enable_progress_bar()

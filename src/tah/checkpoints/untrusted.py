@@ -1,9 +1,9 @@
-"""Whether a directory holds a model that can be loaded: looked at before any of it is used.
+"""Whether a directory of unknown origin holds a model that can be loaded: checked before any of it is used.
 
-What is read here is `config.json`, the index and the heads of the safetensors files. The model that the configuration
-describes is built on the meta device, without memory for weights, and with no more layers than the files could fill: a
-configuration may say ten million of them, and would be believed otherwise. What remains to be found (a tensor missing
-here or there) is found by the loaders, which then allocate little more than the files hold.
+The check reads `config.json`, the index and the heads of the safetensors files. It builds the model that the
+configuration describes on the meta device, without memory for weights, and with no more layers than the files could
+fill, since a configuration may ask for ten million of them. What the check leaves (single tensors that are missing or
+have another shape) is found by the loaders, which then allocate little more than the files hold.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers import AutoHfQuantizer
 
 from ..config import KERNELS, TaHConfig, check_family, current_tensor, parts, refuse_kernels, without_kernels
+from ..errors import first_line, some
 from ..files import parse_json
 
 MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
-SLACK = 2**20  # elements that a model may lack in its files before this is said here, and not by the loaders
+SLACK = 2**20  # elements by which files and model may differ before this is an error here, and not in the loaders
 BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
@@ -35,7 +39,7 @@ PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)
 
 @dataclass
 class Held:
-    """What weight files hold: dtype and shape of each tensor by its name, as their heads say."""
+    """Contents of weight files by their heads: dtype and shape of each tensor by its name."""
 
     tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     size: int = 0  # bytes of the files
@@ -46,10 +50,7 @@ class Held:
 
 
 def check_model(
-    directory: str | Path,
-    build: Callable[[], Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-    slack: int = SLACK,
+    directory: str | Path, build: Callable[[], Any] | None = None, options: Mapping[str, Any] | None = None
 ) -> Held:
     """What the weight files of a model hold, once its configuration fits them.
 
@@ -58,42 +59,87 @@ def check_model(
         build: makes the model that the configuration describes; called once, on the meta device, after all else.
         options: of `from_pretrained`: the `variant` of the weights, kernels that the caller chose, and
             `trust_remote_code`.
-        slack: by how many elements a tensor may differ from the model's before that is said here.
 
     Raises:
         ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
             describes more than the files hold.
     """
     source, options = Path(directory), options or {}
-    described = read_json(source / "config.json")
-    given = [name for name in KERNELS if options.get(name) is not None]
-    check_config(described, f"{source}/config.json", given, bool(options.get("trust_remote_code")))
+    described = checked_config(source, options)
     held = read_heads(weight_files(source, described, options.get("variant") or ""))
     check_counts(described, len(held.tensors), f"{source}/config.json")
     if build is not None:
-        model = build_empty(build, len(held.tensors), f"{source}/config.json")
-        _check_fit(model, held, source, _is_quantized(model.config), slack)
+        _check_fit(build_empty(build, len(held.tensors), f"{source}/config.json"), held, source)
     return held
 
 
-def check_adapted(directory: Path) -> None:
-    """Raise `ValueError` for a directory that transformers would complete from elsewhere, or with a pickle."""
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(
-            f"{directory} has an adapter_config.json: a PEFT adapter is not loaded on the way; merge it into its base, "
-            "or remove the file"
-        )
-    if directory.is_dir() and any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
-        raise ValueError(f"{directory} holds a distributed checkpoint; save the model with save_pretrained")
+def checked_config(directory: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `config.json` of a model, where it names no code to download and only a family and dtypes that are known.
+
+    Args:
+        options: of `from_pretrained`: kernels that the caller chose in the place of the configuration's, and
+            `trust_remote_code`, with which the model's own code may define its family.
+
+    Raises:
+        ValueError: the file is missing or damaged, or is not to be followed.
+    """
+    path, options = Path(directory, "config.json"), options or {}
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a model: it has no config.json")
+    described = read_json(path)
+    given = [name for name in KERNELS if options.get(name) is not None]
+    own = described.get("model_type") == TaHConfig.model_type
+    refuse_kernels(without_kernels(described, given) if own and given else described, str(path), given)
+    for part in (described, described.get("base_config")):
+        if not isinstance(part, dict):
+            continue
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(value := part.get(name), str) and not _is_float(value):
+                raise ValueError(f"{path}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
+        if part.get("model_type") is not None and not options.get("trust_remote_code"):
+            try:
+                check_family(part["model_type"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    return described
+
+
+def _is_float(dtype: str) -> bool:
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
+
+
+def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", ignored: Collection[str] = ()) -> None:
+    """Raise `ValueError` unless exactly the tensors of a model were loaded.
+
+    Args:
+        info: transformers' `output_loading_info`.
+        what: begins the message: `DIR: not a complete base`.
+        advice: ends it.
+        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+    """
+    shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mismatched": shapes}
+    for problem, keys in problems.items():
+        if keys and problem not in ignored:
+            word = "wrongly shaped" if problem == "mismatched" else problem
+            raise ValueError(f"{what}: {word} tensors {some(keys)}{advice}")
 
 
 def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
     """The safetensors files of a model, in the order in which transformers looks for them.
 
     Raises:
-        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file.
+        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file; or
+            transformers would complete them from elsewhere, or with a pickle.
     """
-    check_adapted(directory)
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} has an adapter_config.json: a PEFT adapter is not loaded on the way; merge it into its base, "
+            "or remove the file"
+        )
+    if any(re.match(r"shard-\d{5}-model-", path.name) for path in directory.iterdir()):
+        raise ValueError(f"{directory} holds a distributed checkpoint; save the model with save_pretrained")
     middle = f".{variant}" if variant else ""
     names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
     if (named := described.get("transformers_weights")) is not None:
@@ -153,8 +199,7 @@ def read_heads(files: list[Path]) -> Held:
                     held.tensors[name] = (part.get_dtype(), part.get_shape())
             held.size += path.stat().st_size
         except (SafetensorError, OSError, OverflowError, TypeError, ValueError) as error:
-            line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            why = f"the weights are damaged or cut short ({line})"
+            why = f"the weights are damaged or cut short ({first_line(error)})"
             raise ValueError(f"{path} is damaged or incomplete: {why}; copy them again") from error
     return held
 
@@ -176,37 +221,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is damaged or incomplete: it is not a JSON object")
     return data
-
-
-def check_config(described: dict[str, Any], where: str, given: Collection[str] = (), trusted: bool = False) -> None:
-    """Raise `ValueError` for a configuration that names code to download, or a family or a dtype that nobody knows.
-
-    Args:
-        described: the configuration in JSON.
-        where: its file.
-        given: those of `KERNELS` that the caller chose instead of the configuration's.
-        trusted: the caller runs the model's own code, which may define its family.
-    """
-    if described.get("model_type") == TaHConfig.model_type and given:
-        described = without_kernels(described, given)  # as `TaHConfig.from_dict` does
-    refuse_kernels(described, where, given)
-    models: list[Any] = [described, described.get("base_config")]
-    for part in models:
-        if not isinstance(part, dict):
-            continue
-        for name in ("dtype", "torch_dtype"):
-            if isinstance(value := part.get(name), str) and not _is_float(value):
-                raise ValueError(f"{where}: {name}={value[:40]!r} is no floating point type of torch, such as bfloat16")
-        if part.get("model_type") is not None and not trusted:
-            try:
-                check_family(part["model_type"])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-
-
-def _is_float(dtype: str) -> bool:
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    return dtype == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point)
 
 
 def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
@@ -240,11 +254,10 @@ def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str)
     except _TooMany:
         raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
     except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        line = line if len(line) <= 300 else f"{line[:297]}..."
+        line = first_line(error)
         kind = "" if isinstance(error, ValueError) else f"describes no model: {type(error).__name__}: "
-        told = line.startswith(where.removesuffix("/config.json"))
-        raise ValueError(line if told else f"{where}: {kind}{line}") from error
+        located = line.startswith(where.removesuffix("/config.json"))
+        raise ValueError(line if located else f"{where}: {kind}{line}") from error
 
 
 def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Module:
@@ -257,14 +270,40 @@ def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Mod
     Raises:
         ValueError: transformers has no causal language model of the family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_base(
+    directory: str | Path, options: Mapping[str, Any], name: str, ignored: Collection[str] = ("unexpected",)
+) -> PreTrainedModel:
+    """A base that has been checked, with all its tensors.
+
+    Args:
+        options: of `from_pretrained`.
+        name: what messages call it.
+        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+
+    Raises:
+        ValueError: it cannot be loaded, or tensors are missing or of another shape.
+    """
+    reading = dict(options)
+    if reading.pop("ignore_mismatched_sizes", False):
+        ignored = (*ignored, "mismatched")
+    if not options.get("gguf_file"):  # which is data too, and read by transformers alone
+        trusted = bool(options.get("trust_remote_code"))
+        check_model(directory, lambda: empty_base(directory, trusted), options)
+        reading["use_safetensors"] = True
+    reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+    refuse_incomplete(info, f"{name}: not a complete base", "; copy or download it again", ignored)
+    return model
 
 
 class _TooMany(Exception):
@@ -289,9 +328,9 @@ def _at_most(modules: int) -> Iterator[None]:
         handle.remove()
 
 
-def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slack: int) -> None:
+def _check_fit(model: PreTrainedModel, held: Held, source: Path) -> None:
     """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
-    wanted = dict(model.named_parameters())
+    wanted, quantized = dict(model.named_parameters()), _is_quantized(model.config)
     # Eight weights in a byte are the most that a quantized file can hold.
     needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
     if needed > 1.25 * most + SLACK:
@@ -303,14 +342,12 @@ def _check_fit(model: nn.Module, held: Held, source: Path, quantized: bool, slac
         floats = name.endswith(".weight") if parameter is None else parameter.is_floating_point()
         if floats and not dtype.startswith(("F", "BF")):
             raise ValueError(f"{source}: the tensor {name} has {dtype} numbers, not floating point ones")
-        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > slack:
+        if parameter is not None and abs(parameter.numel() - math.prod(shape)) > SLACK:
             raise ValueError(f"{source}: config.json makes {name} {list(parameter.shape)}, the weights hold {shape}")
 
 
 def _is_quantized(config: Any) -> bool:
     """Whether transformers will read the weights as quantized ones: it looks in these two places."""
-    from transformers.quantizers import AutoHfQuantizer
-
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
     try:

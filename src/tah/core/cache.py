@@ -86,25 +86,21 @@ class DuoCache(Cache):
         self.has_documents = documents
         return PassCache(self, 1, start, self.order_keys.length, deeper=deeper)
 
-    def open_deeper_pass(
-        self, depth: int, row: Tensor, column: Tensor, packed: Packed, order_keys: Tensor, length: int
-    ) -> PassCache:
+    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor, length: int) -> PassCache:
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
-            row: [M] cache row of each token, sorted.
-            column: [M] index of each token among its row's packed ones: 0, 1, ...
             packed: how the tokens lie in the [R, P] input of the pass.
             order_keys: [M] of each token.
             length: T, the newest depth-1 slots, which are those of the call that the tokens are chosen from.
         """
-        batch = self.order_keys.view.shape[0]
+        batch, row = self.order_keys.view.shape[0], packed.batch_row
         if self.deep_length is None:
             self.deep_length = torch.zeros(batch, dtype=torch.long, device=row.device)
             self.deep_order_keys = order_keys.new_empty(batch, 0)
             self.deep_depths = order_keys.new_empty(batch, 0)
         assert self.deep_order_keys is not None and self.deep_depths is not None
-        slots = self.deep_length[row] + column
+        slots = self.deep_length[row] + packed.packed_column
         used = int(slots.max()) + 1
         width = max(self.deep_width, used)
         if width > self.deep_order_keys.shape[1]:
@@ -120,7 +116,7 @@ class DuoCache(Cache):
         visible = self.order_keys.length
         if packed.columns.shape[1] >= WIDE:  # keys behind the last of them are invisible; asking waits for the device
             visible += int(packed.columns.max()) + 1 - length
-        return PassCache(self, depth, self.order_keys.length, visible, DeepWrite(row, slots, used, width, packed))
+        return PassCache(self, depth, self.order_keys.length, visible, DeepWrite(slots, used, width, packed))
 
     def drop_deep(self) -> None:
         """Forget all deeper keys and values."""
@@ -203,7 +199,6 @@ class DuoCache(Cache):
 class DeepWrite:
     """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
 
-    row: Tensor  # [M] cache row
     slots: Tensor  # [M] slot, counted from the middle outwards
     used: int  # slots its rows have in use, the longest of them
     width: int  # slots any row has in use
@@ -254,7 +249,7 @@ class PassCache(Cache):
         else:
             k = unpack(key_states, self.write.packed)
             v = unpack(value_states, self.write.packed)
-            layer.insert(k, v, self.write.row, self.write.slots, self.write.width, in_place)
+            layer.insert(k, v, self.write.packed.batch_row, self.write.slots, self.write.width, in_place)
         return self._visible(layer)
 
     def _visible(self, layer: DuoLayer) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,7 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
     cache, _ = depth_one(PROBE_TOKENS - late)
     last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
-    packed, row, column = pack(last, PROBE_TOKENS)
-    deep = cache.open_deeper_pass(2, row, column, packed, last, PROBE_TOKENS - late)
+    deep = cache.open_deeper_pass(2, pack(last, PROBE_TOKENS), last, PROBE_TOKENS)
     hidden = decoder(
         inputs_embeds=embeds[:, -late:],
         position_ids=last[None],

@@ -22,7 +22,7 @@ from .logits import CHUNK, RunningOutput, best_of, joined
 
 ENABLED = True
 FEW_ROWS = 48  # a CPU's float32 kernels take longer for x W^T than for (W x^T)^T up to here
-QUERIES, TURNS = 128, 8  # tokens of a row in one turn of a deeper pass, at least; turns, at most
+QUERIES, CHUNKS = 128, 8  # tokens of a row in one chunk of a deeper pass, at least; chunks, at most
 MEMO = 64  # tokens of a call whose logits are kept, at most
 BLOCK = 16  # logits of which one maximum is taken
 # Times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token (measured with
@@ -43,13 +43,14 @@ def float32_cpu(x: Tensor) -> bool:
 # -- passes ------------------------------------------------------------------------------------------------------------
 
 
-def turns(tokens: Tensor, length: int) -> list[Tensor]:
+def chunks(tokens: Tensor, length: int) -> list[Tensor]:
     """A deeper pass of `tokens` [M] (sorted flat indices of a [B, T] input, T = `length`) as passes one after the
-    other, each given by indices into `tokens`; mostly there is one.
+    other, each given by indices into `tokens`; mostly there is one. A chunk holds the next tokens of every row, so it
+    finds the keys of the tokens before them in the cache.
 
     A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
-    with their early keys in the middle (`kv_buffer.py`): taken in turns, each over the keys that its tokens can see, a
-    long one needs a quarter less time.
+    with their early keys in the middle (`kv_buffer.py`): in chunks, each over the keys that its tokens can see, a long
+    one needs less time.
     """
     M = len(tokens)
     if M < 2 * QUERIES or not allowed() or tokens.device.type != "cpu":
@@ -57,8 +58,8 @@ def turns(tokens: Tensor, length: int) -> list[Tensor]:
     _, index, counts = torch.unique_consecutive(tokens // length, return_inverse=True, return_counts=True)
     column = torch.arange(M) - (counts.cumsum(0) - counts)[index]  # among the tokens of its row
     width = int(counts.max())
-    size = max(QUERIES, -(-width // TURNS)) if width >= 2 * QUERIES else width
-    return [(column // size == turn).nonzero().squeeze(1) for turn in range(-(-width // size))]
+    size = max(QUERIES, -(-width // CHUNKS)) if width >= 2 * QUERIES else width
+    return [(column // size == chunk).nonzero().squeeze(1) for chunk in range(-(-width // size))]
 
 
 # -- linear layers -------------------------------------------------------------------------------------------------

@@ -116,14 +116,14 @@ class Tokens:
         """Reserve depth-1 slots in the cache for these tokens; `deeper`: deeper passes may follow."""
         return cache.open_pass(self.order_keys, self.valid, self.padded, self.documents, deeper)
 
-    def stock_inputs(self, view: PassCache | None, decoder: PreTrainedModel) -> dict[str, Any]:
+    def stock_inputs(self, pass_cache: PassCache | None, decoder: PreTrainedModel) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
         if self.documents:
             masks = document_masks(decoder.config, self.order_keys, self.valid, decoder.dtype)
             return self._inputs(masks, self.positions)
-        mask = view.padding_mask() if view is not None else self.valid if self.padded else None
+        mask = pass_cache.padding_mask() if pass_cache is not None else self.valid if self.padded else None
         # Without a cache, positions that merely count are left to the base: it treats given ones as a sign of packing.
-        count = view is None and not self.padded and not self.explicit
+        count = pass_cache is None and not self.padded and not self.explicit
         return self._inputs(None if mask is None else mask.long(), None if count else self.positions)
 
     def _inputs(self, attention_mask: Any, position_ids: Tensor | None) -> dict[str, Any]:

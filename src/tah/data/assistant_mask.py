@@ -1,12 +1,13 @@
-"""A row as tokens, and which of them the model is to say.
+"""A row as tokens, and the mask of those that an assistant is trained to produce.
 
-Chat goes through the tokenizer's own template. Where that marks the assistant's turns (`{% generation %}`), its marks
-count; elsewhere a turn is what the conversation up to and with it has in addition to the conversation up to it,
-rendered with the prompt for an answer. Templates that render a turn differently once more follow (Qwen3's leaves out
-earlier reasoning) are asked again with a mark in its place: what follows the mark tells where the turn ends. Either way
-turns are found in characters, and tokens by what they cover. What was found is checked (shown.py) before it counts.
+A conversation is rendered by the tokenizer's chat template. Where the template tags the assistant's turns
+(`{% generation %}`), its tags count. Elsewhere a turn is what the conversation up to and with it has beyond the
+conversation before it, rendered with the prompt for an answer. Templates that change earlier turns when more follow
+(Qwen3's drops their reasoning) are rendered again with a mark in the turn's place: what follows the mark shows where
+the turn ends. Turns are found in characters, and tokens by the characters they cover; `chat_template.check_turns`
+checks the result.
 
-T: tokens of the row.
+Shapes: T tokens of the row.
 """
 
 from __future__ import annotations
@@ -14,36 +15,25 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix  # of any strings
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..load import first_line
-from .chat_rows import Chat, Messages, Refused, Unusable, is_chat, read_chat, tools_of
-from .shapes import Shape, shapes
-from .shown import MARK, LeftOut, NoReasoning, check_turns, closes
+from .chat_rows import Messages, Unusable, is_chat, read_chat
+from .chat_template import MARK, LeftOut, NoReasoning, Refused, Renderer, Spans, Turns, check_turns, open_ends, shapes
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # where two texts part within a marker, as "<think>" and "<tool_call>" do
-# What a template raises at a conversation that it was not written for.
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 LOG = logging.getLogger(__name__)
-Spans = list[tuple[int, int]]  # (start, stop) in characters
-Turns = list[tuple[list[int], Spans]]  # numbers of assistant's messages, and where they stand
-Render = Callable[..., tuple[str, Spans]]
 
 
 def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens [T] of a row in one of `forms.FORMS`, and which of them are supervised; never the first.
+    """Tokens [T] of a row in one of `rows.FORMS`, and which of them are supervised; never the first.
 
     Raises:
-        Unusable: the row is malformed, something in it would be lost, or the template does not let us tell who says
-            what.
-        ValueError: no row could be encoded: the tokenizer has no chat template, or tells no offsets.
+        Unusable: the row is malformed, something in it would be lost, or the template hides who speaks.
+        ValueError: no row can be encoded: the tokenizer has no chat template, or does not report offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} does not say which characters a token covers; use a fast one")
@@ -64,7 +54,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool
     for start, stop in spans:
         mask |= (start < ends) & (ends <= stop)
     for stop in unclosed:
-        _learn_stop(ids, mask, ends, stop, tokenizer)
+        _supervise_next(ids, mask, int((ends <= stop).sum()), tokenizer)
     supervised = mask.tolist()
     if (not chat or len(text) in unclosed) and tokenizer.eos_token_id is not None:
         if not ids or ids[-1] != tokenizer.eos_token_id:
@@ -73,12 +63,11 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool
     return ids, [False, *supervised[1:]] if ids else []
 
 
-def _learn_stop(ids: list[int], mask: np.ndarray, ends: np.ndarray, stop: int, tokenizer: Any) -> None:
-    """Let the model say the special token that follows a turn without an end, in which the next turn begins.
+def _supervise_next(ids: list[int], mask: np.ndarray, after: int, tokenizer: Any) -> None:
+    """Supervise the special token at index `after`, which begins the next turn, where the turn before it has no end.
 
-    What follows the last turn is the end of text, which the caller adds.
+    After the last turn comes the end of text, which the caller adds.
     """
-    after = int((ends <= stop).sum())
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     if after < len(ids) and ids[after] in special:
         mask[after] = True
@@ -88,7 +77,7 @@ def _learn_stop(ids: list[int], mask: np.ndarray, ends: np.ndarray, stop: int, t
 
 @functools.lru_cache(maxsize=8)
 def _warn_of_no_end(template: str) -> None:
-    """Say it once for a template, not for every row."""
+    """Warn once for a template, not for every row."""
     LOG.warning(
         "the chat template ends some of the assistant's turns with nothing that a model could stop at: "
         "no end is learnt there"
@@ -96,128 +85,89 @@ def _warn_of_no_end(template: str) -> None:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow gives all rows the same keys and fills up with None; templates ask whether a key is there."""
+    """Arrow gives all rows the same keys and fills up with None; templates test whether a key is there."""
     if isinstance(value, Mapping):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _strings(row: Mapping[str, Any]) -> tuple[str, Spans]:
-    """Prompt and completion, or a text, as it is, and the characters to be learnt."""
+    """Prompt and completion, or a text, as it is, and the supervised characters."""
     prompt, rest = (row["prompt"], row.get("completion")) if "prompt" in row else ("", row.get("text"))
     if not isinstance(prompt, str) or not isinstance(rest, str):
         raise Unusable("malformed row")
-    if "prompt" in row and not rest.strip():
-        raise Unusable("empty completion")
     if not rest.strip():
-        raise Unusable("no assistant tokens")
+        raise Unusable("empty completion" if "prompt" in row else "no assistant tokens")
     return prompt + rest, [(len(prompt), len(prompt + rest))]
 
 
 # -- conversations ---------------------------------------------------------------------------------------------------
 
 
-def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, list[int]]:
-    """The conversation as text, the (start, stop) characters to be learnt, and which stops are of turns without end.
+def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, Sequence[int]]:
+    """The conversation as text, the supervised characters, and where supervised turns without an end stop.
 
-    A template that refuses the first shape of the conversation, or leaves something out, is asked with the others.
+    Where the template refuses a shape of the conversation, or leaves something out, the next shape is tried.
     """
-    tools = tools_of(row)
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; give it one, or the data as prompt + completion or text")
-    template = tokenizer.get_chat_template(None, tools)
-    chat = read_chat(row, template)
-    tagged = bool(GENERATION_TAG.search(template))
-    end, why = tokenizer.eos_token or MARK, None  # the mark is never said
+    chat, why = read_chat(row, tokenizer), None
     for shape in shapes(chat):
-        render = functools.partial(_render, shape, chat, template, tokenizer)
+        render = Renderer(tokenizer, chat, shape)
         try:
-            text, turns = _turns(chat, render, tagged)
-            check_turns(chat, text, turns, render, "tools" in template)
+            text, turns = _turns(render)
+            check_turns(render, text, turns)
         except (Refused, LeftOut) as error:
             why = error if isinstance(error, NoReasoning) else why or error
             continue
-        if shape.is_quoted(chat, text):
-            continue
-        unclosed = []
-        for numbers, spans in turns:
-            message = chat.messages[numbers[0]] if len(numbers) == 1 else None
-            for start, stop in spans:
-                said = text[start:stop]  # which may bring its end along
-                if not said.rstrip().endswith(end) and not closes(message, said, render, tagged):
-                    unclosed.append(stop)
-        return text, [span for _, spans in turns for span in spans], unclosed
+        if not render.is_quoted(text):
+            return text, [span for _, spans in turns for span in spans], open_ends(render, text, turns)
     raise why or Unusable("malformed row")
 
 
-def _render(
-    shape: Shape,
-    chat: Chat,
-    template: str,
-    tokenizer: Any,
-    conversation: Messages,
-    ask: bool = False,
-    tags: bool = False,
-) -> tuple[str, Spans]:
-    """A conversation as text, with the prompt for an answer if `ask`, and what is tagged in it if `tags`."""
-    try:
-        texts, found = render_jinja_template(
-            [shape.messages(conversation)],
-            tools=shape.tools(chat.tools),
-            chat_template=template,
-            add_generation_prompt=ask,
-            return_assistant_tokens_mask=tags,
-            **{**tokenizer.special_tokens_map, **chat.options},
-        )
-    except REFUSALS as error:
-        raise Refused(f"the chat template refuses it: {first_line(error)[:80]}") from error
-    return texts[0], found[0] if found else []
+def _turns(render: Renderer) -> tuple[str, Turns]:
+    """The conversation as text, and the supervised messages with their characters.
 
-
-def _turns(chat: Chat, render: Render, tagged: bool) -> tuple[str, Turns]:
-    """The conversation as text, and the assistant's messages to be learnt with the characters in which they stand.
-
-    Tags do not say to which message they belong, so that all of these come together. Where some answers are not to be
-    learnt, there has to be a tag for each answer; the check of what was found shows that they are in order.
+    Tags do not name the message to which they belong, so tagged turns are found all together. Where some answers are
+    not supervised, there has to be a tag for each answer; `check_turns` shows that they are in order.
     """
-    messages, first = chat.messages, chat.first
-    text, spans = render(messages, tags=tagged)
-    said = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    learnt = [at for at in said if at >= first and at not in chat.unlearnt]
-    if not learnt:
+    chat = render.chat
+    messages, context = chat.messages, chat.context
+    text, spans = render(messages, tags=render.tagged)
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    supervised = [at for at in answers if at >= context and at not in chat.unsupervised]
+    if not supervised:
         return text, []
-    if tagged and chat.unlearnt:
-        if len(spans) != len(said):
+    if render.tagged and chat.unsupervised:
+        if len(spans) != len(answers):
             raise Unusable("the chat template does not mark each answer by itself, and one is not to be learnt")
-        return text, [([at], [span]) for at, span in zip(said, spans, strict=True) if at in learnt]
-    if tagged:
-        begin = _end(messages, first - 1, text, render) if first else 0
-        return text, [(learnt, [span for span in spans if span[0] >= begin])]
-    if learnt[0] == 0:
+        return text, [([at], [span]) for at, span in zip(answers, spans, strict=True) if at in supervised]
+    if render.tagged:
+        begin = _end(render, messages, context - 1, text) if context else 0
+        return text, [(supervised, [span for span in spans if span[0] >= begin])]
+    if supervised[0] == 0:
         raise Unusable("begins with an assistant message")
     turns: Turns = []
-    for at in learnt:
-        start, stop = _end(messages, at - 1, text, render, ask=True), _end(messages, at, text, render)
+    for at in supervised:
+        start, stop = _end(render, messages, at - 1, text, ask=True), _end(render, messages, at, text)
         if stop < start:
             raise Unusable("the chat template changes earlier turns")
         turns.append(([at], [(start, stop)]))
     return text, turns
 
 
-def _end(messages: Messages, at: int, text: str, render: Render, ask: bool = False) -> int:
-    """Where in `text`, the whole conversation, message `at` ends; with `ask`, so does the prompt for an answer to it.
+def _end(render: Renderer, messages: Messages, at: int, text: str, ask: bool = False) -> int:
+    """Where message `at` ends in `text`, the whole conversation; with `ask`, where the prompt for an answer to it ends.
 
-    Usually as many characters as the conversation up to that message has. Where that is not what the text begins with,
-    both are rendered again with a mark in the message's place. What follows the mark in the whole conversation is what
-    follows the message in the text; of that, as much belongs to the message (and the prompt) as also follows the mark
-    when nothing comes after it. That may be less than all: some prompts have a "<think>" that the answer has not. But
-    what closes the message has to be there, or the answer's header would be taken for its beginning.
+    Usually that is the length of the conversation up to that message. Where `text` does not begin with that, both are
+    rendered again with a mark in the message's place. What follows the mark in the whole conversation is what follows
+    the message in the text; of that, as much belongs to the message (and the prompt) as also follows the mark when
+    nothing comes after it. That may be less than all: some prompts have a "<think>" that the answer lacks. But what
+    closes the message has to be there, or the answer's header would be taken for its beginning.
     """
     part = render(messages[: at + 1], ask)[0]
     if text.startswith(part):
         return len(part)
     message = messages[at]
-    # Alone as well, since some templates show the content or the tool calls, not both.
+    # The content alone as well, since some templates show the content or the tool calls, not both.
     for stand_in in ({**message, "content": MARK}, {"role": message["role"], "content": MARK}):
         marked = [*messages[:at], stand_in, *messages[at + 1 :]]
         try:

@@ -1,8 +1,7 @@
-"""A row's conversation in one form, whichever way it was written: messages with a role and a text, and what goes along.
+"""Conversations of rows, in one form: messages with a role and a text, tools, and options of the chat template.
 
-Rows are written with OpenAI's names (role and content, tool_calls) or ShareGPT's (from and value, function_call), in
-mixtures of both, and with contents in parts. What is understood is brought into the first form. What is not is never
-guessed: the row is `Unusable`, and the message says why, alike for all such rows.
+Rows use OpenAI's names (role and content, tool_calls), ShareGPT's (from and value, function_call) or a mixture, and
+contents may come in parts. What is not understood is never guessed: such a row is `Unusable`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from ..files import parse_json
 
 Messages = list[dict[str, Any]]
-CALL = "tool call"  # who says what an assistant calls, as a message of its own
+CALL = "tool call"  # the role of an assistant's tool call that is a message of its own
 SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "ai"), "assistant"),
@@ -27,16 +26,12 @@ SPEAKERS = {
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts that are text
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
 QUOTED = re.compile(r"""['"](\w+)['"]""")
-UNLEARNT = ("weight", "train", "training", "train_on_turn")  # 0 or false: a turn that is read, not learnt
+WEIGHTS = ("weight", "train", "training", "train_on_turn")  # keys of a message; 0 or false: it is not supervised
 LARGEST = 2**64  # integers that a data set can hold
 
 
 class Unusable(ValueError):
-    """A row that cannot be trained on; the message is the reason, alike for all such rows, to be counted."""
-
-
-class Refused(Unusable):
-    """The chat template raised an error."""
+    """A row that cannot be trained on; the message is the reason, the same for all such rows, so that it is counted."""
 
 
 @dataclass
@@ -45,91 +40,69 @@ class Chat:
 
     Args:
         messages: each with `role`, and `content` as text unless there is none.
-        first: how many messages at the start are only read.
-        tools: that may be called, as the chat template takes them; None where there are none.
+        context: how many messages at the start are context only.
+        tools: tools that may be called, as the chat template takes them; None where there are none.
         options: further arguments of the chat template.
-        unlearnt: numbers of assistant's messages after the first that are only read, too.
+        unsupervised: indices of assistant's messages after the first `context` that are context only, too.
+        template: the chat template.
     """
 
     messages: Messages
-    first: int
+    context: int
     tools: list[dict[str, Any]] | None
     options: dict[str, Any]
-    unlearnt: frozenset[int] = frozenset()
+    unsupervised: frozenset[int]
+    template: str
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Whether a row in one of `forms.FORMS` is a conversation, not strings."""
+    """Whether a row in one of `rows.FORMS` is a conversation; else it holds strings."""
     lists = "completion" in row and not isinstance(row["completion"], str)
     return "messages" in row or "conversations" in row or lists
 
 
-def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The row's tools: a list, one tool, or either as JSON.
-
-    Raises:
-        Unusable: they are something else.
-    """
-    tools = _decoded(row.get("tools"), "malformed tools")
-    tools = [tools] if isinstance(tools, dict) else tools
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise Unusable("malformed tools")
-    found = [_decoded(tool, "malformed tools") for tool in tools]
-    if not all(isinstance(tool, dict) for tool in found):
-        raise Unusable("malformed tools")
-    return found
-
-
-def names_of(tools: list[dict[str, Any]]) -> list[str]:
-    """The names of tools, of those that have one."""
-    inner = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
-    return [tool["name"] for tool in inner if isinstance(tool.get("name"), str)]
-
-
-def read_chat(row: Mapping[str, Any], template: str) -> Chat:
-    """The conversation of a row that `is_chat`, without entries that are None.
+def read_chat(row: Mapping[str, Any], tokenizer: Any) -> Chat:
+    """The conversation of a row that `is_chat` and has no entries that are None.
 
     Args:
-        template: the chat template, which may know roles of its own.
+        tokenizer: has the chat template, which may know roles of its own.
 
     Raises:
-        Unusable: something in it is not understood, is no text, or an assistant's turn to be learnt is empty.
+        Unusable: something in it is not understood, is no text, or a supervised message is empty.
+        ValueError: the tokenizer has no chat template.
     """
-    read: Any = []
+    tools = _tools(row)
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template; give it one, or the data as prompt + completion or text")
+    template = tokenizer.get_chat_template(None, tools)
+    prompt: Any = []
     if "messages" in row or "conversations" in row:
-        said = row["messages"] if "messages" in row else row["conversations"]
+        rest = row["messages"] if "messages" in row else row["conversations"]
     else:
-        read, said = row.get("prompt"), row["completion"]
-    if not isinstance(read, list) or not isinstance(said, list) or not said:
+        prompt, rest = row.get("prompt"), row["completion"]
+    if not isinstance(prompt, list) or not isinstance(rest, list) or not rest:
         raise Unusable("malformed row")
-    messages, first = [_message(entry, template) for entry in [*read, *said]], len(read)
-    unlearnt = {
+    entries, context = [*prompt, *rest], len(prompt)
+    messages = [_message(entry, template) for entry in entries]
+    skipped = {
         at
-        for at, (message, entry) in enumerate(zip(messages, [*read, *said], strict=True))
-        if at >= first and message["role"] == "assistant" and not _is_learnt(entry)
+        for at, message in enumerate(messages)
+        if at >= context and message["role"] == "assistant" and not _is_supervised(entries[at])
     }
     system = _text(row.get("system", ""))
     if system.strip():
         if messages[0]["role"] != "system":
-            messages, first = [{"role": "system", "content": system}, *messages], first + bool(read)
-            unlearnt = {at + 1 for at in unlearnt}
+            messages, context = [{"role": "system", "content": system}, *messages], context + bool(prompt)
+            skipped = {at + 1 for at in skipped}
         elif messages[0].get("content") != system:
             raise Unusable("two system prompts")
-    for at, message in enumerate(messages[first:], first):
-        if message["role"] == "assistant" and at not in unlearnt and not says_something(message):
+    for at, message in enumerate(messages[context:], context):
+        if message["role"] == "assistant" and at not in skipped and _is_empty(message):
             raise Unusable("empty assistant message")
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise Unusable("malformed chat_template_kwargs")
-    return Chat(messages, first, tools_of(row), options, frozenset(unlearnt))
-
-
-def says_something(message: Mapping[str, Any]) -> bool:
-    """Whether a message has a text, reasoning or tool calls that are more than white space."""
-    texts = [message.get(name, "") for name in ("content", *REASONING)]
-    return bool(message.get("tool_calls")) or any(text.strip() for text in texts)
+    return Chat(messages, context, tools, options, frozenset(skipped), template)
 
 
 # -- messages --------------------------------------------------------------------------------------------------------
@@ -139,29 +112,33 @@ def _message(entry: Any, template: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or not ({"role", "from"} & set(entry)):
         raise Unusable("malformed message")
     role = _role(entry.get("role", entry.get("from")), template)
-    said = _said(entry)
-    message = {k: v for k, v in entry.items() if k not in ("from", "value", "function_call", *UNLEARNT)}
+    content = _content(entry)
+    message = {k: v for k, v in entry.items() if k not in ("from", "value", "tool_calls", "function_call", *WEIGHTS)}
     calls = [*_calls(entry.get("tool_calls")), *_calls(entry.get("function_call"))]
     if role == CALL:
-        role, calls, said = "assistant", [*calls, *map(openai_call, _calls(said))], ""
+        role, calls, content = "assistant", [*calls, *map(openai_call, _calls(content))], ""
         if not calls:
             raise Unusable("malformed tool call")
     message["role"] = role
-    if said is not None:
-        message["content"] = _text(said)
+    if content is not None:
+        message["content"] = _text(content)
     for name in REASONING:
         if name in message:
             message[name] = _text(message[name])
-    message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = calls
-    if said is None and not says_something(message):
+    if content is None and _is_empty(message):
         raise Unusable("message without content")
     return message
 
 
-def _said(entry: Mapping[str, Any]) -> Any:
-    """A message's content or value. A blank one does not hide the other; of two texts nobody knows which is meant."""
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message has neither tool calls nor a text or reasoning that is more than white space."""
+    return not message.get("tool_calls") and not any(message.get(key, "").strip() for key in ("content", *REASONING))
+
+
+def _content(entry: Mapping[str, Any]) -> Any:
+    """A message's content or value: the one that is not blank. Two different texts are ambiguous."""
     content, value = entry.get("content"), entry.get("value")
     if value is None or content == value:
         return content
@@ -172,18 +149,18 @@ def _said(entry: Mapping[str, Any]) -> Any:
     return content
 
 
-def _is_learnt(entry: Mapping[str, Any]) -> bool:
-    """Whether an assistant's message is to be learnt, as OpenAI's and axolotl's files say it."""
-    for name in UNLEARNT:
+def _is_supervised(entry: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message is to be trained on, by the keys of OpenAI's and axolotl's files."""
+    for name in WEIGHTS:
         if entry.get(name) not in (None, 0, 1):  # True is 1, too
             raise Unusable(f"{name} that is neither 0 nor 1")
     if entry.get("train_detail"):
         raise Unusable("train_detail, which is not understood")
-    return all(entry.get(name) != 0 for name in UNLEARNT)
+    return all(entry.get(name) != 0 for name in WEIGHTS)
 
 
 def _role(speaker: Any, template: str) -> str:
-    """A role that chat templates know, or that this one names."""
+    """A role that chat templates know, or one that this template names."""
     if not isinstance(speaker, str):
         raise Unusable("malformed message")
     name = speaker.strip().lower()
@@ -202,32 +179,42 @@ def _quoted(template: str) -> frozenset[str]:
 
 
 def _text(content: Any) -> str:
-    """Text that a message holds, in parts or not. Integers are text; other numbers may be written in several ways."""
+    """The text of a content, which may be in parts. Integers are text; other numbers have several spellings."""
     if isinstance(content, str):
         return content
     if isinstance(content, int) and not isinstance(content, bool) and abs(content) < LARGEST:
         return str(content)
-    if isinstance(content, list):
-        return "".join(map(_part, content))
-    raise Unusable("content that is no text")
-
-
-def _part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") in TEXT_PARTS else part
-    if not isinstance(text, str):
+    if not isinstance(content, list):
+        raise Unusable("content that is no text")
+    parts: list[Any] = [
+        each.get("text") if isinstance(each, dict) and each.get("type") in TEXT_PARTS else each for each in content
+    ]
+    if not all(isinstance(part, str) for part in parts):
         raise Unusable("parts that are no text")
-    return text
+    return "".join(parts)
 
 
-# -- tool calls ------------------------------------------------------------------------------------------------------
+# -- tools and calls -------------------------------------------------------------------------------------------------
+
+
+def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of a row: a list, one tool, or either as JSON."""
+    tools = _parsed(row.get("tools"), "tools")
+    tools = [tools] if isinstance(tools, dict) else tools
+    if not tools:
+        return None
+    found = [_parsed(tool, "tools") for tool in tools] if isinstance(tools, list) else [tools]
+    if not all(isinstance(tool, dict) for tool in found):
+        raise Unusable("malformed tools")
+    return found
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls, of which each has its name and its arguments as an object; in OpenAI's form or as name and arguments.
+    """Tool calls, each with its name and its arguments as an object, either in OpenAI's form or as these two alone.
 
-    Arrow gives entries that are missing as None, and those of entries that are missing too: nothing is called then.
+    Arrow writes missing calls as None, or as objects with nothing but None in them: these are no calls.
     """
-    value = _decoded(value, "malformed tool call")
+    value = _parsed(value, "tool call")
     found = [value] if isinstance(value, dict) else value
     if not isinstance(found, list | None):
         raise Unusable("malformed tool call")
@@ -235,14 +222,12 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    if not isinstance(call, dict):
-        raise Unusable("malformed tool call")
-    inner = call.get("function", call)
+    inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
         raise Unusable("malformed tool call")
     arguments = inner.get("arguments", inner.get("parameters"))
     for _ in range(2):  # some are encoded twice
-        arguments = _decoded(arguments, "malformed tool arguments")
+        arguments = _parsed(arguments, "tool arguments")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise Unusable("malformed tool arguments")
@@ -255,14 +240,14 @@ def openai_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": dict(call)} if "function" not in call else dict(call)
 
 
-def _decoded(value: Any, reason: str) -> Any:
-    """What a string holds in JSON, None for a blank one; any other value as it is."""
+def _parsed(value: Any, what: str) -> Any:
+    """The value that a string holds in JSON, None for a blank one; any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
         return parse_json(value) if value.strip() else None
     except ValueError as error:
-        raise Unusable(reason) from error
+        raise Unusable(f"malformed {what}") from error
 
 
 def _is_nothing(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Whether a file of data can be read, before a parser gets it, and which line is to blame where it cannot.
+"""Files of data, opened by `datasets` once they are known to be readable; errors name the line.
 
-The parsers behind `datasets` crash at deeply nested brackets, say nothing of the line where bytes are no UTF-8, and
-make two rows of a line that ends in a comma too many.
+The parsers behind `datasets` crash at deeply nested brackets, do not name the line where bytes are not UTF-8, and make
+two rows of a line that ends in a comma too many.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..files import TOO_DEEP, Nesting, parse_json
 from .chat_rows import LARGEST, REASONING
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
 SPACE = re.compile(r"\s*")
 FIRST = 2**26  # bytes of a file that decide about its columns and their types
 NULL = b"null"
@@ -33,18 +39,108 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 TEXTS = (".jsonl", ".json", ".csv")  # in UTF-8; .parquet is not
 
 
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
+    """The rows of a file.
+
+    Args:
+        columns: our names -> names in the source.
+
+    Raises:
+        ValueError: it is no such file, or cannot be read; names the line where that is known.
+    """
+    import datasets
+
+    if path.suffix not in READERS:
+        raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
+    if path.stat().st_size < 2**16 and not path.read_bytes().strip():
+        return datasets.Dataset.from_dict({})
+    lines = check_text(path) if path.suffix in TEXTS else 0
+    size = {"chunksize": FIRST} if READERS[path.suffix] == "json" else {}
+    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
+    if size and path.stat().st_size > FIRST:
+        _check_late(path, *_text_columns(rows.features, columns), FIRST)
+    if len(rows) != lines:  # {"a": 1},} makes two rows, and no error
+        _check_values(path)
+    return _with_dates_as_texts(path, rows) if size else rows
+
+
+def open_directory(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
+    """The rows of a directory that `label` or `datasets` has saved, or that holds files of data.
+
+    Raises:
+        ValueError: it has no such split, it is not finished, or a file cannot be read; names the file and the line.
+    """
+    import datasets
+
+    if (path / "settings.json").is_file() and (path / "data").is_dir():
+        if not (path / COMPLETE).is_file():
+            raise ValueError("its labelling is not finished; run tah label again")
+        rows = datasets.load_dataset("parquet", data_files=str(path / "data" / "*.parquet"), split="train")
+        return _check_lengths(rows)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
+            raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+
+    def check(file: Path) -> None:
+        check_text(file)
+        if file.stat().st_size < SMALL:
+            _check_values(file)
+
+    _check_each(path, check)
+    rows = datasets.load_dataset(str(path), split=split)
+    used = (datasets.load_dataset_builder(str(path)).config.data_files or {}).get(split)
+    wanted = None if used is None else {Path(name).resolve() for name in used}
+    names = _text_columns(rows.features, columns)
+    _check_each(path, lambda file: _check_late(file, *names) if wanted is None or file.resolve() in wanted else None)
+    return rows
+
+
+def _check_each(directory: Path, check: Callable[[Path], None]) -> None:
+    """Check the files of a directory that `datasets` reads as text; an error names the file."""
+    for path in sorted(directory.rglob("*")):
+        inside = path.relative_to(directory)
+        if _kind(path) in TEXTS and path.is_file() and not any(part.startswith(".") for part in inside.parts):
+            try:
+                check(path)
+            except ValueError as error:
+                raise ValueError(f"{inside} {error}") from None
+
+
+def _check_lengths(rows: Dataset) -> Dataset:
+    """The rows of a labelled data set, whose lists must have one entry per token."""
+    import pyarrow.compute as pc
+
+    def lengths(name: str) -> np.ndarray:
+        return np.concatenate([pc.list_value_length(chunk).to_numpy(False) for chunk in rows.data.column(name).chunks])
+
+    tokens = lengths("input_ids")
+    for name in set(rows.column_names) - {"row", "input_ids"}:
+        if (found := lengths(name)).shape != tokens.shape or (found != tokens).any():
+            at = int((found != tokens).argmax())
+            raise ValueError(f"{name} of row {at} has {found[at]} entries for {tokens[at]} tokens; label again")
+    return rows
+
+
+# -- what a parser would crash at or misread -------------------------------------------------------------------------
+
+
 def check_text(path: Path) -> int:
-    """Whether a .jsonl, .json or .csv file is UTF-8 and has nothing that a parser crashes at.
+    """Check that a .jsonl, .json or .csv file is UTF-8 and has nothing at which a parser crashes.
 
     Returns:
-        How many lines of it hold something.
+        The number of lines that are not blank.
 
     Raises:
         ValueError: it is not, or has; names the line.
         OSError: it cannot be read.
     """
     kind = _kind(path)
-    decoder, nesting, lines = codecs.getincrementaldecoder("utf-8")(), Nesting(), Lines()
+    decoder, nesting, lines = codecs.getincrementaldecoder("utf-8")(), Nesting(), _Lines()
     line, is_list, size = 1, False, 0
     most = max(SMALL, MOST_PACKED * path.stat().st_size) if path.suffix in PACKED else None
     with _opened(path) as file:
@@ -68,13 +164,15 @@ def check_text(path: Path) -> int:
             line += chunk.count(b"\n")
     if decoder.getstate()[0]:
         raise ValueError(f"line {line} is not UTF-8")
-    if is_list and kind != ".csv":
-        _check_list(path)
+    if is_list and kind != ".csv":  # `datasets` hands the entries of a list to pyarrow, a line each
+        for place, entry in json_values(path):
+            if not isinstance(entry, dict | str):
+                raise ValueError(f"{place} is {json.dumps(entry)[:40]}, not an object")
     return lines.filled
 
 
-class Lines:
-    """Lines of a text that arrives in chunks: how many hold something, and which begins with null.
+class _Lines:
+    """Lines of a text that arrives in chunks: how many are not blank, and which begins with null.
 
     pyarrow crashes where what it parses begins with null, and it may begin to parse at any line.
     """
@@ -102,25 +200,18 @@ class Lines:
         return None
 
 
-def _check_list(path: Path) -> None:
-    """Whether a file with one list has objects in it, or texts; `datasets` gives them to pyarrow a line each."""
-    for place, entry in _values(path):
-        if not isinstance(entry, dict | str):
-            raise ValueError(f"{place} is {json.dumps(entry)[:40]}, not an object")
-
-
 def _whole(digits: str) -> int:
-    """An integer in JSON. Python refuses thousands of digits; from these on it only matters that there are many."""
+    """A long integer in JSON, cut: Python refuses thousands of digits, and no check needs their value."""
     return int(digits[:40])
 
 
 DECODER = json.JSONDecoder(parse_int=_whole)
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where the JSON values of a file stand, and the values: of a list its entries, which are read one by one.
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """The JSON values of a file, or the entries of its list, one by one, each with its place for a message.
 
-    It ends before what is no JSON, of which the parser says what is wrong.
+    It ends before what is no JSON, where the parser raises its own error.
     """
     text, at, line, counted, entry, inside, size = "", 0, 1, 0, 0, False, CHUNK
     with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
@@ -133,7 +224,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
                 value, stop = DECODER.raw_decode(text, at)
             except ValueError:
                 value, stop = None, len(text)
-            # It may go on, as "1e+" does. Every time twice as much is read, or a long one would take for ever.
+            # The value may go on, as "1e+" does. Reads double in size, so that a long value takes linear time.
             if stop > len(text) - 4:
                 line, text, at, counted = line + text.count("\n", counted, at), text[at:], 0, 0
                 if more := file.read(size):
@@ -149,7 +240,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def bad_line(path: Path) -> str | None:
-    """Which line of a .jsonl file cannot be read, and why; None where all can, or it is no such file."""
+    """The first line of a .jsonl file that cannot be read, and why; None where there is none, or for other files."""
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     with path.open("rb") as file:
@@ -162,12 +253,8 @@ def bad_line(path: Path) -> str | None:
     return None
 
 
-def check_values(path: Path) -> None:
-    """Whether a .jsonl file holds JSON values and nothing else; they may take several lines, or share one.
-
-    Raises:
-        ValueError: it does not; names the first line that is not JSON.
-    """
+def _check_values(path: Path) -> None:
+    """Check that a .jsonl file holds JSON values and nothing else; they may take several lines, or share one."""
     if path.suffix == ".jsonl" and (why := bad_line(path)) and not _is_sequence(path.read_text("utf-8-sig")):
         raise ValueError(why)
 
@@ -184,13 +271,11 @@ def _is_sequence(text: str) -> bool:
     return True
 
 
-def text_columns(features: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
-    """The columns in which `datasets` has found texts alone, and those in which it has found messages with texts alone.
+# -- texts that are something else later in the file -----------------------------------------------------------------
 
-    Args:
-        features: of the rows, as they are in the source.
-        columns: names of ours -> names in the source.
-    """
+
+def _text_columns(features: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The columns of the source that have nothing but texts, and those whose messages have nothing but texts."""
     texts, turns = set(), set()
     for name in {*TEXT_COLUMNS, *TURN_COLUMNS}:
         name = columns.get(name, name)
@@ -207,19 +292,10 @@ def _of_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: int = 0) -> None:
-    """Whether texts are texts after the first bytes of a file, where `datasets` has found texts alone in those.
+def _check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: int = 0) -> None:
+    """Check that columns which hold texts (`texts`), or messages (`turns`), do so after the `first` bytes of a file.
 
-    Of what comes later it makes JSON, which would be learnt as if it were said.
-
-    Args:
-        path: of the file.
-        texts: names of columns that hold texts.
-        turns: names of columns that hold messages.
-        first: how many bytes need no check.
-
-    Raises:
-        ValueError: one is not; names the line.
+    `datasets` turns other values that come that late into JSON, which would be trained on as if it were the text.
     """
     texts, turns = list(texts), list(turns)
     if _kind(path) not in (".jsonl", ".json") or not texts + turns:
@@ -237,15 +313,15 @@ def check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: in
 
 
 def _is_text(value: Any) -> bool:
-    """Whether JSON writes a value as we do: it is a text, or an integer, whose digits are its text."""
+    """Whether a value is a text, or an integer, whose digits are its text in JSON, too."""
     return isinstance(value, str) or (type(value) is int and abs(value) < LARGEST)
 
 
 def _late_values(path: Path, keys: Iterable[str], first: int) -> Iterator[tuple[str, Any]]:
-    """Those values of a file that may have something else than a text at one of these keys, and where they stand.
+    """Those values of a file that may have something else than a text at one of the keys, each with its place.
 
-    Most lines are not decoded: a search tells that at these keys they have texts only, at whatever depth. A key may
-    also be spelled with escapes.
+    Most lines are not decoded: a search finds nothing but texts at these keys, at whatever depth. A key may also be
+    spelled with escapes.
     """
     names = b"|".join(re.escape(json.dumps(key)[1:-1].encode()) for key in keys)
     maybe = re.compile(rb'"(?:' + names + rb')"\s*(?:\Z|:\s*(?:\Z|[^"n\s]))|\\u00[5-7]')
@@ -263,51 +339,7 @@ def _late_values(path: Path, keys: Iterable[str], first: int) -> Iterator[tuple[
             at += len(line)
         else:
             return
-    yield from _values(path)
-
-
-def text_files(directory: Path) -> Iterator[tuple[str, Path]]:
-    """The files that `datasets` reads as text, with their names in the directory."""
-    for path in sorted(directory.rglob("*")):
-        inside = path.relative_to(directory)
-        if _kind(path) in TEXTS and path.is_file() and not any(part.startswith(".") for part in inside.parts):
-            yield str(inside), path
-
-
-def check_directory(directory: Path) -> None:
-    """Whether all files of a directory pass `check_text` and, where they are small, `check_values`.
-
-    Raises:
-        ValueError: one of them does not pass; names file and line.
-    """
-    for name, path in text_files(directory):
-        try:
-            check_text(path)
-            if path.stat().st_size < SMALL:
-                check_values(path)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-
-
-def check_late_files(directory: Path, used: Iterable[str] | None, texts: Iterable[str], turns: Iterable[str]) -> None:
-    """Whether all files of a directory, or those of them that are used, pass `check_late`.
-
-    Args:
-        directory: where they are.
-        used: their paths; None where it is not known which are.
-        texts: as in `check_late`.
-        turns: as in `check_late`.
-
-    Raises:
-        ValueError: one of them does not pass; names file and line.
-    """
-    wanted = None if used is None else {Path(path).resolve() for path in used}
-    for name, path in text_files(directory):
-        try:
-            if wanted is None or path.resolve() in wanted:
-                check_late(path, texts, turns)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
+    yield from json_values(path)
 
 
 def _kind(path: Path) -> str:
@@ -322,13 +354,8 @@ def _opened(path: Path) -> Any:
 # -- texts that look like dates --------------------------------------------------------------------------------------
 
 
-def with_dates_as_texts(path: Path, rows: Any) -> Any:
-    """Rows of a JSON file whose texts the parser took for points in time, read anew: "2020-01-01" stays what it is.
-
-    Args:
-        path: of the file.
-        rows: a `datasets.Dataset` of it; returned as it is where no column holds times.
-    """
+def _with_dates_as_texts(path: Path, rows: Any) -> Any:
+    """Rows of a JSON file, read again where the parser took texts for points in time: "2020-01-01" stays a text."""
     import datasets
     import pyarrow as pa
 
@@ -342,7 +369,7 @@ def with_dates_as_texts(path: Path, rows: Any) -> Any:
 
 
 def _timeless(kind: Any) -> Any:
-    """An Arrow type with texts for points in time."""
+    """An Arrow type with texts in place of points in time."""
     import pyarrow as pa
 
     if pa.types.is_temporal(kind):

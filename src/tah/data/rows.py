@@ -2,8 +2,8 @@
 
 Shapes: B rows of a batch, T tokens, K documents of a packed row.
 
-A token is *supervised* if the model must produce it: tokens of the assistant, never the first of a document. A
-position t predicts token t + 1, and that is where the depth label of token t + 1 is stored (spec B.2).
+A token is *supervised* if the model must produce it: tokens of the assistant, never the first of a document. Position
+t predicts token t + 1, so the depth label of token t + 1 is stored at position t.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from torch import Tensor
 
 from ..checkpoints.hub import hub_reachable
 from ..core.loss import IGNORE
-from ..load import first_line
-from . import data_files
+from ..errors import first_line
 from .assistant_mask import encode
 from .chat_rows import Unusable
-from .data_files import READERS, TEXTS, bad_line, check_text, check_values
-from .forms import form_of, map_columns
+from .data_files import bad_line, open_directory, open_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
-MOST_REASONS = 30  # of which details are told: a name, what the chat template said
+FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids", "supervised"))
+EXTRAS = ("system", "tools", "chat_template_kwargs")  # columns handed to the chat template
+MOST_REASONS = 30  # reasons for dropped rows that are counted with their details: a name, a template's message
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
 MISSING = "reading data needs one more package: pip install 'tah[train]'"
 DEEPEST = 1e-3  # a hard token to which the reference gives this probability or less runs `max_depth` passes
@@ -43,30 +42,35 @@ DEEPEST = 1e-3  # a hard token to which the reference gives this probability or 
 
 
 def quiet() -> None:
-    """Leave the terminal to us: no progress bars of datasets', and no log lines, which repeat what it raises.
+    """Switch off the progress bars of `datasets`, and its log lines, which repeat what it raises.
 
     Raises:
         ImportError: it is not installed.
     """
+    datasets = _datasets()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+
+
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(MISSING) from error
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
 
 
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
 ) -> Dataset:
-    """Rows in one of the `forms.FORMS`: chat, prompt and completion, text, or a data set that `label` has made.
+    """Rows in one of the `FORMS`: chat, prompt and completion, text, or a data set made by `label`.
 
     Args:
         source: a hub id (`owner/name`, or `owner/name:config`), a directory (saved by `datasets`, with data files, or
             labelled), or a file: .jsonl, .json, .parquet or .csv.
         split: of a hub data set or of a directory; a file has none.
-        columns: names of ours -> names in the source, where they differ: {"messages": "my_column"}; None where who
-            asks has no way to give them.
+        columns: our names -> names in the source, where they differ: {"messages": "my_column"}; None where the caller
+            cannot give any, for the message.
         limit: at most this many rows, from the start.
 
     Raises:
@@ -79,29 +83,22 @@ def load_rows(
         raise ValueError(f"{source} is empty: it has no rows")
     try:
         rows[0]
-    except Exception as error:  # of Arrow's schema, which ends names at a NUL character: it takes any row to see that
+    except Exception as error:  # Arrow's schema ends names at a NUL character, which only a row reveals
         why = f"its rows cannot be decoded ({first_line(error)!a}); a name may be there twice or hold a NUL character"
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
-    rows = map_columns(rows, source, dict(columns or {}))
+    rows = _map_columns(rows, source, dict(columns or {}))
     form_of(rows.column_names, source, mapped=columns is not None)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    datasets = _datasets()
     path, (name, _, config) = Path(source), source.partition(":")
     try:
         if path.is_file():
-            if path.suffix not in READERS:
-                raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
-            if path.stat().st_size < 2**16 and not path.read_bytes().strip():
-                return datasets.Dataset.from_dict({})
-            return _open_file(path, columns)
+            return open_file(path, columns)
         if path.is_dir():
-            return _open_directory(path, split, columns)
+            return open_directory(path, split, columns)
         if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ValueError("there is no such file or directory")
         cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
@@ -111,7 +108,7 @@ def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
     except StopIteration:  # a file without a row
         return datasets.Dataset.from_dict({})
     except Exception as error:
-        if "corresponds to no data" in str(error):  # as datasets says of `[]`
+        if "corresponds to no data" in str(error):  # as for `[]`
             return datasets.Dataset.from_dict({})
         if "Couldn't cast" in str(error.__cause__ or error):
             why = "its rows have other columns or types than those that come first; give them all the same"
@@ -120,52 +117,45 @@ def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
 
 
-def _open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
-    import datasets
+def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = False) -> tuple[str, ...]:
+    """The one of the `FORMS` that rows with these columns have.
 
-    lines = check_text(path) if path.suffix in TEXTS else 0
-    size = {"chunksize": data_files.FIRST} if READERS[path.suffix] == "json" else {}
-    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
-    if size and path.stat().st_size > data_files.FIRST:
-        data_files.check_late(path, *data_files.text_columns(rows.features, columns), data_files.FIRST)
-    if len(rows) != lines:  # {"a": 1},} makes two rows, and no error
-        check_values(path)
-    return data_files.with_dates_as_texts(path, rows) if READERS[path.suffix] == "json" else rows
+    Args:
+        mapped: whether a recipe can name the columns; the message then has its key.
 
-
-def _open_directory(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
-    import datasets
-
-    if (path / "settings.json").is_file() and (path / "data").is_dir():
-        if not (path / COMPLETE).is_file():
-            raise ValueError("its labelling is not finished; run tah label again")
-        rows = datasets.load_dataset("parquet", data_files=str(path / "data" / "*.parquet"), split="train")
-        return _check_lengths(rows)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict) and split not in saved:
-            raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    data_files.check_directory(path)
-    rows = datasets.load_dataset(str(path), split=split)
-    used = (datasets.load_dataset_builder(str(path)).config.data_files or {}).get(split)
-    data_files.check_late_files(path, used, *data_files.text_columns(rows.features, columns))
-    return rows
+    Raises:
+        ValueError: none.
+    """
+    for form in FORMS:
+        if set(form) <= set(columns):
+            return form
+    known = ", ".join(" + ".join(form) for form in FORMS[:-1])
+    hint = " (map one with data.columns)" if mapped else ""
+    raise ValueError(f"{source} has the columns {_listed(columns)}; needed: {known}{hint}")
 
 
-def _check_lengths(rows: Dataset) -> Dataset:
-    """All lists of a labelled row have one entry per token."""
-    import pyarrow.compute as pc
+def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Dataset:
+    """The rows with our names for their columns, without columns of other forms."""
+    allowed = [name for form in FORMS[:-1] for name in form] + list(EXTRAS)
+    for name, given in columns.items():
+        if name not in allowed:
+            raise ValueError(f"columns: {name!r} is not one of {', '.join(allowed)}")
+        if given not in rows.column_names:
+            raise ValueError(f"{source} has no column {given!r} for {name}; there are {_listed(rows.column_names)}")
+    # The mapped columns decide the form: a column of another form that happens to be there must not win.
+    meant = {name for form in FORMS if set(form) & set(columns) for name in form}
+    others = {name for form in FORMS for name in form} - meant if meant else set()
+    drop = [n for n in rows.column_names if n in others | set(columns) and n not in columns.values()]
+    moved = {given: name for name, given in columns.items()}
+    if len(moved) < len(columns):
+        raise ValueError(f"columns: {columns} name a column twice")
+    return rows.remove_columns(drop).rename_columns(moved)
 
-    def lengths(name: str) -> np.ndarray:
-        return np.concatenate([pc.list_value_length(chunk).to_numpy(False) for chunk in rows.data.column(name).chunks])
 
-    tokens = lengths("input_ids")
-    for name in set(rows.column_names) - {"row", "input_ids"}:
-        if (found := lengths(name)).shape != tokens.shape or (found != tokens).any():
-            at = int((found != tokens).argmax())
-            raise ValueError(f"{name} of row {at} has {found[at]} entries for {tokens[at]} tokens; label again")
-    return rows
+def _listed(names: Sequence[str]) -> str:
+    """Names of columns in one line; a file may have any number of them, with any characters."""
+    shown = [name if name.isprintable() and len(name) <= 60 else f"{name[:60]!r}" for name in names[:20]]
+    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------

@@ -5,23 +5,25 @@ Shapes: B rows of a batch, T tokens, N predictions in question, D width, V vocab
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..core.families import UnsupportedBase, decoder_of, head_of
+from ..core.fast import topk
 from ..core.head import Head
-from ..load import first_line
+from ..load import load_tokenizer
 from ..model import TaHForCausalLM
+from ..progress import Work
 
 CHUNK = 256  # predictions whose logits [CHUNK, V] exist at the same time, in float32
-PIECE = 64  # of them, worked on at a time
+PIECE, PIECE_CPU = 64, 8  # predictions that are scored at a time; those of a CPU fit its cache
 PROBE = 8  # tokens
 
 
@@ -85,97 +87,150 @@ class Reference:
         ids: Sequence[np.ndarray],
         supervised: Sequence[np.ndarray],
         tokens_per_batch: int,
-        advance: Callable[[int, int], None] = lambda rows, tokens: None,
+        work: Work | None = None,
     ) -> list[Measured]:
-        """What it makes of every supervised token.
+        """Score every supervised token.
 
         Args:
             ids: rows [T], of any lengths.
             supervised: rows [T] bool.
             tokens_per_batch: most tokens of a forward, padding included; a longer row runs alone.
-            advance: told the rows and tokens of every batch that is done.
+            work: counts the rows and their tokens, batch by batch.
 
         Raises:
-            ValueError: it computes NaN.
+            ValueError: the model computes NaN.
         """
         result: dict[int, Measured] = {}
         with evaluating(self.model):
             for batch in batches([len(row) for row in ids], tokens_per_batch):
-                done = self._measure([ids[at] for at in batch], [supervised[at] for at in batch])
-                result.update(zip(batch, done, strict=True))
-                advance(len(batch), sum(len(ids[at]) for at in batch))
+                measured = self._measure([ids[at] for at in batch], [supervised[at] for at in batch])
+                result.update(zip(batch, measured, strict=True))
+                if work is not None:
+                    work.advance(len(batch), sum(len(ids[at]) for at in batch))
         return [result[at] for at in range(len(ids))]
 
     def _measure(self, ids: list[np.ndarray], supervised: list[np.ndarray]) -> list[Measured]:
-        """One batch, padded on the right: a causal model does not see that, so it needs no mask and runs faster."""
-        width = max(map(len, ids))
-        tokens, predicts = np.zeros((len(ids), width), np.int64), np.zeros((len(ids), width), bool)
+        """Score one batch, padded on the right: a causal model does not see that padding, so it needs no mask."""
+        lengths = [len(row) for row in ids]
+        tokens, predicts = np.zeros((len(ids), max(lengths)), np.int64), np.zeros((len(ids), max(lengths)), bool)
         for row, (its, wanted) in enumerate(zip(ids, supervised, strict=True)):
             tokens[row, : len(its)], predicts[row, : len(its) - 1] = its, wanted[1:]
-        x = torch.from_numpy(tokens)
-        where = torch.from_numpy(predicts.ravel().nonzero()[0])  # [N] flat indices
-        target = x.flatten().roll(-1)[where]
+        target = torch.from_numpy(np.roll(tokens, -1)[predicts])  # [N]
+        found, done = np.zeros((3, *predicts.shape), np.float32), 0
+        found[0] = -1
+        scored = []
+        for logits in self._logits(torch.from_numpy(tokens), predicts, lengths):
+            scores = score_targets(logits, target[done : done + len(logits)], name="the reference")
+            scored.append(torch.stack([scores.rank.float(), scores.prob, scores.entropy]).cpu())
+            done += len(logits)
+        found[:, predicts] = torch.cat(scored, dim=1).numpy()
+        rank, prob, entropy = found
+        rows = [(row, slice(length)) for row, length in enumerate(lengths)]
+        return [Measured(rank[at].astype(np.int32), prob[at], entropy[at]) for at in rows]
+
+    def _logits(self, x: Tensor, predicts: np.ndarray, lengths: list[int]) -> Iterator[Tensor]:
+        """Logits [n <= CHUNK, V] of the positions `predicts` [B, T] of x [B, T], in their order."""
         if self.decoder is not None and self.head is not None:
             hidden = self.decoder(input_ids=x.to(self.device), use_cache=False).last_hidden_state.flatten(0, 1)
-            found = [
-                statistics(self.head(hidden[at.to(hidden.device)]), its)
-                for at, its in zip(where.split(CHUNK), target.split(CHUNK), strict=True)
-            ]
-        else:
-            found = [
-                statistics(logits, its)
-                for row, its in enumerate(target.split(predicts.sum(1).tolist()))
-                for logits, its in self._plain(x[row : row + 1, : len(ids[row])], predicts[row], its)
-            ]
-        sheet = np.zeros((3, predicts.size), np.float32)
-        sheet[0] = -1
-        sheet[:, where.numpy()] = torch.cat(found, dim=1).cpu().numpy()
-        rank, prob, entropy = sheet.reshape(3, *predicts.shape)
-        return [
-            Measured(rank[row, : len(its)].astype(np.int32), prob[row, : len(its)], entropy[row, : len(its)])
-            for row, its in enumerate(ids)
-        ]
-
-    def _plain(self, x: Tensor, predicts: np.ndarray, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Logits [n, V] and targets [n] of one row [1, T], in chunks."""
-        logits = self.model(input_ids=x.to(self.device)).logits[0]
-        where = torch.from_numpy(predicts.nonzero()[0]).to(logits.device)
-        chunks = zip(where.split(CHUNK), target.split(CHUNK), strict=True)
-        return [(logits[at], its) for at, its in chunks]
+            for at in torch.from_numpy(predicts.ravel().nonzero()[0]).to(hidden.device).split(CHUNK):
+                yield self.head(hidden[at])
+            return
+        for row, length in enumerate(lengths):
+            logits = self.model(input_ids=x[row : row + 1, :length].to(self.device)).logits[0]
+            for at in torch.from_numpy(predicts[row].nonzero()[0]).to(logits.device).split(CHUNK):
+                yield logits[at]
 
 
-def statistics(logits: Tensor, target: Tensor) -> Tensor:
-    """Rank, probability and entropy [3, n] float32 of `target` [n] under `logits` [n, V], which get overwritten.
+@dataclass
+class TargetScores:
+    """How n predictions rate the token that really follows.
 
-    Of tokens with the same logit the lower id comes first, so rank 0 is argmax. In pieces that fit a cache, without
-    new memory: written plainly, this would cost as much as the head.
+    Args:
+        rank: [n] int64, 0 for the most probable token; of tokens with the same logit the lower id comes first.
+        log_prob: [n] float32, log-probability in nats.
+        entropy: [n] float32 of the whole distribution, in nats.
+        top_ids: [n, k] int64, the k most probable tokens, most probable first.
+        top_prob: [n, k] float32, their probabilities.
+    """
+
+    rank: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    top_ids: Tensor
+    top_prob: Tensor
+
+    @property
+    def prob(self) -> Tensor:
+        """[n] float32, probability."""
+        return self.log_prob.exp()
+
+
+def score_targets(logits: Tensor, target: Tensor, top_k: int = 0, name: str = "the model") -> TargetScores:
+    """Rank, log-probability and entropy of `target` [n] int64 under `logits` [n, V], and the `top_k` best tokens.
+
+    The logits are read in pieces that fit a CPU's cache, into buffers that are used again: the plain computation costs
+    as much as the head itself.
+
+    Args:
+        name: of the model, for the message.
 
     Raises:
-        ValueError: the logits hold NaN or infinity.
+        ValueError: the logits hold NaN or positive infinity.
     """
-    target = target.to(logits.device)[:, None]
-    found = torch.empty(3, len(logits), device=logits.device)
-    buffer = torch.empty(min(PIECE, len(logits)), logits.shape[1], device=logits.device)
-    for start in range(0, len(logits), PIECE):
-        at = slice(start, start + PIECE)
-        z, aim = logits[at].float(), target[at]
-        p = buffer[: len(z)]
+    (n, V), device = logits.shape, logits.device
+    target = target.to(device)[:, None]
+    rank = torch.empty(n, dtype=torch.int64, device=device)
+    log_prob, entropy = torch.empty(2, n, device=device)
+    top_ids, top_prob = rank.new_empty(n, top_k), log_prob.new_empty(n, top_k)
+    size = PIECE_CPU if device.type == "cpu" else PIECE
+    ids = torch.arange(V, dtype=torch.int32, device=device)
+    buffers = torch.empty(2, min(size, n), V, device=device)
+    for start in range(0, n, size):
+        at = slice(start, start + size)
+        z, aim = logits[at], target[at]
+        shifted, p = buffers[:, : len(z)]
+        z = z if z.dtype == torch.float32 else shifted.copy_(z)
         own = z.gather(1, aim)
-        rank = torch.gt(z, own, out=p).sum(1)  # as float32, exact below 2^24
-        tied = (torch.eq(z, own, out=p).sum(1) > 1).nonzero().squeeze(1)
-        if len(tied):
-            lower = torch.arange(z.shape[1], device=z.device) < aim[tied]
-            rank[tied] += ((z[tied] == own[tied]) & lower).sum(1)
-        top = z.amax(1, keepdim=True)
-        z.sub_(top).clamp_(min=-100)  # what is ruled out (-inf) adds nothing to the entropy
-        mass = torch.exp(z, out=p).sum(1)
+        if top_k:
+            top, best = _most_probable(z, top_k)
+            peak = top[:, :1]
+            rank[at] = ((top > own) | ((top == own) & (best < aim))).sum(1)
+            rest = (own <= top[:, -1:]).squeeze(1).nonzero().squeeze(1)  # tokens beside the k may precede the target
+            if len(rest):
+                rank[start + rest] = _rank(z[rest], own[rest], aim[rest], ids, p[: len(rest)])
+        else:
+            peak = z.amax(1, keepdim=True)
+            rank[at] = _rank(z, own, aim, ids, p)
+        torch.sub(z, peak, out=shifted).clamp_(min=-100)  # a logit of -inf adds nothing to the entropy, not NaN
+        mass = torch.exp(shifted, out=p).sum(1, keepdim=True)
         norm = mass.log()
-        found[0, at], found[1, at] = rank, (own - top).squeeze(1).sub(norm).exp()
-        found[2, at] = norm - p.mul_(z).sum(1) / mass
-    if not found.isfinite().all():
-        raise ValueError("the reference computes NaN or infinity; load it in float32 or bfloat16")
-    found[2].clamp_(min=0)
-    return found
+        log_prob[at] = (own - peak - norm).squeeze(1)
+        entropy[at] = (norm - p.mul_(shifted).sum(1, keepdim=True) / mass).squeeze(1)
+        if top_k:
+            top_ids[at], top_prob[at] = best, (top - peak - norm).exp()
+    if not entropy.isfinite().all():
+        raise ValueError(f"{name} computes NaN or infinity; load it in float32 or bfloat16")
+    return TargetScores(rank, log_prob, entropy.clamp_(min=0), top_ids, top_prob)
+
+
+def _rank(z: Tensor, own: Tensor, target: Tensor, ids: Tensor, buffer: Tensor) -> Tensor:
+    """Rank [n] of `target` [n, 1], whose logit is `own` [n, 1], under z [n, V], with a buffer [n, V] float32.
+
+    Comparisons are written as float32, whose sum is faster and exact below 2^24.
+    """
+    rank = torch.gt(z, own, out=buffer).sum(1)
+    tied = (torch.eq(z, own, out=buffer).sum(1) > 1).nonzero().squeeze(1)
+    if len(tied):
+        rank[tied] += (buffer[tied] * (ids < target[tied].int())).sum(1)
+    return rank.long()
+
+
+def _most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of z [n, V] and their ids, both [n, k], falling; of equal ones the lower id comes first."""
+    top, ids = topk(z, k)
+    ids, order = ids.sort()
+    top, order = top.gather(1, order).sort(descending=True, stable=True)
+    return top, ids.gather(1, order)
 
 
 def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -189,17 +244,15 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     return found
 
 
-class evaluating:
-    """Run a model without dropout, and leave it as it was."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        self.model.train(self.training)
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model without dropout; its mode is restored afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer: Any, max_length: int) -> None:
@@ -213,10 +266,7 @@ def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer:
     """
     name = model.name_or_path or type(model).__name__
     if reference_tokenizer is None and model.name_or_path:
-        try:
-            reference_tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
-        except Exception as error:
-            raise ValueError(f"reference {name} has no usable tokenizer to compare: {first_line(error)}") from error
+        reference_tokenizer = load_tokenizer(model.name_or_path, f"reference {name}", readable=False)
     ours = tokenizer.get_vocab()
     if reference_tokenizer is not None:
         theirs = reference_tokenizer.get_vocab()
@@ -244,13 +294,3 @@ def check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and positions < max_length:
         raise ValueError(f"reference {name} has {positions} positions; lower max_length={max_length} to that")
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of up to 1024 values of every weight: tells a model from itself before more training."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, values.numel() // 1024)].float().cpu()
-        digest.update(name.encode() + (b"" if parameter.is_meta else values.numpy().tobytes()))
-    return digest.hexdigest()

@@ -1,9 +1,9 @@
 r"""Whether a mathematical answer is right.
 
-What the reply states (`statement.py`) is undressed and cut into values (`dress.py`, `units.py`). Each value is compared
-with one of the right answer's, by math-verify where both can be read whole, else as text (`expressions.py`).
+What the reply states (`reply.py`) is normalized and cut into values (`notation.py`, `values.py`). Each value is
+compared with one of the right answer's, by math-verify where both can be read whole, else as text (`expressions.py`).
 
-`letters.py` grades letters; its `grade_choice` can be imported from here too.
+`choice.py` grades letters; its `grade_choice` can be imported from here too.
 """
 
 from __future__ import annotations
@@ -26,19 +26,25 @@ from math_verify.parser import (
 )
 from math_verify.utils import timeout
 
-from .grading.coordinates import TUPLE, coordinates, one_by_one, same_coordinates
-from .grading.dress import SIGNS, Value, dressed, inner, plus_and_minus, split, undress
+from .grading.choice import grade_choice as grade_choice
 from .grading.expressions import LONGEST, equal, is_whole, matched, plain_text, read, region, same, unknowns
-from .grading.letters import grade_choice as grade_choice
-from .grading.reply import Grade, Verdict, after_thoughts, boxes
-from .grading.statement import corrected, is_no_value, said, statements
-from .grading.units import same_unit
+from .grading.notation import SIGNS, inner, members, normalized, split_list
+from .grading.reply import (
+    Grade,
+    Verdict,
+    after_thoughts,
+    answer_phrase,
+    boxes,
+    corrected_number,
+    final_boxes,
+    is_no_value,
+)
+from .grading.values import TUPLE, Value, coordinates, named_values, read_value, same_coordinates, same_unit
 
 SECONDS = 5  # for reading and comparing together; an expression may be made to explode
-# For replies without a box. The paper's order (spec D.1): LaTeX before plain numbers. Unlike the paper's, the search
-# goes on after a candidate that cannot be parsed, as "**18**" cannot.
+# For replies without a box, in the paper's order: LaTeX before plain numbers. Unlike the paper's, the search goes on
+# after a candidate that cannot be parsed, as "**18**" cannot.
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")
 INEQUALITY = re.compile(r"[<>]|\\(?:leq|geq|ne|cup|setminus|cap)(?![a-zA-Z])|[(\[].*,.*[)\]]")
 PROSE = {sign: to for sign, to in SIGNS.items() if to in (" ", "") or sign == ord("\u2212")}  # a dash is no minus there
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")  # a number with commas between thousands, or a list without spaces
@@ -52,7 +58,7 @@ class Gold:
     """A right answer.
 
     Args:
-        text: all of it, undressed.
+        text: all of it, normalized.
         values: one, or several, of which the order does not matter.
         mathematics: each value can be read as mathematics; else it is compared as text.
     """
@@ -60,6 +66,11 @@ class Gold:
     text: str
     values: tuple[Value, ...]
     mathematics: bool
+
+    @property
+    def reason(self) -> str | None:
+        """Of verdicts on answers to this one."""
+        return None if self.mathematics else "compared as text"
 
 
 def read_math(gold: str) -> Gold:
@@ -72,7 +83,8 @@ def read_math(gold: str) -> Gold:
         ValueError: it cannot be read, neither as mathematics nor as words.
         RuntimeError: it was called in another thread than the main one.
     """
-    _refuse_threads()
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("mathematics is graded in the main thread only; use a process for each grader instead")
     try:
         return _read_math(gold)
     except TimeoutException:  # is not remembered: on a machine that is less busy the time may suffice
@@ -89,18 +101,13 @@ def _read_math(gold: str) -> Gold:
     return Gold(text, values, known)
 
 
-def _refuse_threads() -> None:
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("mathematics is graded in the main thread only; use a process for each grader instead")
-
-
 def _cut(gold: str) -> tuple[str, tuple[Value, ...]]:
-    """The text of a right answer, undressed, and its values."""
-    text = undress(gold)
+    """The text of a right answer, normalized, and its values."""
+    text = normalized(gold)
     balanced = len(re.findall(r"(?<!\\)\{", text)) == len(re.findall(r"(?<!\\)\}", text))
     if not balanced or not re.search(r"\w", text.replace(r"\boxed", "")):
         raise ValueError(f"the answer {gold!r} cannot be read as mathematics; write it as LaTeX")
-    return text, tuple(_unlike([dressed(part, gold=True) for part in members(text)], _same_text))
+    return text, tuple(_unlike([read_value(part, gold=True) for part in members(text)], _same_text))
 
 
 def grade_math(gold: str, text: str) -> Grade:
@@ -121,13 +128,13 @@ def judge_math(gold: str, text: str) -> Verdict:
     """
     started = time.monotonic()
     wanted = read_math(gold)
-    # "90,120" is a number of five digits, unless somebody gives 90 and 120 in a box each. It is read here: reading has
+    # "90,120" is a number of five digits, unless a reply gives 90 and 120 in a box each. It is read here: reading has
     # a time limit of its own, and there is one signal only
     listed = read_math(wanted.text.replace(",", ", ")) if GROUPED.fullmatch(wanted.text) else None
     reply = after_thoughts(text)
     found = boxes(reply)
-    stated = statements(reply, found) if found else []
-    if found and (later := corrected(reply[found[-1].end :])):
+    stated = final_boxes(reply, found) if found else []
+    if found and (later := corrected_number(reply[found[-1].end :])):
         stated = [[later]]
     shown = ", ".join(stated[0])[:SHOWN] if stated else None
     limit = max(1, round(SECONDS - (time.monotonic() - started)))
@@ -140,58 +147,44 @@ def judge_math(gold: str, text: str) -> Verdict:
 
 def _boxed(gold: Gold, listed: Gold | None, stated: list[list[str]]) -> Verdict:
     """What the boxes give; `listed` is the right answer as a list where its commas may separate."""
-    reason = None if gold.mathematics else "compared as text"
     if not stated:
         return Verdict("wrong", None, "its boxes are no one answer")
     # A right answer of one value is looked for in the last list only: what was boxed on the way is no part of it
     for parts in stated if len(gold.values) > 1 else stated[:1]:
         if _is_right(gold, parts):
-            return Verdict("right", ", ".join(parts)[:SHOWN], reason)
-    if listed and _many(stated[0]) == len(listed.values) and _is_right(listed, stated[0]):
-        return Verdict("right", ", ".join(stated[0])[:SHOWN], "the right answer is read as a list")
-    return Verdict("wrong", ", ".join(stated[0])[:SHOWN], reason)
-
-
-def _many(parts: list[str]) -> int:
-    """How many values somebody has set apart, by boxes or by a word, not only by commas between digits."""
-    return len(parts) if len(parts) > 1 else len(members(undress(parts[0][:LONGEST])))
+            return Verdict("right", ", ".join(parts)[:SHOWN], gold.reason)
+    last = stated[0]
+    shown = ", ".join(last)[:SHOWN]
+    # Values that boxes or a word set apart, not only commas between digits
+    apart = len(last) if len(last) > 1 else len(members(normalized(last[0][:LONGEST])))
+    if listed and apart == len(listed.values) and _is_right(listed, last):
+        return Verdict("right", shown, "the right answer is read as a list")
+    return Verdict("wrong", shown, gold.reason)
 
 
 def _unboxed(gold: Gold, reply: str) -> Verdict:
-    """Without a box: what the reply says the answer is, else what math-verify finds."""
-    phrase, named = said(reply)
+    """Without a box: what follows "the answer is", else what math-verify finds."""
+    phrase, named = answer_phrase(reply)
     if phrase and _is_right(gold, [phrase]):
-        return Verdict("right", phrase, None if gold.mathematics else "compared as text")
+        return Verdict("right", phrase, gold.reason)
     if phrase and named and is_no_value(phrase):  # its first number is not the answer
-        return Verdict("wrong", phrase[:SHOWN], None if gold.mathematics else "compared as text")
+        return Verdict("wrong", phrase[:SHOWN], gold.reason)
     text = reply.translate(PROSE).replace(r"\$", "")
     try:
         found = extract_target_from_pred(text, get_extraction_regexes(EXTRACTION), fallback_mode="first_match")
     except Exception:  # of any type, as of a number of a hundred thousand digits
         found = []
     if not found:
-        return Verdict("wrong", phrase, "compared as text") if phrase and not gold.mathematics else Verdict("unparsed")
-    wanted = [read(value.bare) for value in gold.values]
+        return Verdict("wrong", phrase, gold.reason) if phrase and gold.reason else Verdict("unparsed")
     if not gold.mathematics or isinstance(found[0], str):
-        return Verdict("wrong", str(found[-1])[:SHOWN], None if gold.mathematics else "compared as text")
-    values = list(found[0]) if len(wanted) > 1 and isinstance(found[0], (sympy.FiniteSet, sympy.Tuple)) else found[:1]
-    return Verdict("right" if matched(wanted, values, same) else "wrong", str(found[-1])[:SHOWN])
+        return Verdict("wrong", str(found[-1])[:SHOWN], gold.reason)
+    several = len(gold.values) > 1 and isinstance(found[0], (sympy.FiniteSet, sympy.Tuple))
+    values = list(found[0]) if several else found[:1]
+    right = matched([read(value.bare) for value in gold.values], values, same)
+    return Verdict("right" if right else "wrong", str(found[-1])[:SHOWN])
 
 
 # -- values ----------------------------------------------------------------------------------------------------------
-
-
-def members(text: str) -> list[str]:
-    r"""The values of an undressed text: of a list, a set, or both signs of \pm."""
-    values: list[str] = []
-    for part in split(text):
-        part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part
-        within = inner(part, r"\{")
-        if within is None or re.search(r"\\mid|\||:", within) or part == text == within:
-            values += plus_and_minus(part)
-        else:
-            values += members(within)
-    return values
 
 
 def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
@@ -199,31 +192,33 @@ def _is_right(gold: Gold, parts: Sequence[str]) -> bool:
     parts = [re.sub(r"\s+", " ", part) for part in parts]
     if sum(map(len, parts)) > LONGEST:
         return False
-    texts = [undress(part) for part in parts]
-    whole = ", ".join(text for text in texts if text)
-    said_values = [dressed(value) for text in texts for value in members(text)]
-    if len(gold.values) == 1:
-        right = len(texts) == 1 and _one_whole(gold, whole)
-        is_set = len(texts) == 1 and inner(texts[0], r"\{") is not None
-        right = right or (not is_set and len(said_values) > 1 and _in_order(gold, said_values))
-    elif _names(gold.values) == len(gold.values) > 1 and not _names(said_values):
-        return _for_names(gold, said_values)  # x=1, y=2 without its names
-    else:
-        right = False
-    return right or _values_match(gold, said_values) or _same_region(gold.text, r" \text{ or } ".join(texts))
-
-
-def _one_whole(gold: Gold, whole: str) -> bool:
-    """Whether the text is the one value, commas and all: a function's arguments, a decimal comma."""
-    if _alike(gold.values[0], dressed(whole)):
+    texts = [normalized(part) for part in parts]
+    values = [read_value(value) for text in texts for value in members(text)]
+    if _names(gold.values) == len(gold.values) > 1 and not _names(values):
+        return _for_names(gold, values)  # x=1, y=2 without its names
+    if len(gold.values) == 1 and (_one_whole(gold.values[0], texts) or _in_order(gold.values[0], texts, values)):
         return True
-    return bool(DECIMAL_COMMA.fullmatch(whole)) and _alike(gold.values[0], dressed(whole.replace(",", ".")))
+    return _values_match(gold, values) or _same_region(gold.text, r" \text{ or } ".join(texts))
+
+
+def _one_whole(gold: Value, texts: Sequence[str]) -> bool:
+    """Whether the one text is the value, commas and all: a function's arguments, a decimal comma."""
+    forms = [texts[0], texts[0].replace(",", ".")] if DECIMAL_COMMA.fullmatch(texts[0]) else [texts[0]]
+    return len(texts) == 1 and any(_alike(gold, read_value(form)) for form in forms)
+
+
+def _in_order(gold: Value, texts: Sequence[str], values: Sequence[Value]) -> bool:
+    """Whether the values are the coordinates of the right answer, a tuple."""
+    if len(values) < 2 or (len(texts) == 1 and inner(texts[0], r"\{") is not None):  # a set has no order
+        return False
+    wanted = coordinates(gold.text, gold=True)
+    return wanted is not None and same_coordinates(wanted, named_values(values), _alike)
 
 
 def _values_match(gold: Gold, values: list[Value]) -> bool:
     """Whether each value of the one is a value of the other."""
     if len(values) == 1 and len(gold.values) > 1 and (within := inner(values[0].text, "(")):
-        values = [dressed(part) for part in split(within)]  # (1, -2) for both of them
+        values = [read_value(part) for part in split_list(within)]  # (1, -2) for both of them
     values = _unlike(values, _same_text)
     if len(gold.values) < len(values) <= MOST * len(gold.values):  # some may be one value in two forms
         values = _unlike(values, _alike)
@@ -232,25 +227,17 @@ def _values_match(gold: Gold, values: list[Value]) -> bool:
 
 def _names(values: Sequence[Value]) -> int:
     """How many different names the values have, as x in x=1."""
-    return len({name for name, _ in one_by_one(values) if name})
+    return len({name for name, _ in named_values(values) if name})
 
 
 def _for_names(gold: Gold, values: list[Value]) -> bool:
     """Whether a tuple, or values without names in the same order, are those of the names of the right answer."""
-    wanted = one_by_one(gold.values)
+    wanted = named_values(gold.values)
     if len(values) == 1 and (found := coordinates(values[0].text)):
         return same_coordinates(wanted, found, _alike)
     if len(values) == 1:  # the same for all
         values = values * len(wanted)
-    return len(wanted) == len(values) and all(
-        _alike(one, other) for (_, one), other in zip(wanted, values, strict=True)
-    )
-
-
-def _in_order(gold: Gold, values: list[Value]) -> bool:
-    """Whether the values are the coordinates of the right answer, a tuple."""
-    wanted = coordinates(gold.values[0].text, gold=True)
-    return wanted is not None and same_coordinates(wanted, one_by_one(values), _alike)
+    return len(wanted) == len(values) and all(map(_alike, (value for _, value in wanted), values))
 
 
 def _same_region(gold: str, text: str) -> bool:
@@ -262,18 +249,17 @@ def _same_region(gold: str, text: str) -> bool:
         return False
     try:
         one, other = region(gold), region(text)
-        return (
-            one is not None and other is not None and (one == other or one.symmetric_difference(other).is_empty is True)
-        )
+        if one is None or other is None:
+            return False
+        return one == other or one.symmetric_difference(other).is_empty is True
     except Exception:  # sympy's, of any type, where it cannot join or compare them
         return False
 
 
 def _alike(gold: Value, value: Value) -> bool:
     """Whether two values are the same, and their units where both have one."""
-    if (gold.unit or value.unit) and same_unit(gold.unit, value.unit) and equal(gold.bare, value.bare):
-        return True
-    return equal(gold.text, value.text)
+    units = (gold.unit or value.unit) and same_unit(gold.unit, value.unit)
+    return bool(units and equal(gold.bare, value.bare)) or equal(gold.text, value.text)
 
 
 def _same_text(one: Value, other: Value) -> bool:
@@ -281,7 +267,7 @@ def _same_text(one: Value, other: Value) -> bool:
 
 
 def _unlike(values: Sequence[Value], alike: Callable[[Any, Any], bool]) -> list[Value]:
-    """The values without those that were said before."""
+    """The values without repetitions."""
     kept: list[Value] = []
     for value in values:
         if not any(alike(one, value) for one in kept):

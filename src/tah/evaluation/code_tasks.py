@@ -24,16 +24,17 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
 from .grading import code_answer, code_judge, code_values
+from .grading.reply import after_thoughts
 from .sandbox import Sandbox
 
-Grade = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]
+CodeStatus = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]
 
 REASON = 600  # characters of a verdict's reason
 PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
@@ -41,15 +42,14 @@ FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # inde
 INVISIBLE = re.compile("^[\ufeff\u200b\u2060]+", re.MULTILINE)
 # Remarks and texts in quotes, each as a whole; a docstring that its line does not close has no group "closed".
 QUOTED = re.compile(
-    r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?"
-    r"|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
+    r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
 )
 # How a program or the rest of one may begin.
 CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w|\w+ *(?::[^=]+)?=[^=]")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CodeVerdict:
     """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
 
     `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
@@ -58,7 +58,7 @@ class Verdict:
     """
 
     passed: bool
-    status: Grade
+    status: CodeStatus
     reason: str
     calls: int
     seconds: float
@@ -77,44 +77,48 @@ def extract_code(text: str, entry_point: str | None = None) -> str:
     is left out. What comes after the code is cut where it is run. A fence in a docstring closes nothing, and marks
     without width at the beginning of a line, such as the byte order mark, are left out.
     """
-    text = INVISIBLE.sub("", text.rsplit("</think>", 1)[-1])
-    if "<think>" in text:  # still thinking when the tokens ran out
-        return ""
-    blocks: list[tuple[str, str]] = []
-    lines: list[str] = []
-    opened: tuple[str, str, str] | None = None  # indentation, fence, language
-    whole = text.splitlines()
-    begins_with_code = CODE.match(next(filter(str.strip, whole), "")) is not None
-    end = -1  # of a docstring: the number of the line that closes it
-    for number, line in enumerate(whole):
-        fence = FENCE.match(line) if number > end else None
-        if not fence and number > end and (opened or (begins_with_code and not blocks)):
-            end = _docstring(whole, number, opened[0] if opened else "")
-        last = None if fence or number < end else _last_line(line, lines, opened[1] if opened else "```")
-        if last is not None and (opened or (not blocks and CODE.match(next(filter(str.strip, [*lines, last]))))):
-            indentation, _, language = opened or ("", "", "")
-            blocks.append((language, "\n".join([*lines, last.removeprefix(indentation)])))
-            opened, lines = None, []
-            continue
-        if not fence or (opened and not fence[3] and not fence[2].startswith(opened[1])):
-            lines.append(line.removeprefix(opened[0]) if opened else line)
-            continue
-        if opened:
-            blocks.append((opened[2], "\n".join(lines)))
-        elif not blocks and not fence[3] and CODE.match(next(filter(str.strip, lines), "")):
-            blocks.append(("", "\n".join(lines)))
-            opened = ("", "", "")  # a block opened in the prompt: this fence closes it
-        opened = None if opened and not fence[3] else (fence[1], fence[2], fence[3].lower())
-        lines = []
-    if opened:
-        blocks.append((opened[2], "\n".join(lines)))
+    text = INVISIBLE.sub("", after_thoughts(text))
+    blocks, rest = _blocks(text.splitlines())
     if not blocks and entry_point and _defines(text, entry_point):
-        return "\n".join(itertools.dropwhile(lambda line: not CODE.match(line), lines))
+        return "\n".join(itertools.dropwhile(lambda line: not CODE.match(line), rest))
     if not blocks:
         return text
     python = [code for language, code in blocks if language in PYTHON] or [code for _, code in blocks]
     defining = [code for code in python if entry_point and _defines(code, entry_point)]
     return (defining or python)[-1]
+
+
+def _begins_with_code(lines: Iterable[str]) -> bool:
+    return CODE.match(next(filter(str.strip, lines), "")) is not None
+
+
+def _blocks(whole: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The fenced blocks of a text by their languages, and the lines behind the last of them."""
+    blocks: list[tuple[str, str]] = []
+    lines: list[str] = []
+    opened: tuple[str, str, str] | None = None  # indentation, fence, language
+    continued = _begins_with_code(whole)
+    end = -1  # of a docstring: the number of the line that closes it
+    for number, line in enumerate(whole):
+        fence = FENCE.match(line) if number > end else None
+        if not fence and number > end and (opened or (continued and not blocks)):
+            end = _docstring(whole, number, opened[0] if opened else "")
+        last = None if fence or number < end else _last_line(line, lines, opened[1] if opened else "```")
+        if last is not None and (opened or (not blocks and _begins_with_code([*lines, last]))):
+            indentation, _, language = opened or ("", "", "")
+            blocks.append((language, "\n".join([*lines, last.removeprefix(indentation)])))
+            opened, lines = None, []
+        elif not fence or (opened and not fence[3] and not fence[2].startswith(opened[1])):
+            lines.append(line.removeprefix(opened[0]) if opened else line)
+        else:
+            if opened:
+                blocks.append((opened[2], "\n".join(lines)))
+            elif not blocks and not fence[3] and _begins_with_code(lines):  # it was opened in the prompt
+                blocks.append(("", "\n".join(lines)))
+                opened = ("", "", "")
+            opened = None if opened and not fence[3] else (fence[1], fence[2], fence[3].lower())
+            lines = []
+    return [*blocks, (opened[2], "\n".join(lines))] if opened else blocks, lines
 
 
 def _last_line(line: str, lines: Sequence[str], fence: str) -> str | None:
@@ -148,7 +152,7 @@ def _docstring(lines: Sequence[str], number: int, margin: str) -> int:
     return number
 
 
-def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdict:
+def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> CodeVerdict:
     """Grade the text of an answer.
 
     Args:
@@ -159,14 +163,14 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
         sandbox: where it runs.
 
     Raises:
-        Untestable: The item's tests cannot be graded; says which item and why.
+        Untestable: The item's tests cannot be graded; the message names the item and the reason.
         ValueError: No isolation here.
         OSError: The sandbox failed to start for this answer.
     """
     entry, tests = entry_point_of(item), _tests(item)
     code = extract_code(answer, entry)
     if not code.strip():
-        return Verdict(False, "no code", "the answer has no code", 0, 0.0)
+        return CodeVerdict(False, "no code", "the answer has no code", 0, 0.0)
     # The prompt of HumanEval is code: imports, helpers and the head of the function, complete without a body.
     prompt = str(item.get("prompt", "")) if item.get("entry_point") else ""
     least = 0
@@ -178,24 +182,24 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> Verdic
         f"{_program(code_values, code_judge)}\n{asked}\n", f"{_program(code_values, code_answer)}\n{serving}\n"
     )
     for outcome in (judged, answered):
-        # Neither program leaves standard error open, so that these words are true.
+        # Neither program leaves standard error open, so that only the sandbox can have written this.
         if outcome.stderr.startswith(("bwrap: ", "prlimit: ", "setpriv: ")):
             raise OSError(f"the sandbox failed: {outcome.stderr.strip().splitlines()[-1][:REASON]}")
     if judged.status != "ok" or not judged.stderr:
-        status: Grade = "crashed" if judged.status == "ok" else judged.status
-        return Verdict(False, status, f"no verdict: {judged.status}", 0, judged.seconds)
+        status: CodeStatus = "crashed" if judged.status == "ok" else judged.status
+        return CodeVerdict(False, status, f"no verdict: {judged.status}", 0, judged.seconds)
     kind, reason, calls = json.loads(judged.stderr)
     reason = " ".join("".join(letter if letter.isprintable() else " " for letter in str(reason)[:REASON]).split())
     if kind == "untestable":
         raise Untestable(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
     if kind == "lost":
         kind = "crashed" if answered.status == "ok" else answered.status
-    return Verdict(kind == "passed", kind, reason, calls, judged.seconds)
+    return CodeVerdict(kind == "passed", kind, reason, calls, judged.seconds)
 
 
 def grade_all(
     items: Sequence[Mapping[str, Any]], answers: Sequence[str], sandbox: Sandbox, workers: int | None = None
-) -> Iterator[Verdict]:
+) -> Iterator[CodeVerdict]:
     """Grade answer i to item i, several at a time; verdicts come in the order of the items, each when it is known.
 
     Raises:
@@ -203,11 +207,11 @@ def grade_all(
         OSError: The sandbox failed to start.
     """
 
-    def grade(item: Mapping[str, Any], answer: str) -> Verdict:
+    def grade(item: Mapping[str, Any], answer: str) -> CodeVerdict:
         try:
             return grade_code(item, answer, sandbox)
         except Untestable as error:  # the others are graded all the same
-            return Verdict(False, "untestable", str(error), 0, 0.0)
+            return CodeVerdict(False, "untestable", str(error), 0, 0.0)
 
     if len(items) != len(answers):
         raise ValueError(f"{len(items)} items and {len(answers)} answers: give one answer for each item")
@@ -235,7 +239,7 @@ def _tests(item: Mapping[str, Any]) -> str:
     """The item's tests as a program.
 
     Raises:
-        Untestable: It has none that we know.
+        Untestable: It has none of a known kind.
     """
     name = item.get("task_id", "an item")
     if "inputs" in item and "expected" in item:

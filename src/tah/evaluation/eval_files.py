@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..files import differences, write_atomically
+from ..progress import Work
 
 LOCK = ".lock"
 # Entries of run.json that may differ when a run is continued. `overrides` and `ours` only name what `sampling` and
@@ -48,8 +49,7 @@ class Generated:
     """An answer and what it cost.
 
     Args:
-        text: without the prompt and special tokens; thoughts included, and what the prompt opened for it: <think>,
-            or a block of code.
+        text: without prompt and special tokens; with thoughts, and the <think> or code block that the prompt opened.
         prompt_tokens: of the prompt.
         tokens: produced, an end token included.
         finished: it ended by itself, not at the limit.
@@ -85,7 +85,7 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     before, after = read_run(directory), json.loads(json.dumps(settings))
-    unknown = [name for name in ("dtype",) if name not in before]  # of runs from before it was recorded
+    unknown = () if "dtype" in before else ("dtype",)  # older runs did not record it
     if differs := differences(before, after, without=(*FACTS, *unknown)):
         raise ValueError(f"{directory} holds an evaluation with {differs}; give the same, or another directory")
 
@@ -158,31 +158,26 @@ class Samples:
         policy: its name.
         task: its name.
         ids: of the questions, by number.
-        told: how many answers there are, whenever that changes.
 
     Attributes:
         repaired: what was wrong with the file, in a line.
+        scores: the file for the metrics of one of lm-eval's own tasks.
+        work: counts new answers.
 
     Raises:
         ValueError: a line other than the last is damaged.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        policy: str,
-        task: str,
-        ids: Sequence[str] = (),
-        told: Callable[[int], None] = lambda done: None,
-    ) -> None:
+    def __init__(self, directory: Path, policy: str, task: str, ids: Sequence[str] = ()) -> None:
         self.path = directory / "samples" / policy / f"{task.replace(':', '.')}.jsonl"
-        self.policy, self.task, self.ids, self.told = policy, task, ids, told
+        self.scores = self.path.with_suffix(".json")
+        self.policy, self.task, self.ids = policy, task, ids
+        self.work: Work | None = None
         self.repaired: str | None = None
         self.size: int | None = None  # of the whole lines, where something follows them
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # by number and sample
         if self.path.exists():
             self._read()
-        told(len(self.lines))
 
     def _read(self) -> None:
         content = self.path.read_bytes()
@@ -243,7 +238,8 @@ class Samples:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.told(len(self.lines))
+        if self.work is not None:
+            self.work.advance(len(answers))
 
     @property
     def graders(self) -> set[str]:

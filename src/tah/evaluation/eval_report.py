@@ -8,33 +8,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files import differences, write_atomically
+from ..names import STOCK_TASK
 from ..stats.bootstrap import Estimate, Resampled
 from .eval_files import Samples, read_run
-from .tasks import STOCK
 
 PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
-COLUMNS = {
-    "accuracy": "accuracy",
-    "unparsed": "unparsed",
-    "cut_off": "cut off",
-    "mean_depth": "mean depth",
-    "iterated_share": "iterated",
-    "tokens": "tokens",
-    "seconds": "seconds",
-    "cost": "cost",
-}
 LEGEND = (
     "Accuracy in % with the 95 % bootstrap interval over questions (exact where all are alike); unparsed: answers in "
     "which none was found, counted as wrong; cut off: answers that reached the limit; cost: forward passes, prompt "
     "included, per pass of the base."
 )
+
+
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """In percent, with the interval where there is one."""
+    value, low, high = (math.nan if found is None else 100 * found for found in estimate.values())
+    interval = "" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{value:{sign}.1f}{interval}"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "accuracy": ("accuracy", percent),
+    "unparsed": ("unparsed", "{:,}".format),
+    "cut_off": ("cut off", "{:,}".format),
+    "mean_depth": ("mean depth", "{:.3f}".format),
+    "iterated_share": ("iterated", "{:.1%}".format),
+    "tokens": ("tokens", "{:,}".format),
+    "seconds": ("seconds", "{:,.1f}".format),
+    "cost": ("cost", "{:.3f}".format),
+}
 
 
 def summarize(directory: str | Path) -> dict[str, Any]:
@@ -51,17 +60,17 @@ def summarize(directory: str | Path) -> dict[str, Any]:
         drawn: list[tuple[Resampled, np.ndarray]] = []
         for name, facts in run["tasks"].items():
             samples = Samples(directory, policy, name)
-            if name.startswith(STOCK):
-                path = samples.path.with_suffix(".json")
-                stock.append({"policy": policy, "task": name, "metrics": _metrics(path)} | _costs(samples))
+            if name.startswith(STOCK_TASK):
+                scores = json.loads(samples.scores.read_text("utf-8")).items()
+                metrics = {key: value for key, value in scores if isinstance(value, (int, float)) and "," in key}
+                stock.append({"policy": policy, "task": name, "metrics": metrics} | _costs(samples))
                 continue
-            if not samples.graded(facts["questions"] * facts["samples"]):
-                raise ValueError(f"{directory} is not finished ({policy}, {name}); run the same tah eval again")
+            _check_finished(samples, facts)
             graders |= samples.graders
             resampled, right = _right(samples, seed=len(drawn))
             drawn.append((resampled, resampled.mean(right)))
             lines = samples.lines.values()
-            accuracy = _bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
+            accuracy = bounded(resampled.estimate(drawn[-1][1]), facts["questions"])
             unparsed = sum(line["verdict"] == "unparsed" for line in lines)
             untestable = sorted({line["question"] for line in lines if line["verdict"] == "untestable"})
             counts = {"questions": facts["questions"], "answers": len(lines), "unparsed": unparsed}
@@ -71,10 +80,15 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
     if len(graders) > 1:
         raise ValueError(
-            f"{directory} was graded by the versions {_listed(graders)}; give tah eval regrade {directory}"
+            f"{directory} was graded by the versions {' and '.join(sorted(graders))}; give tah eval regrade {directory}"
         )
     grader = next(iter(graders), None)
     return run | {"grader": grader, "results": rows, "average": averages, "lm_eval": stock}
+
+
+def _check_finished(samples: Samples, facts: Mapping[str, Any]) -> None:
+    if not samples.graded(facts["questions"] * facts["samples"]):
+        raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
 
 
 def write_results(directory: Path) -> dict[str, Any]:
@@ -89,11 +103,7 @@ def write_results(directory: Path) -> dict[str, Any]:
     return results
 
 
-def _listed(graders: Iterable[str]) -> str:
-    return " and ".join(sorted(graders))
-
-
-def _bounded(accuracy: Estimate, questions: int) -> Estimate:
+def bounded(accuracy: Estimate, questions: int) -> Estimate:
     """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
     bound = 1 - 0.025 ** (1 / questions)
     if accuracy["value"] == 0:
@@ -101,7 +111,7 @@ def _bounded(accuracy: Estimate, questions: int) -> Estimate:
     return accuracy | {"low": 1 - bound, "high": 1.0} if accuracy["value"] == 1 else accuracy
 
 
-def _widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
+def widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
     """A macro average, to whose width tasks whose answers are all alike add nothing: their exact bounds are added."""
     alike = [its for its in tasks if its["value"] in (0, 1)]
     found: dict[str, Any] = dict(average)
@@ -145,7 +155,7 @@ def _average(
     """Macro average over tasks: each counts the same."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("mean_depth", "iterated_share", "cost")}
     sums = {name: sum(row[name] for row in rows) for name in ("unparsed", "cut_off", "tokens", "seconds")}
-    accuracy = _widened(macro(drawn), [row["accuracy"] for row in rows])
+    accuracy = widened(macro(drawn), [row["accuracy"] for row in rows])
     return {"policy": policy, "tasks": len(rows), "accuracy": accuracy} | means | sums
 
 
@@ -155,18 +165,12 @@ def macro(drawn: Sequence[tuple[Resampled, np.ndarray]]) -> Estimate:
     return widest.estimate(np.mean([values for _, values in drawn], axis=0))
 
 
-def _metrics(path: Path) -> dict[str, float]:
-    """What lm-eval itself reports of one of its tasks."""
-    found = json.loads(path.read_text("utf-8"))
-    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and "," in name}
-
-
 def as_markdown(results: Mapping[str, Any]) -> str:
     """A table by policy and task."""
     sampling = results["sampling"]
     greedy = sampling["temperature"] < 1e-3
     drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
-    most = {name: facts["samples"] for name, facts in results["tasks"].items() if not name.startswith(STOCK)}
+    most = {name: facts["samples"] for name, facts in results["tasks"].items() if not name.startswith(STOCK_TASK)}
     others = [f"{name} avg@{samples}" for name, samples in most.items() if samples != sampling["samples"]]
     averaged = f"avg@{sampling['samples']}" + (f" ({', '.join(others)})" if others else "")
     graded = f", grader {results['grader']}" if results["grader"] else ""
@@ -177,16 +181,20 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     if results["protocol"] != "default" and results["overrides"]:
-        given = ", ".join(f"{name} {_given(value)}" for name, value in results["overrides"].items())
+        files = ", ".join(f"{task}={path}" for task, path in results["overrides"].get("data", {}).items())
+        overrides = results["overrides"] | ({"data": files} if files else {})
+        given = ", ".join(f"{name} {value}" for name, value in overrides.items())
         lines += [f"Given beside the protocol: {given}.", ""]
     if results["ours"]:
         lines += [f"Not published, so decided by ours: {named_gaps(results['ours'])}.", ""]
     if results["results"]:
-        lines += [_row(["policy", "task", "questions", *COLUMNS.values()]), "|---|---|" + "--:|" * (1 + len(COLUMNS))]
-        for row in [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]:
-            shown = [row["policy"], row["task"], str(row["questions"])]
-            lines.append(_row([*shown, *(_shown(name, row[name]) for name in COLUMNS)]))
-        lines += ["", LEGEND]
+        rows = [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]
+        names = ("policy", "task", "questions")
+        cells = (
+            [*(str(row[name]) for name in names), *(show(row[name]) for name, (_, show) in COLUMNS.items())]
+            for row in rows
+        )
+        lines += [*_table([*names, *(column for column, _ in COLUMNS.values())], cells, words=2), "", LEGEND]
         for row in results["results"]:
             if row["untestable"]:
                 named = ", ".join(row["untestable"])
@@ -199,40 +207,19 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _given(value: Any) -> str:
-    return ", ".join(f"{task}={path}" for task, path in value.items()) if isinstance(value, dict) else str(value)
-
-
 def named_gaps(ours: Mapping[str, str]) -> str:
-    """`Protocol.ours` in words: what, and of which tasks."""
+    """`Protocol.ours` as text: what, and of which tasks."""
     tasks: dict[str, list[str]] = {}
     for name, what in ours.items():
         tasks.setdefault(what, []).append(name)
     return "; ".join(f"{what} ({', '.join(names)})" for what, names in tasks.items())
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _shown(name: str, value: Any) -> str:
-    match name:
-        case "accuracy":
-            return percent(value)
-        case "mean_depth" | "cost":
-            return f"{value:.3f}"
-        case "iterated_share":
-            return f"{value:.1%}"
-        case "seconds":
-            return f"{value:,.1f}"
-    return f"{value:,}"
-
-
-def percent(estimate: Estimate, sign: str = "") -> str:
-    """In percent, with the interval where there is one."""
-    value, low, high = (math.nan if found is None else 100 * found for found in estimate.values())
-    interval = "" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
-    return f"{value:{sign}.1f}{interval}"
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> list[str]:
+    """A markdown table whose first columns are words, the others numbers."""
+    rule = "|" + "---|" * words + "--:|" * (len(header) - words)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in [header, *rows])
+    return [head, rule, *body]
 
 
 # -- two evaluations -------------------------------------------------------------------------------------------------
@@ -245,10 +232,10 @@ def compare(a: str, b: str) -> dict[str, Any]:
         a, b: directories of evaluations; `DIRECTORY:POLICY` for one policy of several.
 
     Raises:
-        ValueError: they have no task in common, or differ in data or protocol; says in what.
+        ValueError: they have no task in common, or differ in data or protocol; the message names the difference.
     """
     (first, run_a, policies_a), (second, run_b, policies_b) = _opened(a), _opened(b)
-    names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK)]
+    names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK_TASK)]
     if not names:
         raise ValueError(f"{a} and {b} have no task in common")
     before, after = (
@@ -267,8 +254,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         pairs = [(policies_a[0], policies_b[0])]
     elif not (pairs := [(policy, policy) for policy in policies_a if policy in policies_b]):
         raise ValueError(f"{a} has {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: name one, as {a}:POLICY")
-    counts = {name: run_a["tasks"][name]["questions"] * run_a["tasks"][name]["samples"] for name in names}
-    found = [_compared(first, second, pair, counts) for pair in pairs]
+    found = [_compared(first, second, pair, {name: run_a["tasks"][name] for name in names}) for pair in pairs]
     return {"a": a, "b": b, "comparisons": found, "left_out": sorted(set(alone))}
 
 
@@ -284,29 +270,27 @@ def _opened(name: str) -> tuple[Path, dict[str, Any], list[str]]:
     return Path(directory), run, [policy] if policy else policies
 
 
-def _compared(first: Path, second: Path, pair: tuple[str, str], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Two policies; `counts`: answers of each task."""
+def _compared(first: Path, second: Path, pair: tuple[str, str], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Two policies; `tasks`: the facts of each task."""
     rows: list[dict[str, Any]] = []
     drawn: list[tuple[Resampled, np.ndarray]] = []
     graders: set[str] = set()
-    for name, count in counts.items():
+    for name, facts in tasks.items():
         one, two = Samples(first, pair[0], name), Samples(second, pair[1], name)
         for samples in (one, two):
-            if not samples.graded(count):
-                raise ValueError(f"{samples.path} is not finished; run the same tah eval again")
-        graders |= one.graders | two.graders
+            _check_finished(samples, facts)
+            graders |= samples.graders
         if len(graders) > 1:
             raise ValueError(
-                f"{first} and {second} were graded by the versions {_listed(graders)} of the grader; give tah eval "
-                "regrade to those that are older"
+                f"{first} and {second} were graded by the versions {' and '.join(sorted(graders))} of the grader; give "
+                "tah eval regrade to those that are older"
             )
         resampled, before = _right(one, seed=len(drawn))
         _, after = _right(two, seed=len(drawn))
         drawn.append((resampled, resampled.mean(after - before)))
-        costs = _costs(one), _costs(two)
         row = {"task": name, "questions": len(resampled.names), "a": float(before.mean()), "b": float(after.mean())}
         row["difference"] = resampled.estimate(drawn[-1][1])
-        rows.append(row | {"cost_a": costs[0]["cost"], "cost_b": costs[1]["cost"]})
+        rows.append(row | {"cost_a": _costs(one)["cost"], "cost_b": _costs(two)["cost"]})
     average: dict[str, Any] = {"task": "average", "questions": "", "difference": macro(drawn)}
     average |= {name: float(np.mean([row[name] for row in rows])) for name in ("a", "b", "cost_a", "cost_b")}
     return {"policy_a": pair[0], "policy_b": pair[1], "tasks": rows, "average": average}
@@ -317,12 +301,12 @@ def compared_markdown(found: Mapping[str, Any]) -> str:
     lines = []
     for pair in found["comparisons"]:
         lines += [f"A: {found['a']} ({pair['policy_a']}), B: {found['b']} ({pair['policy_b']})", ""]
-        lines += [_row(["task", "questions", "A", "B", "B - A", "cost A", "cost B"]), "|---|" + "--:|" * 6]
-        for row in (*pair["tasks"], pair["average"]):
-            shown = [row["task"], str(row["questions"]), f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}"]
-            shown += [percent(row["difference"], "+"), f"{row['cost_a']:.3f}", f"{row['cost_b']:.3f}"]
-            lines.append(_row(shown))
-        lines.append("")
+        cells = (
+            [row["task"], str(row["questions"]), f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}"]
+            + [percent(row["difference"], "+"), f"{row['cost_a']:.3f}", f"{row['cost_b']:.3f}"]
+            for row in (*pair["tasks"], pair["average"])
+        )
+        lines += [*_table(["task", "questions", "A", "B", "B - A", "cost A", "cost B"], cells, words=1), ""]
     lines.append("Differences in percentage points with 95 % paired bootstrap intervals over questions.")
     if found["left_out"]:
         lines.append(f"In one of them only, or lm-eval's own: {', '.join(found['left_out'])}.")

@@ -12,22 +12,24 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..data.scoring import weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
+from ..names import STOCK_TASK
+from ..policy import Rule
+from ..progress import SILENT, Reporter
 from ..session import Session
-from . import tasks as ours
 from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
 from .eval_report import named_gaps, write_results
 from .harness import TaHLM
-from .request import Sampling, build, check_engine, check_request, expand, find_protocol, quiet, vllm_version
+from .request import Request, build, quiet, vllm_version
+from .sandbox import Sandbox
 from .vllm_backend import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -36,167 +38,179 @@ LIBRARIES = ("torch", "transformers", "lm_eval", "math_verify")
 
 
 def evaluate(
-    model: str | Session,
-    tasks: Sequence[str],
-    output: str | Path,
-    *,
-    policies: Sequence[str] | None = None,
-    protocol: str = "default",
-    sampling: Sampling | None = None,
-    limit: int | None = None,
-    data: Mapping[str, str | Path] | None = None,
-    threshold: float | None = None,
-    max_depth: int | None = None,
-    reference: str | None = None,
-    raw: bool = False,
-    batch_size: int | None = None,
-    backend: str = "transformers",
-    engine: Mapping[str, Any] | None = None,
-    allow_code_execution: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    told: Callable[..., None] = lambda policy, task, done, of: None,
-    note: Callable[[str], None] = lambda line: None,
+    model: str | Session, tasks: Sequence[str], output: str | Path, *, progress: Reporter = SILENT, **options: Any
 ) -> dict[str, Any]:
     """Evaluate a model; continues what `output` holds of the same evaluation.
 
+        evaluate("DIR", ["gsm8k"], "runs/c", policies=["never", "decider"], sampling=Sampling(samples=4))
+
     Args:
         model: directory, hub id, `smollm2`, or an open session.
-        tasks: names of `tah.evaluation.tasks.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
+        tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
         output: directory for answers and results.
-        policies: who iterates, one after the other; the model's own by default.
-        protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).
-        sampling: what is given here overrides the protocol.
-        limit: only the first so many questions of each task.
-        data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
-        reference: for the policy `oracle`.
-        raw: without the chat template.
-        batch_size: answers at a time; 1, or with vLLM as many as it likes, by default.
-        dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
-        device: `auto` is CUDA, then MPS, then the CPU.
-        backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
-        engine: further options of `vllm.LLM`.
-        allow_code_execution: needed for the code benchmarks; they run in a sandbox.
-        told: progress: policy, task, answers done, of how many.
-        note: what the user should know.
+        progress: gets each task's answers, and what the user should know.
+        options: the other fields of [`Request`], by name.
 
     Returns:
         what `results.json` holds: `results` by policy and task, `average` by policy, and the settings.
 
     Raises:
-        ValueError: a setting, a file or the model is not usable; one line says what to do.
+        ValueError: a setting, a file or the model is not usable; the message says what to do.
+        ImportError: vLLM is asked for, and not installed.
     """
-    sampling, output, asking = sampling or Sampling(), Path(output), find_protocol(protocol)
-    names, files = expand(tasks), {name: str(path) for name, path in (data or {}).items()}
-    check_request(names, policies, files, reference, allow_code_execution, backend, device)
-    drawing = sampling.under(asking)
-    check_engine(backend, model, engine or {}, drawing)
+    request = Request(model, tasks, output, **options)
+    if request.runs_programs:
+        Sandbox().check()
     with quiet():
-        built = build(names, files, sampling, asking)
-        place: dict[str, Any] = {"dtype": dtype, "device": device, "note": note}
-        handed_on = backend == "vllm"
-        session = Session.open(model, **place, as_saved=handed_on) if isinstance(model, str) else model
-        if not raw and not session.tokenizer.chat_template:
-            raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
-        if not policies and (told_of_base := session.as_itself(threshold, max_depth)):
-            note(told_of_base)
-        chosen = list(dict.fromkeys(policies or [session.model.config.policy]))
-        check_request(names, chosen, files, reference, allow_code_execution, backend, device)
-        options: dict[str, Any] = {
-            "threshold": threshold,
-            "max_depth": max_depth,
-            "seed": drawing.seed,
-            "add_bos_token": None if raw else False,  # a chat template writes it where it belongs
-        }
-        if backend == "vllm":
-            _check_served(built)
-            lm: TaHLM = ServedLM(session, policies=chosen, batch_size=batch_size, engine=engine, **options)
-        else:
-            options["reference"] = None if reference is None else Session.open(reference, **place)
-            lm = TaHLM(session, batch_size=batch_size or 1, **options)
-        if len(shared := [policy for policy in chosen if policy in ("decider", "confidence")]) > 1:
-            note(f"{' and '.join(shared)} share the threshold {lm.rule['threshold']:.4g}, though their scales differ")
-        settings = {
-            "protocol": protocol,
-            "overrides": sampling.given() | ({"data": files} if files else {}),
-            "ours": asking.ours(built),
-            "sampling": asdict(drawing),
-            "template": "none" if raw else "chat",
-            "chat_template": None if raw else hashlib.sha256(str(session.tokenizer.chat_template).encode()).hexdigest(),
-            "backend": backend,
-            "dtype": str(session.model.dtype).removeprefix("torch."),
-            "device": str(session.model.device),
-            "batch_size": batch_size,
-            "engine": dict(engine or {}),
-        } | _settings(lm, chosen, built, limit)
-        if backend == "vllm":
-            settings["versions"]["vllm"] = vllm_version()
-        if gaps := settings["ours"]:
-            note(f"protocol {protocol}: not published, so decided by ours: {named_gaps(gaps)}")
-        try:
-            with alone(output):
-                _answer_all(lm, chosen, built, output, settings, limit=limit, raw=raw, told=told, note=note)
-        finally:
-            if isinstance(lm, ServedLM):
-                lm.close()
-    return write_results(output)
+        built = build(request.tasks, request.data, request.sampling, request.asking)
+        session = _open(request, progress)
+        if not request.policies:
+            if of_base := session.as_itself(Rule(None, request.threshold, request.max_depth)):
+                progress.note(of_base)
+            request = replace(request, policies=[session.model.config.policy])
+        with closing(_harness(request, session, built, progress)) as lm:
+            shared = [name for name in request.policies if name in ("decider", "confidence")]
+            if len(shared) > 1:
+                common = f"the threshold {lm.rule.threshold:.4g}, though their scales differ"
+                progress.note(f"{' and '.join(shared)} share {common}")
+            settings = _settings(request, lm, built)
+            if gaps := settings["ours"]:
+                progress.note(f"protocol {request.protocol}: not published, so decided by ours: {named_gaps(gaps)}")
+            with alone(Path(output)):
+                _answer_all(request, lm, built, settings, progress)
+    return write_results(Path(output))
+
+
+def _open(request: Request, progress: Reporter) -> Session:
+    """The model of a request.
+
+    Raises:
+        ValueError: it has no chat template to ask with.
+    """
+    session = request.model
+    if isinstance(session, str):
+        as_saved = request.backend == "vllm"
+        session = Session.open(
+            session, dtype=request.dtype, device=request.device, as_saved=as_saved, progress=progress
+        )
+    if not request.raw and not session.tokenizer.chat_template:
+        raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
+    return session
+
+
+def _harness(request: Request, session: Session, built: Mapping[str, Any], progress: Reporter) -> TaHLM:
+    """lm-eval's model for a request.
+
+    Raises:
+        ValueError: the backend, or the model, cannot do what is asked for.
+    """
+    options: dict[str, Any] = {
+        "threshold": request.threshold,
+        "max_depth": request.max_depth,
+        "seed": request.drawing.seed,
+        "add_bos_token": None if request.raw else False,  # a chat template writes it where it belongs
+    }
+    if request.backend == "vllm":
+        for name, task in built.items():
+            if task.OUTPUT_TYPE != "generate_until":
+                raise ValueError(
+                    f"{name} compares likelihoods, which --backend vllm does not compute; leave out --backend"
+                )
+        return ServedLM(
+            session, policies=request.policies, batch_size=request.batch_size, engine=request.engine, **options
+        )
+    if request.reference is not None:
+        options["reference"] = Session.open(
+            request.reference, dtype=request.dtype, device=request.device, progress=progress
+        )
+    return TaHLM(session, batch_size=request.batch_size or 1, **options)
 
 
 def _answer_all(
-    lm: TaHLM,
-    policies: Sequence[str],
-    built: Mapping[str, Any],
-    output: Path,
-    settings: dict[str, Any],
-    *,
-    limit: int | None,
-    raw: bool,
-    told: Callable[..., None],
-    note: Callable[[str], None],
+    request: Request, lm: TaHLM, built: Mapping[str, Any], settings: dict[str, Any], progress: Reporter
 ) -> None:
     """Every task under every policy, but what is there already."""
+    output, limit = Path(request.output), request.limit
     open_run(output, settings)
-    for policy, (name, task) in itertools.product(policies, built.items()):
-        ids = [str(doc.get("id", number)) for number, doc in enumerate(list(task.eval_docs)[:limit])]
-        of = len(ids) * int(task.config.repeats)
-        samples = Samples(output, policy, name, ids, partial(told, policy, name, of=of))
-        scores = samples.path.with_suffix(".json") if name.startswith(ours.STOCK) else None
+    for policy, (name, task) in itertools.product(request.policies, built.items()):
+        questions = list(task.eval_docs)[:limit]
+        ids = [str(doc.get("id", number)) for number, doc in enumerate(questions)]
+        samples, of = Samples(output, policy, name, ids), len(ids) * int(task.config.repeats)
         if samples.repaired:
-            note(samples.repaired)
-        if not (samples.graded(of) if scores is None else scores.is_file()):
-            if scores is None:
-                write_questions(output, name, list(task.eval_docs)[:limit])
-            _run(lm, task, samples, policy=policy, limit=limit, raw=raw, scores=scores)
+            progress.note(samples.repaired)
+        stock = name.startswith(STOCK_TASK)
+        with progress.work(f"{name}, {policy}", of, "answers", len(samples.lines)) as samples.work:
+            if samples.scores.is_file() if stock else samples.graded(of):
+                continue
+            if not stock:
+                write_questions(output, name, questions)
+            lm.use(policy)
+            answer_task(lm, task, samples, limit=limit, raw=request.raw)
 
 
-def _check_served(tasks: Mapping[str, Any]) -> None:
-    for name, task in tasks.items():
-        if task.OUTPUT_TYPE != "generate_until":
-            raise ValueError(f"{name} compares likelihoods, which --backend vllm does not compute; leave out --backend")
+def answer_task(lm: TaHLM, task: Any, samples: Samples, *, limit: int | None = None, raw: bool = False) -> None:
+    """Answer and grade one task through lm-eval's evaluator.
+
+    Args:
+        lm: with the policy to answer with.
+        task: of lm-eval.
+        samples: where the answers are kept; the metrics of one of lm-eval's own tasks go beside them.
+        limit: only the first so many questions.
+        raw: without the chat template.
+    """
+    stock = samples.task.startswith(STOCK_TASK)
+    lm.log, lm.think_end_token = samples, "</think>" if stock else None
+    found = run_evaluator(
+        lm,
+        {"tasks": {task.task_name: task}},
+        limit=limit,
+        apply_chat_template=not raw,
+        bootstrap_iters=1000 if stock else 0,
+        confirm_run_unsafe_code=not stock,  # a request for our own is refused where it is not allowed
+    )
+    if stock:
+        write_atomically(samples.scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
+    else:
+        samples.grade({entry["doc_id"]: entry["graded"] for entry in found["samples"][task.task_name]})
 
 
-def _settings(lm: TaHLM, policies: Sequence[str], tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str, Any]:
     """What is evaluated, for `run.json`.
 
     Raises:
         ValueError: the model cannot follow one of the policies.
     """
-    for policy in policies:
+    for policy in request.policies:
         lm.use(policy)
-    config = lm.session.model.config
-    rule = lm.rule | {
-        "policy": policies,
+    session, config, limit = lm.session, lm.session.model.config, request.limit
+    rule = lm.rule.arguments() | {
+        "policy": list(request.policies),
         "reference": None if lm.reference is None else weights_fingerprint(lm.reference.model),
     }
+    template = str(session.tokenizer.chat_template).encode()
+    versions = {"tah": version("tah"), "python": platform.python_version()} | {
+        each: version(each) for each in LIBRARIES
+    }
     return {
+        "protocol": request.protocol,
+        "overrides": request.sampling.given()
+        | ({"data": {name: str(path) for name, path in request.data.items()}} if request.data else {}),
+        "ours": request.asking.ours(built),
+        "sampling": asdict(request.drawing),
+        "template": "none" if request.raw else "chat",
+        "chat_template": None if request.raw else hashlib.sha256(template).hexdigest(),
+        "backend": request.backend,
+        "dtype": str(session.model.dtype).removeprefix("torch."),
+        "device": str(session.model.device),
+        "batch_size": request.batch_size,
+        "engine": dict(request.engine),
         "tah": 1,
-        "model": lm.session.source,
-        "weights": weights_fingerprint(lm.session.model),
+        "model": session.source,
+        "weights": weights_fingerprint(session.model),
         "rule": rule | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")},
-        "limit": limit if any(len(task.eval_docs) > (limit or math.inf) for task in tasks.values()) else None,
-        "tasks": {name: _facts(task, limit) for name, task in tasks.items()},
-        "versions": {"tah": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in LIBRARIES},
+        "limit": limit if any(len(task.eval_docs) > (limit or math.inf) for task in built.values()) else None,
+        "tasks": {name: _facts(task, limit) for name, task in built.items()},
+        "versions": versions | ({"vllm": vllm_version()} if request.backend == "vllm" else {}),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -211,30 +225,3 @@ def _facts(task: Any, limit: int | None) -> dict[str, Any]:
         "prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16] if isinstance(prompt, str) else None,
         "version": task.VERSION,
     }
-
-
-# -- running ---------------------------------------------------------------------------------------------------------
-
-
-def _run(
-    lm: TaHLM, task: Any, samples: Samples, *, policy: str, limit: int | None, raw: bool, scores: Path | None
-) -> None:
-    """One policy, one task, through lm-eval's evaluator.
-
-    Args:
-        scores: for one of lm-eval's own tasks, where its metrics go.
-    """
-    lm.use(policy)
-    lm.log, lm.think_end_token = samples, None if scores is None else "</think>"
-    found = run_evaluator(
-        lm,
-        {"tasks": {task.task_name: task}},
-        limit=limit,
-        apply_chat_template=not raw,
-        bootstrap_iters=0 if scores is None else 1000,
-        confirm_run_unsafe_code=scores is None,  # of ours, refused above where it is not allowed
-    )
-    if scores is None:
-        samples.grade({entry["doc_id"]: entry["graded"] for entry in found["samples"][task.task_name]})
-    else:
-        write_atomically(scores, json.dumps(found["results"][task.task_name], default=str) + "\n")

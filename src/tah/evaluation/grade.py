@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .answers import judge_math
 from .code_tasks import entry_point_of, extract_code, grade_all
-from .grading.letters import judge_choice
+from .grading.choice import judge_choice
 from .grading.reply import Grade
 from .sandbox import Sandbox
 
@@ -18,6 +18,7 @@ Kind = Literal["math", "choice", "code"]
 
 # Rises with every change that can change a verdict. 1 graded the answers whose lines name no grader.
 GRADER = 2
+sandbox = functools.cache(Sandbox)
 LONGEST_GOLD = 2000  # characters; the tests of a program may have megabytes, and are in the file of the questions
 
 
@@ -29,7 +30,7 @@ class Graded:
         verdict: right, wrong, unparsed or untestable.
         gold: the right answer; of a program its tests, of which the beginning is kept.
         extracted: what was found in the answer and compared; None where nothing was found.
-        reason: in one line, where `extracted` beside `gold` does not say it.
+        reason: one line, where the verdict does not follow from `extracted` beside `gold`.
         grader: the version of the grader, see `grader`.
     """
 
@@ -70,12 +71,7 @@ def _programs(row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
     grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     gold = row["test"] or "\n".join(row["test_list"])
     row = {"task_id": row.get("id", "an item")} | dict(row)  # what reasons call it
-    for text, found in zip(texts, grade_all([row] * len(texts), texts, _sandbox()), strict=True):
+    for text, found in zip(texts, grade_all([row] * len(texts), texts, sandbox()), strict=True):
         code = extract_code(text, entry_point_of(row)).strip("\n") or None
         reason = found.reason if found.status in ("passed", "wrong") else f"{found.status}: {found.reason}"
         yield Graded(grades.get(found.status, "wrong"), gold[:LONGEST_GOLD], code, reason or None, grader())
-
-
-@functools.cache
-def _sandbox() -> Sandbox:
-    return Sandbox()

@@ -7,7 +7,8 @@ lm-eval has no plug-ins, so from its own command line this module must be import
     python -c "import tah.evaluation.harness, lm_eval.__main__ as m; m.cli_evaluate()" run --model tah \\
         --model_args pretrained=DIR,policy=decider --tasks hellaswag
 
-Our tasks are found there with `--include_path` and the directory `tah/tasks`, under names that begin with `tah_`.
+Our tasks are found there with `--include_path` and the directory `tasks` beside this file, under names that begin with
+`tah_`.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import StopStringCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StopStringCriteria, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..core.cache import DuoCache
 from ..core.compat import CACHE
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
+from ..errors import first_line
 from ..generation import RefuseNaN
-from ..load import first_line
-from ..policy import DepthState, Policy
+from ..policy import DepthState, Policy, Rule
 from ..session import Session
-from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
 
 try:
@@ -93,9 +93,8 @@ class TaHLM(HFLM):
         template = session.tokenizer.chat_template
         thinking = {"enable_thinking": True} if "enable_thinking" in str(template or "") else {}
         positions = getattr(session.model.config.get_text_config(), "max_position_embeddings", None)
-        options.setdefault(
-            "max_length", positions
-        )  # lm-eval looks for it at the top of the config, and then takes 2048
+        # lm-eval looks for it at the top of the config only, and otherwise takes 2048
+        options.setdefault("max_length", positions)
         super().__init__(
             pretrained=session.model,
             tokenizer=session.tokenizer,
@@ -118,16 +117,18 @@ class TaHLM(HFLM):
         Raises:
             ValueError: `oracle` without a reference, or one with another tokenizer; `decider` without a trained one.
         """
-        chosen: str | Policy | None = policy
+        session, self.oracle = self.session, None
         if policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
-            check_reference(self.reference.model, self.session.tokenizer, self.reference.tokenizer, 1)
-            chosen = ReferenceOracle(self.reference)
-        model, source = self.session.model, self.session.source
-        if (policy or model.config.policy) == "decider" and (self.session.wrapped or model.decider is None):
-            raise ValueError(f"{source} has no trained decider; give another policy, such as confidence")
-        self.rule = self.session.rule(policy=chosen, threshold=self.threshold, max_depth=self.max_depth)
+            check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
+            self.oracle = ReferenceOracle(self.reference)
+        self.rule = session.rule(Rule(self.oracle or policy, self.threshold, self.max_depth))
+        if self.rule.policy == "decider" and (session.wrapped or session.model.decider is None):
+            raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
+
+    def close(self) -> None:
+        """Give back what was taken for answering: nothing here, an engine's memory in `vllm_backend.py`."""
 
     # -- what lm-eval asks for ---------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class TaHLM(HFLM):
         found: list[str] = []
         for _, group in itertools.groupby(wanted, key=lambda asked: asked.options):
             for batch in self._batches(list(group)):
-                found += map(self._text, batch, self._answers(batch))
+                found += map(self.cut_text, batch, self.answer_batch(batch))
         return found
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
@@ -159,18 +160,18 @@ class TaHLM(HFLM):
         for start in range(0, len(asked), self.batch_size):
             yield asked[start : start + self.batch_size]
 
-    def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
+    def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or generated and logged."""
         logged = [self.log.find(asked) if self.log else None for asked in batch]
         if all(logged):
             return [answer for answer in logged if answer]
-        answers = self._generate(batch)
+        answers = self.generate_batch(batch)
         if self.log:
             self.log.add([(batch[at], answers[at]) for at, old in enumerate(logged) if old is None])
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
-    def _text(self, asked: Asked, answer: Generated) -> str:
-        """What lm-eval's filters get: up to the first stop string, without thoughts if `think_end_token` says so."""
+    def cut_text(self, asked: Asked, answer: Generated) -> str:
+        """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
@@ -194,11 +195,11 @@ class TaHLM(HFLM):
         self._checked(inps)
         self._begin(torch.ones_like(inps) if attn_mask is None else attn_mask)
         with torch.no_grad():
-            return self.model(inps, attention_mask=attn_mask, use_cache=False, **self.rule).logits
+            return self.model(inps, attention_mask=attn_mask, use_cache=False, **self.rule.arguments()).logits
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
-    def _generate(self, batch: Sequence[Asked]) -> list[Generated]:
+    def generate_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         stop, limit, warping = self._wishes(batch[0].options)
         prompt, mask = self.tok_batch_encode([asked.prompt for asked in batch])
         prompt, mask, pad = prompt.to(self.device), mask.to(self.device), self._pad()
@@ -218,7 +219,7 @@ class TaHLM(HFLM):
             stopping_criteria=StoppingCriteriaList([ends]),
             pad_token_id=pad,
             return_dict_in_generate=True,
-            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule,
+            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | self.rule.arguments(),
         )
         seconds = (time.perf_counter() - start) / B
         counts, lengths = out.depth_count.cpu(), ends.lengths.tolist()
@@ -229,7 +230,7 @@ class TaHLM(HFLM):
         """Stop strings, most tokens, and how to sample: temperature, top_p and top_k, or None for the most probable.
 
         Raises:
-            ValueError: an option of lm-eval's that nobody here follows.
+            ValueError: an option of lm-eval's that is not supported.
         """
         options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # leaves out `use_cache` and the like
         stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
@@ -261,8 +262,8 @@ class TaHLM(HFLM):
 
     def _begin(self, mask: Tensor) -> None:
         """A new batch, with prompts where `mask` [B, P] is set."""
-        if isinstance(self.rule["policy"], ReferenceOracle):
-            self.rule["policy"].begin(mask)
+        if self.oracle is not None:
+            self.oracle.begin(mask)
 
     def _checked(self, ids: Tensor) -> Tensor:
         """The same, where the model has an embedding for every token."""
@@ -286,8 +287,7 @@ class TaHLM(HFLM):
         return sorted({*ends, self.eot_token_id})
 
     def _check_lengths(self, wanted: Sequence[Asked]) -> None:
-        policy = self.rule["policy"]
-        models = [self.model, *([policy.reference] if isinstance(policy, ReferenceOracle) else [])]
+        models = [self.model, *([self.oracle.reference] if self.oracle else [])]
         limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
         positions = min((limit for limit in limits if limit is not None), default=None)
         for asked in wanted if positions is not None else ():
@@ -306,15 +306,14 @@ class TaHLM(HFLM):
 
 
 class ReferenceOracle(Policy):
-    """Knows better by asking: a token is hard where the model's first choice is not the reference's on the same text
-    (spec D.2). Hard tokens take all passes.
+    """Iterates on the hard tokens: those where the model's first choice is not the reference's on the same text.
 
-    The reference reads along with its own cache, so `begin` is called before each batch.
+    Hard tokens take all passes. The reference reads along with its own cache, so `begin` is called before each batch.
     """
 
     def __init__(self, reference: Session) -> None:
         self.reference = reference.model
-        self.rule = {"policy": "never"} if reference.wrapped else {}  # a wrapped base is itself
+        self.rule = Rule("never" if reference.wrapped else None)  # a wrapped base is itself
 
     def begin(self, mask: Tensor) -> None:
         """A new batch whose prompts are where `mask` [B, P] is set."""
@@ -328,7 +327,7 @@ class ReferenceOracle(Policy):
 
     @torch.no_grad()
     def _choices(self, state: DepthState) -> Tensor:
-        """[N] what the reference would say next, for the tokens of this forward."""
+        """[N] the reference's most probable next tokens, for the tokens of this forward."""
         assert state.input_ids is not None
         new = self.mask if self.fresh else self.mask.new_ones(len(self.mask), 1)  # [B, T]
         if not self.fresh:
@@ -339,5 +338,60 @@ class ReferenceOracle(Policy):
         for part in ids.split(CHUNK, dim=1):  # of a long prompt, so that no [B, P, V] exists
             start += part.shape[1]
             given = {"attention_mask": self.mask[:, :start].long(), CACHE: self.cache, "use_cache": True}
-            found.append(self.reference(part, **given, **self.rule).logits.argmax(-1))
+            found.append(self.reference(part, **given, **self.rule.arguments()).logits.argmax(-1))
         return torch.cat(found, dim=1)[new]
+
+
+# -- the rows of a batch do not disturb each other: own random numbers, own ends ------------------------------------
+
+
+class SampleByRow(LogitsProcessor):
+    """Draws the next token of each row with that row's own random numbers: its neighbours do not matter.
+
+    It leaves a single token possible, and `generate` takes that.
+
+    Args:
+        seeds: [B].
+        prompt: tokens of the padded prompts.
+        steps: most tokens to draw.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], prompt: int, steps: int, *, temperature: float, top_p: float, top_k: int
+    ) -> None:
+        self.prompt = prompt
+        rows = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.draws = torch.stack([torch.rand(steps, generator=row) for row in rows])  # [B, steps]
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        mass = self.warpers(input_ids, scores).float().softmax(-1).cumsum(-1)  # [B, V]
+        whole = mass[:, -1:].clone()
+        draw = self.draws[:, input_ids.shape[1] - self.prompt, None].to(mass.device) * whole
+        last = (mass < whole).sum(1, keepdim=True)  # the last token with any probability: rounding leads no further
+        chosen = torch.searchsorted(mass, draw, right=True).minimum(last)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+class RowEnds(StoppingCriteria):
+    """Ends each row at an end token or a stop string, and remembers how long it was.
+
+    Attributes:
+        lengths: [B] tokens produced, the end included; 0 while a row goes on.
+    """
+
+    def __init__(self, rows: int, prompt: int, ends: Sequence[int], stop: StopStringCriteria | None) -> None:
+        self.prompt, self.ends, self.stop = prompt, torch.tensor(ends), stop
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        produced = input_ids[:, self.prompt :]
+        over = torch.isin(produced[:, -1], self.ends.to(produced.device))
+        if self.stop is not None:
+            over |= self.stop(produced, scores)
+        self.lengths[(over.cpu()) & (self.lengths == 0)] = produced.shape[1]
+        return (self.lengths > 0).to(produced.device)

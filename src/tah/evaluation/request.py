@@ -1,41 +1,30 @@
-"""What an evaluation is asked for: how answers are drawn, which tasks, and what is refused before a model is loaded."""
+"""What an evaluation is asked for, and what is refused before a model is loaded; lm-eval's tasks for it."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..names import BACKENDS, LABEL_FREE, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
+from ..session import Session
 from . import tasks as ours
-from .sandbox import Sandbox
-from .tasks.protocols import DEFAULT, PROTOCOLS, Protocol
+from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
 
 import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
 from lm_eval.tasks import TaskManager  # isort: skip
 
-POLICIES = ("decider", "confidence", "always", "never", "random", "oracle")
-BACKENDS = ("transformers", "vllm")
 STOCK_NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)  # in lm-eval's YAML files
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. What is None is left to the protocol.
-
-    Args:
-        samples: answers to each question, whose mean counts (avg@k).
-        temperature: 0 takes the most probable token.
-        top_p: the tokens that are drawn from are the most probable ones up to this mass.
-        top_k: and at most so many; 0 means all.
-        max_new_tokens: where an answer is cut off.
-        seed: with the question and the number of the sample, it decides what is drawn.
-    """
+    """The fields of [`Drawing`] that the caller chooses. What is None is left to the protocol."""
 
     samples: int | None = None
     temperature: float | None = None
@@ -54,43 +43,114 @@ class Sampling:
         Raises:
             ValueError: several samples that would all be alike.
         """
-        fixed = {name: getattr(protocol, name) for name in ("seed", "temperature", "top_p", "top_k", "max_new_tokens")}
-        fixed["samples"] = protocol.samples.get(task or "", 1)
-        drawing = Drawing(**(fixed | self.given()))
-        if drawing.samples > 1 and drawing.temperature < 1e-3:
+        drawing = replace(protocol.drawing, **({"samples": protocol.samples.get(task or "", 1)} | self.given()))
+        if drawing.samples > 1 and drawing.greedy:
             where = "" if self.samples else f" (protocol {protocol.name}, task {task})"
             raise ValueError(f"samples={drawing.samples}{where} at temperature 0 would all be alike; give --samples 1")
         return drawing
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How the answers to a task are drawn: a `Sampling` in which the protocol has filled in what was left to it."""
+class Request:
+    """What an evaluation is asked for. It is checked when it is made, as far as that needs no model.
 
-    samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    seed: int
-
-    def options(self) -> dict[str, Any]:
-        """As lm-eval's `generation_kwargs`."""
-        if self.temperature < 1e-3:
-            return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {"max_gen_toks": self.max_new_tokens, "do_sample": True} | drawn
-
-
-def find_protocol(name: str) -> Protocol:
-    """A protocol by its name.
+    Args:
+        model: directory, hub id, `smollm2`, or an open session.
+        tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
+        output: directory for answers and results.
+        policies: who iterates, one after the other; the model's own by default.
+        protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).
+        sampling: what is given here overrides the protocol.
+        limit: only the first so many questions of each task.
+        data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
+        threshold: iterate above this probability; the model's own by default.
+        max_depth: most passes a token may take; the model's own by default.
+        reference: model for the policy `oracle`.
+        raw: without the chat template.
+        batch_size: answers at a time; by default 1, or with vLLM as many as it chooses.
+        backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
+        engine: further options of `vllm.LLM`.
+        allow_code_execution: needed for the code benchmarks, whose programs run in a sandbox.
+        dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
+        device: `auto` is CUDA, then MPS, then the CPU.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: something does not exist, or not together with the rest; the message names what to do.
+        ImportError: vLLM is asked for, and not installed.
     """
-    if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+
+    model: str | Session
+    tasks: Sequence[str]
+    output: str | Path
+    policies: Sequence[str] = ()
+    protocol: str = "default"
+    sampling: Sampling = field(default_factory=Sampling)
+    limit: int | None = None
+    data: Mapping[str, str | Path] = field(default_factory=dict)
+    threshold: float | None = None
+    max_depth: int | None = None
+    reference: str | None = None
+    raw: bool = False
+    batch_size: int | None = None
+    backend: str = "transformers"
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    allow_code_execution: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", expand(self.tasks))
+        object.__setattr__(self, "policies", tuple(dict.fromkeys(self.policies or ())))
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {self.protocol!r}; {suggest(self.protocol, PROTOCOLS)}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; {suggest(self.backend, BACKENDS)}")
+        for policy in self.policies:
+            if policy not in POLICIES:
+                raise ValueError(f"unknown policy {policy!r}; {suggest(policy, POLICIES)}")
+        if self.backend == "vllm":
+            self._check_vllm()
+        elif self.engine:
+            raise ValueError(f"engine={dict(self.engine)!r} is for backend='vllm'")
+        if "oracle" in self.policies and self.reference is None:
+            raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
+        check_data(self.data, self.tasks)
+        if (code := [name for name in self.tasks if name in ours.CODE]) and not self.allow_code_execution:
+            raise ValueError(
+                f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
+                "sandbox, or leave it out"
+            )
+
+    def _check_vllm(self) -> None:
+        if not set(self.policies) <= set(LABEL_FREE):
+            raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
+        if self.device != "auto":
+            raise ValueError(f"device {self.device!r}: vLLM runs on what it was built for; leave out --device")
+        if not isinstance(self.model, str):
+            raise ValueError(
+                "backend='vllm' loads the checkpoint itself; give its directory or hub id, not an open session"
+            )
+        if taken := sorted({"model", "dtype", "hf_overrides", "additional_config"} & self.engine.keys()):
+            raise ValueError(f"engine[{taken[0]!r}] follows from the other arguments; leave it out")
+        if not self.drawing.greedy and self.drawing.temperature < 0.01:
+            given = self.drawing.temperature
+            raise ValueError(f"temperature {given}: vLLM draws at no less than 0.01; give that, or --greedy")
+        vllm_version()
+
+    @property
+    def asking(self) -> Protocol:
+        """The protocol."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def drawing(self) -> Drawing:
+        """How answers are drawn, for tasks that the protocol does not single out."""
+        return self.sampling.under(self.asking)
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether a sandbox is needed."""
+        return not set(self.tasks).isdisjoint(ours.CODE)
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -99,96 +159,38 @@ def expand(names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: an unknown one, with the nearest.
     """
-    found: dict[str, None] = {}
-    for name in names:
-        if name == "nine":
-            found |= dict.fromkeys(ours.NINE)
-        elif name in ours.TASKS or name.startswith(ours.STOCK):
-            found[name] = None
-        else:
-            near = difflib.get_close_matches(name, (*ours.TASKS, "nine"), n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+    found = list(dict.fromkeys(each for name in names for each in (NINE if name == "nine" else [name])))
+    for name in found:
+        if name not in TASKS and not name.startswith(STOCK_TASK):
             raise ValueError(
-                f"unknown task {name!r}; {hint}choose from nine, {', '.join(ours.TASKS)}, "
-                f"or {ours.STOCK}NAME for lm-eval's own"
+                f"unknown task {name!r}; {suggest(name, ('nine', *TASKS))}, or {STOCK_TASK}NAME for lm-eval's own"
             )
     if not found:
         raise ValueError("no tasks; give --tasks nine or names")
-    return list(found)
+    return found
 
 
-def check_request(
-    names: Sequence[str],
-    policies: Sequence[str] | None,
-    data: Mapping[str, str],
-    reference: str | None,
-    allow_code_execution: bool,
-    backend: str,
-    device: str,
-) -> None:
-    """What can be refused before anything is loaded.
+def check_data(data: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Whether each file of questions is for one of these tasks, and for one of ours.
 
     Raises:
-        ValueError: something does not exist, or not together with the rest.
-        ImportError: vLLM is asked for, and not installed.
+        ValueError: one is not.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    for policy in policies or ():
-        if policy not in POLICIES:
-            near = difflib.get_close_matches(policy, POLICIES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"unknown policy {policy!r}; {hint}choose from {', '.join(POLICIES)}")
-    if backend == "vllm":
-        if "oracle" in (policies or ()):
-            raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
-        if device != "auto":
-            raise ValueError(f"device {device!r}: vLLM runs on what it was built for; leave out --device")
-        vllm_version()
-    if "oracle" in (policies or ()) and reference is None:
-        raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
     for name in data:
-        if name not in names or name.startswith(ours.STOCK):
+        if name not in names or name.startswith(STOCK_TASK):
             raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
-    if code := [name for name in names if name in ours.CODE]:
-        if not allow_code_execution:
-            raise ValueError(
-                f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
-                "sandbox, or leave it out"
-            )
-        Sandbox().check()
-
-
-def check_engine(backend: str, model: Any, engine: Mapping[str, Any], sampling: Drawing) -> None:
-    """What vLLM cannot be given.
-
-    Raises:
-        ValueError: an open model, options that are not the caller's to choose, or a temperature that vLLM would raise.
-    """
-    if backend != "vllm":
-        if engine:
-            raise ValueError(f"engine={dict(engine)!r} is for backend='vllm'")
-        return
-    if not isinstance(model, str):
-        raise ValueError(
-            "backend='vllm' loads the checkpoint itself; give its directory or hub id, not an open session"
-        )
-    if taken := sorted({"model", "dtype", "hf_overrides", "additional_config"} & engine.keys()):
-        raise ValueError(f"engine[{taken[0]!r}] follows from the other arguments; leave it out")
-    if 1e-3 <= sampling.temperature < 0.01:
-        raise ValueError(f"temperature {sampling.temperature}: vLLM draws at no less than 0.01; give that, or --greedy")
 
 
 def build(
-    names: Sequence[str], data: Mapping[str, str], sampling: Sampling, protocol: Protocol = DEFAULT
+    names: Sequence[str], data: Mapping[str, str | Path], sampling: Sampling, protocol: Protocol = DEFAULT
 ) -> dict[str, Any]:
     """lm-eval's tasks by our names, in the order asked for."""
     drawn = {name: sampling.under(protocol, name) for name in names}
-    stock = [name.removeprefix(ours.STOCK) for name in names if name.startswith(ours.STOCK)]
+    stock = [name.removeprefix(STOCK_TASK) for name in names if name.startswith(STOCK_TASK)]
     if stock:
         _check_stock(stock)
     sources = {name: vars(source) for name, source in protocol.sources.items()}
-    metadata: Any = {"data": dict(data), "sources": sources}
+    metadata: Any = {"data": {name: str(path) for name, path in data.items()}, "sources": sources}
     manager = TaskManager(include_path=str(ours.DIRECTORY), include_defaults=bool(stock), metadata=metadata)
     for name in stock:
         if name not in manager.all_tasks or name.startswith(ours.PREFIX):
@@ -200,9 +202,9 @@ def build(
             raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
     built: dict[str, Any] = {}
     for name in names:
-        own = not name.startswith(ours.STOCK)
+        own = not name.startswith(STOCK_TASK)
         try:
-            loaded = manager.load([ours.PREFIX + name if own else name.removeprefix(ours.STOCK)])["tasks"]
+            loaded = manager.load([ours.PREFIX + name if own else name.removeprefix(STOCK_TASK)])["tasks"]
         except (OSError, ConnectionError, ImportError) as error:
             raise ValueError(f"task {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         for key, task in loaded.items():
@@ -214,7 +216,7 @@ def build(
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(1234)  # lm-eval's own
-            built[name if own else ours.STOCK + key] = task
+            built[name if own else STOCK_TASK + key] = task
     return built
 
 
@@ -246,8 +248,8 @@ def _check_stock(names: Sequence[str]) -> None:
 
 
 def _no_stock(name: str, known: Iterable[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {ours.STOCK}{near[0]}?" if near else ""
+    near = nearest(name, known)
+    hint = f"; did you mean {STOCK_TASK}{near}?" if near else ""
     return ValueError(f"lm-eval has no task {name!r}{hint}")
 
 

@@ -23,8 +23,8 @@ from .eval_files import Asked, Generated
 from .harness import TaHLM
 
 ROOMY = ("always", "random")  # policies whose depth-2 keys may need more room than the plugin plans for a decider's
-# Entries of generation_config.json that change what greedy `generate` says and that vLLM is not told, where they differ
-# from these, which change nothing.
+# Entries of generation_config.json that change the answers of greedy `generate` and that vLLM does not get, unless they
+# have these values, which change nothing.
 NOT_HANDED_OVER: dict[str, Any] = {
     "bad_words_ids": None, "begin_suppress_tokens": None, "constraints": None, "dola_layers": None,
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "exponential_decay_length_penalty": None,
@@ -93,7 +93,8 @@ class ServedLM(TaHLM):
         """
         from ..vllm.requests import DEPTHS_SERVED
 
-        depth = self.rule["max_depth"]
+        depth = self.rule.max_depth
+        assert isinstance(depth, int)
         if depth > DEPTHS_SERVED:
             raise ValueError(
                 f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
@@ -124,7 +125,7 @@ class ServedLM(TaHLM):
         """All at once: the engine makes its own."""
         yield asked
 
-    def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
+    def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or from the engine and logged as they come."""
         answers = [self.log.find(asked) if self.log else None for asked in batch]
         missing = [at for at, answer in enumerate(answers) if answer is None]
@@ -148,12 +149,12 @@ class ServedLM(TaHLM):
             while engine.has_unfinished_requests():
                 done: list[tuple[int, Generated]] = []
                 for out in engine.step():
-                    at, said = int(out.request_id), out.outputs[0]
-                    ids, depths = list(said.token_ids), said.routed_experts.tolist()  # of prompt and answer
+                    at, answer = int(out.request_id), out.outputs[0]
+                    ids, depths = list(answer.token_ids), answer.routed_experts.tolist()  # of prompt and answer
                     if len(depths) != len(prompts[at]) + len(ids) - 1:
-                        raise RuntimeError(f"vLLM told {len(depths)} depths of {len(prompts[at])} + {len(ids)} tokens")
+                        raise RuntimeError(f"vLLM gave {len(depths)} depths for {len(prompts[at])} + {len(ids)} tokens")
                     mask = torch.ones(len(prompts[at]), dtype=torch.bool)
-                    length = len(ids) if said.finish_reason == "stop" else 0
+                    length = len(ids) if answer.finish_reason == "stop" else 0
                     done.append((at, self._generated(batch[at], ids, torch.tensor(depths), mask, length, limit, 0.0)))
                 if done:
                     now = time.perf_counter()
@@ -170,11 +171,11 @@ class ServedLM(TaHLM):
         # Stop strings may be special tokens; the text is not used.
         shown = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_special_tokens": False}
         options = {"temperature": 0.0, **shown, **options}
-        params = SamplingParams(extra_args=self.rule, **options)
+        params = SamplingParams(extra_args=self.rule.arguments(), **options)
         self.llm.llm_engine.add_request(str(at), {"prompt_token_ids": prompt}, params)
 
     def _drawing(self, asked: Asked, warping: Mapping[str, Any] | None) -> dict[str, Any]:
-        """How a token is chosen, and where an answer ends, in vLLM's words."""
+        """How a token is chosen, and where an answer ends, as options of vLLM."""
         penalty = self.model.generation_config.repetition_penalty  # which `generate` follows too
         options = {"stop_token_ids": self._end_tokens(), "repetition_penalty": penalty or 1.0}
         return options if warping is None else options | {"seed": self._seed(asked)} | dict(warping)

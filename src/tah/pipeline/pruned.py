@@ -76,7 +76,7 @@ def prune_model(asked: Pruning, progress: Reporter = SILENT) -> PruneReport:
     tokenizer = load_tokenizer(find(source)[0])
     base = load_base(plain_base(source), asked.dtype)
     saved = base.dtype
-    put(base, source, dtype=asked.dtype, device=asked.device, note=progress.note)
+    put(base, source, dtype=asked.dtype, device=asked.device, progress=progress)
     drawn = _draw_texts(rows, tokenizer, asked.texts, min(asked.max_length, _positions(base)))
     check_ids((max(text.tokens) for text in drawn), base, asked.data, f"{source} comes with another model's tokenizer")
     return prune(base, tokenizer, drawn, asked.layers, asked.output, fewest=asked.texts, progress=progress, dtype=saved)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.contents import contents
-from ..data.rows import COMPLETE
+from ..data.data_files import COMPLETE
 from ..load import find, load_base, load_tah, load_tokenizer
 from ..names import Stage
 from ..progress import SILENT, Reporter

@@ -1,7 +1,7 @@
-"""Confidence intervals by resampling texts, and how well a score finds the tokens it is meant to find.
+"""Confidence intervals by resampling texts (or questions), and how well a score ranks the tokens it should find.
 
-Shapes: N tokens of K texts, S samples; sample 0 is the data itself, so a statistic is an array [S] whose entry 0 is
-its value. Tokens of a text depend on each other, so texts are drawn, not tokens.
+Shapes: N tokens of K texts, S samples. Sample 0 is the data itself, so a statistic is an array [S] whose entry 0 is its
+value. Tokens of a text depend on each other, so texts are drawn, not tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Resampled:
         return ratio(self.total(values * weight), self.total(weight))
 
     def estimate(self, sampled: np.ndarray) -> Estimate:
-        """A statistic [S] as its value and the ends of its interval; None where undefined, as with a single text."""
+        """The value of a statistic [S] and the ends of its interval; None where undefined, as with a single text."""
         drawn = sampled[1:][np.isfinite(sampled[1:])]
         low = high = None
         if len(self.names) > 1 and len(drawn):
@@ -47,22 +47,22 @@ class Resampled:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """[S] / [S], nan where that is 0 / 0 or x / 0."""
+    """above [S] / below [S], nan where `below` is 0."""
     return np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0)
 
 
 def ranking(
     score: np.ndarray, wanted: np.ndarray, text: np.ndarray | None = None, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision [S] of a score; nan where all or none of the tokens are wanted.
+    """AUROC and average precision, each [S], of a score; nan where all or none of the tokens are wanted.
 
     Tokens with equal scores are taken together: half of their pairs count for AUROC, and a threshold takes all or none.
 
     Args:
         score: [N] higher where the token should be found.
         wanted: [N] bool.
-        text: [N] index of each token's text, with
-        weights: [S, K] how often each text counts; by default once.
+        text: [N] index of each token's text, 0 to K - 1; needed with `weights`.
+        weights: [S, K] how often each text counts; by default once, with S = 1.
     """
     order = np.argsort(-score, kind="stable")
     falling, wanted = score[order], wanted[order].astype(np.float64)

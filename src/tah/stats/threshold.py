@@ -1,4 +1,4 @@
-"""How good a decider is and the threshold it should use, from its probabilities and the losses of both passes.
+"""The threshold that a decider should use, and its quality, from its probabilities and the effect of second passes.
 
 Shapes: n supervised tokens.
 """
@@ -16,7 +16,7 @@ BINS = 10  # of the calibration table
 
 
 @dataclass
-class Judged:
+class Decisions:
     """The decider's probabilities for n supervised tokens after depth 1, and what a second pass does to them."""
 
     probability: np.ndarray  # [n] float64, of going on
@@ -26,32 +26,33 @@ class Judged:
 
 
 def threshold_for_share(probability: np.ndarray, share: float) -> float:
-    """The threshold at which this share of tokens iterates, half-way between the two tokens it separates."""
+    """The threshold that a `share` of the probabilities [n] exceeds, half-way between the two that it separates."""
     return _between(np.sort(probability)[::-1], round(share * len(probability)))
 
 
-def threshold_for_loss(judged: Judged) -> float:
-    """The threshold at which the mean cross-entropy is lowest; it parts no equal probabilities."""
-    order = np.argsort(-judged.probability, kind="stable")
-    falling = judged.probability[order]
-    gained = np.concatenate([[0.0], np.cumsum((judged.loss_one - judged.loss_two)[order])])
+def threshold_for_loss(decisions: Decisions) -> float:
+    """The threshold at which the mean cross-entropy is lowest; it does not separate equal probabilities."""
+    order = np.argsort(-decisions.probability, kind="stable")
+    falling = decisions.probability[order]
+    gained = np.concatenate([[0.0], np.cumsum((decisions.loss_one - decisions.loss_two)[order])])
     counts = np.concatenate([[0], np.flatnonzero(falling[1:] != falling[:-1]) + 1, [len(falling)]])
     return _between(falling, int(counts[gained[counts].argmax()]))
 
 
 def _between(falling: np.ndarray, count: int) -> float:
-    """A threshold that `count` of the falling probabilities exceed (fewer where some are equal)."""
+    """A threshold that `count` of the falling probabilities [n] exceed (fewer where some are equal)."""
     above = falling[count - 1] if count > 0 else 1.0
     below = falling[count] if count < len(falling) else 0.0
     return float(np.clip((above + below) / 2, 0.0, 1.0))
 
 
-def quality(judged: Judged, threshold: float) -> dict[str, Any]:
+def quality(decisions: Decisions, threshold: float) -> dict[str, Any]:
     """AUROC, average precision, precision and recall at the threshold, calibration, and the losses by policy.
 
-    Precision, recall and AUROC are None where they are undefined (no token iterates; all or none are hard).
+    Numbers that are undefined (no token iterates; all or none are hard) are None. `calibration` has, for each tenth of
+    probability, the number of tokens, their mean probability (`said`) and the share of them that is hard (`was`).
     """
-    p, hard, goes = judged.probability, judged.hard, judged.probability > threshold
+    p, hard, goes = decisions.probability, decisions.hard, decisions.probability > threshold
     (auroc,), (average_precision,) = ranking(p, hard)
     hits = int((goes & hard).sum())
     index = np.minimum((p * BINS).astype(int), BINS - 1)
@@ -59,6 +60,7 @@ def quality(judged: Judged, threshold: float) -> dict[str, Any]:
     for k in range(BINS):
         if count := int((index == k).sum()):
             bins.append({"tokens": count, "said": float(p[index == k].mean()), "was": float(hard[index == k].mean())})
+
     return {
         "tokens": len(p),
         "threshold": threshold,
@@ -71,9 +73,9 @@ def quality(judged: Judged, threshold: float) -> dict[str, Any]:
         "calibration_error": sum(b["tokens"] * abs(b["said"] - b["was"]) for b in bins) / len(p),
         "calibration": bins,
         "loss": {
-            "never": float(judged.loss_one.mean()),
-            "always": float(judged.loss_two.mean()),
-            "decider": float(np.where(goes, judged.loss_two, judged.loss_one).mean()),
-            "oracle": float(np.where(hard, judged.loss_two, judged.loss_one).mean()),
+            "never": float(decisions.loss_one.mean()),
+            "always": float(decisions.loss_two.mean()),
+            "decider": float(np.where(goes, decisions.loss_two, decisions.loss_one).mean()),
+            "oracle": float(np.where(hard, decisions.loss_two, decisions.loss_one).mean()),
         },
     }

@@ -3,9 +3,9 @@
 Shapes: K texts shown, T tokens of all of them, N = T - K predictions (a text's first token is not predicted),
 M = max_depth, k = top_k.
 
-The numbers travel column by column: little-endian bytes in base64, in one JSON block that judge.js reads. The tables
-and charts are of whole traces and are written here; what depends on a threshold is worked out in the page, of what it
-shows.
+The numbers are in the page column by column: little-endian bytes in base64, in one JSON block that rules.js reads. The
+tables and charts are of whole traces and are written here; what depends on a threshold is computed in the page, of the
+texts that it shows.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from ..files import write_atomically
-from .lens_svg import calibration_chart, compute_chart, depth_chart, iterated_chart, pass_chart
+from .charts import MARKS, page_charts
 from .overthinking import compare, statistics
-from .traced import Trace, TracedText, check_comparable
+from .tables import difference_table, tables_of
+from .trace_file import Trace, TracedText, check_comparable
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SCRIPTS = ("judge.js", "text.js", "token.js")  # one module, in this order
+SCRIPTS = ("rules.js", "text.js", "token.js")  # one module, in this order
 SHOWN = 50_000  # tokens; a page of more is slow to open and larger than mail takes
 INTEGERS = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4"}  # by size; the names are JavaScript's
-MARKS = ("A", "B")
 
 try:
     import jinja2
@@ -55,32 +55,15 @@ def write_lens(
         check_comparable(*traces)
     stats = [statistics(trace, every=every) for trace in traces]
     difference = compare(*traces) if len(traces) == 2 and not every else None
-    page = render(traces, stats, difference, shown, every)
-    write_atomically(output, page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
-    return stats
-
-
-# -- the page --------------------------------------------------------------------------------------------------------
-
-
-def render(
-    traces: Sequence[Trace],
-    stats: Sequence[dict[str, Any]],
-    difference: dict[str, Any] | None,
-    shown: int,
-    every: bool,
-) -> str:
-    """The page as text."""
-    data = columns_of(traces, shown, every)
+    data = _data(traces, shown, every)
     css = ASSETS.joinpath("lens.css").read_text("utf-8")
     js = "".join(ASSETS.joinpath(name).read_text("utf-8") for name in SCRIPTS)
     named = list(zip(MARKS, stats, strict=False))
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
-    environment.filters |= {"percent": percent, "interval": interval, "number": number}
-    return environment.get_template("lens.html.j2").render(
+    page = environment.get_template("lens.html.j2").render(
         css=css,
         js=js,
-        data=as_json(data),
+        data=_as_json(data),
         policy=f"default-src 'none'; style-src {_allowed(css)}; script-src {_allowed(js)}; base-uri 'none'; "
         "form-action 'none'",
         named=named,
@@ -88,12 +71,12 @@ def render(
         shown_texts=len(data["lengths"]),
         all_tokens=int(traces[0].header["tokens"]),
         difference=difference,
-        depth_charts=[depth_chart(named, what) for what in ("accuracy", "loss")],
-        pass_chart=pass_chart(named),
-        compute_charts=[compute_chart(mark, its) for mark, its in named],
-        calibration_charts=[calibration_chart(its) for _, its in named],
-        iterated_charts=[iterated_chart(its) for _, its in named],
+        difference_table=None if difference is None else difference_table(difference),
+        tables=[tables_of(its) for its in stats],
+        charts=page_charts(named),
     )
+    write_atomically(output, page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
+    return stats
 
 
 def _allowed(source: str) -> str:
@@ -101,30 +84,16 @@ def _allowed(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def as_json(value: Any) -> str:
+def _as_json(value: Any) -> str:
     """JSON that can neither end a script element nor begin anything else in HTML."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def percent(share: float | None) -> str:
-    return "\u2013" if share is None else f"{share:.2%}".replace("%", " %")
-
-
-def number(value: float | None) -> str:
-    return "\u2013" if value is None else f"{value:.4f}"
-
-
-def interval(estimate: dict[str, float | None], digits: int = 2, times: float = 100) -> str:
-    """`81.21 to 82.40`, or nothing where undefined."""
-    low, high = estimate["low"], estimate["high"]
-    return "" if low is None or high is None else f"{low * times:.{digits}f} to {high * times:.{digits}f}"
-
-
 # -- its data --------------------------------------------------------------------------------------------------------
 
 
-def columns_of(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, Any]:
+def _data(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, Any]:
     """The texts that all traces have, as many as fit in `shown` tokens but at least one, and what is known of each.
 
     `texts` and `strings` are the same for all traces; `traces[i]` has the columns [N], [M, N] or [M, N, k] of one.
@@ -142,18 +111,18 @@ def columns_of(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, An
         "rows": [text.row + 1 for text in texts],
         "parts": [text.part + 1 for text in texts],
         "lengths": [len(text.ids) for text in texts],
-        "ids": column(np.concatenate([text.ids for text in texts])),
-        "pieces": column(np.array(pieces)),
-        "supervised": column(supervised),
+        "ids": _packed(np.concatenate([text.ids for text in texts])),
+        "pieces": _packed(np.array(pieces)),
+        "supervised": _packed(supervised),
         "traces": [
-            _columns(trace, its, strings, MARKS[number])
-            for number, (trace, its) in enumerate(zip(traces, chosen, strict=True))
+            {"mark": mark} | _columns(trace, its, strings)
+            for mark, trace, its in zip(MARKS, traces, chosen, strict=False)
         ],
         "strings": list(strings),
     }
 
 
-def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int], mark: str) -> dict[str, Any]:
+def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int]) -> dict[str, Any]:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(text, name) for text in texts], axis=min(1, getattr(texts[0], name).ndim - 1))
 
@@ -176,11 +145,10 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int],
         }
     names = ("model", "max_depth", "top_k", "policy", "threshold", "decider_threshold")
     return {
-        "mark": mark,
         "score": _own_score(header),
         **{name: header[name] for name in names},
         "exact": header["attention"] != "duo" or trace.max_depth < 2,
-        "columns": {name: column(values) for name, values in columns.items()},
+        "columns": {name: _packed(values) for name, values in columns.items()},
     }
 
 
@@ -191,7 +159,7 @@ def _own_score(header: Mapping[str, Any]) -> str:
     return "decider" if header["decider"] else "confidence"
 
 
-def column(values: np.ndarray) -> list[str]:
+def _packed(values: np.ndarray) -> list[str]:
     """Its type in JavaScript and its bytes: floats with 32 bits, whole numbers with as few as hold all of them."""
     if values.dtype.kind == "f":
         kind, style = "Float32Array", "<f4"

@@ -1,48 +1,105 @@
-"""What a second pass gains and what it breaks, by policy: statistics of a trace, without the model.
+"""What a second pass corrects and what it breaks, by policy: statistics of a trace, without the model.
 
-Shapes: N tokens, M = max_depth, S samples (`resample.py`: entry 0 is the data itself).
+Shapes: N tokens, M = max_depth, S samples (`stats/bootstrap.py`: entry 0 is the data itself), P points of a curve.
 
 *Wrong* and *right* are the first choice after depth 1, *iterated* is more than one pass. A pass *corrects* a wrong
-token and *breaks* a right one. Every policy is judged by the outputs of the trace, where everyone ran all passes: exact
-for attention "own" and "blind", an approximation for "duo", but for `never`, `always` and the policy that was run.
+token and *breaks* a right one. Every policy is evaluated by the outputs of the trace, where every token ran all passes.
+That is exact for attention "own" and "blind". For "duo" it is an approximation, but for `never`, `always` and the
+policy that was run.
 
 The policies:
 
     own policy          what the model did under its policy and threshold
-    decider, confidence, entropy    who exceeds a threshold: decider's probability, 1 - top probability, nats
+    decider, confidence, entropy    tokens above a threshold: decider's probability, 1 - top probability, nats
     random, confidence, entropy (equal share)   as many tokens as the decider (or else the own policy) chose
     oracle              all passes where depth 1 is wrong (the paper's)
     hindsight           all passes where that lowers the loss
     second choice       where depth 1 is wrong, its second choice and no pass: a control, since being iterated by an
-                        oracle tells a model that its first choice is wrong
+                        oracle reveals to a model that its first choice is wrong
+
+A score gives, after every pass but the last, the probability of going on: the decider's, 1 - the probability of the
+first choice, or the entropy, of which the policy `confidence` makes 1 - exp(-entropy). A token reaches a depth where
+the least of its scores so far exceeds the threshold.
 """
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..stats.bootstrap import Estimate, ratio
-from ..stats.threshold import threshold_for_share
-from .trace_scores import View, curve, depths, of_nats, rank_scores, to_nats, view_of
-from .traced import Tokens, Trace, check_comparable, loss_of
+from ..stats.bootstrap import Estimate, Resampled, ranking, ratio
+from ..stats.threshold import Decisions, quality, threshold_for_share
+from .trace_file import Tokens, Trace, check_comparable, loss_of
 
 CONFIDENCE, ENTROPY = 0.7, 0.3  # thresholds of the untrained policies: 1 - top probability, nats
 GAIN = 0.05  # nats; a token is worth a pass that lowers its loss by more
 LITTLE = 1e-3  # nats; a loss that changes by less has not changed
-MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is none
-LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # which GitHub links without being asked
+POINTS = 101  # of a curve
+RANKED = 200  # samples for AUROC and average precision
+COMPARED = ("never", "always", "own policy")
+EQUAL_SHARE = " (equal share)"
+
+
+@dataclass
+class View:
+    """The tokens of a trace as columns, and the draws of its texts."""
+
+    tokens: Tokens
+    draw: Resampled
+    right: np.ndarray  # [M, N] 0.0 or 1.0
+    loss: np.ndarray  # [M, N] nats
+
+    def mean(self, values: np.ndarray, weight: np.ndarray | None = None) -> Estimate:
+        """Mean of `values` [N], and its interval."""
+        return self.draw.estimate(self.draw.mean(values, weight))
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """[M - 1, N] of each score after every pass but the last; a probability of going on, in [0, 1]."""
+        scores = {
+            "confidence": 1 - self.tokens.max_prob[:-1].astype(np.float64),
+            "entropy": of_nats(self.tokens.entropy[:-1].astype(np.float64)),
+        }
+        if self.tokens.decider is not None:
+            scores = {"decider": self.tokens.decider.astype(np.float64)} | scores
+        return scores if len(self.right) > 1 else {}
+
+    def outcome(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each token is right, and its loss, [N] each, under `never`, `always` or the own policy."""
+        if name == "own policy":
+            return (self.tokens.final_rank == 0).astype(np.float64), loss_of(self.tokens.final_prob)
+        at = 0 if name == "never" else -1
+        return self.right[at], self.loss[at]
+
+
+def view_of(trace: Trace, every: bool = False, samples: int = 1000, seed: int = 0, level: float = 0.95) -> View:
+    """Supervised tokens of a trace, or `every` token."""
+    tokens = trace.tokens(every)
+    draw = Resampled(tokens.text, samples, seed, level)
+    return View(tokens, draw, (tokens.rank == 0).astype(np.float64), loss_of(tokens.prob))
+
+
+def of_nats(entropy: Any) -> Any:
+    """Entropy as the probability of going on that the policy `confidence` makes of it."""
+    return -np.expm1(-entropy)
+
+
+def to_nats(probability: float) -> float:
+    """And back; some 35 nats for a probability of 1."""
+    return float(-np.log1p(-min(probability, 1 - 1e-15)))
+
+
+def depths(least: np.ndarray, threshold: float) -> np.ndarray:
+    """Passes [N] of tokens whose least probabilities of going on so far are [M - 1, N]."""
+    return 1 + (least > threshold).sum(0)
 
 
 def statistics(
     trace: Trace,
     *,
     threshold: float | None = None,
-    confidence: float = CONFIDENCE,
-    entropy: float = ENTROPY,
-    gain: float = GAIN,
     every: bool = False,
     samples: int = 1000,
     seed: int = 0,
@@ -50,14 +107,11 @@ def statistics(
     top: int = 20,
     least: int | None = None,
 ) -> dict[str, Any]:
-    """All there is to say, ready for JSON; an estimate is {"value", "low", "high"}.
+    """All statistics, ready for JSON; an estimate is {"value", "low", "high"}.
 
     Args:
         threshold: of the decider; the trace's by default.
-        confidence: of 1 - the top probability.
-        entropy: in nats.
-        gain: in nats, that makes a pass worth it, for judging scores.
-        every: all tokens, not only those the model is to say.
+        every: all tokens, not only the supervised ones.
         samples: draws of texts for the intervals.
         seed: of the draws.
         level: share of the draws within an interval.
@@ -66,8 +120,8 @@ def statistics(
     """
     view = view_of(trace, every, samples, seed, level)
     threshold = float(trace.header["decider_threshold"]) if threshold is None else threshold
-    thresholds = {"decider": threshold, "confidence": confidence, "entropy": of_nats(entropy)}
-    policies = _policies(view, thresholds)
+    thresholds = {"decider": threshold, "confidence": CONFIDENCE, "entropy": of_nats(ENTROPY)}
+    oracle = np.where(view.right[0] == 0, view.right[-1], view.right[0])
     return {
         "about": {name: value for name, value in trace.header.items() if name not in ("tah_trace", "contents")},
         "texts": len(view.draw.names),
@@ -77,14 +131,14 @@ def statistics(
         "level": level,
         "exact": trace.header["attention"] != "duo" or len(view.right) < 2,
         "depths": [
-            {"depth": d + 1, "accuracy": view.mean(view.right[d]), "loss": view.mean(view.loss[d])}
-            for d in range(len(view.right))
+            {"depth": d, "accuracy": view.mean(right), "loss": view.mean(loss)}
+            for d, (right, loss) in enumerate(zip(view.right, view.loss, strict=True), 1)
         ],
         "passes": [_change(view, d) for d in range(1, len(view.right))],
-        "policies": policies,
-        "headroom": _headroom(view),
-        "scores": rank_scores(view, thresholds, gain),
-        "curves": {name: curve(view, name, score) for name, score in view.scores.items()},
+        "policies": _policies(view, thresholds),
+        "headroom": {f"over {name}": view.mean(oracle - view.outcome(name)[0]) for name in COMPARED},
+        "scores": {name: _ranking(view, name, score, thresholds[name]) for name, score in view.scores.items()},
+        "curves": {name: _curve(view, name, score) for name, score in view.scores.items()},
         "iterated_tokens": _iterated(trace, view.tokens, top, least),
     }
 
@@ -100,26 +154,15 @@ def compare(one: Trace, other: Trace, *, samples: int = 1000, seed: int = 0, lev
     pair = [Trace(t.header, [text for text in t.texts if text.key in keys], t.strings) for t in (one, other)]
     views = [view_of(trace, False, samples, seed, level) for trace in pair]
     difference: dict[str, Any] = {}
-    for name in ("never", "always", "own policy"):
-        (right, loss), (other_right, other_loss) = (_outcome(view, name) for view in views)
-        difference[name] = {
-            "accuracy": views[0].mean(other_right - right),
-            "loss": views[0].mean(other_loss - loss),
-        }
+    for name in COMPARED:
+        (right, loss), (other_right, other_loss) = (view.outcome(name) for view in views)
+        difference[name] = {"accuracy": views[0].mean(other_right - right), "loss": views[0].mean(other_loss - loss)}
     return {
         "models": [trace.header["model"] for trace in pair],
         "texts": len(keys),
         "tokens": len(views[0].tokens.text),
         "difference": difference,
     }
-
-
-# -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _one_hot(depth: np.ndarray, M: int) -> np.ndarray:
-    """[N] -> [M, N]"""
-    return (np.arange(1, M + 1)[:, None] == depth).astype(np.float64)
 
 
 def _change(view: View, d: int) -> dict[str, Any]:
@@ -138,55 +181,59 @@ def _change(view: View, d: int) -> dict[str, Any]:
     }
 
 
+# -- policies --------------------------------------------------------------------------------------------------------
+
+
 def _policies(view: View, thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    M, tokens, scores = len(view.right), view.tokens, view.scores
+    M, tokens = len(view.right), view.tokens
     wrong = view.right[0] == 0
-    least = {name: np.minimum.accumulate(score) for name, score in scores.items()}
+    least = {name: np.minimum.accumulate(score) for name, score in view.scores.items()}
     chosen = {
         "never": np.ones(len(wrong), int),
         "always": np.full(len(wrong), M),
-        **{name: depths(least[name], thresholds[name]) for name in scores},
+        **{name: depths(its, thresholds[name]) for name, its in least.items()},
         "oracle": np.where(wrong, M, 1),
         "hindsight": np.where(view.loss[-1] < view.loss[0], M, 1),
     }
-    nats = {"entropy": to_nats(thresholds["entropy"])}
-    rows = {name: _policy(view, _one_hot(depth, M), (thresholds | nats).get(name)) for name, depth in chosen.items()}
-    iterated, (final, loss) = (tokens.depth > 1).astype(np.float64), _outcome(view, "own policy")
-    rows["own policy"] = _row(view, iterated, iterated * final, loss, tokens.depth, None)
-    second = np.where(wrong, tokens.rank[0] == 1, True).astype(np.float64)
-    rows["second choice"] = _row(view, np.zeros(len(wrong)), np.zeros(len(wrong)), None, np.ones(len(wrong)), None)
-    rows["second choice"] |= {"accuracy": view.mean(second), "gain": view.mean(second - view.right[0])}
+    used = {name: thresholds[name] for name in least}
+    equal = {}
     guide = chosen.get("decider", tokens.depth)
     if (guide > 1).any():
         share = _one_hot(guide, M).mean(1, keepdims=True)
-        rows["random (equal share)"] = _policy(view, np.tile(share, len(wrong)), None)
-        for name in scores.keys() - {"decider"}:
-            threshold = threshold_for_share(least[name][0], float(1 - share[0, 0]))
-            depth = depths(least[name], threshold)
-            shown = to_nats(threshold) if name == "entropy" else threshold
-            rows[f"{name} (equal share)"] = _policy(view, _one_hot(depth, M), shown)
+        equal[f"random{EQUAL_SHARE}"] = _policy(view, np.tile(share, len(wrong)))
+        for name in least.keys() - {"decider"}:
+            used[name + EQUAL_SHARE] = threshold_for_share(least[name][0], float(1 - share[0, 0]))
+            chosen[name + EQUAL_SHARE] = depths(least[name], used[name + EQUAL_SHARE])
+    rows = {name: _policy(view, _one_hot(depth, M)) for name, depth in chosen.items()} | equal
+    for name, value in used.items():
+        rows[name]["threshold"] = to_nats(value) if name.startswith("entropy") else value
+    iterated, (final, loss) = (tokens.depth > 1).astype(np.float64), view.outcome("own policy")
+    rows["own policy"] = _row(view, iterated, iterated * final, loss, tokens.depth)
+    second = np.where(wrong, tokens.rank[0] == 1, True).astype(np.float64)
+    rows["second choice"] = _row(view, np.zeros(len(wrong)), np.zeros(len(wrong)), None, np.ones(len(wrong)))
+    rows["second choice"] |= {"accuracy": view.mean(second), "gain": view.mean(second - view.right[0])}
     order = [
         *("never", "always", "own policy", "decider", "confidence", "entropy"),
-        *(f"{name} (equal share)" for name in ("random", "confidence", "entropy")),
+        *(name + EQUAL_SHARE for name in ("random", "confidence", "entropy")),
         *("oracle", "hindsight", "second choice"),
     ]
     return {name: rows[name] for name in order if name in rows}
 
 
-def _policy(view: View, share: np.ndarray, threshold: float | None) -> dict[str, Any]:
+def _one_hot(depth: np.ndarray, M: int) -> np.ndarray:
+    """[N] -> [M, N]"""
+    return (np.arange(1, M + 1)[:, None] == depth).astype(np.float64)
+
+
+def _policy(view: View, share: np.ndarray) -> dict[str, Any]:
     """A policy by the probability [M, N] that it runs each token so many passes."""
     deep_right = (share[1:] * view.right[1:]).sum(0)
     depth = (share * np.arange(1, len(share) + 1)[:, None]).sum(0)
-    return _row(view, 1 - share[0], deep_right, (share * view.loss).sum(0), depth, threshold)
+    return _row(view, 1 - share[0], deep_right, (share * view.loss).sum(0), depth)
 
 
 def _row(
-    view: View,
-    iterated: np.ndarray,
-    deep_right: np.ndarray,
-    loss: np.ndarray | None,
-    depth: np.ndarray,
-    threshold: float | None,
+    view: View, iterated: np.ndarray, deep_right: np.ndarray, loss: np.ndarray | None, depth: np.ndarray
 ) -> dict[str, Any]:
     """A policy by the probabilities [N] that a token iterates, and that it does and ends up right."""
     total, estimate = view.draw.total, view.draw.estimate
@@ -197,7 +244,7 @@ def _row(
     after = right * (1 - iterated) + deep_right
     second = right * (1 - iterated) + iterated * (view.tokens.rank[0] == 1)
     return {
-        "threshold": threshold,
+        "threshold": None,
         "iterated": view.mean(iterated),
         "mean_depth": view.mean(depth),
         "accuracy": view.mean(after),
@@ -210,21 +257,6 @@ def _row(
         "break_even_precision": estimate(ratio(overturned, overturned + repaired)),
         "second_choice": view.mean(second),
     }
-
-
-def _outcome(view: View, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Who is right, and the losses, [N] each, under `never`, `always` or the own policy."""
-    if name == "own policy":
-        return (view.tokens.final_rank == 0).astype(np.float64), loss_of(view.tokens.final_prob)
-    at = 0 if name == "never" else -1
-    return view.right[at], view.loss[at]
-
-
-def _headroom(view: View) -> dict[str, Any]:
-    """Accuracy of the oracle less that of others."""
-    right = view.right
-    oracle = np.where(right[0] == 0, right[-1], right[0])
-    return {f"over {name}": view.mean(oracle - _outcome(view, name)[0]) for name in ("never", "always", "own policy")}
 
 
 def _iterated(trace: Trace, tokens: Tokens, top: int, least: int | None) -> list[dict[str, Any]]:
@@ -240,93 +272,61 @@ def _iterated(trace: Trace, tokens: Tokens, top: int, least: int | None) -> list
     ]
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def as_markdown(stats: dict[str, Any]) -> str:
-    """Statistics as a page of tables."""
-    lines = _about(stats)
-    lines += ["", "## After each pass, if everyone runs it", ""]
-    depths = [[str(row["depth"]), _percent(row["accuracy"]), _number(row["loss"])] for row in stats["depths"]]
-    lines += _table(["depth", "accuracy", "loss"], depths)
-    if stats["passes"]:
-        names = ("corrected", "broken", "break_even_precision", "improved", "worsened")
-        passes = [[str(row["depth"]), *(_percent(row[name]) for name in names)] for row in stats["passes"]]
-        titles = ["wrong ones corrected", "right ones broken", "break-even precision", "loss falls", "loss rises"]
-        lines += ["", "## What deeper passes change", "", *_table(["up to depth", *titles], passes)]
-    shown = ("iterated", "accuracy", "gain", "loss", "precision", "break_even_precision", "second_choice")
-    titles = ["iterated", "accuracy", "over never", "loss", "precision", "break-even", "second choice there"]
-    rows = []
-    for name, row in stats["policies"].items():
-        title = plain(name) if row["threshold"] is None else f"{plain(name)} > {row['threshold']:.4g}"
-        rows.append([title, *(_number(row[n]) if n == "loss" else _percent(row[n]) for n in shown)])
-    lines += ["", "## Who iterates", "", *_table(["policy", *titles], rows)]
-    over = ", ".join(f"{_percent(gap)} {plain(name)}" for name, gap in stats["headroom"].items())
-    lines += ["", f"Headroom of the oracle: {over}."]
-    if stats["scores"]:
-        rows = [
-            [
-                plain(name),
-                plain(label),
-                _percent(found["auroc"]),
-                _percent(found["average_precision"]),
-                f"{found['share']:.2%}",
-            ]
-            for name, labels in stats["scores"].items()
-            for label, found in labels.items()
-        ]
-        titles = ["score", "finds", "AUROC", "average precision", "share of such tokens"]
-        lines += ["", "## How well scores find wrong tokens, and tokens that gain", "", *_table(titles, rows)]
-    if stats["iterated_tokens"]:
-        rows = [[_code(t["text"]), f"{t['count']:,}", f"{t['iterated']:.1%}"] for t in stats["iterated_tokens"]]
-        lines += ["", "## Tokens most often iterated", "", *_table(["token", "count", "iterated"], rows)]
-    return "\n".join(lines) + "\n"
+def _ranking(view: View, name: str, score: np.ndarray, threshold: float) -> dict[str, Any]:
+    """How well a score finds tokens that are wrong after depth 1, and those that the second pass helps."""
+    found: dict[str, Any] = {}
+    for label, wanted in {"wrong": view.right[0] == 0, "gain": view.loss[0] - view.loss[1] > GAIN}.items():
+        auroc, precision = ranking(score[0], wanted, view.draw.text, view.draw.weights[: RANKED + 1])
+        found[label] = {
+            "share": float(wanted.mean()),
+            "auroc": view.draw.estimate(auroc),
+            "average_precision": view.draw.estimate(precision),
+        }
+        if name == "decider":
+            found_by_decider = quality(Decisions(score[0], wanted, view.loss[0], view.loss[1]), threshold)
+            found[label] |= {key: found_by_decider[key] for key in ("calibration_error", "calibration")}
+    return found
 
 
-def _about(stats: dict[str, Any]) -> list[str]:
-    about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
-    measure = f" ({plain(about['confidence_measure'])})" if about.get("confidence_measure") else ""
-    model, data, policy = (plain(about[name]) for name in ("model", "data", "policy"))
-    lines = [
-        f"# {model} on {data}",
-        "",
-        f"{stats['tokens']:,} {counted} of {stats['texts']:,} texts, at most {about['max_depth']} passes, policy "
-        f"{policy}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
-    ]
-    if stats["missing_texts"]:
-        lines += ["", f"Unfinished: {stats['missing_texts']:,} texts are missing."]
-    if not stats["exact"]:
-        known = "never, always and own policy" if about["final"] == "run" else "never and always"
-        why = f'Deeper passes read each other (attention "duo"): all but {known} are judged by outputs where everyone'
-        lines += ["", f"{why} iterated."]
-    return lines
+def _curve(view: View, name: str, score: np.ndarray) -> dict[str, list[Any]]:
+    """Accuracy and loss against the share of iterated tokens, by threshold, from no token to every token.
 
+    A token reaches a depth where the least of its probabilities so far exceeds the threshold, so each (token, depth)
+    is one event, and a threshold takes a prefix of the events in falling order.
+    """
+    least, N = np.minimum.accumulate(score), score.shape[1]
+    order = np.argsort(-least.ravel(), kind="stable")
+    falling = least.ravel()[order]
+    ends = np.concatenate([[0], np.flatnonzero(falling[1:] != falling[:-1]) + 1, [len(falling)]])
+    wanted = np.linspace(0, len(falling), POINTS)
+    cuts = np.unique(ends[np.minimum(np.searchsorted(ends, wanted), len(ends) - 1)])  # [P]; never between equals
+    segment = np.searchsorted(cuts, np.arange(len(falling)), side="right")  # of each event, 1..P - 1
+    text, K, P = view.draw.text[order % N], len(view.draw.names), len(cuts)
 
-def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+    def along(start: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Mean [S, P] at every point, from [N] values at depth 1 and [M - 1, N] changes."""
+        sums = np.bincount(text * P + segment, steps.ravel()[order], K * P).reshape(K, P)
+        sums[:, 0] = np.bincount(view.draw.text, start, K)
+        counts = view.draw.weights @ np.bincount(view.draw.text, minlength=K)
+        return view.draw.weights @ sums.cumsum(1) / counts[:, None]
 
-
-def _percent(estimate: Estimate) -> str:
-    return _number(estimate, 100, " %")
-
-
-def _number(estimate: Estimate | None, times: float = 1, unit: str = "") -> str:
-    """`81.80 % (81.21 to 82.40)`, or - where undefined."""
-    if estimate is None or estimate["value"] is None:
-        return "-"
-    digits = 2 if unit else 4
-    text = f"{estimate['value'] * times:.{digits}f}{unit}"
-    low, high = estimate["low"], estimate["high"]
-    return text if low is None or high is None else f"{text} ({low * times:.{digits}f} to {high * times:.{digits}f})"
-
-
-def plain(text: Any) -> str:
-    """Any text as itself, on one line: what Markdown or HTML would make something of is escaped."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
-    shown = MARKS.sub(lambda mark: "&lt;" if mark[0] == "<" else "&amp;" if mark[0] == "&" else f"\\{mark[0]}", shown)
-    return LINKS.sub(lambda link: f"{link[0][:-1]}\\{link[0][-1]}", shown)
-
-
-def _code(text: str) -> str:
-    """Any text in a cell of a table, as code."""
-    return "`" + (repr(text)[1:-1].replace("|", "\\|").replace("`", "'") or "(empty)") + "`"
+    first = np.repeat([[1.0], *[[0.0]] * (len(score) - 1)], N, axis=1)  # events that make a token iterate
+    iterated = along(np.zeros(N), first)[0]
+    accuracy, loss = along(view.right[0], np.diff(view.right, axis=0)), along(view.loss[0], np.diff(view.loss, axis=0))
+    below = np.concatenate([falling[cuts[1:-1]], [0.0]])
+    thresholds: list[float | None] = [float(falling[0]), *((falling[cuts[1:] - 1] + below) / 2).tolist()]
+    if falling[-1] <= 0:
+        thresholds[-1] = None  # no threshold lets a probability of 0 go on
+    intervals = [view.draw.estimate(accuracy[:, point]) for point in range(P)]
+    return {
+        "threshold": [t if t is None or name != "entropy" else to_nats(t) for t in thresholds],
+        "iterated": iterated.tolist(),
+        "mean_depth": (1 + cuts / N).tolist(),
+        "accuracy": accuracy[0].tolist(),
+        "low": [interval["low"] for interval in intervals],
+        "high": [interval["high"] for interval in intervals],
+        "loss": loss[0].tolist(),
+    }

@@ -1,8 +1,9 @@
-"""A trace on disk: lines that are appended while tracing, and read back.
+"""A trace: what each pass predicts for every token of some texts, in memory and on disk.
 
-Shapes: T tokens of a text, n = T - 1 predictions (position t predicts token t + 1), M = max_depth, k = top_k.
+Shapes: T tokens of a text, n = T - 1 predictions (position t predicts token t + 1), M = max_depth, k = top_k,
+N predictions of all texts together.
 
-The file is JSON lines. The first says what was traced; each other one is a text:
+The file is JSON lines. The first names what was traced; each other one is a text:
 
     row, part      its number in the data; where long texts are cut into parts, which of them
     ids, pieces    [T] tokens, and what each adds to the text (empty where a character needs more tokens)
@@ -22,20 +23,128 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files import differences, write_atomically
-from .traced import Key, Trace, TracedText
 
 VERSION = 1
-ABOUT = (
-    "model",
-    "data",
-    "versions",
-)  # entries of the header that may differ between a run and the one that continues it
+ABOUT = ("model", "data", "versions")  # entries of the header that may differ in the run that continues a trace
+DIGITS = {"rank": "%d", "prob": "%.5g", "entropy": "%.4g", "max": "%.6g", "top": "%d", "top4": "%d"}
+TINY = 1e-38  # probabilities below count as this: a loss is 87.5 nats at most
+Key = tuple[int, int]  # (row, part)
+
+
+@dataclass
+class TracedText:
+    """A text, and what each pass predicts where every token runs all of them."""
+
+    row: int
+    part: int
+    ids: np.ndarray  # [T]
+    pieces: list[str]  # [T]
+    supervised: np.ndarray  # [n] bool
+    rank: np.ndarray  # [M, n] of the true next token, 0 = first choice
+    prob: np.ndarray  # [M, n] of the true next token
+    entropy: np.ndarray  # [M, n] nats
+    max_prob: np.ndarray  # [M, n] of the first choice
+    top_ids: np.ndarray  # [M, n, k]
+    top_probs: np.ndarray  # [M, n, k], rounded to 1/10000
+    depth: np.ndarray  # [n] passes under the trace's policy
+    final_rank: np.ndarray  # [n] after the passes it took under the policy
+    final_prob: np.ndarray  # [n]
+    final_top: np.ndarray  # [n] first choice
+    decider: np.ndarray | None = None  # [M - 1, n] probability of going on
+
+    @property
+    def key(self) -> Key:
+        return self.row, self.part
+
+
+@dataclass
+class Tokens:
+    """Columns of a trace: N predictions of all texts one after the other."""
+
+    text: np.ndarray  # [N] index into `Trace.texts`
+    target: np.ndarray  # [N] true next token
+    rank: np.ndarray  # [M, N]
+    prob: np.ndarray  # [M, N]
+    entropy: np.ndarray  # [M, N]
+    max_prob: np.ndarray  # [M, N]
+    decider: np.ndarray | None  # [M - 1, N]
+    depth: np.ndarray  # [N]
+    final_rank: np.ndarray  # [N]
+    final_prob: np.ndarray  # [N]
+
+
+@dataclass
+class Trace:
+    """Traced texts in the order of the data.
+
+    Args:
+        header: what was traced, with what: model, tokenizer, data, max_depth, attention, policy, threshold, ...
+        texts: those that are done.
+        strings: text of every token id that occurs, also as an alternative.
+    """
+
+    header: dict[str, Any]
+    texts: list[TracedText]
+    strings: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def max_depth(self) -> int:
+        return int(self.header["max_depth"])
+
+    @property
+    def missing(self) -> int:
+        """How many texts an unfinished trace lacks."""
+        return int(self.header["texts"]) - len(self.texts)
+
+    def string(self, token: int) -> str:
+        return self.strings.get(int(token), f"<{int(token)}>")
+
+    def tokens(self, every: bool = False) -> Tokens:
+        """All predictions of supervised tokens, or of `every` token.
+
+        Raises:
+            ValueError: there are none.
+        """
+        kept = [(number, text, text.supervised | every) for number, text in enumerate(self.texts)]
+        if not any(chosen.any() for _, _, chosen in kept):
+            raise ValueError(f"the trace of {self.header['data']} holds no tokens yet; run it again to continue it")
+
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([getattr(text, name)[..., chosen] for _, text, chosen in kept], axis=-1)
+
+        names = ("rank", "prob", "entropy", "max_prob", "depth", "final_rank", "final_prob")
+        return Tokens(
+            text=np.concatenate([np.full(int(chosen.sum()), number) for number, _, chosen in kept]),
+            target=np.concatenate([text.ids[1:][chosen] for _, text, chosen in kept]),
+            decider=column("decider") if self.header["decider"] else None,
+            **{name: column(name) for name in names},
+        )
+
+
+def check_comparable(one: Trace, other: Trace) -> None:
+    """Raises `ValueError` unless both traces have the same tokens for the same texts."""
+    names = [f"{which} trace ({trace.header['model']})" for which, trace in (("the first", one), ("the second", other))]
+    if one.header["tokenizer"] != other.header["tokenizer"]:
+        raise ValueError(f"{names[0]} and {names[1]} were traced with different tokenizers: they cannot be compared")
+    texts = {text.key: text for text in one.texts}
+    shared = [(text, texts[text.key]) for text in other.texts if text.key in texts]
+    if not shared:
+        raise ValueError(f"{names[0]} and {names[1]} have no text in common")
+    for text, its in shared:
+        if not (np.array_equal(text.ids, its.ids) and np.array_equal(text.supervised, its.supervised)):
+            raise ValueError(f"row {text.row} is another text in {names[0]} than in {names[1]}")
+
+
+def loss_of(prob: np.ndarray) -> np.ndarray:
+    """Cross-entropy in nats of the probability of the true token."""
+    return -np.log(np.maximum(prob.astype(np.float64), TINY))
 
 
 # -- lines -----------------------------------------------------------------------------------------------------------
@@ -46,36 +155,31 @@ def as_line(text: TracedText, strings: Mapping[int, str], exact: bool) -> str:
 
     Args:
         strings: of the token ids that no earlier line has.
-        exact: what the policy's run ended in is `passes` at `depth`, so `final` is left out.
+        exact: the outcome under the policy is that of `passes` at `depth`, so `final` is left out.
     """
-    passes = []
-    for d in range(len(text.rank)):
-        columns = {
-            "rank": _numbers("%d", text.rank[d]),
-            "prob": _numbers("%.5g", text.prob[d]),
-            "entropy": _numbers("%.4g", text.entropy[d]),
-            "max": _numbers("%.6g", text.max_prob[d]),
-            "top": _numbers("%d", text.top_ids[d]),
-            "top4": _numbers("%d", np.rint(text.top_probs[d] * 1e4)),
-        }
-        passes.append(_entries(columns))
-    parts = [f'"row":{text.row},"part":{text.part},"ids":{_numbers("%d", text.ids)}']
-    parts += [f'"pieces":{_plain(text.pieces)}']
+    passes = [
+        _columns(
+            rank=text.rank[d],
+            prob=text.prob[d],
+            entropy=text.entropy[d],
+            max=text.max_prob[d],
+            top=text.top_ids[d],
+            top4=np.rint(text.top_probs[d] * 1e4),
+        )
+        for d in range(len(text.rank))
+    ]
+    parts = [f'"row":{text.row},"part":{text.part},"ids":{_numbers("%d", text.ids)},"pieces":{_plain(text.pieces)}']
     if not text.supervised.all():
         parts.append(f'"supervised":{_numbers("%d", text.supervised)}')
     parts.append(f'"passes":[{",".join(passes)}]')
     if text.decider is not None:  # all digits of a float32: a threshold must part the tokens as it did in the model
-        parts.append(f'"decider":[{",".join(_numbers("%.9g", said) for said in text.decider)}]')
+        parts.append(f'"decider":[{",".join(_numbers("%.9g", go_prob) for go_prob in text.decider)}]')
     parts.append(f'"depth":{_numbers("%d", text.depth)}')
     if not exact:
         at = text.depth > 1
-        final = {
-            "rank": _numbers("%d", text.final_rank[at]),
-            "prob": _numbers("%.5g", text.final_prob[at]),
-            "top": _numbers("%d", text.final_top[at]),
-        }
-        parts.append(f'"final":{_entries(final)}')
-    parts.append(f'"strings":{_plain({str(token): text for token, text in strings.items()})}')
+        final = _columns(rank=text.final_rank[at], prob=text.final_prob[at], top=text.final_top[at])
+        parts.append(f'"final":{final}')
+    parts.append(f'"strings":{_plain({str(token): string for token, string in strings.items()})}')
     return "{" + ",".join(parts) + "}\n"
 
 
@@ -104,7 +208,7 @@ def _parse(found: dict[str, Any], M: int, k: int) -> tuple[TracedText, dict[int,
     final = {"rank": rank[last, here], "prob": prob[last, here], "top": top[last, here, 0]}
     for name, values in found.get("final", {}).items():
         final[name][depth > 1] = values
-    said = found.get("decider")
+    go_prob = found.get("decider")
     text = TracedText(
         row=int(found["row"]),
         part=int(found["part"]),
@@ -117,7 +221,7 @@ def _parse(found: dict[str, Any], M: int, k: int) -> tuple[TracedText, dict[int,
         max_prob=passes("max", np.float32),
         top_ids=top,
         top_probs=passes("top4", np.float32, k) / np.float32(1e4),
-        decider=None if said is None else np.array(said, np.float32).reshape(M - 1, n),
+        decider=None if go_prob is None else np.array(go_prob, np.float32).reshape(M - 1, n),
         depth=depth,
         final_rank=final["rank"],
         final_prob=final["prob"],
@@ -130,8 +234,8 @@ def _numbers(style: str, values: np.ndarray) -> str:
     return f"[{','.join(map(style.__mod__, values.ravel().tolist()))}]"
 
 
-def _entries(columns: Mapping[str, str]) -> str:
-    return "{" + ",".join(f'"{name}":{numbers}' for name, numbers in columns.items()) + "}"
+def _columns(**values: np.ndarray) -> str:
+    return "{" + ",".join(f'"{name}":{_numbers(DIGITS[name], its)}' for name, its in values.items()) + "}"
 
 
 def _plain(value: Any) -> str:
@@ -147,8 +251,7 @@ def load_trace(path: str | Path) -> Trace:
     Raises:
         ValueError: it is no trace, or a line before the last is damaged.
     """
-    trace, _ = _read(Path(path))
-    return trace
+    return _read(Path(path))[0]
 
 
 def _read(path: Path) -> tuple[Trace, int]:
@@ -208,10 +311,6 @@ class TraceFile:
         if differs := differences(self.trace.header, json.loads(_plain(self.header)), without=ABOUT):
             raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file or delete it")
         os.truncate(path, size)
-
-    @property
-    def done(self) -> set[Key]:
-        return {text.key for text in self.trace.texts}
 
     def add(self, texts: Sequence[TracedText], strings_of: Callable[[list[int]], dict[int, str]]) -> None:
         """Append texts, and the strings of their token ids."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..core.loss import IGNORE, shift
 from ..model import TaHForCausalLM, TrainingPass
-from ..stats.threshold import Judged, threshold_for_loss, threshold_for_share
+from ..stats.threshold import Decisions, threshold_for_loss, threshold_for_share
 from .recipe import Decider
 from .trainer import Objective
 
 
 @torch.no_grad()
-def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Judged:
+def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Decisions:
     """The decider's probability for every supervised token, and the losses when all of them run a second pass.
 
     With `attention="own"` the second losses are those of any policy; with `duo` they are those of iterating on all
@@ -52,10 +52,10 @@ def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]
         found.append([x.cpu() for x in (probability, hard, one, two)])
     if not found:
         raise ValueError("no validation rows to choose a threshold on")
-    return Judged(*(torch.cat(column).numpy() for column in zip(*found, strict=True)))
+    return Decisions(*(torch.cat(column).numpy() for column in zip(*found, strict=True)))
 
 
-def choose_threshold(decisions: Judged, decider: Decider) -> float:
+def choose_threshold(decisions: Decisions, decider: Decider) -> float:
     """The threshold that gives the recipe's share of iterated tokens, or the lowest loss."""
     if decider.target == "loss":
         return threshold_for_loss(decisions)

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.forms import EXTRAS, form_of
-from ..data.rows import COMPLETE, tokenize_row
-from ..data.scoring import Measured, Reference, check_reference, weights_fingerprint
+from ..checkpoints.contents import weights_fingerprint
+from ..data.data_files import COMPLETE
+from ..data.rows import EXTRAS, form_of, tokenize_row
+from ..data.scoring import Measured, Reference, check_reference
 from ..files import write_atomically
 from ..progress import SILENT, Reporter, Work
 from .run_files import version_of
@@ -233,7 +234,7 @@ class _Shards:
         if self.reference is None:
             self.work.advance(len(kept), sum(counts["lengths"]))
         else:
-            measured = self.reference.measure(ids, supervised, self.tokens_per_batch, self.work.advance)
+            measured = self.reference.measure(ids, supervised, self.tokens_per_batch, self.work)
             columns |= {f"ref_{name}": [getattr(row, name) for row in measured] for name in ("rank", "prob", "entropy")}
             counts |= _sums(measured)
         return _parquet(columns | {"row": kept}, counts | {"seconds": time.monotonic() - start})

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations import TensorBoardCallback
 
 from ..config import TaHConfig
-from ..data.rows import COMPLETE, Collator, depth_labels, pack
+from ..data.data_files import COMPLETE
+from ..data.rows import Collator, depth_labels, pack
 from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
 from ..names import Stage

@@ -1,4 +1,4 @@
-"""Attention of depth 2 over vLLM's paged depth-1 keys and the pool's depth-2 keys (spec A.4).
+"""Attention of depth 2 over vLLM's paged depth-1 keys and the pool's depth-2 keys (the paper's duo-causal attention).
 
 Shapes: T tokens of the step, M tokens at depth 2, R rows of a group with P queries each, N blocks of S slots, E deep
 entries, H key/value heads, G query heads per key/value head, K head width.

@@ -15,7 +15,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from .plugin import ARCHITECTURE
+from ..config import TaHConfig
 
 
 @dataclass
@@ -41,7 +41,7 @@ class DepthStatLogger(PrometheusStatLogger):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         super().__init__(vllm_config, engine_indexes)
-        self.ours = vllm_config.model_config.architecture == ARCHITECTURE
+        self.ours = isinstance(vllm_config.model_config.hf_config, TaHConfig)
         if not self.ours:
             return
         labels = ["model_name", "engine"]

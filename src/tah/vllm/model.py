@@ -30,7 +30,7 @@ from .compat import Batch, check_layout, current_batch, slots_per_block, without
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
 from .pool import DeepPool, capacity
-from .requests import Choice
+from .requests import RequestOptions
 from .scheduler import StepReport
 from .waiting import Waiting, WaitingTokens
 
@@ -46,7 +46,7 @@ class TaHForCausalLM(nn.Module):
     """A vLLM model: depth 1 is the stock model, untouched; then the hard tokens run its layers again.
 
     Nothing of depth 2 reaches depth 1, so a step needs no more than one pass of each: all of its tokens at depth 1, the
-    hard ones at depth 2. The sum of both hidden states goes to the sampler, whose head is linear (spec A.1 step 5).
+    hard ones at depth 2. The sum of both hidden states goes to the sampler: its head is linear, so the logits add up.
     With `batching="mixed"` hard tokens wait for the next step instead, and run at depth 2 in the same pass as that
     step's tokens at depth 1. A request whose next token hangs on one that waits says nothing in the first of the two.
     """
@@ -70,7 +70,7 @@ class TaHForCausalLM(nn.Module):
         self.parts: dict[str, tuple[Adapter, str]] = {}  # by name in the checkpoint: the adapter that has it as a part
         if config.lora_rank:
             self._add_adapters(config)
-        self.choices: dict[str, Choice] = {}  # by request; kept by the worker
+        self.options: dict[str, RequestOptions] = {}  # by request; kept by the worker
         self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
         self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
         self.silent: Callable[[], Sequence[bool]]  # of the same, or more: whose next token is not asked for yet
@@ -182,7 +182,7 @@ class TaHForCausalLM(nn.Module):
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
         logits = StepLogits(self.base.compute_logits, hidden[:T], last=batch.starts[1:] - 1)
-        index = (self._judge(batch, input_ids, positions, logits, features) & fresh).nonzero().squeeze(1)
+        index = (self._decide(batch, input_ids, positions, logits, features) & fresh).nonzero().squeeze(1)
         pool.take(batch.slots[index])
         if len(index):
             embeds = self._next_input(input_ids, index, logits)
@@ -195,17 +195,17 @@ class TaHForCausalLM(nn.Module):
         self.report = StepReport(pool.free, batch.slots[index].tolist(), released.tolist(), *told)
         return hidden
 
-    def _judge(
+    def _decide(
         self, batch: Batch, ids: Tensor, positions: Tensor, logits: StepLogits, features: dict[int, Tensor]
     ) -> Tensor:
-        """Which tokens iterate, [T] bool; each request by its own policy and threshold (spec A.2)."""
-        choices = [self.choices[request] for request in self.request_ids()]
+        """Which tokens iterate, [T] bool; each request by its own policy and threshold."""
+        options = [self.options[request] for request in self.request_ids()]
         row = batch.rows(torch.arange(len(ids)))
-        threshold = torch.tensor([choice.threshold for choice in choices])
+        threshold = torch.tensor([one.rule.threshold for one in options])
         go = torch.zeros(len(ids), dtype=torch.bool)
         # In one order in all processes: a policy that looks at logits has them gathered from all.
-        for name in sorted({choice.policy for choice in choices if choice.iterates}):
-            asked = torch.tensor([choice.iterates and choice.policy == name for choice in choices])
+        for name in sorted({str(one.rule.policy) for one in options if one.iterates}):
+            asked = torch.tensor([one.iterates and one.rule.policy == name for one in options])
             index = asked[row].nonzero().squeeze(1)
             state = DepthState(
                 depth=1,
@@ -305,7 +305,7 @@ class TaHForCausalLM(nn.Module):
         return hidden, features
 
     def _next_input(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
-        """Inputs [M, D] at depth 2 of the tokens `index`, from what depth 1 ended in (spec A.3)."""
+        """Inputs [M, D] at depth 2 of the tokens `index`, made of depth 1's results (the paper's input updater)."""
         if self.next_input_map is not None:
             return self.embed_input_ids(ids[index]) + self.next_input_map(logits.hidden[index])
 

@@ -1,11 +1,10 @@
-"""Entry point of vLLM's plugins (`vllm.general_plugins`): makes vLLM know TaH checkpoints, in each of its processes."""
+"""Entry point of vLLM's plugins (`vllm.general_plugins`): registers TaH checkpoints in each of its processes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 ARCHITECTURE = "TaHForCausalLM"
-DEEP_KV_SHARE = 0.1  # deep entries per depth-1 slot; the paper's models iterate on 7 % of tokens
 
 
 def register() -> None:
@@ -13,7 +12,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    import tah  # noqa: F401  # makes transformers know our configuration
+    import tah  # noqa: F401  # registers our configuration with transformers
 
     class TaHServing(VerifyAndUpdateConfig):
         """vLLM calls this once it has read its flags, and before it picks a worker."""

@@ -5,7 +5,6 @@ vLLM takes such fields in `SamplingParams.extra_args`; over HTTP they are called
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,64 +15,58 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from ..config import TaHConfig, check_max_depth, check_threshold
+from ..names import LABEL_FREE, suggest
+from ..policy import Rule
 
-POLICIES = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
 FIELDS = ("policy", "threshold", "max_depth", "depths")
 STOCK_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")  # vLLM's own
 DEPTHS_SERVED = 2
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Who iterates in one request."""
+class RequestOptions:
+    """The options of one request, checked and completed."""
 
-    policy: str
-    threshold: float
-    max_depth: int
+    rule: Rule  # without None
     report_depths: bool = False  # the response has the depth of every token
 
     @classmethod
-    def of(cls, config: TaHConfig, extra_args: dict[str, Any] | None) -> Choice:
-        """The request's, the checkpoint's filling the gaps.
+    def of(cls, config: TaHConfig, extra_args: dict[str, Any] | None) -> RequestOptions:
+        """The request's own values, and the checkpoint's for the rest.
 
         Raises:
-            ValueError: a field that nobody knows, or a value out of range; its message starts with the field's name.
+            ValueError: an unknown field, or a value out of range; the message starts with the field's name.
         """
         given = {name: value for name, value in (extra_args or {}).items() if name not in STOCK_FIELDS}
         for name in set(given) - set(FIELDS):
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{name} is not a field of vllm_xargs; {hint}it takes {', '.join(FIELDS)}")
-        policy = given.get("policy", config.policy)
-        if policy not in POLICIES:
-            near = difflib.get_close_matches(str(policy), POLICIES, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"policy={policy!r} cannot be served; {hint}choose from {', '.join(POLICIES)}")
+            raise ValueError(f"{name} is not a field of vllm_xargs; {suggest(name, FIELDS)}")
+        depths = given.pop("depths", False)
+        policy, threshold, max_depth = Rule(**given).completed(config).arguments().values()
+        if policy not in LABEL_FREE:
+            raise ValueError(f"policy={policy!r} cannot be served; {suggest(policy, LABEL_FREE)}")
         if policy == "decider" and config.decider is None:
             raise ValueError("policy='decider': this model has no decider; give another, such as 'confidence'")
-        threshold, max_depth = given.get("threshold", config.threshold), given.get("max_depth", config.max_depth)
         check_threshold(threshold)
         check_max_depth(max_depth)
         if max_depth > DEPTHS_SERVED:
             raise ValueError(f"max_depth={max_depth} cannot be served; at most {DEPTHS_SERVED}")
-        depths = given.get("depths", False)
         if depths not in (True, False):
             raise ValueError(f"depths={depths!r} must be true or false")
-        return cls(policy, float(threshold), int(max_depth), bool(depths))
+        return cls(Rule(policy, float(threshold), int(max_depth)), bool(depths))
 
     @property
     def iterates(self) -> bool:
-        """Whether any token may."""
-        return self.max_depth > 1 and self.policy != "never"
+        """Whether any token may run a second pass."""
+        return self.rule.policy != "never" and bool(self.rule.max_depth != 1)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What decides the depths: equal keys share cached prefixes, and only they."""
+        """What the depths depend on: requests share cached prefixes if and only if their keys are equal."""
         if not self.iterates:
             return ("never",)
-        if self.policy in ("always", "random"):  # they do not look at the threshold
-            return (self.policy,)
-        return (self.policy, self.threshold)
+        if self.rule.policy in ("always", "random"):  # they do not look at the threshold
+            return (self.rule.policy,)
+        return (self.rule.policy, self.rule.threshold)
 
 
 @dataclass
@@ -101,7 +94,7 @@ class DepthParameters(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         try:
-            Choice.of(cls.config, sampling_params.extra_args)
+            RequestOptions.of(cls.config, sampling_params.extra_args)
         except ValueError as error:
             field = str(error).split("=")[0].split(" ")[0]
             raise VLLMValidationError(str(error), parameter=f"vllm_xargs.{field}") from error

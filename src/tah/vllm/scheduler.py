@@ -1,4 +1,4 @@
-"""The scheduler: vLLM's own, which also sees to it that depth 2 has room, and tells each request its depths."""
+"""The scheduler: vLLM's own, which also reserves room for depth 2 and returns the depths of every request's tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vllm.v1.request import Request
 
 from .metrics import StepNumbers
 from .pool import capacity
-from .requests import Choice, DepthLog
+from .requests import DepthLog, RequestOptions
 
 
 @dataclass
 class StepReport:
-    """What the model tells the scheduler about one step."""
+    """What the model reports to the scheduler about one step."""
 
     free: int  # deep entries
     taken: list[int]  # slots that have an entry since this step
@@ -49,7 +49,7 @@ class DepthScheduler(Scheduler):
         self.deep_free = self.deep_capacity = capacity(slots, share, model.max_model_len)
         self.deep_in_block: Counter[int] = Counter()  # physical block -> entries
         self.config = model.hf_config
-        self.usual = Choice.of(self.config, None).key
+        self.usual = RequestOptions.of(self.config, None).key
         self.logs: dict[str, DepthLog] = {}  # by request
         self.ended: dict[str, DepthLog] = {}  # of requests that ended in the running step
         self.numbers: StepNumbers | None = None  # of the latest step, for the metrics
@@ -57,10 +57,10 @@ class DepthScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         """A request with a rule of its own shares cached prefixes only with its like: deep keys depend on the rule."""
         if request.request_id not in self.requests:  # else a later part of the input of one that is known
-            choice = Choice.of(self.config, request.sampling_params.extra_args)
+            options = RequestOptions.of(self.config, request.sampling_params.extra_args)
             self.logs[request.request_id] = DepthLog()
-            if choice.key != self.usual:
-                request.cache_salt = f"{request.cache_salt or ''}{choice.key}"
+            if options.key != self.usual:
+                request.cache_salt = f"{request.cache_salt or ''}{options.key}"
                 request.block_hashes = []
                 request.update_block_hashes()
         super().add_request(request)

@@ -10,9 +10,9 @@ from vllm.platforms import current_platform
 from ..config import TaHConfig
 from .compat import check_version
 from .model import FAMILIES
-from .plugin import DEEP_KV_SHARE
-from .requests import DEPTHS_SERVED, Choice, DepthParameters
+from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
+DEEP_KV_SHARE = 0.1  # deep entries per depth-1 slot; the paper's models iterate on 7 % of tokens
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's kernels for CPUs take blocks of a multiple of this
 MANY = 8  # requests at a time from which `mixed` was measured to be ahead; with one it is level
@@ -28,7 +28,7 @@ def settle(vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     _check_checkpoint(config)
     _check_flags(vllm_config)
-    Choice.of(config, None)
+    RequestOptions.of(config, None)
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
     vllm_config.additional_config["batching"] = _batching(vllm_config)

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .requests import Choice
+from .requests import RequestOptions
 
 
 class DepthCPUWorker(CPUWorker):
@@ -37,7 +37,7 @@ class DepthCPUWorker(CPUWorker):
     def execute_model(self, scheduler_output: Any) -> Any:
         model = self.model_runner.model
         for request in scheduler_output.scheduled_new_reqs:
-            model.choices[request.req_id] = Choice.of(model.config, request.sampling_params.extra_args)
+            model.options[request.req_id] = RequestOptions.of(model.config, request.sampling_params.extra_args)
             model.fresh.add(request.req_id)
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
         # In one order in all processes, which add up their parts of each row.
@@ -47,7 +47,7 @@ class DepthCPUWorker(CPUWorker):
         model.report = None
         out = super().execute_model(scheduler_output)
         for request in scheduler_output.finished_req_ids:
-            model.choices.pop(request, None)
+            model.options.pop(request, None)
         return out
 
     def sample_tokens(self, grammar_output: Any) -> Any:

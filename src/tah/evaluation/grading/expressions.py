@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import sympy
@@ -17,8 +18,8 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify.grader import should_treat_as_complex, sympy_expr_eq
 from sympy.core.relational import Relational
 
-from .coordinates import coordinates, same_coordinates
-from .dress import inner, sides, split
+from .notation import inner, sides, split_list
+from .values import coordinates, same_coordinates
 
 DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
 DECIMAL = 5e-7  # the sixth decimal, rounded
@@ -42,6 +43,7 @@ TOKEN = re.compile(
 MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # as sympy prints them: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
+SHORT_WORDS = ("no", "on", "if", "or", "so")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
 
 
@@ -57,7 +59,8 @@ def read(text: str, cased: bool = False, real: bool = True) -> Expression | None
         cased: R and r are two symbols.
         real: symbols are real numbers.
     """
-    if len(text) > LONGEST or LEFT_OUT.search(text) or _depth(text) > DEEPEST or is_words(text):
+    depths = itertools.accumulate((mark in "([{") - (mark in ")]}") for mark in text)
+    if len(text) > LONGEST or LEFT_OUT.search(text) or max(depths, default=0) > DEEPEST or is_words(text):
         return None
     return _parse(normalize_latex(text, NORMAL), cased, real)
 
@@ -129,22 +132,10 @@ def is_words(text: str) -> bool:
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
         return False
-    return any(map(_is_word, WORD.findall(plain)))
-
-
-def _is_word(letters: str) -> bool:
-    """Whether letters in a row are no product: cab is one of a, b and c."""
-    if len(letters) < 3:
-        return letters.lower() in ("no", "on", "if", "or", "so")
-    return "".join(sorted(letters)) not in "abcdefghijklmnopqrstuvwxyz"
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for mark in text:
-        depth += (mark in "([{") - (mark in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+    return any(
+        letters.lower() in SHORT_WORDS if len(letters) < 3 else "".join(sorted(letters)) not in ascii_lowercase
+        for letters in WORD.findall(plain)  # cab is a product, of a, b and c
+    )
 
 
 def plain_text(text: str) -> str:
@@ -158,29 +149,24 @@ def plain_text(text: str) -> str:
 # -- comparing -------------------------------------------------------------------------------------------------------
 
 
-def equal(gold: str, said: str) -> bool:
-    """Whether two values are the same, as text or as mathematics.
-
-    Args:
-        gold: of the right answer.
-        said: of the answer.
-    """
-    if plain_text(gold) == plain_text(said):
+def equal(gold: str, given: str) -> bool:
+    """Whether a value of the right answer and a value given are the same, as text or as mathematics."""
+    if plain_text(gold) == plain_text(given):
         return True
-    golds, saids = coordinates(gold, True), coordinates(said)
-    if golds and saids:
-        return same_coordinates(golds, saids, lambda one, other: equal(one.text, other.text))
-    if (golds or saids) and any(inner(side, r"\{") is not None or len(split(side)) > 1 for side in (gold, said)):
+    golds, givens = coordinates(gold, True), coordinates(given)
+    if golds and givens:
+        return same_coordinates(golds, givens, lambda one, other: equal(one.text, other.text))
+    if (golds or givens) and any(inner(side, r"\{") is not None or len(split_list(side)) > 1 for side in (gold, given)):
         return False  # a set is no tuple
-    if (inner(gold, "[") is None) != (inner(said, "[") is None) or _is_side(gold, said):
+    if (inner(gold, "[") is None) != (inner(given, "[") is None) or _is_side(gold, given):
         return False
-    cased = _two_cases(gold) or _two_cases(said)
-    real = not (should_treat_as_complex(gold) or should_treat_as_complex(said))
+    cased = _two_cases(gold) or _two_cases(given)
+    real = not (should_treat_as_complex(gold) or should_treat_as_complex(given))
     first = read(gold, cased, real)
-    second = read(said, cased, real)
+    second = read(given, cased, real)
     if first is None or second is None or not is_whole(gold, cased, real):
         return False
-    return same(first, second) and is_whole(said, cased, real)
+    return same(first, second) and is_whole(given, cased, real)
 
 
 # Left sides that are no name of the right side: `\nabla \cdot E`, `\dot{x}`, `\text{Yes, } x`
@@ -190,10 +176,10 @@ BARE = re.compile(
 )
 
 
-def _is_side(gold: str, said: str) -> bool:
+def _is_side(gold: str, given: str) -> bool:
     """Whether the answer is a side of an equation that says more than a name's value, as `m=n` and `a=b=1` do."""
     first, *others = sides(gold)
-    if not others or len(sides(said)) > 1:
+    if not others or len(sides(given)) > 1:
         return False
     return bool(NO_NAME.search(first)) or (not first.endswith(")") and any(map(BARE.fullmatch, others)))
 
@@ -207,43 +193,43 @@ def _two_cases(text: str) -> bool:
     )
 
 
-def same(gold: Expression, said: Expression) -> bool:
+def same(gold: Expression, given: Expression) -> bool:
     """Whether two expressions are equal, as math-verify says; numbers of any size are compared by their own size."""
-    if isinstance(gold, sympy.MatrixBase) and isinstance(said, sympy.MatrixBase):
-        return gold.shape == said.shape and all(map(same, gold.flat(), said.flat()))
-    if isinstance(gold, sympy.Tuple) and isinstance(said, sympy.Tuple):
-        return len(gold) == len(said) and all(map(same, gold, said))
-    if isinstance(gold, sympy.FiniteSet) and isinstance(said, sympy.FiniteSet):
-        return matched(list(gold), list(said), same)
-    if isinstance(gold, sympy.Interval) and isinstance(said, sympy.Interval):
-        ends = gold.left_open == said.left_open and gold.right_open == said.right_open
-        return bool(ends and same(gold.start, said.start) and same(gold.end, said.end))
-    if isinstance(gold, sympy.Eq) and isinstance(said, sympy.Eq) and gold.lhs == said.lhs:
-        return same(gold.rhs, said.rhs)
+    if isinstance(gold, sympy.MatrixBase) and isinstance(given, sympy.MatrixBase):
+        return gold.shape == given.shape and all(map(same, gold.flat(), given.flat()))
+    if isinstance(gold, sympy.Tuple) and isinstance(given, sympy.Tuple):
+        return len(gold) == len(given) and all(map(same, gold, given))
+    if isinstance(gold, sympy.FiniteSet) and isinstance(given, sympy.FiniteSet):
+        return matched(list(gold), list(given), same)
+    if isinstance(gold, sympy.Interval) and isinstance(given, sympy.Interval):
+        ends = gold.left_open == given.left_open and gold.right_open == given.right_open
+        return bool(ends and same(gold.start, given.start) and same(gold.end, given.end))
+    if isinstance(gold, sympy.Eq) and isinstance(given, sympy.Eq) and gold.lhs == given.lhs:
+        return same(gold.rhs, given.rhs)
     try:
-        found = sympy_expr_eq(gold, said, DECIMALS, DIGITS, allow_set_relation_comp=True)
+        found = sympy_expr_eq(gold, given, DECIMALS, DIGITS, allow_set_relation_comp=True)
     except Exception:  # sympy's, of any type, where it cannot compare
         found = False
-    if found and isinstance(gold, Relational) and isinstance(said, Relational):
-        return _same_ends(gold, said)
-    gold, said = (side.rhs if isinstance(side, sympy.Eq) and side.lhs.is_Symbol else side for side in (gold, said))
-    if isinstance(gold, sympy.Expr) and isinstance(said, sympy.Expr):
-        return not _differ(gold, said) if found else _equal_floats(gold, said)
+    if found and isinstance(gold, Relational) and isinstance(given, Relational):
+        return _same_ends(gold, given)
+    gold, given = (side.rhs if isinstance(side, sympy.Eq) and side.lhs.is_Symbol else side for side in (gold, given))
+    if isinstance(gold, sympy.Expr) and isinstance(given, sympy.Expr):
+        return not _differ(gold, given) if found else _equal_floats(gold, given)
     return bool(found)
 
 
-def _same_ends(gold: Relational, said: Relational) -> bool:
+def _same_ends(gold: Relational, given: Relational) -> bool:
     """Whether two inequalities that math-verify takes for equal have the same ends, however small."""
     try:
-        one, other = gold.as_set(), said.as_set()
+        one, other = gold.as_set(), given.as_set()
     except Exception:  # sympy's, of any type: of several unknowns, or not solved
         return True
-    return same(one, other) if isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval) else True
+    return not (isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval)) or same(one, other)
 
 
-def matched(gold: Sequence[Any], said: Sequence[Any], alike: Any) -> bool:
+def matched(gold: Sequence[Any], given: Sequence[Any], alike: Any) -> bool:
     """Whether each of the one has its like among the others, in any order, and none is left over."""
-    left = list(said)
+    left = list(given)
     if len(gold) != len(left):
         return False
     for one in gold:
@@ -264,26 +250,26 @@ def _numbers(*sides: sympy.Expr) -> list[complex] | None:
         return None
 
 
-def _differ(gold: sympy.Expr, said: sympy.Expr) -> bool:
+def _differ(gold: sympy.Expr, given: sympy.Expr) -> bool:
     """Whether two sides that math-verify takes for equal differ by more than the rounding of what was written."""
-    if (values := _numbers(gold, said)) is None:
+    if (values := _numbers(gold, given)) is None:
         return False
     size = max(map(abs, values))
-    symbols = bool(gold.free_symbols | said.free_symbols)
+    symbols = bool(gold.free_symbols | given.free_symbols)
     tolerance = RELATIVE * size if symbols else _tolerance(size)
     if not (symbols or size < SMALL) or not abs(values[0] - values[1]) > tolerance:
         return False
     try:
-        return sympy.simplify(gold - said) != 0
+        return sympy.simplify(gold - given) != 0
     except Exception:
         return True
 
 
-def _equal_floats(gold: sympy.Expr, said: sympy.Expr) -> bool:
+def _equal_floats(gold: sympy.Expr, given: sympy.Expr) -> bool:
     """Whether they are one number, of which a side was written with a point, to six decimals or fifteen digits."""
-    if gold.free_symbols | said.free_symbols or not (gold.has(sympy.Float) or said.has(sympy.Float)):
+    if gold.free_symbols | given.free_symbols or not (gold.has(sympy.Float) or given.has(sympy.Float)):
         return False
-    values = _numbers(gold, said)
+    values = _numbers(gold, given)
     return values is not None and abs(values[0] - values[1]) <= _tolerance(max(map(abs, values)))
 
 
@@ -301,8 +287,8 @@ def region(text: str) -> sympy.Set | None:
     for either in re.split(rf"{_joint('or')}|\\lor\b|\\vee\b", text):
         both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
         if len(both) == 1 and (both[0] is None or isinstance(both[0], sympy.FiniteSet)):  # intervals in a list
-            parts = [_read_whole(part) for part in split(either)]
-            if not all(isinstance(part, (sympy.Interval, sympy.Union)) and not _may_be_pair(part) for part in parts):
+            parts = [_read_whole(part) for part in split_list(either)]
+            if not all(map(_is_region, parts)):
                 return None
             pieces += parts
             continue
@@ -313,17 +299,19 @@ def region(text: str) -> sympy.Set | None:
     return sympy.Union(*pieces)
 
 
-def _may_be_pair(part: sympy.Set) -> bool:
-    """Whether it was written (1,2), which in a list is a pair."""
-    return isinstance(part, sympy.Interval) and part.is_open and not (part.start.is_infinite or part.end.is_infinite)
-
-
 def _joint(word: str) -> str:
     return rf"\\text\{{\s*,?\s*{word}\s*\}}|(?<![a-zA-Z]){word}(?![a-zA-Z])"
 
 
 def _read_whole(text: str) -> Expression | None:
     return read(text) if is_whole(text) else None
+
+
+def _is_region(part: Expression | None) -> bool:
+    """Whether it is an interval, or several; not (1,2), which in a list is a pair."""
+    if isinstance(part, sympy.Interval) and part.is_open:
+        return bool(part.start.is_infinite or part.end.is_infinite)
+    return isinstance(part, (sympy.Interval, sympy.Union))
 
 
 def _as_set(found: Expression | None) -> sympy.Set:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import CODE, STOCK, rows
+from ...names import STOCK_TASK
+from . import CODE, rows
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,45 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How the answers to a task are drawn.
+
+    Args:
+        samples: answers to each question, whose mean counts (avg@k).
+        temperature: 0 takes the most probable token.
+        top_p: tokens are drawn from the most probable ones up to this mass.
+        top_k: and from at most so many; 0 means all.
+        max_new_tokens: where an answer is cut off.
+        seed: decides what is drawn, with the question and the number of the sample.
+    """
+
+    samples: int = 1
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    max_new_tokens: int = 4096
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether only the most probable token is taken: this temperature is too small to divide by."""
+        return self.temperature < 1e-3
+
+    def options(self) -> dict[str, Any]:
+        """As lm-eval's `generation_kwargs`."""
+        if self.greedy:
+            return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"max_gen_toks": self.max_new_tokens, "do_sample": True} | drawn
+
+
+@dataclass(frozen=True)
 class Protocol:
     """A protocol of evaluation.
 
     Args:
         name: `default` or `paper`.
-        seed: of the sampling.
+        drawing: of the tasks that `samples` does not name.
         samples: how many answers a question of a task gets, where it is more than one.
         questions: templates of the user's turn by kind of task, where they are not those of the YAML files.
         openings: templates of the words that begin the assistant's turn, by kind of task.
@@ -39,11 +73,7 @@ class Protocol:
     """
 
     name: str
-    seed: int = 0
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 20
-    max_new_tokens: int = 4096
+    drawing: Drawing = Drawing()
     samples: Mapping[str, int] = field(default_factory=dict)
     questions: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +83,7 @@ class Protocol:
     def ours(self, tasks: Mapping[str, Any]) -> dict[str, str]:
         """What of these tasks the protocol does not fix, by task: `default` decides it."""
         stock = "prompt and metrics of lm-eval"
-        left = {name: stock if name.startswith(STOCK) else self.unpublished.get(name) for name in tasks}
+        left = {name: stock if name.startswith(STOCK_TASK) else self.unpublished.get(name) for name in tasks}
         return {name: what for name, what in left.items() if what and self.name != "default"}
 
 
@@ -62,7 +92,7 @@ DEFAULT = Protocol("default")
 # The instruction and the opening are EvalPlus' own (evalplus.codegen), which the authors' evaluation uses.
 PAPER = Protocol(
     "paper",
-    seed=42,
+    drawing=Drawing(seed=42),
     samples={"aime25": 8, "amc23": 8},
     questions={
         "math": "{{question}}",

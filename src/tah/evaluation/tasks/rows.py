@@ -20,11 +20,11 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ...errors import first_line
 from ...files import parse_json
-from ...load import first_line
 from ..answers import read_math
 from ..grade import Kind, grade
-from ..grading.letters import LETTERS
+from ..grading.choice import LETTERS
 
 Row = dict[str, Any]
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -80,7 +80,7 @@ def load(
         rows = [row for row in map(read, found) if row is not None]
         for number, row in enumerate(rows):
             check(row, kind, f"{hub} row {number}")
-    filled = [_fill(row, kind, number) for number, row in enumerate(rows)]
+    filled = [complete_row(row, kind, number) for number, row in enumerate(rows)]
     if twice := [row for row, times in Counter(row["id"] for row in filled).items() if times > 1]:
         raise ValueError(f"task {name}: {twice[0]!r} is the id of two questions; give each its own")
     return {"test": Dataset.from_list(filled)}
@@ -115,7 +115,7 @@ def check(row: Any, kind: Kind, where: str) -> None:
     """Whether a row fits the schema.
 
     Raises:
-        ValueError: it does not; says where and why.
+        ValueError: it does not; the message names the place and the reason.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not an object of {', '.join(FIELDS[kind])}")
@@ -158,7 +158,7 @@ def _check_choices(choices: Any, answer: Any, where: str) -> None:
         raise ValueError(f"{where}: choice {_short(wrong[0])} is neither a text nor a number")
     letters = LETTERS[: len(choices)]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
-        hint = "" if isinstance(answer, str) else "; nobody knows whether a number counts from 0 or from 1"
+        hint = "" if isinstance(answer, str) else "; a number might count from 0 or from 1"
         raise ValueError(f"{where}: answer {_short(answer)} is not one of the letters {letters}{hint}")
 
 
@@ -167,7 +167,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fill(row: Row, kind: Kind, number: int) -> Row:
+def complete_row(row: Row, kind: Kind, number: int) -> Row:
     """All fields of the schema, so that every row of the data set has the same."""
     empty: Row = {"choices": [], "test_list": [], "test_imports": []}
     filled = {field: row.get(field) or empty.get(field, "") for field in FIELDS[kind]}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...data.rows import COMPLETE, load_rows
+from ...data.data_files import COMPLETE
+from ...data.rows import load_rows
 from ...load import load_tah, load_tokenizer
 from ...names import Stage
 from ...progress import SILENT, Reporter

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...data.rows import COMPLETE, depth_labels, load_rows
+from ...data.data_files import COMPLETE
+from ...data.rows import depth_labels, load_rows
 from ...load import load_base, load_tah, load_tokenizer, parameter_counts
 from ...model import TaHForCausalLM
 from ...policy import Confidence, Random, Rule

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...core.loss import IGNORE, shift
 from ...data.rows import Collator
-from ...data.scoring import batches
+from ...data.scoring import batches, score_targets
 from ...model import TaHForCausalLM
 from ...policy import Rule
 
@@ -64,7 +63,7 @@ def score_tokens(
         out = model(batch["input_ids"], use_cache=False, **given, **rule.arguments())
         target = shift(batch["labels"])
         asked = target != IGNORE
-        logits = out.logits[asked].float()
+        scores = score_targets(out.logits[asked], target[asked])
         valid = batch["attention_mask"].bool()
         iterated, tokens = iterated + int((out.depth_count[valid] > 1).sum()), tokens + int(valid.sum())
         probability = torch.full_like(target, math.nan, dtype=torch.float64)
@@ -72,8 +71,8 @@ def score_tokens(
             probability = out.continue_logits[:, :, 0].double().sigmoid()
         numbers = torch.tensor(places, device=asked.device)[:, None].expand_as(asked)
         columns = {
-            "right": logits.argmax(-1) == target[asked],
-            "loss": F.cross_entropy(logits, target[asked], reduction="none").double(),
+            "right": scores.rank == 0,
+            "loss": -scores.log_prob.double(),
             "passes": out.depth_count[asked],
             "probability": probability[asked],
             "row": numbers[asked],

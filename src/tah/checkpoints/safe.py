@@ -1,0 +1,191 @@
+"""Checkpoints that are either whole or not there: found, checked, loaded strictly, and saved atomically."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..config import FORMER_TENSORS, KERNELS
+from ..core.families import UnsupportedBase
+from .convert import converted, reconversion
+from .hub import OPTIONS, Snapshot, is_repository
+from .original import is_original
+from .untrusted import check_model, checked_config, load_base, refuse_incomplete
+
+if TYPE_CHECKING:
+    from ..model import TaHForCausalLM
+
+PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+class SafeCheckpoint:
+    """Mixin of `PreTrainedModel` that refuses incomplete checkpoints and never leaves one behind."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a TaH checkpoint (transformers' `from_pretrained`, strict). A checkpoint of the authors' is converted
+        into the cache first.
+
+        Raises:
+            ValueError: weights are no safetensors, a tensor is missing, unexpected or of another shape, or a file is
+                damaged.
+        """
+        named, advice = source, ""
+        if isinstance(source, (str, os.PathLike)):  # else its tensors are given
+            source = find(source, kwargs, cls)  # type: ignore[arg-type]
+            advice = reconversion(source)
+            check_checkpoint(source, cls, kwargs)  # type: ignore[arg-type]
+            kwargs = _without_places(kwargs) | {"use_safetensors": True}
+        wants_info = kwargs.pop("output_loading_info", False)
+        ignored = ("mismatched",) if kwargs.pop("ignore_mismatched_sizes", False) else ()
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        former = {f"^{old}\\.": f"{new}." for old, new in FORMER_TENSORS.items()}
+        kwargs["key_mapping"] = former | (kwargs.get("key_mapping") or {})
+        try:
+            model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            advice = advice or "; copy them again"
+            raise ValueError(f"{source}: the weights are damaged or cut short ({error}){advice}") from error
+        # transformers restores the names of the file when it saves the model again; the former ones end here.
+        if used := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [entry for entry in used if not former.keys() & set(entry.source_patterns)]
+        if source != str(named):
+            model.name_or_path = model.config.name_or_path = str(named)
+        refuse_incomplete(info, f"{source}: not a complete TaH checkpoint", advice, ignored)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save configuration and weights (safetensors only); an older checkpoint survives until the new one is whole.
+
+        Everything is written to a directory inside the target first and moved into place file by file afterwards.
+        """
+        target = Path(save_directory)
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
+        fresh = not target.exists()
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            # Inside the target, since that may be a file system of its own; moving is then a rename.
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+                super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+                replace_files(Path(temporary), target)
+        except BaseException:
+            if fresh and not any(target.iterdir()):
+                target.rmdir()
+            raise
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
+
+
+def find(
+    source: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    model_class: type[TaHForCausalLM] | None,
+    weights: bool = True,
+) -> str:
+    """The directory of a model. A repository of the hub is downloaded, once its configuration has been checked; an
+    original checkpoint, here or on the hub, is converted into the user's cache.
+
+    Args:
+        source: a directory or a hub id.
+        options: of `from_pretrained`.
+        model_class: makes the model of an original checkpoint; None refuses such a checkpoint.
+        weights: also download the weights; False where the configuration and the tokenizer will do.
+
+    Raises:
+        ValueError: there is no such directory or repository, or it cannot be converted.
+    """
+    name, subfolder = os.fspath(source), options.get("subfolder") or ""
+    if options.get("gguf_file"):  # which transformers alone finds and reads
+        return name
+    found: Path | Snapshot
+    if os.path.isdir(name):
+        found = directory = Path(name, subfolder)
+    elif not is_repository(name):
+        raise ValueError(f"no model {name!r}: there is no such directory")
+    else:
+        places = {key: options[key] for key in OPTIONS & options.keys()}
+        found = Snapshot(name, options.get("revision"), subfolder, **places)
+        directory = found.directory
+    if is_original(directory):
+        if model_class is None:
+            raise UnsupportedBase(f"{name}: this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
+        return str(converted(name, found, model_class))
+    if isinstance(found, Snapshot):
+        checked_config(directory, options)
+        if weights:
+            code = ["*.py"] if options.get("trust_remote_code") else []
+            found.complete(*code, variant=options.get("variant") or "")
+    return str(directory) if subfolder or isinstance(found, Snapshot) else name
+
+
+def check_checkpoint(
+    directory: str, model_class: type[TaHForCausalLM], options: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `ValueError` unless a directory holds a TaH checkpoint that is in order but for single tensors.
+
+    Args:
+        options: of `from_pretrained`.
+    """
+    options = options or {}
+    given = options.get("config")
+
+    def empty() -> TaHForCausalLM:
+        chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
+        own = isinstance(given, PreTrainedConfig)
+        config: Any = copy.deepcopy(given) if own else model_class.config_class.from_pretrained(directory, **chosen)
+        config._attn_implementation = "eager"  # kernels change no shapes, and may be missing
+        return model_class(config)
+
+    try:
+        check_model(directory, empty, options)
+    except ValueError as error:
+        if advice := reconversion(directory):
+            raise ValueError(f"{str(error).removesuffix('; copy them again')}{advice}") from error
+        raise
+
+
+def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """A base, complete.
+
+    Args:
+        source: a directory or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it is not there, cannot be loaded, or tensors are missing or of another shape.
+    """
+    directory = find(source, options, None)
+    model = load_base(directory, _without_places(options), str(source))
+    if directory != str(source):
+        model.name_or_path = model.config.name_or_path = str(source)
+    return model
+
+
+def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept = options.get("gguf_file") is not None
+    return {name: value for name, value in options.items() if kept or name not in PLACES}
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move the files of a finished checkpoint over an older one, and drop the older one's weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    new = {path.name for path in source.iterdir()}
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.replace(path, target / path.name)
+    if any(WEIGHTS.fullmatch(name) for name in new):
+        for old in target.iterdir():
+            if WEIGHTS.fullmatch(old.name) and old.name not in new:
+                old.unlink()

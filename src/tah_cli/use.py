@@ -1,0 +1,181 @@
+"""The commands that use a model: generate, chat, inspect, convert, demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from . import options
+from .checks import check_model
+from .names import PACKAGE
+from .options import model_argument, note, number, open_session, quiet
+
+if TYPE_CHECKING:
+    from tah.policy import Rule
+    from tah.session import Session
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads standard input.")],
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
+    max_new_tokens: options.Tokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    system: options.System = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    no_color: options.NoColor = False,
+) -> None:
+    """Answer a prompt, coloured by passes per token."""
+    prompt = _text(prompt)
+    if not prompt.strip():
+        raise typer.BadParameter("PROMPT is empty; give at least one word")
+    session, rule = _open(model, dtype, device, policy, threshold, max_depth)
+    from tah.session import sampling
+
+    from .terminal import Painter, make_console, summary
+
+    if not raw and not session.tokenizer.chat_template:
+        note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
+    if unknown := session.unknown_words(prompt):
+        note(unknown)
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
+    drawing = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    if as_json:
+        answer = session.answer(ids, lambda token: None, rule, **drawing)
+        found = {"model": model, "prompt": prompt, **rule.arguments(), **answer.as_dict()}
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    painter = Painter(make_console(color=not no_color), cast(float, rule.threshold))
+    answer = session.answer(ids, painter.show, rule, **drawing)
+    painter.console.print()
+    notes = make_console(stderr=True, color=not no_color)
+    if any(depth > 1 for depth in answer.depths):
+        notes.print(painter.legend())
+    notes.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
+
+
+def chat(
+    model: options.Model,
+    policy: options.Policy = None,
+    threshold: options.Threshold = None,
+    max_depth: options.Depth = None,
+    max_new_tokens: options.Tokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    system: options.System = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    no_color: options.NoColor = False,
+) -> None:
+    """Talk to a model; /help lists the commands."""
+    session, rule = _open(model, dtype, device, policy, threshold, max_depth)
+    from tah.session import sampling
+
+    from .chat import Chat
+
+    drawing = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    Chat(session, rule, drawing, system, color=not no_color).run()
+
+
+def inspect(
+    model: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", callback=check_model, help="Also compare the number of parameters with a plain base."
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Describe a model; check whether a base can be wrapped."""
+    from tah.inspect import as_lines
+    from tah.inspect import inspect as look
+
+    quiet()
+    found = look(model, against)
+    if card := model_card(model):
+        found["card"] = card
+    typer.echo(json.dumps(found) if as_json else as_lines(found))
+
+
+def convert(
+    source: Annotated[str, model_argument("Checkpoint of the original implementation, or hub id.", "SRC")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
+    threshold: Annotated[float | None, number("Replaces the threshold of the checkpoint.", float, 0, 1)] = None,
+) -> None:
+    """Convert a checkpoint of the original code.
+
+    None of its code runs. Prints what was converted and anything about it that might surprise.
+    """
+    from tah.load import convert as run_convert
+
+    quiet()
+    report = run_convert(source, target, threshold=threshold)
+    typer.echo(f"{report}\nwritten to {target}")
+
+
+def demo(
+    max_new_tokens: options.Tokens = 64,
+    problems: Annotated[int, number("Held-out problems that the small model answers.", int, 0, 100)] = 100,
+    no_color: options.NoColor = False,
+) -> None:
+    """Run the two checkpoints that come with the package."""
+    from .demo import demo as run_demo
+
+    run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)
+
+
+def model_card(model: str) -> str | None:
+    """Where the model card is: in the package for what comes with it, else in the directory of the model."""
+    packaged = PACKAGE / "assets" / model / "README.md"
+    own = Path(model) / "README.md"
+    path = own if Path(model).is_dir() else packaged
+    return str(path) if path.is_file() else None
+
+
+def _text(prompt: str) -> str:
+    """PROMPT, or standard input for -."""
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()
+    except UnicodeError as error:
+        raise typer.BadParameter("PROMPT is not UTF-8 text") from error
+    return prompt
+
+
+def _open(
+    model: str, dtype: str, device: str, policy: str | None, threshold: float | None, max_depth: int | None
+) -> tuple[Session, Rule]:
+    """The session of a command that answers, and its rule.
+
+    Raises:
+        ValueError: a base that answers as itself was given a threshold or a depth, which would change nothing.
+    """
+    from tah.load import find
+    from tah.policy import Rule
+    from tah.session import check_idle
+
+    rule = Rule(policy, threshold, max_depth)
+    if rule != Rule() and find(model, weights=False)[1] == "base":
+        check_idle(model, rule)  # before the weights are loaded
+    session = open_session(model, dtype, device)
+    if line := session.as_itself(rule):
+        note(line)
+    return session, session.rule(rule)
