@@ -33,7 +33,7 @@ help:
 	@echo "make test    lint, types and tests: what CI runs"
 	@echo "make test-slow     tests that take minutes each: long fuzzing, all of HumanEval"
 	@echo "make test-lowest   tests with the oldest supported transformers"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff, mypy and import-linter only"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
@@ -55,6 +55,7 @@ lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # One thread per worker: several OpenMP pools on the same cores are many times slower than one thread each.
 test: lint

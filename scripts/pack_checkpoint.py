@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tah.checkpoints.adapter import save_adapter
+from tah import save_adapter
 from tah.checkpoints.smollm2 import TAH
 from tah.files import write_atomically
 from tah.load import FOLLOW, load_tah

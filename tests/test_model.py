@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers.families import tiny
-from helpers.models import LENGTH, distance, labels, middle, pad, tah, token_ids
+from helpers.models import LENGTH, distance, labels, middle, packed_row, pad, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
 from tah import Always, Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM
 from tah.core.logits import CHUNK
@@ -84,8 +84,8 @@ def test_always_equals_two_explicit_passes():
     model, ids = tah(), token_ids(rows=1)
     T, base = LENGTH, model.base
     first = DuoCache()
-    step = first.step(torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool), padded=False)
-    one = model.decoder(input_ids=ids, past_key_values=step).last_hidden_state
+    view = first.open_pass(torch.arange(T)[None], torch.ones(1, T, dtype=torch.bool), padded=False)
+    one = model.decoder(input_ids=ids, past_key_values=view).last_hidden_state
     top, index = base.lm_head(one).topk(16)
     mixed = (top.softmax(-1)[..., None] * base.get_input_embeddings()(index)).sum(2)
 
@@ -486,11 +486,13 @@ def test_flash_kernels_keep_depth_one_and_leave_ready_masks_to_sdpa():
     """With an implementation that only knows causal attention, as FlashAttention does."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     calls = []
 
     def causal_only(module, query, key, value, attention_mask, scaling=None, **kwargs):
         assert attention_mask is None, "a flash kernel takes no ready mask"
+        assert module.config._attn_implementation == "causal_only"  # stock kernels find their code by it
         calls.append(query.shape[2])
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -505,71 +507,7 @@ def test_flash_kernels_keep_depth_one_and_leave_ready_masks_to_sdpa():
     calls.clear()
     assert distance(model(ids, depth_labels=depth_labels).logits, want) < EXACT
     assert calls == [LENGTH] * model.config.get_text_config().num_hidden_layers  # depth 1 alone
-
-
-@pytest.mark.parametrize("family", ["llama", "olmo3", "deepseek_v3"])
-@pytest.mark.parametrize("attention", ["duo", "own", "blind"])
-def test_attention_by_block_equals_attention_at_once(monkeypatch, family, attention):
-    """Padded, continued, packed, and with gradients; by block with fewer keys than there are."""
-    model = tah(family, attention=attention, max_depth=3)
-    ids, depth_labels = token_ids(2, 23), labels(2, 23, depth=3)
-    mask = torch.ones_like(ids)
-    mask[1, :6] = 0
-    packed, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
-    keys, plain = [], F.scaled_dot_product_attention
-
-    def watched(query, key, *args, **kwargs):
-        keys.append(key.shape[2])
-        return plain(query, key, *args, **kwargs)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    found = []
-    for queries in (2, 10**9):
-        monkeypatch.setattr("tah.core.masks.QUERIES", queries)
-        model.zero_grad()
-        keys.clear()
-        with torch.enable_grad():
-            out = model(ids, attention_mask=mask, depth_labels=depth_labels, labels=ids.masked_fill(mask == 0, -100))
-            out.loss.backward()
-        calls = list(keys)
-        start = model(ids[:, :12], depth_labels=depth_labels[:, :12])
-        rest = model(ids[:, 12:], depth_labels=depth_labels[:, 12:], past_key_values=start.past_key_values)
-        several = model(packed, position_ids=positions, depth_labels=labels(1, sum(LENGTHS)))
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append(([out.logits[mask > 0], start.logits, rest.logits, several.logits, *grads], calls))
-    (by_block, block_calls), (at_once, whole_calls) = found
-    assert len(block_calls) > len(whole_calls) and min(block_calls) < min(whole_calls)
-    assert len(by_block) == len(at_once) > 10
-    assert max(map(distance, by_block, at_once)) < 1e-4
-
-
-def test_depth_one_of_packed_rows_is_computed_as_the_base_computes_it(monkeypatch):
-    """To the last bit, however long: blocks are for deeper passes."""
-    model = tah()
-    ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
-    found = []
-    for queries in (2, 10**9):
-        monkeypatch.setattr("tah.core.masks.QUERIES", queries)
-        found.append(model(ids, position_ids=positions, policy="never").logits)
-    assert torch.equal(*found)
-
-
-def test_a_mask_of_another_length_is_refused(monkeypatch):
-    """By block as at once: slices would hide that keys are missing from the mask."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    monkeypatch.setattr("tah.core.masks.QUERIES", 2)
-    model, masks = tah(policy="always"), []
-    layer = model.base.model.layers[0].self_attn
-    handle = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    model(token_ids(1, 9))
-    handle.remove()
-    assert hasattr(masks[-1], "blocks")
-    query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 19, 8)
-    with pytest.raises(ValueError, match=r"a mask for \(9, 18\) queries and keys, but there are \(9, 19\)"):
-        ALL_ATTENTION_FUNCTIONS["sdpa"](layer, query, key, key, masks[-1])
+    assert ALL_ATTENTION_FUNCTIONS["causal_only"] is causal_only  # other models keep the kernel as it is
 
 
 def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():
@@ -597,11 +535,6 @@ def test_blind_reads_no_text(next_input, max_depth):
 
 
 LENGTHS = (5, 1, 4, 7)  # of documents in one row
-
-
-def packed_row(documents):
-    """Documents in one row [1, T] and their restarting positions [1, T]."""
-    return torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])[None]
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .checkpoints.adapter import save_adapter
+from .checkpoints.peft import load_peft, save_peft
 from .config import TaHConfig
 from .core.cache import DuoCache
 from .core.families import UnsupportedBase, check_base
-from .load import convert
+from .load import convert, load_adapter
 from .model import TaHForCausalLM, TaHOutput
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random, Rule
 
 if TYPE_CHECKING:
-    from .checkpoints.adapter import save_adapter as save_adapter
-    from .checkpoints.peft import load_peft as load_peft
-    from .checkpoints.peft import save_peft as save_peft
     from .evaluation.evaluate import evaluate as evaluate
-    from .load import load_adapter as load_adapter
     from .tracing.trace import TraceRequest as TraceRequest
     from .tracing.trace import trace as trace
     from .training.label import label as label
@@ -37,11 +35,7 @@ _LATER = {
     "evaluate": "evaluation.evaluate",
     "label": "training.label",
     "load_recipe": "training.recipe_file",
-    "load_adapter": "load",
-    "load_peft": "checkpoints.peft",
     "prune": "training.prune",
-    "save_adapter": "checkpoints.adapter",
-    "save_peft": "checkpoints.peft",
     "trace": "tracing.trace",
     "train": "training.train",
 }
@@ -61,6 +55,10 @@ __all__ = [
     "UnsupportedBase",
     "check_base",
     "convert",
+    "load_adapter",
+    "load_peft",
+    "save_adapter",
+    "save_peft",
 ]
 
 AutoConfig.register("tah", TaHConfig)

@@ -39,10 +39,10 @@ class TaHConfig(PreTrainedConfig):
     Args:
         base_config: configuration of the wrapped Hugging Face decoder (a `PreTrainedConfig` or its dict).
         max_depth: most passes a token may take, >= 1; 1 is the plain base model.
-        mix_topk: how many of the largest accumulated logits are mixed into the next input embedding (spec A.3).
+        mix_topk: how many of the largest accumulated logits are mixed into the next input embedding.
         next_input: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
             `hidden`: token embedding plus a learned linear map of the last hidden state.
-        attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper, spec A.4).
+        attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper).
             `own`: depth-1 keys and only its own deeper keys. `blind`: only its own deeper keys, so it reads no text (a
             control: what such a pass gains is not reasoning).
         output: output after depth >= 2. `sum`: logits of all depths added (the paper).
@@ -55,7 +55,7 @@ class TaHConfig(PreTrainedConfig):
             weights are not linear layers). The output head is never adapted.
         policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
-        decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors', spec A.2)
+        decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors')
             or None for no decider. Missing entries get their defaults.
         confidence_measure: what the `confidence` policy calls confident: the top-1 `probability`, or exp(-`entropy`).
         random_rate: share of tokens the `random` policy iterates, in [0, 1].

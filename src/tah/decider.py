@@ -1,4 +1,4 @@
-"""Deciders: small networks that say which tokens are hard (spec A.2).
+"""Deciders: small networks that say which tokens are hard.
 
 Shapes: N tokens, D width of the base, k top logits.
 
@@ -93,7 +93,7 @@ class _Backbone(nn.Module):
 
 
 class MLPDecider(nn.Module):
-    """The authors' decider: raw hidden states of several layers and the largest accumulated logits (spec A.2).
+    """The authors' decider: raw hidden states of several layers and the largest accumulated logits.
 
     Parameter names are those of the released `iter_decider.bin`, without `threshold`.
 

@@ -1,6 +1,6 @@
 """Where a model computes, and in which precision: what `--device auto` and `--dtype auto` mean.
 
-The decisions are functions of plain facts about the machine, so that they can be looked at for machines one has not.
+The decisions are functions of plain facts about the machine, so that tests can make them for machines of any kind.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Machine:
     def choose_dtype(self, kind: str, saved: torch.dtype) -> torch.dtype:
         """What `auto` means for a checkpoint that was saved in `saved`: that where a device of this kind computes in it
         natively, else float32."""
-        if saved == torch.float32 or kind in self.other:  # we know nothing of other kinds, so we change nothing
+        if saved == torch.float32 or kind in self.other:  # other kinds may have any formats, so nothing changes
             return saved
         native = {
             torch.bfloat16: kind in self.bfloat16,

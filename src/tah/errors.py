@@ -10,7 +10,7 @@ LONGEST = 300  # characters of another library's message that we repeat
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, cut to `LONGEST` characters; the name of its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading says nothing by itself
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # a heading is nothing by itself
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 

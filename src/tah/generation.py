@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .core.cache import CACHE, DuoCache
+from .core.cache import DuoCache
+from .core.compat import CACHE
+from .policy import Rule
 
-RULE_ARGUMENTS = ("policy", "threshold", "max_depth")
+RULE_ARGUMENTS = tuple(Rule().arguments())  # policy, threshold, max_depth
 KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again
 
 # Settings of a generation_config.json by kind; not all there are, but those that models come with.
@@ -149,17 +151,19 @@ class TaHGeneration:
         known = _parameters(type(self).forward)  # type: ignore[attr-defined]
         return {name: value for name, value in inputs.items() if name in known}
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """An assistant that is no TaH model knows nothing of policies."""
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None and not isinstance(assistant, TaHGeneration):
-            given = kwargs["model_kwargs"]
-            kwargs["model_kwargs"] = {k: v for k, v in given.items() if k not in (*RULE_ARGUMENTS, "depth_labels")}
-        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+    @staticmethod
+    def arguments_of_assistant(assistant: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What an assistant model is called with; one that is no TaH model takes no policy."""
+        if assistant is None or isinstance(assistant, TaHGeneration):
+            return given
+        return {name: value for name, value in given.items() if name not in (*RULE_ARGUMENTS, "depth_labels")}
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Put a `DuoCache` among the arguments of a `generate` that has none.
+
+        Raises:
+            ValueError: another kind of cache is asked for.
+        """
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={wanted!r} is not supported; a TaH model uses its own DuoCache")

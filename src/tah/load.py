@@ -16,7 +16,7 @@ from .checkpoints.smollm2 import smollm2_base, smollm2_tah
 from .checkpoints.untrusted import build_empty, check_counts, checked_config, empty_base
 from .errors import first_line
 from .model import TaHForCausalLM
-from .names import DTYPES, MODELS
+from .names import DTYPES, MODELS, nearest
 
 FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
 Kind = Literal["tah", "base"]
@@ -46,7 +46,12 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
         return str(FOLLOW), "tah"
     if os.path.exists(source) and not os.path.isdir(source):
         raise ValueError(f"{source} is a file; give the directory of a model")
-    directory = safe.find(source, {}, TaHForCausalLM, weights)
+    try:
+        directory = safe.find(source, {}, TaHForCausalLM, weights)
+    except ValueError as error:
+        if (near := nearest(source, MODELS)) is None or not str(error).startswith("no model "):
+            raise
+        raise ValueError(f"{error}; did you mean {near}?") from error
     described = checked_config(directory)
     if "model_type" not in described:
         raise ValueError(f"{directory}/config.json is damaged: it has no model_type")
@@ -82,7 +87,7 @@ def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
 
 
 def outline(path: str) -> PreTrainedModel:
-    """The model at `path` without its weights, on the meta device: what its configuration says.
+    """The model at `path` without its weights, built from its configuration on the meta device.
 
     Raises:
         ValueError: the configuration cannot be read, or is not of a causal language model.

@@ -1,9 +1,11 @@
 """Think-at-Hard on any Hugging Face decoder. Start reading at `TaHForCausalLM.forward`.
 
-Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one,
-R rows that have one (their tokens packed left into [R, P] columns), D width, V vocabulary, L layers.
+The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
+*policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
+and read the keys of both depths. The logits of all passes of a token add up. docs/architecture.md follows a prompt.
 
-Depth counts passes over the base from 1: depth 1 is the plain base model.
+Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
+hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +24,13 @@ from transformers.utils import can_return_tuple
 
 from .checkpoints.safe import SafeCheckpoint, load_plain
 from .config import TaHConfig
-from .core.cache import CACHE, DuoCache, DuoStep, given_cache
-from .core.families import Head, UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .core import fast
+from .core.cache import DuoCache, PassCache
+from .core.compat import CACHE, PrivateHooks, allow_replay_with_cache, given_cache
+from .core.families import UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .core.head import Head
 from .core.inputs import Tokens
-from .core.logits import RunningOutput, TaHOutput, record, select
+from .core.logits import RunningOutput, TaHOutput, capture_hidden, select
 from .core.lora import add_lora, at_depth, replay_contexts
 from .core.loss import DepthLoss
 from .core.next_input import mixed_embedding
@@ -34,8 +40,36 @@ from .generation import TaHGeneration
 from .policy import BoundRule, DepthState, Policy, Rule
 
 
-class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationMixin):
-    """A base decoder that runs again, with an adapter, on the tokens a policy calls hard (the paper; spec A).
+@dataclass(frozen=True)
+class TrainingPass:
+    """What only training asks of a forward.
+
+    Args:
+        follow_labels: tokens run as many passes as `depth_labels` says; the policy is asked, but not followed.
+        loss_weights: weight of the output after each depth 1..max_depth in the loss; by default only the final output
+            counts.
+        idle: where no token goes on, run one through the deeper passes all the same and add 0 times the result to the
+            loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. By
+            default while training with labels and without a cache.
+    """
+
+    follow_labels: bool = False
+    loss_weights: Sequence[float] | None = None
+    idle: bool | None = None
+
+    def idles(self, by_default: bool, kept: bool) -> bool:
+        """Whether a call runs idle passes; `kept`: its cache will be used again.
+
+        Raises:
+            ValueError: it is asked to, although the keys of an idle pass would stay in the cache.
+        """
+        if self.idle and kept:
+            raise ValueError("an idle pass leaves its keys in the cache; train with use_cache=False")
+        return by_default and not kept if self.idle is None else self.idle
+
+
+class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
+    """A base decoder that runs again, with an adapter, on the tokens that a policy calls hard (the paper).
 
     Make one with [`~TaHForCausalLM.from_base`], load one with `from_pretrained`. The wrapped model is `self.base`.
     """
@@ -45,8 +79,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    replay_contexts = staticmethod(replay_contexts)  # a replayed layer runs at the depth it first ran at
 
     def __init__(self, config: TaHConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -61,7 +94,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
-        # The two seams besides the paper's: U of the next input emb + U h, and Z of the output h1 + Z h2.
+        # Two choices differ from the paper: the next input emb + U h, and the output h1 + Z h2. These are U and Z.
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         if self.next_input_map is not None:
@@ -72,7 +105,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             if part is not None:
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
-            layer._can_checkpoint_with_cache = True  # type: ignore[assignment]  # DuoStep.update may be replayed
+            allow_replay_with_cache(layer)  # activation checkpointing may replay PassCache.update
         self.post_init()
 
     # -- the method ----------------------------------------------------------------------------------------------
@@ -92,9 +125,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         max_depth: int | Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
-        follow_labels: bool = False,
-        loss_weights: Sequence[float] | None = None,
-        idle: bool | None = None,
+        training: TrainingPass | None = None,
         cache: DuoCache | None = None,
         **kwargs: Any,
     ) -> TaHOutput:
@@ -107,18 +138,20 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             past_key_values, cache: the `DuoCache` of earlier tokens of the same batch (transformers 5.24 renamed it).
             inputs_embeds: [B, T, D] instead of `input_ids`.
             labels: [B, T] like `input_ids`, -100 where not supervised; shifted inside.
-            depth_labels: [B, T] passes each token should take, for the `oracle` policy; not shifted.
+            depth_labels: [B, T] passes each token should take, for the policy `oracle` and for
+                `training.follow_labels`; not shifted.
             policy: a name or a [`Policy`]; the config's by default.
             threshold: in [0, 1], or one per row [B]; the config's by default.
             max_depth: >= 1, or one per row [B]; the config's by default.
             use_cache: return a cache; by default not while training.
             logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all. By default
                 all, but none while training with labels, whose loss needs no [B, T, V].
-            follow_labels: tokens run as many passes as `depth_labels` say; the policy is asked, but not followed.
-            loss_weights: what the output after each depth 1..max_depth counts in the loss; by default only the final.
-            idle: where no token goes on, run one through the deeper passes for nothing, so that processes that share a
-                model stay in step. By default while training with labels.
+            training: what only training asks for.
             kwargs: `num_items_in_batch`, the number to divide the loss by (default: supervised tokens of this call).
+
+        Returns:
+            Logits, loss, cache, and for every token its `depth_count` and `continue_logits` (nan where the policy was
+            not asked), see [`TaHOutput`].
 
         Raises:
             ValueError: for inputs that do not fit each other, naming them.
@@ -127,68 +160,71 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
         B, T = tokens.valid.shape
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
-        rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, follow_labels)
+        training = training or TrainingPass()
+        rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, training.follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
-        cache = past
-        if cache is None and (use_cache or rule.max_depth > 1):
-            cache = DuoCache()
-        if cache is not None and rule.max_depth > 1:
-            tokens.check_length(cache.get_seq_length() + T, self.config.get_text_config(decoder=True))
+        cache = self._cache(past, use_cache, rule, T)
 
-        # Depth 1: every token through the untouched base.
-        step = None if cache is None else tokens.open_step(cache, deeper=rule.max_depth > 1)
-        hidden, features = self._run(1, step, rule.policy, **tokens.stock_inputs(step, self.decoder))
-        total = RunningOutput(self.head, hidden.to(tokens.valid.device), self.output_map, self._num_best)
+        # Depth 1: every token through the untouched base. Opening a pass reserves slots for its tokens in the cache;
+        # the base gets the view of it that belongs to this pass, and its layers write their keys and values there.
+        pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
+        hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
+        # The logits of a token are the sum over its passes. They are carried as a sum of hidden states [B*T, D]; the
+        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. From
+        # logits that the policy looks at, the `num_best` best tokens can be kept for the next input.
+        num_best = self.config.mix_topk if self.next_input_map is None else 0
+        running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
-        active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran
+        active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, padding left out
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
-        loss = None if labels is None else DepthLoss(labels, rule.max_depth, loss_weights)
-        idle = self.training and loss is not None if idle is None else idle
+        loss = None if labels is None else DepthLoss(labels, rule.max_depth, training.loss_weights)
+        kept = use_cache or past is not None
+        idle = training.idles(self.training and loss is not None, kept)
 
         for depth in range(1, rule.max_depth):
-            # Who is hard? The policy judges the tokens that just ran ...
+            # Who is hard? The policy decides about the tokens that just ran ...
             state = DepthState(
                 depth=depth,
                 input_ids=tokens.select(tokens.ids, active),
                 positions=tokens.positions.flatten()[active],
                 hidden=features,
                 depth_labels=tokens.select(depth_labels, active),
-                map_logits=partial(total.map_logits, active),
+                map_logits=partial(running.map_logits, active),
             )
-            go_logits, go = rule.decide(state, row=active // T)
+            new_logits, goes_on = rule.decide(state, row=active // T)  # [N], [N] bool
             del state, features  # a long prompt's hidden states need not outlive the decision
             where = (active, active.new_tensor(depth - 1))
-            continue_logits = continue_logits.index_put(where, go_logits.to(continue_logits))
+            continue_logits = continue_logits.index_put(where, new_logits.to(continue_logits))
             if loss is not None:
-                loss.add(total, depth, active, go)
-            if idle and not go.any():
-                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, total, active, hidden)
-                if loss is not None:
+                loss.add(running, depth, active, goes_on)  # before deeper passes add to the output
+            if idle and not goes_on.any():
+                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
+                if loss is not None:  # without one, only the communication between processes counts
                     loss.total = loss.total + zero
-            active, hidden = active[go], hidden[go]
+            active, hidden = active[goes_on], hidden[goes_on]
             if len(active) == 0:
                 break
 
             # ... and the hard ones run again, on a new input at their old position.
             assert cache is not None
-            embeds = self._next_input(tokens, total, active, hidden)  # [M, D]
+            embeds = self._next_input(tokens, running, active, hidden)  # [M, D]
             hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
-            total.add(active, hidden)
+            running.add(active, hidden)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
         if loss is not None:
-            loss.add(total, rule.max_depth, active)
+            loss.add(running, rule.max_depth, active)  # the tokens that took all passes
         if cache is not None and self.config.attention != "duo":
-            cache.drop_deep()
+            cache.drop_deep()  # under `own` and `blind` a token's deeper keys are for its own later passes only
         continue_logits = continue_logits.view(B, T, columns)
-        if cache is not None and (use_cache or past is not None):
-            cache.record(depth_count, continue_logits.detach())
+        if cache is not None and kept:
+            cache.commit(depth_count, continue_logits.detach())
         no_logits = logits_to_keep is None and self.training and loss is not None
-        logits = None if no_logits else self._logits(total, B, T, 0 if logits_to_keep is None else logits_to_keep)
+        logits = None if no_logits else self._logits(running, B, T, 0 if logits_to_keep is None else logits_to_keep)
         return TaHOutput(
-            loss=None if loss is None else loss.value(total, kwargs.get("num_items_in_batch")),
+            loss=None if loss is None else loss.value(running, kwargs.get("num_items_in_batch")),
             logits=logits,
             **{CACHE: cache if use_cache else None},
             depth_count=depth_count,
@@ -196,18 +232,26 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
         )
 
+    def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:
+        """The caller's cache, or a new one where it is needed: deeper passes read the keys of depth 1 from it."""
+        cache = DuoCache() if past is None and (use_cache or rule.max_depth > 1) else past
+        if cache is not None and rule.max_depth > 1:
+            Tokens.check_length(cache.get_seq_length() + length, self.config.get_text_config(decoder=True))
+        return cache
+
     def _run(
-        self, depth: int, step: DuoStep | None, policy: Callable[[DepthState], Tensor], **inputs: Any
+        self, depth: int, pass_cache: PassCache | None, policy: Callable[[DepthState], Tensor], **inputs: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One pass over the base: final hidden states [.., .., D] and those the policy reads, by index."""
+        """One pass over the base: final hidden states [.., .., D] and those that the policy reads, by index."""
         decoder = self.decoder
         num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
         wanted: tuple[int, ...] = getattr(policy, "layers", ())
         if wanted and not 0 <= min(wanted) <= max(wanted) <= num_layers:
             raise ValueError(f"the policy reads hidden states {list(wanted)}; the base has 0..{num_layers}")
-        with at_depth(depth), record(decoder_layers(decoder, num_layers), wanted) as seen:
-            # use_cache only says whether to create a cache; the step is used either way.
-            hidden = decoder(**{CACHE: step}, use_cache=False, **inputs).last_hidden_state
+        # `at_depth` switches LoRA: it is off at depth 1 and on at every depth beyond (lora.py).
+        with at_depth(depth), capture_hidden(decoder_layers(decoder, num_layers), wanted) as seen:
+            # use_cache only says whether the base creates a cache; it uses the one that it is given either way.
+            hidden = decoder(**{CACHE: pass_cache}, use_cache=False, **inputs).last_hidden_state
         if num_layers in wanted:
             seen[num_layers] = hidden
         return hidden, seen
@@ -222,14 +266,34 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         embeds: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """A pass at `depth` >= 2 of the tokens `active` [M] with inputs [M, D]: final hidden states [M, D] and those
-        the policy reads. Only rows with an active token take part, their tokens packed left."""
-        packed, row, column = pack(active, tokens.positions.shape[1])
+        that the policy reads. A long pass may run in chunks, as a long prompt may."""
+        chunks = fast.chunks(active, tokens.valid.shape[1])
+        done = [self._run_packed(depth, cache, policy, tokens, active[chunk], embeds[chunk]) for chunk in chunks]
+        if len(chunks) == 1:
+            return done[0]
+        order = torch.cat(chunks).argsort()
+        features = {k: torch.cat([its[k] for _, its in done])[order] for k in done[0][1]}
+        return torch.cat([hidden for hidden, _ in done])[order], features
+
+    def _run_packed(
+        self,
+        depth: int,
+        cache: DuoCache,
+        policy: Callable[[DepthState], Tensor],
+        tokens: Tokens,
+        active: Tensor,
+        embeds: Tensor,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """One chunk of `_run_again`. Only rows with an active token take part, their tokens packed left."""
+        T = tokens.positions.shape[1]
+        packed = pack(active, T)
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
-        step = cache.deep_step(depth, row, column, packed, tokens.places.flatten()[active])
-        places = tokens.places[packed.rows].gather(1, packed.columns) if tokens.documents else positions
-        masks = step.masks(self.decoder.config, places, self.config.attention, embeds.dtype)
+        # A query sees keys up to its own position. Order keys are positions that also tell documents apart (masks.py).
+        order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns)
+        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active], T)
+        masks = pass_cache.masks(self.decoder.config, order_keys, self.config.attention, embeds.dtype)
         inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
-        hidden, features = self._run(depth, step, policy, **inputs)
+        hidden, features = self._run(depth, pass_cache, policy, **inputs)
         return select(hidden, features, packed.valid, packed.full)
 
     def _idle(
@@ -238,41 +302,38 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
         rule: BoundRule,
         cache: DuoCache | None,
         tokens: Tokens,
-        total: RunningOutput,
+        running: RunningOutput,
         active: Tensor,
         hidden: Tensor,
     ) -> Tensor:
-        """Passes after `depths` of a single token for nothing: a zero that depends on all that those passes train.
+        """Run one token through the passes after each of `depths` and return 0 times what came out: a zero whose
+        gradient reaches every parameter of those passes.
 
-        Training in parallel needs it: a rank without a hard token would leave the others waiting for its gradients.
+        A process without a hard token would else leave the others waiting for its gradients.
         """
         assert cache is not None
-        zero, active, hidden = total.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
+        zero, active, hidden = running.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
         for depth in depths:
-            embeds = self._next_input(tokens, total, active, hidden)
+            embeds = self._next_input(tokens, running, active, hidden)
             hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
             out = hidden if self.output_map is None else self.output_map(hidden)
             zero = zero + 0 * out.float().sum()
         return zero
 
-    def _next_input(self, tokens: Tokens, total: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
-        """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D] (spec A.3)."""
+    def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
+        """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D]: the embeddings of the
+        most probable next tokens so far, weighted by their probabilities (the paper's input updater), or emb + U h."""
         embed = self.get_input_embeddings()
         if self.next_input_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
             return own.flatten(0, 1)[active] + self.next_input_map(hidden)
-        return mixed_embedding(total, active, embed)
+        return mixed_embedding(running, active, embed)
 
-    @property
-    def _num_best(self) -> int:
-        """Of how many tokens the next input is mixed."""
-        return 0 if self.next_input_map is not None else self.config.mix_topk
-
-    def _logits(self, total: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
+    def _logits(self, running: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
         """[B, K, V]"""
-        index = torch.arange(B * T, device=total.total.device).view(B, T)
+        index = torch.arange(B * T, device=running.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
-        logits = total.logits(index.flatten())
+        logits = running.logits(index.flatten())
         return logits.view(B, index.shape[1], logits.shape[-1])
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -298,20 +359,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PreTrainedModel, GenerationM
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # the base's business
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: base, adapters, decider and maps have initialised themselves by the time they are put together."""
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        if enable:
-            kwargs["gradient_checkpointing_func"] = partial(gradient_checkpointing_func, context_fn=replay_contexts)
-        super()._set_gradient_checkpointing(enable, **kwargs)
 
     # -- making one ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who iterates: policies map the state after a pass to continue logits (spec A.2).
+"""Who iterates: policies map the state after a pass to continue logits.
 
 Shapes: N tokens that ran the pass, D width, V vocabulary, k entries of a top-k.
 
@@ -83,7 +83,7 @@ class Never(Policy):
 
 
 class Oracle(Policy):
-    """A token runs as many passes as its depth label says; one where there is none (spec A.2, IterLabelDecider)."""
+    """A token runs as many passes as its depth label says; one where there is none."""
 
     def __call__(self, state: DepthState) -> Tensor:
         if state.depth_labels is None:
@@ -230,7 +230,7 @@ class BoundRule:
     follow_labels: bool = False  # the policy is asked, the depth labels decide
 
     def decide(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the policy: continue logits [N] and who goes on [N] bool (spec A.2).
+        """Ask the policy: continue logits [N] and who goes on [N] bool.
 
         Continue iff sigmoid(logit), in the policy's own precision, > threshold, strictly; +inf always does.
 

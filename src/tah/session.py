@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .core.cache import CACHE, DuoCache
+from .core.cache import DuoCache
+from .core.compat import CACHE
 from .core.inputs import check_ids
 from .device import put
 from .errors import first_line

@@ -21,11 +21,12 @@ def check_model(source: str | None) -> str | None:
     """
     if source is None or not source.strip() or source in words.MODELS or os.path.exists(source):
         return source
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ValueError(f"no model {source!r}: there is no such directory")
     near = words.nearest(source, words.MODELS)
+    hint = "" if near is None else f"; did you mean {near}?"
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"no model {source!r}: there is no such directory{hint}")
     if near is not None and "/" not in source and not _is_repository(source):
-        raise ValueError(f"no model {source!r}: there is no such directory or repository; did you mean {near}?")
+        raise ValueError(f"no model {source!r}: there is no such directory or repository{hint}")
     return source
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tah import TaHForCausalLM
-from tah.checkpoints.adapter import SETTINGS, WEIGHTS, save_adapter
-from tah.load import load_adapter
+from tah import TaHForCausalLM, load_adapter, save_adapter
+from tah.checkpoints.adapter import SETTINGS, WEIGHTS
 
 SEAMS = {"next_input": "hidden", "output": "zero_init", "attention": "own", "lora_rank": 4, "threshold": 0.3}
 

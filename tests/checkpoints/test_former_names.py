@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.originals import GOLDEN
-from tah import TaHForCausalLM, convert
+from tah import TaHForCausalLM, convert, load_adapter
 from tah.checkpoints.smollm2 import TAH
-from tah.load import FOLLOW, load_adapter, load_tah
+from tah.load import FOLLOW, load_tah
 from tah_cli.app import run
 
 BEFORE = GOLDEN / "before"

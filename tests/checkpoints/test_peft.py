@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.originals import GOLDEN, Command, converted, copied, cut_in_half, edit, edit_tensors, refusal
-from tah import TaHForCausalLM
-from tah.checkpoints.peft import load_peft, read_adapter, save_peft, tensors_of
+from tah import TaHForCausalLM, load_peft, save_peft
+from tah.checkpoints.peft import read_adapter, tensors_of
 from tah.core.lora import at_depth
 
 
@@ -245,7 +245,7 @@ def test_saved_settings_name_the_adapted_layers_and_no_others(name: str, transpo
 def test_adapter_round_trip(tmp_path: Path) -> None:
     model = randomised(TaHForCausalLM.from_base(base_of("S"), lora_rank=4, lora_alpha=6, lora_dropout=0.2))
     save_peft(model, tmp_path)
-    other = TaHForCausalLM.from_base(base_of("S"), **read_adapter(tmp_path).fields)
+    other = TaHForCausalLM.from_base(base_of("S"), **read_adapter(tmp_path).fields(base_of("S")))
     load_peft(other, tmp_path)
     assert (other.config.lora_alpha, other.config.lora_dropout) == (6, 0.2)
     assert tensors_of(other).keys() == tensors_of(model).keys()
@@ -263,7 +263,7 @@ def test_adapter_made_by_peft_is_loaded(tmp_path: Path, rslora: bool) -> None:
         if "lora_" in key:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
-    fields = read_adapter(tmp_path).fields
+    fields = read_adapter(tmp_path).fields(base_of("S"))
     assert fields["lora_targets"] == ["q_proj", "up_proj"] and fields["lora_alpha"] == (12 if rslora else 6)
     model = TaHForCausalLM.from_base(base_of("S"), **fields)
     load_peft(model, tmp_path)
@@ -334,8 +334,8 @@ def made_by_peft(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, 
 def test_adapter_of_some_layers_is_what_peft_computes(made_by_peft: tuple[Path, int], tmp_path: Path) -> None:
     directory, count = made_by_peft
     adapter = read_adapter(directory)
-    for fields in (adapter.fields, adapter.fields_for(base_of("S"))):
-        model = TaHForCausalLM.from_base(base_of("S"), **fields)
+    for base in (base_of("S"), TaHForCausalLM.from_base(base_of("S")).base):
+        model = TaHForCausalLM.from_base(base_of("S"), **adapter.fields(base))
         load_peft(model, directory)
         assert len(tensors_of(model)) == 2 * count
         assert_same_as_peft(model, base_of("S"), directory)

@@ -171,6 +171,12 @@ def test_the_hub_is_not_asked_for_other_names(monkeypatch, name):
     assert check_model(name) == name
 
 
+def test_the_library_names_the_nearest_word_too():
+    for name in ("smolm2", "./smolm2"):
+        with pytest.raises(ValueError, match=rf"no model '{name}'.*; did you mean smollm2\?"):
+            find(name)
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/no/where"])
 def test_the_message_is_that_of_the_library(name):
     for check in (check_model, find):

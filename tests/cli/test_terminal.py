@@ -96,9 +96,9 @@ def test_streamer_gives_a_token_the_depth_of_the_position_before_it():
     cache, got = DuoCache(), []
     streamer = TokenStreamer(cache, decode, got.append)
     streamer.put(torch.tensor([[1, 2, 3]]))
-    cache.record(torch.tensor([[1, 1, 2]]), torch.tensor([[[0.0], [0.0], [2.0]]]))
+    cache.commit(torch.tensor([[1, 1, 2]]), torch.tensor([[[0.0], [0.0], [2.0]]]))
     streamer.put(torch.tensor([65]))
-    cache.record(torch.tensor([[1]]), torch.tensor([[[float("nan")]]]))
+    cache.commit(torch.tensor([[1]]), torch.tensor([[[float("nan")]]]))
     streamer.put(torch.tensor([66]))
     streamer.end()
     assert [(token.text, token.depth) for token in got] == [("A", 2), ("B", 1)]

@@ -10,6 +10,7 @@ from helpers.families import tiny
 from helpers.models import distance, labels, pad, shake, tah, token_ids
 from tah import TaHForCausalLM
 from tah.core.loss import IGNORE, DepthLoss, cross_entropy, decider_loss, shift
+from tah.model import TrainingPass
 
 HEADS = ["llama", "gemma2", "cohere", "granite", "phi", "gpt2"]  # plain, soft-cap, scale, divisor, bias, tied
 
@@ -125,7 +126,7 @@ def test_items_in_the_batch():
 def test_loss_of_every_depth(weights):
     """sum_d w_d CE_min(d, c): a token that stops keeps its output at deeper depths."""
     model, ids, depth_labels = tah(max_depth=3), token_ids(), labels(depth=3)
-    out = model(ids, labels=ids, depth_labels=depth_labels, loss_weights=weights)
+    out = model(ids, labels=ids, depth_labels=depth_labels, training=TrainingPass(loss_weights=weights))
     by_depth = [model(ids, depth_labels=depth_labels, max_depth=d).logits for d in (1, 2, 3)]
     each = torch.stack([plain_loss(logits, ids, "none").view_as(ids) for logits in by_depth], dim=-1)
     want = (each[:, :-1] * torch.tensor(weights)).sum() / (ids.numel() - len(ids))
@@ -142,7 +143,7 @@ def test_own_attention_training_equals_every_policy(next_input):
     for attention in ("own", "duo"):
         model = tah(next_input=next_input, attention=attention, output="zero_init").train()
         ids, everyone = token_ids(), torch.full((2, 12), 2)
-        given = dict(labels=ids, loss_weights=(0.5, 0.5))
+        given = dict(labels=ids, training=TrainingPass(loss_weights=(0.5, 0.5)))
         trained = model(ids, **given, depth_labels=everyone).token_loss
         differs = 0.0
         for seed in range(4):
@@ -185,7 +186,7 @@ def test_no_gradient_flows_from_the_decider_into_the_model():
     for kind in ({"kind": "lean"}, {"kind": "mlp", "topk": 16, "hidden_dims": [16]}):
         model = shake(TaHForCausalLM.from_base(tiny("llama"), decider=kind, mix_topk=16, lora_rank=4)).train()
         ids = token_ids()
-        out = model(ids, policy="decider", follow_labels=True, depth_labels=torch.ones_like(ids))
+        out = model(ids, policy="decider", training=TrainingPass(follow_labels=True), depth_labels=torch.ones_like(ids))
         out.continue_logits.nansum().backward()
         got = grads(model)
         assert got and all(name.startswith("decider.") for name in got)
@@ -194,7 +195,9 @@ def test_no_gradient_flows_from_the_decider_into_the_model():
 def test_follow_labels():
     """The labels decide, the policy is asked: its logits are those of the tokens that ran."""
     model, ids, depth_labels = tah(max_depth=3), token_ids(), labels(depth=3)
-    out = model(ids, policy="decider", follow_labels=True, depth_labels=depth_labels, threshold=1.0)
+    out = model(
+        ids, policy="decider", training=TrainingPass(follow_labels=True), depth_labels=depth_labels, threshold=1.0
+    )
     assert torch.equal(out.depth_count, depth_labels)
     assert not out.continue_logits[:, :, 0].isnan().any()
     assert torch.equal(~out.continue_logits[:, :, 1].isnan(), depth_labels > 1)

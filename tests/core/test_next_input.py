@@ -10,9 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from helpers.families import tiny
 from helpers.models import labels, shake, token_ids
 from tah import TaHForCausalLM
+from tah.core import fast
 from tah.core import next_input as mixing
-from tah.core.families import Head
-from tah.core.logits import CHUNK, RunningOutput, highest
+from tah.core.fast import topk
+from tah.core.head import Head
+from tah.core.logits import CHUNK, RunningOutput
 from tah.core.lora import add_lora, at_depth
 from tah.core.next_input import mixed_embedding
 
@@ -34,15 +36,15 @@ def parts(tied: bool, padding: int | None, dtype: torch.dtype, k: int) -> tuple[
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dense", [0, mixing.DENSE])
+@pytest.mark.parametrize("dense", [0, fast.DENSE])
 def test_gradient_equals_autograds(
     monkeypatch: pytest.MonkeyPatch, tied: bool, padding: int | None, k: int, dtype: torch.dtype, dense: int
 ) -> None:
     found = []
-    monkeypatch.setattr(mixing, "DENSE", dense)  # rows are picked, or the whole matrix is multiplied
+    monkeypatch.setattr(fast, "DENSE", dense)  # rows are picked, or the whole matrix is multiplied
     for plain in (True, False):
         total, embed, hidden = parts(tied, padding, dtype, k)
-        monkeypatch.setattr(mixing, "_is_plain", lambda embed, plain=plain: plain)
+        monkeypatch.setattr(mixing, "is_plain", lambda embed, plain=plain: plain)
         tokens = torch.randperm(CHUNK + 9, generator=torch.Generator().manual_seed(1))[: CHUNK + 5]
         out = mixed_embedding(total, tokens, embed)
         seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -79,7 +81,7 @@ def test_hooks_of_the_embedding_see_the_next_input() -> None:
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("types", ["float32", "bfloat16", "mixed"])
 def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool, types: str) -> None:
-    """On more rows than `few_rows` takes, on one, and where a hook must see the call."""
+    """On more rows than the product for few rows takes, on one, and where a hook must see the call."""
     torch.manual_seed(0)
     layer = nn.Linear(12, 20, bias=bias) if kind is nn.Linear else Conv1D(20, 12)
     add_lora(holder := nn.ModuleList([layer]), rank=4, alpha=6)
@@ -105,13 +107,13 @@ def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool
             assert error < (1e-6 if types == "float32" else 2e-2)
 
 
-def test_highest_equals_topk() -> None:
+def test_fast_topk_equals_topk() -> None:
     generator = torch.Generator().manual_seed(0)
     for size, k in ((97, 5), (1000, 5), (1000, 61), (1000, 62), (1003, 1), (163, 10)):
         x = torch.randn(9, size, generator=generator)
         x[3, 5:] = -torch.inf
         for its in (x, x.bfloat16()):  # which has ties
-            top, ids = highest(its, k)
+            top, ids = topk(its, k)
             assert torch.equal(top, its.topk(k).values) and torch.equal(its.gather(1, ids), top)
             assert all(len(set(row)) == k for row in ids.tolist())
 
@@ -136,7 +138,7 @@ def test_training_sees_the_same_gradients_through_either(monkeypatch: pytest.Mon
             TaHForCausalLM.from_base(tiny(family, "eager"), policy="oracle", mix_topk=16, lora_rank=4)
         ).train()
         if not every:
-            monkeypatch.setattr(mixing, "_is_plain", lambda embed: False)
+            monkeypatch.setattr(mixing, "is_plain", lambda embed: False)
         ids = token_ids(2, 20)
         model(ids, labels=ids, depth_labels=labels(2, 20)).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

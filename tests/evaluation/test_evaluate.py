@@ -22,12 +22,11 @@ from helpers.evaluations import ITEMS, LONG, SHORT, Notes, go, lines_of
 from tah import TaHForCausalLM
 from tah.evaluation import harness
 from tah.evaluation.answers import grade_choice, grade_math
-from tah.evaluation.by_row import SampleByRow
 from tah.evaluation.eval_files import Asked, Generated, Samples, alone
 from tah.evaluation.eval_report import as_markdown, bounded, compare, compared_markdown, widened
 from tah.evaluation.evaluate import answer_task, evaluate
 from tah.evaluation.grading.choice import judge_choice
-from tah.evaluation.harness import TaHLM
+from tah.evaluation.harness import SampleByRow, TaHLM
 from tah.evaluation.request import Sampling, build
 from tah.evaluation.tasks import CODE, DIRECTORY, rows
 from tah.evaluation.tasks.protocols import DEFAULT
@@ -85,12 +84,12 @@ def test_a_batch_answers_as_its_questions_alone(wild, policy, sampled):
     lm = TaHLM(wild, batch_size=4, seed=3)
     lm.use(policy)
     wanted = asked(PROMPTS, **sampled)
-    together = lm._generate(wanted)
+    together = lm.generate_batch(wanted)
     for one, batched in zip(wanted, together, strict=True):
-        (alone,) = lm._generate([one])
+        (alone,) = lm.generate_batch([one])
         names = ("text", "tokens", "prompt_tokens", "finished", "depths", "iterated", "passes")
         assert [getattr(alone, name) for name in names] == [getattr(batched, name) for name in names]
-    backwards = lm._generate(wanted[::-1])[::-1]
+    backwards = lm.generate_batch(wanted[::-1])[::-1]
     assert [answer.text for answer in backwards] == [answer.text for answer in together]
     assert len({answer.text for answer in together}) > 1
 
@@ -98,7 +97,7 @@ def test_a_batch_answers_as_its_questions_alone(wild, policy, sampled):
 def test_samples_differ_and_seeds_decide(wild):
     options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": []}
     wanted = [Asked("t", 0, sample, "one", options) for sample in range(4)]
-    texts = [[a.text for a in TaHLM(wild, policy="never", seed=seed)._generate(wanted)] for seed in (0, 0, 1)]
+    texts = [[a.text for a in TaHLM(wild, policy="never", seed=seed).generate_batch(wanted)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 4
 
@@ -132,7 +131,7 @@ def test_costs_are_those_of_one_forward_over_the_answer(wild, policy):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.model, "generate", generate)
-        answers = lm._generate(asked(PROMPTS))
+        answers = lm.generate_batch(asked(PROMPTS))
     for row, answer in enumerate(answers):
         real = torch.cat([mask[row], torch.ones(20, dtype=torch.long)]).bool()
         ids = kept["out"].sequences[row][real][: answer.prompt_tokens + answer.tokens - 1]
@@ -146,15 +145,15 @@ def test_costs_are_those_of_one_forward_over_the_answer(wild, policy):
 
 def test_rows_stop_at_their_own_stop_string(wild):
     lm = TaHLM(wild, batch_size=4, policy="never")
-    free = lm._generate(asked(PROMPTS))
+    free = lm.generate_batch(asked(PROMPTS))
     stop = next(letter for letter in free[2].text if letter.isascii() and letter.isprintable())
-    stopped = lm._generate(asked(PROMPTS, until=[stop]))
+    stopped = lm.generate_batch(asked(PROMPTS, until=[stop]))
     for before, after in zip(free, stopped, strict=True):
         assert after.finished == (stop in before.text)
         assert after.text == (before.text[: before.text.index(stop) + 1] if after.finished else before.text)
         assert after.tokens <= before.tokens == 20
     assert stopped[2].finished and 0 < stopped[2].tokens < 20
-    texts = [lm._text(*pair) for pair in zip(asked(PROMPTS, until=[stop]), stopped, strict=True)]
+    texts = [lm.cut_text(*pair) for pair in zip(asked(PROMPTS, until=[stop]), stopped, strict=True)]
     assert not any(stop in text for text in texts)
 
 
@@ -173,7 +172,7 @@ def test_the_oracle_iterates_where_the_reference_disagrees(wild, monkeypatch):
     monkeypatch.setattr(harness, "CHUNK", 8)  # the reference reads prompts in parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm.model, "generate", generate)
-        answers = lm._generate(asked(PROMPTS))
+        answers = lm.generate_batch(asked(PROMPTS))
     _, mask = lm.tok_batch_encode(PROMPTS)
     seen = set()
     for row, answer in enumerate(answers):
@@ -186,7 +185,10 @@ def test_the_oracle_iterates_where_the_reference_disagrees(wild, monkeypatch):
         assert answer.passes == hard.numel() + 2 * hard.sum()  # max_depth is 3
         seen |= set(hard.tolist())
     assert seen == {True, False}
-    assert sum(a.iterated for a in TaHLM(reference, reference=reference, policy="oracle")._generate(asked(["x"]))) == 0
+    assert (
+        sum(a.iterated for a in TaHLM(reference, reference=reference, policy="oracle").generate_batch(asked(["x"])))
+        == 0
+    )
 
 
 def test_likelihoods_follow_the_policy(wild):
@@ -297,7 +299,7 @@ def test_programs_are_graded_in_the_sandbox():
         f"```python\n{item['prompt']}{item['canonical_solution']}\n```",
         f"```python\n{item['prompt']}    pass\n```",
     ]
-    doc = rows._fill(item, "code", 0)
+    doc = rows.complete_row(item, "code", 0)
     found = rows.results(doc, [[*texts, "<think>hm"]])
     assert found["acc"] == found["unparsed"] == 1 / 3
     right, wrong, unparsed = found["graded"]
@@ -307,7 +309,9 @@ def test_programs_are_graded_in_the_sandbox():
     assert "assert candidate(" in wrong["reason"] and unparsed["reason"] == "no code: the answer has no code"
     for line in (ITEMS / "mbpp.jsonl").read_text().splitlines():
         item = json.loads(line)
-        found = rows.results(rows._fill(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]])
+        found = rows.results(
+            rows.complete_row(item, "code", 0), [[f"```python\n{item['code']}\n```", "```\nx = 1\n```"]]
+        )
         assert [its["verdict"] for its in found["graded"]] == ["right", "wrong"]
 
 
@@ -426,7 +430,7 @@ def test_thoughts_are_asked_for_where_the_template_knows_them(wild):
         patch.setattr(wild.tokenizer, "chat_template", thinking)
         assert TaHLM(wild).apply_chat_template([{"role": "user", "content": "q"}]) == "<think>q"
     assert "enable_thinking" not in TaHLM(wild).chat_template_args
-    (opened,) = TaHLM(wild)._generate(asked(["one <think>\n"]))
+    (opened,) = TaHLM(wild).generate_batch(asked(["one <think>\n"]))
     assert opened.text.startswith("<think>") and grade_math("1", opened.text + "\\boxed{1}") == "unparsed"
 
 
@@ -498,7 +502,7 @@ def test_resumed_equals_uninterrupted(pupil, done, tmp_path):
 def test_a_finished_run_answers_nothing_again(pupil, done, tmp_path):
     directory, results = done
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaHLM, "_generate", lambda self, batch: pytest.fail("asked again"))
+        patch.setattr(TaHLM, "generate_batch", lambda self, batch: pytest.fail("asked again"))
         again = go(pupil, directory)
         assert go(pupil, directory, limit=9) == results  # of each task there are fewer
     assert again == results
@@ -595,7 +599,7 @@ def test_lm_eval_knows_how_long_texts_may_be(wild):
 
 def test_an_unknown_option_is_refused(wild):
     with pytest.raises(ValueError, match="min_p: only temperature"):
-        TaHLM(wild, policy="never")._generate(asked(["x"], min_p=0.5))
+        TaHLM(wild, policy="never").generate_batch(asked(["x"], min_p=0.5))
 
 
 def test_changed_prompts_are_noticed(done, tmp_path):

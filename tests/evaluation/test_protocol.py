@@ -52,12 +52,12 @@ def test_a_begun_program_is_read_whole(pupil):
     """The block that the prompt opened belongs to the answer, even where the model goes on with a remark."""
     lm = TaHLM(str(pupil), batch_size=1)
     options = {"until": [], "max_gen_toks": 4, "do_sample": False}
-    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script:\n```python\n", options)])
+    (found,) = lm.generate_batch([Asked("t", 0, 0, "Below is a script:\n```python\n", options)])
     assert found.text.startswith("```python\n") and found.tokens <= 4
     assert extract_code("```python\n# adds\ndef add(a, b):\n    return a + b\n```\nIt adds.", "add").startswith(
         "# adds"
     )
-    (found,) = lm._generate([Asked("t", 0, 0, "Below is a script in ```python", options | {"max_gen_toks": 1})])
+    (found,) = lm.generate_batch([Asked("t", 0, 0, "Below is a script in ```python", options | {"max_gen_toks": 1})])
     assert found.text.startswith("```python\n")
 
 

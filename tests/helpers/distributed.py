@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts with torchrun, two processes on gloo: `python distributed.py CASE FILE`.
+"""What `test_distributed.py` starts with torchrun, two processes on gloo: `-m helpers.distributed CASE FILE`.
 
 Each case trains on two rows, one per rank, of which the second has no hard token, and writes what the first rank has.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from helpers.models import labels, tah, token_ids
 from tah import TaHForCausalLM
 from tah.core.loss import shift
+from tah.model import TrainingPass
 
 SEAMS = {"next_input": "hidden", "output": "zero_init", "max_depth": 3}
 
@@ -45,7 +46,7 @@ def alone() -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
 
 
-def ddp(**options: bool) -> dict[str, Tensor]:
+def ddp(**options: TrainingPass) -> dict[str, Tensor]:
     """As DDP trains: gradients averaged, so each loss is multiplied by the number of ranks.
 
     Args:
@@ -92,14 +93,14 @@ def evaluate() -> dict[str, Tensor]:
     fully_shard(inner, mesh=mesh)
     mine = {name: x[rank : rank + 1] for name, x in rows.items()}
     with torch.no_grad():
-        loss = inner(**mine, num_items_in_batch=items(rows), idle=True).loss
+        loss = inner(**mine, num_items_in_batch=items(rows), training=TrainingPass(idle=True)).loss
     dist.all_reduce(loss)
     return {"loss": loss}
 
 
 def starve() -> dict[str, Tensor]:
     """Control: without idle passes the rank without hard tokens breaks the other."""
-    return ddp(idle=False)
+    return ddp(training=TrainingPass(idle=False))
 
 
 if __name__ == "__main__":

@@ -62,3 +62,8 @@ def middle(probabilities: Tensor) -> float:
     ordered = probabilities.flatten().sort().values
     half = len(ordered) // 2
     return float(ordered[half - 1 : half + 1].mean())
+
+
+def packed_row(documents):
+    """Documents in one row [1, T] and their restarting positions [1, T]."""
+    return torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])[None]

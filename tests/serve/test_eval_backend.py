@@ -78,12 +78,12 @@ def test_stop_strings_have_their_depths(model):
     options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     session = Session.open(model, dtype="float32")
     plain = TaHLM(session, batch_size=4)
-    free = plain._answers([Asked("t", at, 0, prompt, options) for at, prompt in enumerate(prompts)])
+    free = plain.answer_batch([Asked("t", at, 0, prompt, options) for at, prompt in enumerate(prompts)])
     stop = next(letter for letter in free[2].text[4:] if letter.isascii() and letter.isprintable())
     asked = [Asked("t", at, 0, prompt, options | {"until": [stop]}) for at, prompt in enumerate(prompts)]
-    want = plain._answers(asked)
+    want = plain.answer_batch(asked)
     assert want[2].finished and want[2].tokens < 24 and sum(answer.iterated for answer in want) > 0
-    got = ServedLM(session, engine=SMALL)._answers(asked)
+    got = ServedLM(session, engine=SMALL).answer_batch(asked)
     names = ("text", "prompt_tokens", "tokens", "finished", "depths", "iterated", "passes")
     assert [[getattr(one, name) for name in names] for one in got] == [
         [getattr(one, name) for name in names] for one in want

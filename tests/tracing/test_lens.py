@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from helpers.families import VOCAB
 from helpers.models import tah, token_ids
+from helpers.traces import fails, word_tokenizer
 from tah.policy import Rule
 from tah.tracing.charts import page_charts, save_charts
 from tah.tracing.lens import write_lens
@@ -45,8 +45,7 @@ def words(prefix: str = "w") -> PreTrainedTokenizerFast:
     """A tokenizer of the tiny models' vocabulary, some of whose tokens are what nobody wants in a page."""
     names = [f"{prefix}{token}" for token in range(VOCAB)]
     names[8 : 8 + len(HOSTILE)] = HOSTILE
-    table = {name: token for token, name in enumerate(names)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(table, "w0")), eos_token="w2")
+    return word_tokenizer(names)
 
 
 def rows(model, count: int = 6) -> list[dict]:
@@ -272,16 +271,6 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def fails(capsys, *arguments) -> str:
-    """The one line of a command that fails with exit code 2 and writes nothing."""
-    before = sorted(Path.cwd().rglob("*"))
-    assert run(["report", *map(str, arguments)]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("tah: ") and err.count("\n") == 1 and not out, err
-    assert sorted(Path.cwd().rglob("*")) == before
-    return err
-
-
 def test_report_writes_page_markdown_and_charts(capsys, files, here):
     assert run(["report", str(files["own"]), str(files["other"]), "--markdown", "r.md", "--png", "png"]) == 0
     assert "report.html: " in capsys.readouterr().out
@@ -302,7 +291,7 @@ def test_report_of_a_run(capsys, files, here):
     (here / "run" / "data").mkdir()
     (here / "run" / "data" / "test.jsonl").touch()
     capsys.readouterr()
-    error = fails(capsys, "run")
+    error = fails(capsys, "report", "run")
     assert "make one: tah trace run/decider run/data/test.jsonl -o run/trace.jsonl" in error
 
 
@@ -314,29 +303,29 @@ def test_unfinished_and_damaged_traces(capsys, files, here):
     assert "unfinished: 1 texts are missing" in (here / "report.html").read_text("utf-8")
     lines = whole.split(b"\n")
     Path("hole.jsonl").write_bytes(b"\n".join([*lines[:2], lines[2][:100], *lines[3:]]))
-    assert "hole.jsonl: line 3 is damaged" in fails(capsys, "hole.jsonl")
+    assert "hole.jsonl: line 3 is damaged" in fails(capsys, "report", "hole.jsonl")
     Path("header.jsonl").write_bytes(lines[0] + b"\n")
-    assert "holds no tokens yet" in fails(capsys, "header.jsonl")
+    assert "holds no tokens yet" in fails(capsys, "report", "header.jsonl")
 
 
 def test_mistakes_are_named(capsys, files, here):
     Path("text.txt").write_text("hello")
-    assert "text.txt is no trace" in fails(capsys, "text.txt")
-    assert "trace none.jsonl does not exist; make one: tah trace" in fails(capsys, "none.jsonl")
-    assert "at most two" in fails(capsys, *[files["own"]] * 3)
+    assert "text.txt is no trace" in fails(capsys, "report", "text.txt")
+    assert "trace none.jsonl does not exist; make one: tah trace" in fails(capsys, "report", "none.jsonl")
+    assert "at most two" in fails(capsys, "report", *[files["own"]] * 3)
     assert "directory no/such of no/such/page.html does not exist" in fails(
-        capsys, files["own"], "-o", "no/such/page.html"
+        capsys, "report", files["own"], "-o", "no/such/page.html"
     )
-    assert "give a file name" in fails(capsys, files["own"], "-o", ".")
-    assert "--png text.txt is a file" in fails(capsys, files["own"], "--png", "text.txt")
-    assert "--png /proc/none cannot be made: " in fails(capsys, files["own"], "--png", "/proc/none")
+    assert "give a file name" in fails(capsys, "report", files["own"], "-o", ".")
+    assert "--png text.txt is a file" in fails(capsys, "report", files["own"], "--png", "text.txt")
+    assert "--png /proc/none cannot be made: " in fails(capsys, "report", files["own"], "--png", "/proc/none")
     before = Path(files["own"]).read_bytes()
     for options in (["-o", files["own"]], ["--markdown", files["own"]], ["-o", "a.html", "--markdown", "./a.html"]):
-        assert "would be overwritten" in fails(capsys, files["own"], *options)
+        assert "would be overwritten" in fails(capsys, "report", files["own"], *options)
     assert Path(files["own"]).read_bytes() == before
     model = tah(max_depth=2).eval()
     trace(model, words("v"), rows(model, 2), "words.jsonl")
-    assert "different tokenizers" in fails(capsys, files["own"], "words.jsonl")
+    assert "different tokenizers" in fails(capsys, "report", files["own"], "words.jsonl")
 
 
 @pytest.mark.parametrize("package, options", [("jinja2", []), ("matplotlib", ["--png", "png"])])
@@ -348,7 +337,7 @@ def test_missing_packages(capsys, files, here, monkeypatch, package, options):
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("tah.tracing.lens", "tah.tracing.charts", "tah.stats.charts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert "pip install 'tah[report]'" in fails(capsys, files["own"], *options)
+    assert "pip install 'tah[report]'" in fails(capsys, "report", files["own"], *options)
 
 
 def test_failed_write_leaves_the_old_page(files, tmp_path, monkeypatch):

@@ -13,13 +13,13 @@ import torch
 from helpers.distributed import alone
 from helpers.models import distance
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def torchrun(*command: str, timeout: float = 280) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *command]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(launch, capture_output=True, text=True, env=env, timeout=timeout)
 
@@ -27,7 +27,7 @@ def torchrun(*command: str, timeout: float = 280) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("case", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one(case, tmp_path):
     """Loss and every gradient of 2 ranks x 1 row = 1 rank x 2 rows; nobody waits for a rank without hard tokens."""
-    done = torchrun(str(HERE / "distributed.py"), case, str(tmp_path / "out.pt"))
+    done = torchrun("-m", "helpers.distributed", case, str(tmp_path / "out.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     got, want = torch.load(tmp_path / "out.pt"), alone()
     assert got.keys() == want.keys() and len(want) > 20
@@ -37,7 +37,7 @@ def test_two_ranks_equal_one(case, tmp_path):
 
 
 def test_evaluation_keeps_ranks_in_step(tmp_path):
-    done = torchrun(str(HERE / "distributed.py"), "evaluate", str(tmp_path / "out.pt"))
+    done = torchrun("-m", "helpers.distributed", "evaluate", str(tmp_path / "out.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.load(tmp_path / "out.pt")["loss"].item() == pytest.approx(alone()["loss"].item(), rel=1e-5)
 
@@ -87,6 +87,6 @@ def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
 
 def test_control_without_idle_passes(tmp_path):
     """Without idle passes the ranks' collectives no longer match, so the test above can fail."""
-    done = torchrun(str(HERE / "distributed.py"), "starve", str(tmp_path / "out.pt"))
+    done = torchrun("-m", "helpers.distributed", "starve", str(tmp_path / "out.pt"))
     assert done.returncode != 0
     assert "Signal" in done.stderr or "reduction" in done.stderr

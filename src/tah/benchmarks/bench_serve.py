@@ -1,11 +1,11 @@
 """`tah bench serve`: what iterating costs on vLLM, as a ratio to the stock base model on the same vLLM.
 
-Beside it stands transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
+A further variant is transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
 
-Base, TaH model and `generate` are engines in processes of their own. Each variant runs together with the base, one step
-of the one and one step of the other, so that a machine whose speed drifts slows both alike (`generate` has no steps: it
-runs after the base's first). CPU seconds are counted beside the clock: with one thread they hold on a shared machine,
-where the clock does not. Prefix caching is off, so every turn does the same work.
+Base, TaH model and `generate` run in a process each. Every variant takes turns with the base step by step, so that a
+machine whose speed drifts slows both alike (`generate` has no steps: it runs after the base's first). CPU seconds are
+measured beside seconds: with one thread they are reliable on a shared machine. Prefix caching is off, so that every
+turn does the same work.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,12 +48,12 @@ SETTINGS = {
 
 @dataclass
 class Task:
-    """Requests that are handed over at once."""
+    """Requests that arrive at once."""
 
     name: str
     prompts: list[int]  # lengths
     new: list[int]  # tokens asked for
-    steady: bool = False  # measured while all requests run: from their first tokens until all are said in sum
+    steady: bool = False  # measured while all run: from their first tokens until as many as `new` in sum follow
     of_prompts: bool = False  # the prompts' tokens are what counts
 
     def ids(self) -> list[list[int]]:
@@ -62,12 +63,12 @@ class Task:
 
 
 def decode(batch: int, new: int = 32) -> Task:
-    """A server that always has as many requests: no one's end leaves a seat empty, which is another task's."""
+    """A server with a constant number of requests: none ends while it is measured."""
     return Task(f"decode, batch {batch}", [8] * batch, [new] * batch, steady=True)
 
 
 def stream(requests: int = 96, new: int = 32) -> Task:
-    """More requests than slots, of mixed length, as a loaded server has them."""
+    """More requests than slots, with answers of mixed length: a loaded server."""
     draw = random.Random(SEED)
     lengths = [draw.randint(new // 2, new * 3 // 2) for _ in range(requests)]
     return Task(f"{requests} requests through {SLOTS} slots", [8] * requests, lengths)
@@ -85,7 +86,7 @@ TASKS = {"1": decode(1), "8": decode(8), "32": decode(32), "stream": stream(), "
 class Turn:
     """One task run once by one variant."""
 
-    cpu: float  # seconds of all threads, by tokens said, or by those of the prompts where the task is prefill
+    cpu: float  # seconds of all threads per token of the answers, or of the prompts where the task is prefill
     wall: float  # seconds, the same
     iterated: float  # share of the tokens that ran
 
@@ -117,7 +118,7 @@ Runner = Callable[[Task, str], Steps]
 
 
 def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, float]:
-    """Runs tasks on vLLM; and the bytes for keys and values of both depths, to those of depth 1."""
+    """Runs tasks on vLLM; with the bytes of keys and values of both depths, relative to those of depth 1."""
     from vllm import LLM
 
     options: dict[str, Any] = {}
@@ -149,7 +150,7 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
         most = 2 * new if task.steady else new
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=most, detokenize=False, **rule)
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
-    said: dict[str, int] = {}
+    done: dict[str, int] = {}
     depths: list[Any] = []  # arrays, of answers
     took = Turn(0.0, 0.0, 0.0)
 
@@ -159,31 +160,33 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
         took.wall += time.perf_counter() - wall
         took.cpu += time.process_time() - cpu
         for out in outs:
-            said[out.request_id] = len(out.outputs[0].token_ids)
+            done[out.request_id] = len(out.outputs[0].token_ids)
             if out.finished and variant != "base":
                 depths.append(out.outputs[0].routed_experts)
 
-    while task.steady and len(said) < len(task.prompts):
+    while task.steady and len(done) < len(task.prompts):
         step()
         yield None
-    before, took.wall, took.cpu = sum(said.values()), 0.0, 0.0
-    while engine.has_unfinished_requests() and (not task.steady or sum(said.values()) - before < sum(task.new)):
+    before, took.wall, took.cpu = sum(done.values()), 0.0, 0.0
+    while engine.has_unfinished_requests() and (not task.steady or sum(done.values()) - before < sum(task.new)):
         step()
         yield None
-    tokens = sum(task.prompts) if task.of_prompts else sum(said.values()) - before
+    tokens = sum(task.prompts) if task.of_prompts else sum(done.values()) - before
     turn = Turn(took.cpu / tokens, took.wall / tokens, 0.0)
     if variant != "base":
         depths += [log.depths for log in engine.engine_core.engine_core.scheduler.logs.values()]
         turn.iterated = float((np.concatenate(depths) > 1).mean())
-    engine.abort_request(list(said))
+    engine.abort_request(list(done))
     while engine.has_unfinished_requests():
         engine.step()
     yield turn
 
 
-def _transformers(model: str, dtype: str) -> Runner:
-    """Runs tasks with `generate`: whole batches, each as long as its longest answer. The time for prompts, of 8 tokens
-    where answers are what counts, is in."""
+def _transformers(model: str, dtype: str) -> tuple[Runner, None]:
+    """Runs tasks with `generate`, in whole batches that end with their longest answer; it has no memory to report.
+
+    The time for prompts is included; where answers count, these have 8 tokens.
+    """
     import torch
 
     tah = load_tah(model, dtype).eval()
@@ -203,53 +206,39 @@ def _transformers(model: str, dtype: str) -> Runner:
         turn.iterated = float((torch.cat(depths) > 1).float().mean())
         yield turn
 
-    return run
+    return run, None
 
 
-def _process(pipe: Any, model: str, kind: str, dtype: str, longest: int) -> None:
-    """An engine's process: says what memory it takes, then goes a step further each time that it is asked, with a task
-    of its own at its first, until None comes."""
-    run, memory = (
-        (_transformers(model, dtype), None) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
-    )
-    pipe.send(memory)
-    steps: Steps = iter(())
-    while (asked := pipe.recv()) is not None:
-        if asked:
-            steps = run(*asked)
-        pipe.send(next(steps))
+_STATE: dict[str, Any] = {}  # of the process of an engine: its `Runner`, and the `Steps` of the running turn
+
+
+def _load(model: str, kind: str, dtype: str, longest: int) -> float | None:
+    """Load an engine into this process; its memory, as of `_vllm`."""
+    loaded = _transformers(model, dtype) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
+    _STATE["run"], memory = loaded
+    return memory
+
+
+def _begin(task: Task, variant: str) -> None:
+    _STATE["steps"] = _STATE["run"](task, variant)
+
+
+def _step() -> Turn | None:
+    return next(_STATE["steps"])
 
 
 @contextmanager
 def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """What runs a task, step by step, on a fresh engine (`base`, `tah` or `generate`), and the engine's memory; it ends
-    with the context."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_process, args=(there, model, kind, dtype, longest))
-    process.start()
-    there.close()
+    """A process of a fresh engine (`base`, `tah` or `generate`), which ends with the context: its runner and memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
-    def receive() -> Any:
-        try:
-            return here.recv()
-        except EOFError as error:
-            raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
+        def run(task: Task, variant: str) -> Steps:
+            pool.submit(_begin, task, variant).result()
+            while (turn := pool.submit(_step).result()) is None:
+                yield None
+            yield turn
 
-    def run(task: Task, variant: str) -> Steps:
-        here.send((task, variant))
-        while (turn := receive()) is None:
-            yield None
-            here.send(())
-        yield turn
-
-    try:
-        yield run, receive()
-        here.send(None)
-        process.join(60)
-    finally:
-        process.kill()
-        process.join()
+        yield run, pool.submit(_load, model, kind, dtype, longest).result()
 
 
 def checkpoints(model: str, dtype: str, folder: Path) -> tuple[str, str]:

@@ -36,6 +36,7 @@ from ..data.scoring import batches
 from ..load import find, load_base, load_tah, load_tokenizer
 from ..model import TaHForCausalLM
 from ..progress import SILENT, Reporter
+from ..training.label import label
 from . import measure
 from .measure import SEED, Row, alternate, prompts, rows_of, timed
 
@@ -182,8 +183,6 @@ def label_seconds(
         repeats: rounds that count; one more to warm up.
     """
     import datasets
-
-    from ..training.label import label
 
     model, tokenizer = setup.plain().eval(), load_tokenizer(find(setup.model)[0], setup.model)
     lengths = [longest // 8 + (longest - longest // 8) * row // number for row in range(number)]

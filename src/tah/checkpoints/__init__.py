@@ -1,1 +1,1 @@
-"""Models on disk: found, loaded, described, converted, saved in part."""
+"""Models on disk: found, checked, loaded, converted, and saved whole or in part. Nothing here imports the model."""

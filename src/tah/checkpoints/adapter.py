@@ -82,7 +82,7 @@ def load_adapter(model_class: type[TaHForCausalLM], base: PreTrainedModel, direc
         raise ValueError(f"the adapter in {source} belongs to a base with {', '.join(differ)}, not {has}")
     if shape.get("weights") != weights_fingerprint(base, of_base=True):
         raise ValueError(f"the adapter in {source} belongs to a base of the same shape with other weights")
-    # First without memory: settings may say any size, and only what is in the file is made.
+    # First without memory: the settings may have any sizes, and only what is in the file is allocated.
     tensors = len(saved) + sum(1 for _ in base.parameters())
     config = {"base_config": base.config.to_dict(), **settings}
     own = _adapter(build_empty(lambda: model_class(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))

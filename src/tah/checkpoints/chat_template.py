@@ -1,8 +1,8 @@
-"""Whether a chat template can be used: tried on a short conversation, in a process that may not take much.
+"""Whether a chat template can be used: it is tried on a short conversation, in a process of limited time and memory.
 
-A template is a program. Jinja's sandbox keeps it from the machine, but not from running for ever or filling the memory;
-and one step of it, `9 ** 9 ** 9`, cannot be stopped from inside. So it is first rendered in a process of its own, whose
-seconds and bytes are counted by the system. What it does later, with another conversation, is not bounded.
+A template is a program. Jinja's sandbox keeps it from the machine, but not from running for ever or filling the memory,
+and a single step such as `9 ** 9 ** 9` cannot be stopped from inside. So the template is first rendered in a process of
+its own, whose seconds and bytes the system counts. Later renderings, of other conversations, are not bounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 PROBE = Path(__file__).with_name("chat_template_probe.py")
 PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 3 of the processor
-UNREADABLE = "cannot be read: "  # how the probe begins what it says of a template that is no program
+UNREADABLE = "cannot be read: "  # begins the probe's message about a template that is no program
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -30,8 +30,8 @@ def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
     Args:
         tokenizer: one of transformers.
         source: where it is from, for the message.
-        readable: also refuse a template that jinja cannot read. That harms nobody who does not render it, and who does
-            is told then.
+        readable: also refuse a template that jinja cannot read. Such a template does no harm until it is rendered,
+            which raises an error then.
 
     Raises:
         ValueError: the template cannot be used, or could not be tried.
@@ -70,6 +70,6 @@ def template_fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
         return ""
     if done.returncode < 0:  # killed by the system
         return "takes more time or memory than a template may; remove it, or use another"
-    said = done.stderr.decode("utf-8", "replace").split("\n")
-    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+    errors = [line.strip() for line in done.stderr.decode("utf-8", "replace").split("\n") if line.strip()]
+    last = errors[-1] if errors else "without a message"
     raise Untried(f"the process that renders it ended with code {done.returncode} ({last[:200]})")

@@ -15,7 +15,7 @@ LONGEST = 10**6  # characters; the conversations have some dozen words
 
 
 class Refused(Exception):
-    """What a template says of a conversation that it does not take, by `raise_exception`."""
+    """Raised by a template, through `raise_exception`, for a conversation that it does not take."""
 
 
 def limit() -> None:
@@ -29,7 +29,7 @@ def limit() -> None:
             hard = resource.getrlimit(what)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(what, (most, most))
-        except (ValueError, OSError):  # macOS knows no limit of addresses
+        except (ValueError, OSError):  # macOS has no limit of addresses
             continue
 
 
@@ -62,7 +62,7 @@ def environment() -> Any:
 
 
 def fault(template: str, words: dict[str, str]) -> str:
-    """Why it cannot be used; empty where it can, or where all that it dislikes is these conversations."""
+    """Why a template cannot be used; empty where it can, or where it only refuses these conversations."""
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
     try:

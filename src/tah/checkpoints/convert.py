@@ -207,7 +207,7 @@ def _config_fields(
         elif arguments["dtype"] != dtype:
             notes.append(f"the decider's first projections are rounded to {arguments['dtype']}, as in the original")
     if adapter:
-        fields |= adapter.fields_for(base)
+        fields |= adapter.fields(base)
         if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
             notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
     return fields

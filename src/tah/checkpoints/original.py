@@ -232,7 +232,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """The line of torch's message that says what it met: the last but one paragraph."""
+    """The reason in torch's message: its last paragraph but one."""
     paragraphs = [part.strip().splitlines()[0] for part in text.split("\n\n") if part.strip()]
     return paragraphs[-2].rstrip(".") if len(paragraphs) > 1 else "a pickle that torch refuses"
 

@@ -1,8 +1,8 @@
-"""Plain PEFT LoRA directories to and from a model's depth adapter.
+"""PEFT LoRA directories, read into and written from the LoRA of a model.
 
 A PEFT directory is `adapter_config.json` and `adapter_model.safetensors`. Its tensors are ours under another prefix:
-`base_model.model.<layer>.lora_A.weight` there is `base.<layer>.lora_A.weight` here. PEFT knows no depth: loaded by
-PEFT, the adapter makes of every pass what it makes here of the passes from depth 2 on.
+`base_model.model.<layer>.lora_A.weight` there is `base.<layer>.lora_A.weight` here. PEFT has no depth: loaded by PEFT,
+the adapter changes every pass as it changes the passes from depth 2 on here.
 
 Shapes: lora_A is [r, I] and lora_B [O, r], of rank r on a layer from width I to O.
 """
@@ -44,46 +44,36 @@ class Adapter:
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The `TaHConfig` fields of a model that this adapter fits, as far as can be said without the base.
+    def fields(self, base: nn.Module) -> dict[str, Any]:
+        """The `TaHConfig` fields of a model that this adapter fits.
 
-        Layers are named by their leaves where PEFT's settings say nothing else. A regular expression, `exclude_modules`
-        or a number in a name may take some layers and not others, so then each is named whole.
+        Layers are named by their leaves where the leaves select just these layers of the base, or where the settings
+        name leaves. Otherwise each is named whole.
         """
-        return self._fields(self._by_leaf)
-
-    def fields_for(self, base: nn.Module) -> dict[str, Any]:
-        """The same, for a base: leaves where the settings name no others, or where leaves select just these layers."""
+        rank, alpha, targets = self.settings["r"], self.settings["lora_alpha"], self.settings.get("target_modules")
         leaves = {layer.rpartition(".")[2] for layer in self.layers}
-        linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-        head = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}  # type: ignore[operator]
-        targets = self.settings.get("target_modules")
-        dotted = isinstance(targets, list) and any("." in target for target in targets)
-        exact = {name for name in linear - head if is_target(name, leaves)} <= self.layers
-        return self._fields(exact or (self._by_leaf and not dotted))
-
-    def _fields(self, by_leaf: bool) -> dict[str, Any]:
-        rank, alpha = self.settings["r"], self.settings["lora_alpha"]
+        head = base.get_output_embeddings()  # type: ignore[operator]
+        linear = {
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        }
+        by_leaf = {name for name in linear if is_target(name, leaves)} <= self.layers or (
+            not self.settings.get("exclude_modules")
+            and (targets in (None, ALL) or (isinstance(targets, list) and not any("." in name for name in targets)))
+            and not any(name.isdigit() for name in targets or ())
+        )
         return {
             "lora_rank": rank,
             "lora_alpha": float(alpha * math.sqrt(rank) if self.settings.get("use_rslora") else alpha),
             "lora_dropout": float(self.settings["lora_dropout"]),
-            "lora_targets": sorted({layer.rpartition(".")[2] for layer in self.layers} if by_leaf else self.layers),
+            "lora_targets": sorted(leaves if by_leaf else self.layers),
         }
 
     @property
     def layers(self) -> set[str]:
         """Names of the adapted layers, relative to the base."""
         return {name.rpartition(".lora_")[0] for name in self.tensors}
-
-    @property
-    def _by_leaf(self) -> bool:
-        targets, left_out = self.settings.get("target_modules"), self.settings.get("exclude_modules")
-        if left_out or not (targets is None or targets == ALL or isinstance(targets, list)):
-            return False
-        names = targets if isinstance(targets, list) else []
-        return not any(part.isdigit() for name in names for part in name.split("."))
 
     def check_shapes(self, base: nn.Module) -> None:
         """Raise `ValueError` where a tensor does not fit the base's layer and the rank in the settings, by which models
@@ -184,17 +174,26 @@ def _check_plain(settings: Any, path: Path) -> None:
 
 
 def load_peft(model: TaHForCausalLM, directory: str | Path) -> None:
-    """Copy a PEFT LoRA directory into the model's adapter; if it does not fit, the `ValueError` says what would."""
+    """Copy a PEFT LoRA directory into the model's LoRA.
+
+    Raises:
+        ValueError: it is damaged, or does not fit the model; the message has the arguments of a model that it fits.
+    """
     adapter, config = read_adapter(directory), model.config
-    scale = adapter.fields["lora_rank"], adapter.fields["lora_alpha"]
-    if scale != (config.lora_rank, config.lora_alpha) or tensors_of(model).keys() != adapter.tensors.keys():
-        fit = ", ".join(f"{name}={value!r}" for name, value in adapter.fields_for(model.base).items())
+    fields = adapter.fields(model.base)
+    fits = (fields["lora_rank"], fields["lora_alpha"]) == (config.lora_rank, config.lora_alpha)
+    if not fits or tensors_of(model).keys() != adapter.tensors.keys():
+        fit = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         raise ValueError(f"the adapter in {directory} does not fit the model's; it fits from_base(base, {fit})")
     adapter.copy_to(model)
 
 
 def save_peft(model: TaHForCausalLM, directory: str | Path) -> None:
-    """Write the model's adapter as a plain PEFT LoRA directory. `ValueError` if the model has none."""
+    """Write the model's LoRA as a PEFT directory.
+
+    Raises:
+        ValueError: the model has none.
+    """
     tensors, config = tensors_of(model), model.config
     if not tensors:
         raise ValueError("the model has no adapter to save (lora_rank=0)")

@@ -99,7 +99,7 @@ def find_gguf() -> Path:
 
 def read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer as published, from the GGUF file."""
-    # Versions without GgufConfig know no other way than to dequantize.
+    # Versions without GgufConfig always dequantize.
     known = hasattr(transformers, "GgufConfig")
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -39,7 +39,7 @@ PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)
 
 @dataclass
 class Held:
-    """What weight files hold: dtype and shape of each tensor by its name, as their heads say."""
+    """Contents of weight files by their heads: dtype and shape of each tensor by its name."""
 
     tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     size: int = 0  # bytes of the files

@@ -1,42 +1,29 @@
-"""The key/value cache of all depths, and one pass's view of it (spec A.4, A.5).
+"""The key/value cache of all depths, and the view of it that the base gets for one pass.
 
 Shapes: B rows of the cache, R rows in this pass, P packed columns, S visible slots, H key/value heads, K head width,
 M (token, depth) pairs written by this pass, W slots of the deeper depths, n depth-1 slots.
 
-`DuoCache` knows which slot holds which (position, depth); `DuoStep` is what the base gets as its cache for one pass.
-The tensors themselves lie in `storage.DuoLayer`, which has the picture.
+`DuoCache` knows which slot holds which (position, depth). Opening a pass reserves slots for its tokens and returns a
+`PassCache`, to which the base's layers hand their keys and values and from which they get all that they may attend to.
+The tensors themselves lie in `kv_buffer.DuoLayer`, which has the picture.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .kv_buffer import DuoLayer, Log, room, writable
 from .masks import NEVER, depth_masks
 from .packing import Packed, unpack
 
-# What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
-_known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE = "cache" if "cache" in _known else "past_key_values"
-
-
-def given_cache(past_key_values: DuoCache | None, cache: DuoCache | None) -> DuoCache | None:
-    """The one that a call was given under either name.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("past_key_values and cache are two names for one argument; give one of them")
-    return past_key_values if cache is None else cache
+WIDE = 64  # tokens of a row in a deeper pass from which on its keys are cut to what it sees
 
 
 class DuoCache(Cache):
@@ -51,13 +38,13 @@ class DuoCache(Cache):
         self._clear()
 
     def _clear(self) -> None:
-        self.places = Log(NEVER)  # [B, n] of each depth-1 slot (masks.py); NEVER where it is padding
+        self.order_keys = Log(NEVER)  # [B, n] order key of each depth-1 slot (masks.py); NEVER where it is padding
         self.depth_count = Log(1)  # [B, n] passes each token took
         self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
         self.has_padding = False
         self.has_documents = False  # its rows hold several documents each: nothing can be appended
         self.whole = True  # False while a call runs, and for ever if it fails
-        self.deep_places: Tensor | None = None  # [B, W], slot w counted from the middle outwards
+        self.deep_order_keys: Tensor | None = None  # [B, W], slot w counted from the middle outwards
         self.deep_depths: Tensor | None = None  # [B, W]
         self.deep_length: Tensor | None = None  # [B] slots in use per row
         self.deep_width = 0  # the longest of them
@@ -68,13 +55,13 @@ class DuoCache(Cache):
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def step(
-        self, places: Tensor, valid: Tensor, padded: bool, documents: bool = False, deeper: bool = False
-    ) -> DuoStep:
+    def open_pass(
+        self, order_keys: Tensor, valid: Tensor, padded: bool, documents: bool = False, deeper: bool = False
+    ) -> PassCache:
         """Open a pass at depth 1 over all rows.
 
         Args:
-            places: [B, N] int64, place of each new token.
+            order_keys: [B, N] int64 of each new token (masks.py).
             valid: [B, N] bool, False at padding.
             padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
             documents: whether a row holds several documents.
@@ -83,9 +70,9 @@ class DuoCache(Cache):
         Raises:
             ValueError: the cache holds another number of rows.
         """
-        if self.places.data is not None and self.places.data.shape[0] != places.shape[0]:
+        if self.order_keys.data is not None and self.order_keys.data.shape[0] != order_keys.shape[0]:
             raise ValueError(
-                f"the cache holds {self.places.data.shape[0]} rows but the input has {places.shape[0]}; "
+                f"the cache holds {self.order_keys.data.shape[0]} rows but the input has {order_keys.shape[0]}; "
                 "use the cache of the same batch, or none"
             )
         if self.has_documents:
@@ -93,48 +80,50 @@ class DuoCache(Cache):
         if not self.whole:
             raise ValueError("an earlier call on this cache failed halfway; start again with a new cache")
         self.whole = False
-        start = self.places.length
-        self.places.append(places.masked_fill(~valid, NEVER) if padded else places)
+        start = self.order_keys.length
+        self.order_keys.append(order_keys.masked_fill(~valid, NEVER) if padded else order_keys)
         self.has_padding |= padded
         self.has_documents = documents
-        return DuoStep(self, 1, start, deeper=deeper)
+        return PassCache(self, 1, start, self.order_keys.length, deeper=deeper)
 
-    def deep_step(self, depth: int, row: Tensor, column: Tensor, packed: Packed, places: Tensor) -> DuoStep:
+    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor, length: int) -> PassCache:
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
-            row: [M] cache row of each token, sorted.
-            column: [M] index of each token among its row's packed ones: 0, 1, ...
             packed: how the tokens lie in the [R, P] input of the pass.
-            places: [M] place of each token.
+            order_keys: [M] of each token.
+            length: T, the newest depth-1 slots, which are those of the call that the tokens are chosen from.
         """
-        batch = self.places.view.shape[0]
+        batch, row = self.order_keys.view.shape[0], packed.batch_row
         if self.deep_length is None:
             self.deep_length = torch.zeros(batch, dtype=torch.long, device=row.device)
-            self.deep_places = places.new_empty(batch, 0)
-            self.deep_depths = places.new_empty(batch, 0)
-        assert self.deep_places is not None and self.deep_depths is not None
-        slots = self.deep_length[row] + column
-        reach = int(slots.max()) + 1
-        width = max(self.deep_width, reach)
-        if width > self.deep_places.shape[1]:
-            grow = (0, room(width) - self.deep_places.shape[1])
-            self.deep_places = torch.nn.functional.pad(self.deep_places, grow, value=NEVER)
+            self.deep_order_keys = order_keys.new_empty(batch, 0)
+            self.deep_depths = order_keys.new_empty(batch, 0)
+        assert self.deep_order_keys is not None and self.deep_depths is not None
+        slots = self.deep_length[row] + packed.packed_column
+        used = int(slots.max()) + 1
+        width = max(self.deep_width, used)
+        if width > self.deep_order_keys.shape[1]:
+            grow = (0, room(width) - self.deep_order_keys.shape[1])
+            self.deep_order_keys = torch.nn.functional.pad(self.deep_order_keys, grow, value=NEVER)
             self.deep_depths = torch.nn.functional.pad(self.deep_depths, grow)
-        if not writable(self.deep_places):
-            self.deep_places, self.deep_depths = self.deep_places.clone(), self.deep_depths.clone()
-        self.deep_places[row, slots] = places
+        if not writable(self.deep_order_keys):
+            self.deep_order_keys, self.deep_depths = self.deep_order_keys.clone(), self.deep_depths.clone()
+        self.deep_order_keys[row, slots] = order_keys
         self.deep_depths[row, slots] = depth
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
         self.deep_width = width
-        return DuoStep(self, depth, self.places.length, DeepWrite(row, slots, reach, width, packed))
+        visible = self.order_keys.length
+        if packed.columns.shape[1] >= WIDE:  # keys behind the last of them are invisible; asking waits for the device
+            visible += int(packed.columns.max()) + 1 - length
+        return PassCache(self, depth, self.order_keys.length, visible, DeepWrite(slots, used, width, packed))
 
     def drop_deep(self) -> None:
-        """Forget all deeper keys and values (with `attention="own"` or "blind" no later token may see them)."""
-        self.deep_places = self.deep_depths = self.deep_length = None
+        """Forget all deeper keys and values."""
+        self.deep_order_keys = self.deep_depths = self.deep_length = None
         self.deep_width = 0
 
-    def record(self, depth_count: Tensor, continue_logits: Tensor) -> None:
+    def commit(self, depth_count: Tensor, continue_logits: Tensor) -> None:
         """End of a call: remember what its tokens did, depth_count [B, N] and continue_logits [B, N, max_depth - 1]."""
         self.whole = True
         self.depth_count.append(depth_count)
@@ -152,24 +141,24 @@ class DuoCache(Cache):
     # -- what transformers asks of a cache -----------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.places.length
+        return self.order_keys.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.places.length + query_length, 0
+        return self.order_keys.length + query_length, 0
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.places.data is None else self.places.data.shape[0]
+        return -1 if self.order_keys.data is None else self.order_keys.data.shape[0]
 
     def _map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             layer.map_batch(select)
-        for log in (self.places, self.depth_count, self.continue_logits):
+        for log in (self.order_keys, self.depth_count, self.continue_logits):
             if log is not None and log.data is not None:
                 log.data = select(log.data)
-        if self.deep_length is not None and self.deep_places is not None and self.deep_depths is not None:
+        if self.deep_length is not None and self.deep_order_keys is not None and self.deep_depths is not None:
             self.deep_length = select(self.deep_length)
-            self.deep_places = select(self.deep_places)
+            self.deep_order_keys = select(self.deep_order_keys)
             self.deep_depths = select(self.deep_depths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -189,19 +178,19 @@ class DuoCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
-        keep = self.places.length + tokens_to_remove
-        if tokens_to_remove == 0 or self.places.data is None:
+        keep = self.order_keys.length + tokens_to_remove
+        if tokens_to_remove == 0 or self.order_keys.data is None:
             return
-        if self.deep_places is not None and self.deep_length is not None:
-            first_removed = self.places.view[:, keep:].amin(dim=1, keepdim=True)
-            gone = self.deep_places >= first_removed
-            self.deep_places = self.deep_places.masked_fill(gone, NEVER)
+        if self.deep_order_keys is not None and self.deep_length is not None:
+            first_removed = self.order_keys.view[:, keep:].amin(dim=1, keepdim=True)
+            gone = self.deep_order_keys >= first_removed
+            self.deep_order_keys = self.deep_order_keys.masked_fill(gone, NEVER)
             index = torch.arange(1, gone.shape[1] + 1, device=gone.device)
             self.deep_length = (index * ~gone).amax(dim=1) if gone.shape[1] else self.deep_length
             self.deep_width = int(self.deep_length.max())
         for layer in self.layers:
             layer.length = keep
-        for log in (self.places, self.depth_count, self.continue_logits):
+        for log in (self.order_keys, self.depth_count, self.continue_logits):
             if log is not None:
                 log.length = min(log.length, keep)
 
@@ -210,25 +199,31 @@ class DuoCache(Cache):
 class DeepWrite:
     """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
 
-    row: Tensor  # [M] cache row
     slots: Tensor  # [M] slot, counted from the middle outwards
-    reach: int  # slots its rows have in use, the longest of them
+    used: int  # slots its rows have in use, the longest of them
     width: int  # slots any row has in use
     packed: Packed
 
 
-class DuoStep(Cache):
+class PassCache(Cache):
     """The base's cache during one pass: reads keys of depths up to its own, writes its own.
 
     With gradients, nothing is written in place and a layer may be replayed (activation checkpointing): a replay
-    starts from the state the step was opened on and leaves the cache as it is.
+    starts from the state the pass was opened on and leaves the cache as it is.
     """
 
     def __init__(
-        self, cache: DuoCache, depth: int, start: int, write: DeepWrite | None = None, deeper: bool = False
+        self,
+        cache: DuoCache,
+        depth: int,
+        start: int,
+        visible: int,
+        write: DeepWrite | None = None,
+        deeper: bool = False,
     ) -> None:
         super().__init__(layers=cache.layers)
-        self.cache, self.depth, self.start, self.write, self.deeper = cache, depth, start, write, deeper
+        self.cache, self.depth, self.start, self.visible = cache, depth, start, visible
+        self.write, self.deeper = write, deeper
         self.only_row = int(write.packed.rows) if write is not None and len(write.packed.rows) == 1 else None
         self.before = [(layer.keys, layer.values, layer.middle, layer.length) for layer in cache.layers]
         self.written: set[int] = set()
@@ -242,7 +237,7 @@ class DuoStep(Cache):
         while len(layers) <= layer_idx:
             layers.append(DuoLayer())
         layer = layers[layer_idx]
-        if layer_idx in self.written:  # a replay: work on a copy of the state before this step
+        if layer_idx in self.written:  # a replay: work on a copy of the state before this pass
             layer = DuoLayer()
             if layer_idx < len(self.before):
                 layer.keys, layer.values, layer.middle, layer.length = self.before[layer_idx]
@@ -254,7 +249,7 @@ class DuoStep(Cache):
         else:
             k = unpack(key_states, self.write.packed)
             v = unpack(value_states, self.write.packed)
-            layer.insert(k, v, self.write.row, self.write.slots, self.write.width, in_place)
+            layer.insert(k, v, self.write.packed.batch_row, self.write.slots, self.write.width, in_place)
         return self._visible(layer)
 
     def _visible(self, layer: DuoLayer) -> tuple[Tensor, Tensor]:
@@ -262,7 +257,7 @@ class DuoStep(Cache):
         end = layer.middle + layer.length
         if self.write is None:
             return layer.keys[:, :, layer.middle : end], layer.values[:, :, layer.middle : end]
-        span = slice(layer.middle - self.write.reach, end)
+        span = slice(layer.middle - self.write.used, layer.middle + self.visible)
         keys, values, rows = layer.keys[:, :, span], layer.values[:, :, span], self.write.packed.rows
         if len(rows) == keys.shape[0]:
             return keys, values
@@ -281,24 +276,24 @@ class DuoStep(Cache):
 
     def padding_mask(self) -> Tensor | None:
         """[B, n] bool for the base's own mask code at depth 1, or None when nothing is padded."""
-        return self.cache.places.view != NEVER if self.cache.has_padding else None
+        return self.cache.order_keys.view != NEVER if self.cache.has_padding else None
 
-    def masks(self, config: PreTrainedConfig, places: Tensor, attention: str, dtype: torch.dtype) -> Any:
+    def masks(self, config: PreTrainedConfig, order_keys: Tensor, attention: str, dtype: torch.dtype) -> Any:
         """Ready masks of a pass at depth >= 2, in the form the base's attention implementation takes.
 
         Args:
             config: text configuration of the base.
-            places: [R, N] of the queries.
+            order_keys: [R, N] of the queries.
             attention: `duo`, `own` or `blind`.
             dtype: of the activations.
 
         Returns:
             [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
         """
-        assert self.write is not None and self.cache.deep_places is not None and self.cache.deep_depths is not None
-        rows, newest_first = self.write.packed.rows, slice(0, self.write.reach)
-        deep = self.cache.deep_places[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
+        assert self.write is not None and self.cache.deep_order_keys is not None and self.cache.deep_depths is not None
+        rows, newest_first = self.write.packed.rows, slice(0, self.write.used)
+        deep = self.cache.deep_order_keys[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
-        base = self.cache.places.view[rows]
+        base = self.cache.order_keys.view[rows, : self.visible]
         documents = self.cache.has_documents
-        return depth_masks(config, self.depth, places, deep, depths, base, attention, dtype, documents)
+        return depth_masks(config, self.depth, order_keys, deep, depths, base, attention, dtype, documents)

@@ -1,4 +1,4 @@
-"""Which base models can be wrapped: three contracts, checked by facts and by a probe (style.md section 3).
+"""Which base models can be wrapped: three contracts, checked by facts and by a probe.
 
 A base must (1) take `inputs_embeds` and `position_ids`, (2) keep its past only in the `Cache` it is given, through
 `update`, and (3) use a ready attention mask as it is. What does not is refused with the reason, never run wrongly.
@@ -9,15 +9,15 @@ Shapes: T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import cpu as few_rows
-from .cache import CACHE, DuoCache
+from .cache import DuoCache
+from .compat import CACHE
+from .head import Head
 from .lora import DepthLoRA
 from .packing import pack
 
@@ -28,44 +28,6 @@ PROBE_LATE = 3  # of them, run at depth 2
 
 class UnsupportedBase(ValueError):
     """A base model that Think-at-Hard cannot wrap, with the reason."""
-
-
-@dataclass
-class Head:
-    """Final hidden states [..., D] -> logits [..., V], exactly as the base's own forward computes them.
-
-    That is its output embedding, then a scale, then a soft-cap: `softcap * tanh(scale * (W h + b) / softcap)`.
-    """
-
-    linear: nn.Module
-    scale: float = 1.0
-    divide: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, hidden: Tensor, exact: bool = True) -> Tensor:
-        """With `exact` False, equal to the base only up to rounding, and faster for a few rows."""
-        if exact or type(self.linear) is not nn.Linear or not few_rows.applies_to(hidden, self.linear):
-            logits = self.linear(hidden)
-        else:
-            logits = few_rows.product(hidden, self.linear.weight)
-            logits = logits if self.linear.bias is None else logits + self.linear.bias
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.divide != 1.0:
-            logits = logits / self.divide
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the head of a sum is the sum of heads, so that summed logits can be carried as summed states."""
-        return self.softcap is None and getattr(self.linear, "bias", None) is None
-
-    @property
-    def is_single_matrix(self) -> bool:
-        """Whether logits are one matrix times a hidden state and nothing else."""
-        return self.is_linear and type(self.linear) is nn.Linear
 
 
 def head_of(base: PreTrainedModel) -> Head:
@@ -198,7 +160,7 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
     def depth_one(length: int) -> tuple[DuoCache, Any]:
         cache, where = DuoCache(), positions[:, :length]
-        step = cache.step(where, torch.ones_like(where, dtype=torch.bool), padded=False)
+        step = cache.open_pass(where, torch.ones_like(where, dtype=torch.bool), padded=False)
         given = {CACHE: step, "position_ids": where, "use_cache": False}
         return cache, decoder(inputs_embeds=embeds[:, :length].clone(), **given).last_hidden_state
 
@@ -210,8 +172,7 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
     cache, _ = depth_one(PROBE_TOKENS - late)
     last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
-    packed, row, column = pack(last, PROBE_TOKENS)
-    deep = cache.deep_step(2, row, column, packed, last)
+    deep = cache.open_deeper_pass(2, pack(last, PROBE_TOKENS), last, PROBE_TOKENS)
     hidden = decoder(
         inputs_embeds=embeds[:, -late:],
         position_ids=last[None],

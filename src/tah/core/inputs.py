@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cache import DuoCache, DuoStep
+from .cache import DuoCache, PassCache
 from .families import stable_positions
 from .masks import DOCUMENT, NEVER, document_masks
 
@@ -29,7 +29,7 @@ class Tokens:
     embeds: Tensor | None  # [B, T, D], instead of ids
     valid: Tensor  # [B, T] bool, False at padding
     positions: Tensor  # [B, T] int64
-    places: Tensor  # [B, T] int64: positions, told apart by document (masks.py)
+    order_keys: Tensor  # [B, T] int64: the positions, where a row holds one document (masks.py)
     padded: bool  # any padding in this call
     explicit: bool  # positions were given by the caller
     documents: bool  # a row holds several documents
@@ -88,7 +88,7 @@ class Tokens:
             raise ValueError("position_ids must rise along each row where a cache is continued")
         if self.documents:
             number = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
-            self.places = self.positions + number * DOCUMENT
+            self.order_keys = self.positions + number * DOCUMENT
 
     def check_others(self, kwargs: dict[str, Any], **labels: Tensor | None) -> None:
         """Labels fit the input, and nothing was asked for that would silently not happen (`kwargs`: the rest)."""
@@ -112,18 +112,18 @@ class Tokens:
                 "deeper passes would not match depth 1; use shorter inputs or policy='never'"
             )
 
-    def open_step(self, cache: DuoCache, deeper: bool) -> DuoStep:
-        """The pass at depth 1 over these tokens; `deeper`: others may follow."""
-        return cache.step(self.places, self.valid, self.padded, self.documents, deeper)
+    def open_pass(self, cache: DuoCache, deeper: bool) -> PassCache:
+        """Reserve depth-1 slots in the cache for these tokens; `deeper`: deeper passes may follow."""
+        return cache.open_pass(self.order_keys, self.valid, self.padded, self.documents, deeper)
 
-    def stock_inputs(self, step: DuoStep | None, decoder: PreTrainedModel) -> dict[str, Any]:
+    def stock_inputs(self, pass_cache: PassCache | None, decoder: PreTrainedModel) -> dict[str, Any]:
         """Arguments of the depth-1 pass: what a user of the plain base would give it."""
         if self.documents:
-            masks = document_masks(decoder.config, self.places, self.valid, decoder.dtype)
+            masks = document_masks(decoder.config, self.order_keys, self.valid, decoder.dtype)
             return self._inputs(masks, self.positions)
-        mask = step.padding_mask() if step is not None else self.valid if self.padded else None
+        mask = pass_cache.padding_mask() if pass_cache is not None else self.valid if self.padded else None
         # Without a cache, positions that merely count are left to the base: it treats given ones as a sign of packing.
-        count = step is None and not self.padded and not self.explicit
+        count = pass_cache is None and not self.padded and not self.explicit
         return self._inputs(None if mask is None else mask.long(), None if count else self.positions)
 
     def _inputs(self, attention_mask: Any, position_ids: Tensor | None) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _count(valid: Tensor, padded: bool, cache: DuoCache | None) -> Tensor:
     B, T = valid.shape
     seen: int | Tensor = cache.get_seq_length() if cache is not None else 0
     if cache is not None and cache.has_padding:
-        seen = (cache.places.view != NEVER).sum(1, keepdim=True)
+        seen = (cache.order_keys.view != NEVER).sum(1, keepdim=True)
     if padded:
         return (valid.cumsum(1) - 1 + seen).clamp(min=0)
     return (torch.arange(T, device=valid.device) + seen).expand(B, T)

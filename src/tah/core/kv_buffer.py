@@ -47,10 +47,10 @@ class DuoLayer(CacheLayerMixin):
         self.length = 0  # depth-1 tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("DuoLayer is filled through DuoStep.update")
+        raise AssertionError("DuoLayer is filled through PassCache.update")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("DuoLayer is filled through DuoStep.update")
+        raise AssertionError("DuoLayer is filled through PassCache.update")
 
     def get_seq_length(self) -> int:
         return self.length

@@ -1,4 +1,4 @@
-"""LoRA by depth: a low-rank update of the base's linear layers that is active from depth 2 on (spec A.1).
+"""LoRA by depth: a low-rank update of the base's linear layers that is active from depth 2 on.
 
 Shapes: ... any leading dimensions, I input width, O output width, r rank.
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import cpu as few_rows
+from . import fast
+from .compat import mark_initialized
 
 _depth: ContextVar[int] = ContextVar("tah_depth", default=1)
 
@@ -50,40 +51,38 @@ class DepthLoRA(nn.Module):
     A starts Kaiming-uniform and B at zero, so a fresh adapter changes nothing.
     """
 
+    stock: type[nn.Module]  # the layer's class before it got an adapter
     lora_A: nn.Linear
     lora_B: nn.Linear
     lora_dropout: nn.Dropout
     lora_scale: float
 
+    def stock_forward(self, x: Tensor) -> Tensor:
+        """The layer without its adapter, [..., I] -> [..., O]."""
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
-        y = super().forward(x)
         if _depth.get() == 1:
+            return self.stock_forward(x)
+        if (y := fast.adapted(x, self)) is not None:
             return y
+        y = self.stock_forward(x)
         x = x.to(self.lora_A.weight.dtype)  # adapters may be float32 beside a half-precision base, as in PEFT
-        low = self.lora_A(self.lora_dropout(x) if self.training else x)
-        alike = y.dtype == low.dtype == self.lora_B.weight.dtype  # not under autocast, which must see the call
-        if alike and not torch.is_grad_enabled() and not few_rows.is_watched(self.lora_B):
-            # In place: a product of its own and a sum cost a tenth of the layer.
-            rows = low.reshape(-1, low.shape[-1])
-            y.view(-1, y.shape[-1]).addmm_(rows, self.lora_B.weight.t(), alpha=self.lora_scale)
-            return y
-        return torch.add(y, self.lora_B(low).to(y.dtype), alpha=self.lora_scale)
+        low = self.lora_B(self.lora_A(self.lora_dropout(x) if self.training else x))
+        return torch.add(y, low.to(y.dtype), alpha=self.lora_scale)
 
 
 class LoRALinear(DepthLoRA, nn.Linear):
     """`nn.Linear` with a depth-gated adapter."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]"""
-        if _depth.get() == 1 or not few_rows.applies_to(x, self) or self.lora_A.weight.dtype != x.dtype:
-            return super().forward(x)
-        y = few_rows.product(x, self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_scale)
-        return y if self.bias is None else y + self.bias
+    stock = nn.Linear
 
 
 class LoRAConv1D(DepthLoRA, Conv1D):
     """GPT-2's transposed linear with a depth-gated adapter."""
+
+    stock = Conv1D
 
 
 _KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
@@ -140,7 +139,7 @@ def add_lora(
         }
         module.__class__ = _KINDS[type(module)]
         for child, layer in lora.items():
-            layer._is_hf_initialized = True  # type: ignore[assignment]  # else the base would initialise B like any linear
+            mark_initialized(layer)  # else the base would initialise B like any linear layer
             module.add_module(child, layer)
         module.lora_scale = alpha / rank
         reset_lora(module)

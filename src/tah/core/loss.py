@@ -1,4 +1,4 @@
-"""Next-token loss without [B, T, V], and the loss that trains a decider (spec B.3, B.4).
+"""Next-token loss without [B, T, V], and the loss that trains a decider.
 
 Shapes: B batch, T tokens, N tokens in question, n supervised ones of them, D width, V vocabulary, M = max_depth.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .families import Head
+from .head import Head
 from .logits import RunningOutput
 
 IGNORE = -100
@@ -78,7 +78,7 @@ class DepthLoss:
         self.by_depth[tokens[stops], depth:] = each[stops, None]
 
     def value(self, output: RunningOutput, num_items_in_batch: int | Tensor | None) -> Tensor:
-        """The sum over tokens, per item (spec B.3), or per supervised token of this call. Ends the forward: rows of all
+        """The sum over tokens, per item, or per supervised token of this call. Ends the forward: rows of all
         depths meet the head at once, so that its gradient [V, D] exists once."""
         if self.waiting:
             hidden = torch.cat([rows for rows, *_ in self.waiting])
@@ -198,7 +198,7 @@ def decider_loss(
     pos_weight: float | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy of "runs another pass", normalised once (spec B.4 without its defects).
+    """Binary cross-entropy of "runs another pass", normalised once.
 
     Args:
         continue_logits: [B, T, M - 1]; nan where the policy was not asked.

@@ -1,4 +1,4 @@
-"""Duo-causal masks: who sees which key at depth >= 2 (spec A.4).
+"""Duo-causal masks: who sees which key at depth >= 2.
 
 Shapes: R rows of a pass, N queries, W deeper slots, n depth-1 slots, S = W + n keys.
 
@@ -11,22 +11,26 @@ iff
 
 and a sliding window or chunk of the base applies to positions, as it does at depth 1.
 
-Several documents packed into one row are told apart by their places: a token's place is its position plus
-`DOCUMENT` times the number of its document in the row. Of one document, places are positions.
+Positions alone do not order the keys of a row into which several documents are packed, since each document counts its
+positions from 0. So tokens carry an *order key*: position + `DOCUMENT` * number of the document in the row. Comparing
+order keys gives causality, and the quotient by `DOCUMENT` is the document. With one document per row, which is the
+usual case, order keys are the positions.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig
+
+from .compat import attention_function, attention_of, register_attention, set_attention
 
 DOCUMENT = 2**32
-QUERIES, BLOCKS = 128, 8  # of a block of attention, at least; of one call, at most
-NEVER = 2**62  # place of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
+OURS = "tah_"  # before the name of a kernel that gets ready masks from us
+NEVER = 2**62  # order key of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
 
 def depth_masks(
@@ -45,10 +49,10 @@ def depth_masks(
     Args:
         config: text configuration of the base.
         depth: of the queries, >= 2.
-        query: [R, N] places.
-        deep: [R, W] places of the deeper slots, `NEVER` where empty.
+        query: [R, N] order keys.
+        deep: [R, W] order keys of the deeper slots, `NEVER` where empty.
         deep_depths: [R, W] depths of the deeper slots.
-        base: [R, n] places of the depth-1 slots, `NEVER` at padding.
+        base: [R, n] order keys of the depth-1 slots, `NEVER` at padding.
         attention: `duo`, `own` or `blind`.
         dtype: of the activations, for float masks.
         documents: rows may hold several documents.
@@ -61,12 +65,12 @@ def depth_masks(
     visible_deep = visible_deep & (deep_depths <= depth)[:, None]
     visible_base = base[:, None] <= (q if attention != "blind" else -1)
     visible = torch.cat([visible_deep, visible_base.expand(*query.shape, -1)], dim=2)  # [R, N, S]
-    return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents, deeper=True)
+    return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents)
 
 
-def document_masks(config: PreTrainedConfig, places: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
-    """Ready masks of depth 1 for rows that hold several documents: places [B, T], valid [B, T] bool."""
-    q, key = places[:, :, None], torch.where(valid, places, NEVER)[:, None]
+def document_masks(config: PreTrainedConfig, order_keys: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
+    """Ready masks of depth 1 for rows that hold several documents: order_keys [B, T], valid [B, T] bool."""
+    q, key = order_keys[:, :, None], torch.where(valid, order_keys, NEVER)[:, None]
     return ready_masks(config, q, key, key <= q, dtype, documents=True)
 
 
@@ -77,16 +81,15 @@ def ready_masks(
     visible: Tensor,
     dtype: torch.dtype,
     documents: bool,
-    deeper: bool = False,
 ) -> Any:
-    """Restrict `visible` [R, N, S] to the document and to what each layer type reaches, from the places of queries
+    """Restrict `visible` [R, N, S] to the document and to what each layer type reaches, from the order keys of queries
     [R, N, 1] and keys [R, 1, S], and put it into the form the base takes."""
     if documents:
         visible = visible & (q // DOCUMENT == key // DOCUMENT)
         q, key = q % DOCUMENT, key % DOCUMENT
 
     def build(layer_type: str) -> Any:
-        return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype, deeper)
+        return encode_mask(visible & within_reach(config, layer_type, q, key), config, dtype)
 
     types = getattr(config, "layer_types", None)
     if types is None:
@@ -112,10 +115,9 @@ def within_reach(config: PreTrainedConfig, layer_type: str, query: Tensor, key: 
     return True
 
 
-def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype, deeper: bool) -> Any:
-    """visible [R, N, S] bool in the form of the configured attention implementation; depth 1 is computed as the base
-    computes it, to the last bit."""
-    implementation = config._attn_implementation
+def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """visible [R, N, S] bool in the form that the base's attention implementation takes."""
+    implementation = attention_of(config)
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -126,78 +128,37 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype, d
     if implementation == "eager":
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
     if implementation != "sdpa":
-        _send_ready_masks_to_sdpa(implementation)
-    mask = visible[:, None]
-    if deeper and implementation == "sdpa" and visible.device.type == "cpu" and visible.shape[1] >= 2 * QUERIES:
-        _attend_by_block()
-        mask.blocks = _blocks(visible, dtype)  # type: ignore[attr-defined]  # a base that copies the mask loses them
-    return mask
+        take_ready_masks(config)
+    return visible[:, None]
 
 
-def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
-    """Queries, the range from their first key to their last, and its float mask [R, 1, n, s], block by block.
+def take_ready_masks(config: PreTrainedConfig) -> None:
+    """Let a base with a flash kernel, which knows causal attention only, take ready masks at depth >= 2.
 
-    All masks together are as large as the one that SDPA would make of `visible` in every layer, or smaller.
+    The base gets an attention implementation under a name of our own. Calls without a ready mask, those of depth 1, go
+    on to the stock kernel as they are; calls with one go to SDPA. Nobody else's model changes.
     """
-    found, N = [], visible.shape[1]
-    size = max(QUERIES, -(-N // BLOCKS))
-    for start in range(0, N, size):
-        queries = slice(start, min(start + size, N))
-        part = visible[:, queries]
-        seen = part.any(dim=1).any(dim=0).nonzero().squeeze(1).tolist() or [0]
-        keys = slice(seen[0], seen[-1] + 1)
-        part = part[:, None, :, keys]
-        found.append((queries, keys, torch.zeros_like(part, dtype=dtype).masked_fill_(~part, -torch.inf)))
-    return found
-
-
-def _attend_by_block() -> None:
-    """A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
-    with their early keys in the middle (`cache.py`): block by block, with the range of keys that a block of queries
-    sees, it takes a quarter less time.
-
-    Goes around whatever "sdpa" is in this process; only calls with a mask of a deeper pass change.
-    """
-    if "sdpa" in _sent:
+    name = attention_of(config)
+    if name.startswith(OURS):
         return
-    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    stock, sdpa, stock_config = attention_function(name), attention_function("sdpa"), copy.copy(config)
 
-    def dispatch(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        blocks = getattr(attention_mask, "blocks", None)
-        if blocks is None or kwargs.get("position_bias") is not None:
-            return kernel(module, query, key, value, attention_mask, *args, **kwargs)
-        if attention_mask.shape[-2:] != (query.shape[2], key.shape[2]):
-            given = query.shape[2], key.shape[2]
-            raise ValueError(f"a mask for {tuple(attention_mask.shape[-2:])} queries and keys, but there are {given}")
-        out = [
-            kernel(module, query[:, :, rows], key[:, :, its], value[:, :, its], mask.to(query.dtype), *args, **kwargs)
-            for rows, its, mask in blocks
-        ]
-        return torch.cat([part for part, _ in out], dim=1), None
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        if not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
+            return stock(_StockModule(module, stock_config), query, key, value, attention_mask, **kwargs)
+        if kwargs.get("s_aux") is not None:
+            raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {name}")
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register("sdpa", dispatch)
-    _sent.add("sdpa")
+    register_attention(OURS + name, attend, like=name)
+    set_attention(config, OURS + name)
 
 
-_sent: set[str] = set()
+class _StockModule:
+    """An attention module as a stock kernel expects it: its configuration names that kernel."""
 
+    def __init__(self, module: Any, config: PreTrainedConfig) -> None:
+        self.module, self.config = module, config
 
-def _send_ready_masks_to_sdpa(implementation: str) -> None:
-    """Flash kernels know causal attention only: depth 1 stays on them, calls with a ready 4-D mask go to SDPA.
-
-    They would refuse or misread such a mask, so nobody else's calls change.
-    """
-    if implementation in _sent:
-        return
-    kernel, sdpa = ALL_ATTENTION_FUNCTIONS[implementation], ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def dispatch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        ready = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
-        if ready and kwargs.get("s_aux") is not None:
-            raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {implementation}")
-        return (sdpa if ready else kernel)(module, query, key, value, attention_mask, **kwargs)
-
-    AttentionInterface.register(implementation, dispatch)
-    _sent.add(implementation)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)

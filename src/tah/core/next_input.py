@@ -1,4 +1,4 @@
-"""The paper's next input: embeddings weighted by the probabilities of the best tokens so far (spec A.3).
+"""The paper's next input: embeddings weighted by the probabilities of the best tokens so far.
 
 Shapes: M tokens that run the next pass, k = mix_topk, D width, V vocabulary.
 """
@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .cpu import is_watched
+from . import fast
+from .compat import is_offloaded
 from .logits import RunningOutput
 
 ROWS = 64  # tokens mixed at a time
-
-# Times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token (measured with
-# 290 and k = 100, where a look-ahead step took a fifth less; estimated beyond). All rows must be finite for it.
-DENSE = 12
 
 
 def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> Tensor:
@@ -32,12 +29,12 @@ def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> T
         tokens: [M] flat indices.
         embed: the base's input embedding.
     """
-    sparse = torch.is_grad_enabled() and total.head.is_single_matrix and _is_plain(embed)
+    sparse = torch.is_grad_enabled() and total.head.is_single_matrix and is_plain(embed)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
         weights, ids = total.best(tokens)
     if not sparse:
-        if _is_plain(embed) and not is_watched(embed) and not torch.is_grad_enabled() and _sums_rows(embed.weight):
-            return _sum_of_rows(weights, embed.weight, ids)
+        if is_plain(embed) and fast.allowed(embed) and fast.sums_rows(embed.weight):
+            return fast.sum_of_rows(weights, embed.weight, ids)
         return torch.cat([weighted(weights[part], embed(ids[part])) for part in _parts(len(ids))])
     scale = total.head.scale / total.head.divide
     matrix, padding = total.head.linear.weight, embed.padding_idx
@@ -49,9 +46,9 @@ def weighted(weights: Tensor, rows: Tensor) -> Tensor:
     return torch.einsum("nk,nkd->nd", weights.to(rows.device), rows.float()).to(rows.dtype)
 
 
-def _is_plain(embed: nn.Module) -> bool:
+def is_plain(embed: nn.Module) -> bool:
     """Whether a call is a look-up in one matrix that is here (not sharded, not offloaded) and nothing else."""
-    here = type(embed.weight) is nn.Parameter and not hasattr(embed, "_hf_hook")
+    here = type(embed.weight) is nn.Parameter and not is_offloaded(embed)
     return type(embed) is nn.Embedding and embed.max_norm is None and here
 
 
@@ -102,47 +99,28 @@ class _Mix(torch.autograd.Function):
         return to_hidden, matrix_grad, table_grad, None, None, None, None
 
 
-def _sums_rows(matrix: Any) -> bool:
-    """Whether `_sum_of_rows` is used: in half precision it would round the weights; elsewhere it is not measured."""
-    return matrix.dtype == torch.float32 and matrix.device.type == "cpu"
-
-
-def _sum_of_rows(weights: Tensor, matrix: Any, ids: Tensor) -> Tensor:
-    """As `_weighted_rows`, at a quarter of the price of picking them first."""
-    return nn.functional.embedding_bag(ids, matrix, per_sample_weights=weights, mode="sum")
-
-
 def _dots_with_rows(x: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
     """Products of x [n, D] with the rows `ids` [n, k] of matrix [V, D]: [n, k] float32"""
-    if _is_small(matrix, ids):
+    if fast.is_small(matrix, ids):
         return (x @ matrix.float().T).gather(1, ids)
     return torch.einsum("nkd,nd->nk", matrix[ids].float(), x)
 
 
 def _weighted_rows(weights: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
     """Sums of the rows `ids` [n, k] of matrix [V, D], weighted [n, k]: [n, D] float32"""
-    if _is_small(matrix, ids):
-        return _spread(weights, ids, len(matrix)) @ matrix.float()
-    if _sums_rows(matrix):
-        return _sum_of_rows(weights, matrix, ids)
+    if fast.is_small(matrix, ids):
+        return fast.spread(weights, ids, len(matrix)) @ matrix.float()
+    if fast.sums_rows(matrix):
+        return fast.sum_of_rows(weights, matrix, ids)
     return torch.einsum("nk,nkd->nd", weights, matrix[ids].float())
 
 
 def _add_to_rows(total: Tensor, ids: Tensor, weights: Tensor, x: Tensor) -> None:
     """Add x [n, D], weighted [n, k], to the rows `ids` [n, k] of total [V, D] float32."""
-    if _is_small(total, ids):
-        total.addmm_(_spread(weights, ids, len(total)).T, x)
+    if fast.is_small(total, ids):
+        total.addmm_(fast.spread(weights, ids, len(total)).T, x)
     else:
         total.index_add_(0, ids.flatten(), (weights[..., None] * x[:, None]).flatten(0, 1))
-
-
-def _is_small(matrix: Tensor, ids: Tensor) -> bool:
-    return len(matrix) <= DENSE * ids.shape[1]
-
-
-def _spread(weights: Tensor, ids: Tensor, size: int) -> Tensor:
-    """[n, k] -> [n, size], zero but at `ids` [n, k], which differ within a token."""
-    return weights.new_zeros(len(ids), size).scatter_(1, ids, weights)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -20,28 +20,24 @@ class Packed:
     """
 
     rows: Tensor  # [R] batch rows that have a chosen token
-    columns: Tensor  # [R, P] column of each packed token in the unpacked [B, T] input
+    columns: Tensor  # [R, P] column that each packed token has in the [B, T] input
     valid: Tensor  # [R, P] bool
     full: bool  # every entry is valid
+    batch_row: Tensor  # [M] batch row of each chosen token
+    packed_column: Tensor  # [M] its column among the packed tokens of its row: 0, 1, ...
 
 
-def pack(tokens: Tensor, length: int) -> tuple[Packed, Tensor, Tensor]:
-    """Lay sorted flat indices [M] of a [B, T] input (T = `length`) out as rows packed left.
-
-    Returns:
-        packed: the [R, P] layout.
-        row: [M] batch row of each token.
-        column: [M] its column among its row's packed tokens.
-    """
-    row, source = tokens // length, tokens % length
-    rows, index, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+def pack(tokens: Tensor, length: int) -> Packed:
+    """Lay sorted flat indices [M] of a [B, T] input (T = `length`) out as rows packed left."""
+    batch_row, source = tokens // length, tokens % length
+    rows, index, counts = torch.unique_consecutive(batch_row, return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts  # [R] where each row's tokens begin
-    column = torch.arange(len(tokens), device=tokens.device) - first[index]
+    packed_column = torch.arange(len(tokens), device=tokens.device) - first[index]
     width = int(counts.max())
     columns = source[first][:, None].repeat(1, width)  # padding repeats the row's first token
-    columns[index, column] = source
+    columns[index, packed_column] = source
     valid = torch.arange(width, device=tokens.device) < counts[:, None]
-    return Packed(rows, columns, valid, full=len(tokens) == valid.numel()), row, column
+    return Packed(rows, columns, valid, len(tokens) == valid.numel(), batch_row, packed_column)
 
 
 def lay_out(x: Tensor, packed: Packed) -> Tensor:

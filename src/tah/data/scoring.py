@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.families import Head, UnsupportedBase, decoder_of, head_of
-from ..core.logits import highest
+from ..core.families import UnsupportedBase, decoder_of, head_of
+from ..core.fast import topk
+from ..core.head import Head
 from ..load import load_tokenizer
 from ..model import TaHForCausalLM
 from ..progress import Work
@@ -226,7 +227,7 @@ def _rank(z: Tensor, own: Tensor, target: Tensor, ids: Tensor, buffer: Tensor) -
 
 def _most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of z [n, V] and their ids, both [n, k], falling; of equal ones the lower id comes first."""
-    top, ids = highest(z, k)
+    top, ids = topk(z, k)
     ids, order = ids.sort()
     top, order = top.gather(1, order).sort(descending=True, stable=True)
     return top, ids.gather(1, order)

@@ -49,8 +49,7 @@ class Generated:
     """An answer and what it cost.
 
     Args:
-        text: without the prompt and special tokens; thoughts included, and what the prompt opened for it: <think>,
-            or a block of code.
+        text: without prompt and special tokens; with thoughts, and the <think> or code block that the prompt opened.
         prompt_tokens: of the prompt.
         tokens: produced, an end token included.
         finished: it ended by itself, not at the limit.
@@ -86,7 +85,7 @@ def open_run(directory: Path, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     before, after = read_run(directory), json.loads(json.dumps(settings))
-    unknown = [name for name in ("dtype",) if name not in before]  # of runs from before it was recorded
+    unknown = () if "dtype" in before else ("dtype",)  # older runs did not record it
     if differs := differences(before, after, without=(*FACTS, *unknown)):
         raise ValueError(f"{directory} holds an evaluation with {differs}; give the same, or another directory")
 

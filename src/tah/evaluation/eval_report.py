@@ -61,7 +61,8 @@ def summarize(directory: str | Path) -> dict[str, Any]:
         for name, facts in run["tasks"].items():
             samples = Samples(directory, policy, name)
             if name.startswith(STOCK_TASK):
-                metrics = _metrics(samples.scores)
+                scores = json.loads(samples.scores.read_text("utf-8")).items()
+                metrics = {key: value for key, value in scores if isinstance(value, (int, float)) and "," in key}
                 stock.append({"policy": policy, "task": name, "metrics": metrics} | _costs(samples))
                 continue
             _check_finished(samples, facts)
@@ -164,12 +165,6 @@ def macro(drawn: Sequence[tuple[Resampled, np.ndarray]]) -> Estimate:
     return widest.estimate(np.mean([values for _, values in drawn], axis=0))
 
 
-def _metrics(path: Path) -> dict[str, float]:
-    """What lm-eval itself reports of one of its tasks."""
-    found = json.loads(path.read_text("utf-8"))
-    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and "," in name}
-
-
 def as_markdown(results: Mapping[str, Any]) -> str:
     """A table by policy and task."""
     sampling = results["sampling"]
@@ -186,7 +181,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     if results["protocol"] != "default" and results["overrides"]:
-        given = ", ".join(f"{name} {_given(value)}" for name, value in results["overrides"].items())
+        files = ", ".join(f"{task}={path}" for task, path in results["overrides"].get("data", {}).items())
+        overrides = results["overrides"] | ({"data": files} if files else {})
+        given = ", ".join(f"{name} {value}" for name, value in overrides.items())
         lines += [f"Given beside the protocol: {given}.", ""]
     if results["ours"]:
         lines += [f"Not published, so decided by ours: {named_gaps(results['ours'])}.", ""]
@@ -208,10 +205,6 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         cost = f"; mean depth {row['mean_depth']:.3f}, cost {row['cost']:.3f}" if "cost" in row else ""
         lines.append(f"\n{row['policy']} on {row['task']} (lm-eval's own prompt and metrics): {metrics}{cost}")
     return "\n".join(lines) + "\n"
-
-
-def _given(value: Any) -> str:
-    return ", ".join(f"{task}={path}" for task, path in value.items()) if isinstance(value, dict) else str(value)
 
 
 def named_gaps(ours: Mapping[str, str]) -> str:

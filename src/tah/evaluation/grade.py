@@ -18,6 +18,7 @@ Kind = Literal["math", "choice", "code"]
 
 # Rises with every change that can change a verdict. 1 graded the answers whose lines name no grader.
 GRADER = 2
+sandbox = functools.cache(Sandbox)
 LONGEST_GOLD = 2000  # characters; the tests of a program may have megabytes, and are in the file of the questions
 
 
@@ -70,12 +71,7 @@ def _programs(row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
     grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     gold = row["test"] or "\n".join(row["test_list"])
     row = {"task_id": row.get("id", "an item")} | dict(row)  # what reasons call it
-    for text, found in zip(texts, grade_all([row] * len(texts), texts, _sandbox()), strict=True):
+    for text, found in zip(texts, grade_all([row] * len(texts), texts, sandbox()), strict=True):
         code = extract_code(text, entry_point_of(row)).strip("\n") or None
         reason = found.reason if found.status in ("passed", "wrong") else f"{found.status}: {found.reason}"
         yield Graded(grades.get(found.status, "wrong"), gold[:LONGEST_GOLD], code, reason or None, grader())
-
-
-@functools.cache
-def _sandbox() -> Sandbox:
-    return Sandbox()

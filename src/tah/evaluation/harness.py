@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import StopStringCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StopStringCriteria, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..core.cache import CACHE, DuoCache
+from ..core.cache import DuoCache
+from ..core.compat import CACHE
 from ..core.inputs import check_ids
 from ..core.logits import CHUNK
 from ..data.scoring import check_reference
@@ -33,7 +34,6 @@ from ..errors import first_line
 from ..generation import RefuseNaN
 from ..policy import DepthState, Policy, Rule
 from ..session import Session
-from .by_row import RowEnds, SampleByRow
 from .eval_files import Asked, Generated, Samples
 
 try:
@@ -152,7 +152,7 @@ class TaHLM(HFLM):
         found: list[str] = []
         for _, group in itertools.groupby(wanted, key=lambda asked: asked.options):
             for batch in self._batches(list(group)):
-                found += map(self._text, batch, self._answers(batch))
+                found += map(self.cut_text, batch, self.answer_batch(batch))
         return found
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
@@ -160,17 +160,17 @@ class TaHLM(HFLM):
         for start in range(0, len(asked), self.batch_size):
             yield asked[start : start + self.batch_size]
 
-    def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
+    def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or generated and logged."""
         logged = [self.log.find(asked) if self.log else None for asked in batch]
         if all(logged):
             return [answer for answer in logged if answer]
-        answers = self._generate(batch)
+        answers = self.generate_batch(batch)
         if self.log:
             self.log.add([(batch[at], answers[at]) for at, old in enumerate(logged) if old is None])
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
-    def _text(self, asked: Asked, answer: Generated) -> str:
+    def cut_text(self, asked: Asked, answer: Generated) -> str:
         """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
@@ -199,7 +199,7 @@ class TaHLM(HFLM):
 
     # -- a batch -----------------------------------------------------------------------------------------------------
 
-    def _generate(self, batch: Sequence[Asked]) -> list[Generated]:
+    def generate_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         stop, limit, warping = self._wishes(batch[0].options)
         prompt, mask = self.tok_batch_encode([asked.prompt for asked in batch])
         prompt, mask, pad = prompt.to(self.device), mask.to(self.device), self._pad()
@@ -340,3 +340,58 @@ class ReferenceOracle(Policy):
             given = {"attention_mask": self.mask[:, :start].long(), CACHE: self.cache, "use_cache": True}
             found.append(self.reference(part, **given, **self.rule.arguments()).logits.argmax(-1))
         return torch.cat(found, dim=1)[new]
+
+
+# -- the rows of a batch do not disturb each other: own random numbers, own ends ------------------------------------
+
+
+class SampleByRow(LogitsProcessor):
+    """Draws the next token of each row with that row's own random numbers: its neighbours do not matter.
+
+    It leaves a single token possible, and `generate` takes that.
+
+    Args:
+        seeds: [B].
+        prompt: tokens of the padded prompts.
+        steps: most tokens to draw.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], prompt: int, steps: int, *, temperature: float, top_p: float, top_k: int
+    ) -> None:
+        self.prompt = prompt
+        rows = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.draws = torch.stack([torch.rand(steps, generator=row) for row in rows])  # [B, steps]
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        mass = self.warpers(input_ids, scores).float().softmax(-1).cumsum(-1)  # [B, V]
+        whole = mass[:, -1:].clone()
+        draw = self.draws[:, input_ids.shape[1] - self.prompt, None].to(mass.device) * whole
+        last = (mass < whole).sum(1, keepdim=True)  # the last token with any probability: rounding leads no further
+        chosen = torch.searchsorted(mass, draw, right=True).minimum(last)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+class RowEnds(StoppingCriteria):
+    """Ends each row at an end token or a stop string, and remembers how long it was.
+
+    Attributes:
+        lengths: [B] tokens produced, the end included; 0 while a row goes on.
+    """
+
+    def __init__(self, rows: int, prompt: int, ends: Sequence[int], stop: StopStringCriteria | None) -> None:
+        self.prompt, self.ends, self.stop = prompt, torch.tensor(ends), stop
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        produced = input_ids[:, self.prompt :]
+        over = torch.isin(produced[:, -1], self.ends.to(produced.device))
+        if self.stop is not None:
+            over |= self.stop(produced, scores)
+        self.lengths[(over.cpu()) & (self.lengths == 0)] = produced.shape[1]
+        return (self.lengths > 0).to(produced.device)

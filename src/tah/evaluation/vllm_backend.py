@@ -125,7 +125,7 @@ class ServedLM(TaHLM):
         """All at once: the engine makes its own."""
         yield asked
 
-    def _answers(self, batch: Sequence[Asked]) -> list[Generated]:
+    def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
         """From the log, or from the engine and logged as they come."""
         answers = [self.log.find(asked) if self.log else None for asked in batch]
         missing = [at for at, answer in enumerate(answers) if answer is None]

@@ -60,7 +60,7 @@ def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
 
 
 def check_backbone(recipe: Recipe, run: Path) -> None:
-    """The base is of a family that can iterate, what the recipe says of the model fits it, and what a killed run has
+    """The base is of a family that can iterate, its `model` section fits it, and what a killed run has
     left can be continued."""
     _check_left(run / "backbone")
     if recipe.base.scratch is not None:

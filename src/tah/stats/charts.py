@@ -11,14 +11,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO, StringIO
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..files import write_atomically
-
 try:
     import matplotlib
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("charts need one more package: pip install 'tah[report]'") from error
@@ -60,21 +58,17 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_chart(width: float = 6.4, height: float = 3.9, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes: one, or an array of `columns`."""
+def new_chart(width: float = 6.4, height: float = 3.9) -> tuple[Figure, Axes]:
+    """A figure of so many inches, and its axes."""
     figure = Figure(figsize=(width, height), dpi=POINT, layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots()
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; names it.
-    """
+def as_png(figure: Figure) -> bytes:
+    """A file, 144 dots to the inch."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=2 * POINT)
-    write_atomically(path, content.getvalue())
+    return content.getvalue()
 
 
 def as_svg(figure: Figure, label: str) -> str:

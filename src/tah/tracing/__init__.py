@@ -1,2 +1,2 @@
-"""What every pass makes of every token of a text: traces, their statistics, thresholds, the depth lens. Start at
-`trace.py`."""
+"""What each pass predicts for every token of some texts: traces, their statistics, thresholds, and the depth lens.
+Start at `trace.py`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..files import write_atomically
 from ..stats.bootstrap import Estimate
-from ..stats.charts import COLOURS, as_svg, new_chart, save_png, styled
+from ..stats.charts import COLOURS, as_png, as_svg, new_chart, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Named = Sequence[tuple[str, dict[str, Any]]]  # mark of a trace (A or B), its statistics
@@ -22,7 +24,7 @@ SCORES = {
 CHANGES = {"corrected": ("wrong ones corrected", COLOURS["teal"]), "broken": ("right ones broken", COLOURS["crimson"])}
 FOUND = {"wrong": ("wrong after depth 1", COLOURS["blue"]), "gain": ("gains from a pass", COLOURS["teal"])}
 POINTS = {"never": "v", "always": "^", "own policy": "o", "oracle": "*", "hindsight": "P"}  # policies, their markers
-LEVEL = {"color": COLOURS["soft"], "linestyle": "--", "linewidth": 1}
+LEVEL: dict[str, Any] = {"color": COLOURS["soft"], "linestyle": "--", "linewidth": 1}
 BARS, LONGEST = 12, 15  # tokens most often iterated; letters of one
 
 
@@ -48,7 +50,7 @@ def save_charts(stats: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         for chart in (*_of_all([("A", its)]), *_of_one(its)):
             if chart.name != "iterated":  # its tokens may be of any script; a page has the fonts for them
                 written.append(directory / f"{chart.name}{suffix}.png")
-                save_png(chart.figure, written[-1])
+                write_atomically(written[-1], as_png(chart.figure))
     return written
 
 
@@ -94,9 +96,7 @@ def _depths(named: Named, what: str, title: str, form: str) -> Figure:
         values = [row["value"] for row in rows]
         axes.errorbar(at, values, _errors(rows), marker="o", capsize=4, color=MARKS[mark], label=mark)
         for x, value in zip(at, values, strict=True):
-            away, anchor = (-8, "right") if side < 0 else (8, "left")
-            text = {"xytext": (away, 6), "textcoords": "offset points", "ha": anchor, "fontsize": "small"}
-            axes.annotate(form.format(value), (x, value), color=COLOURS["ink"], **text)
+            _write(axes, form.format(value), x, value, *((-8, "right") if side < 0 else (8, "left")))
     most = max(len(stats["depths"]) for _, stats in named)
     axes.set(xlabel="depth, if every token runs it", ylabel=title, xlim=(0.5, most + 0.5), xticks=range(1, most + 1))
     axes.margins(y=0.15)
@@ -117,10 +117,9 @@ def _passes(named: Named) -> Figure:
         values = [row["value"] for row in rows]
         at = [x for x, _ in found]
         axes.bar(at, values, 0.36, color=colour, label=title)
-        axes.errorbar(at, values, _errors(rows), fmt="none", capsize=4, ecolor=COLOURS["ink"])
+        axes.errorbar(at, values, _errors(rows), fmt="none", capsize=4, color=COLOURS["ink"])
         for x, row in found:
-            text = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
-            axes.annotate(f"{row['value']:.2%}", (x, row["high"] or row["value"]), color=COLOURS["ink"], **text)
+            _write(axes, f"{row['value']:.2%}", x, row["high"] or row["value"], 0, "center")
     names = [f"{mark}, {row['depth']}" if len(named) > 1 else str(row["depth"]) for mark, row in passes]
     axes.set_xticks(range(len(passes)), names)
     axes.set(xlabel="up to depth", ylabel="share of them")
@@ -189,7 +188,13 @@ def visible(text: str) -> str:
     return "".join("\u2423" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _percent(value: float, at: int) -> str:
+def _write(axes: Axes, text: str, x: float, y: float, away: int, anchor: Literal["left", "center", "right"]) -> None:
+    """A number above a point, and so many points to its right."""
+    place: dict[str, Any] = {"xytext": (away, 5), "textcoords": "offset points"}
+    axes.annotate(text, (x, y), ha=anchor, fontsize="small", color=COLOURS["ink"], **place)
+
+
+def _percent(value: float, _: float) -> str:
     return f"{100 * value:.4g}%"
 
 

@@ -233,10 +233,7 @@ def strings_of(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
 
 
 def _hash(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def _max_length(model: TaHForCausalLM, asked: int | None) -> int:

@@ -3,7 +3,7 @@
 Shapes: T tokens of a text, n = T - 1 predictions (position t predicts token t + 1), M = max_depth, k = top_k,
 N predictions of all texts together.
 
-The file is JSON lines. The first says what was traced; each other one is a text:
+The file is JSON lines. The first names what was traced; each other one is a text:
 
     row, part      its number in the data; where long texts are cut into parts, which of them
     ids, pieces    [T] tokens, and what each adds to the text (empty where a character needs more tokens)

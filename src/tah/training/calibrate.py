@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.loss import IGNORE, shift
-from ..model import TaHForCausalLM
+from ..model import TaHForCausalLM, TrainingPass
 from ..stats.threshold import Decisions, threshold_for_loss, threshold_for_share
 from .recipe import Decider
 from .trainer import Objective
@@ -40,10 +40,9 @@ def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]
             **rest,
             labels=batch["labels"],
             depth_labels=torch.where(supervised, 2, 1),
-            follow_labels=True,
             policy="decider",
             max_depth=2,
-            loss_weights=(0.5, 0.5),
+            training=TrainingPass(follow_labels=True, loss_weights=(0.5, 0.5)),
             logits_to_keep=supervised.new_empty(0).long(),
             use_cache=False,
         )

@@ -31,7 +31,7 @@ from ..progress import SILENT, Reporter
 
 CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
 TEXTS = 64  # fewer texts rank layers by luck
-# How configurations speak of layers: an entry for each, the numbers of some, or how many come first.
+# How configurations describe layers: an entry for each, the numbers of some, or how many come first.
 PER_LAYER = re.compile(r"layer|block|pattern|types")
 INDEX_LISTS = ("moe_layers", "mlp_only_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
@@ -235,7 +235,7 @@ def _replaying(layers: list[nn.Module], seen: list[tuple[Tensor, Any]], skipped:
 
 
 def drop_layer(base: PreTrainedModel, index: int) -> None:
-    """Remove a layer in place: from the module list, and from whatever the configuration says about layers."""
+    """Remove a layer in place: from the module list, and from the entries of the configuration that describe layers."""
     config = base.config.get_text_config(decoder=True)
     number = config.num_hidden_layers
     layers = decoder_layers(decoder_of(base), number)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .. import __version__
 from ..config import current_fields
 from ..files import differences, write_atomically
 from ..model import TaHForCausalLM
@@ -170,7 +170,7 @@ def version_of(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # tah may run from a source tree
-        return __version__ if name == "tah" else None
+        return sys.modules["tah"].__version__ if name == "tah" else None
 
 
 def _git_commit() -> str | None:

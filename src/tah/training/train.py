@@ -226,7 +226,7 @@ def fields_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_fields(recipe: Recipe, config: TaHConfig, path: str) -> None:
-    """A TaH checkpoint to continue from must be what the recipe says, field by field; raises `ValueError`."""
+    """A TaH checkpoint to continue from must agree with the recipe, field by field; raises `ValueError`."""
     wanted = {name: value for name, value in fields_of(recipe).items() if name not in ("policy", "decider")}
     for name, value in wanted.items():
         if (is_ := getattr(config, name)) != value:

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..config import current_tensor
+from ..core.logits import TaHOutput
 from ..core.loss import IGNORE, decider_loss, shift
-from ..model import TaHForCausalLM, TaHOutput
+from ..model import TaHForCausalLM, TrainingPass
 from ..names import BY_GAIN, Stage
 from ..policy import Confidence, DepthState, Random
 
@@ -47,24 +48,16 @@ class Objective:
 
     Args:
         stage: `backbone` (base, adapter, maps) or `decider`.
-        method: who iterates while training the backbone, and what a decider is to find.
+        method: which tokens iterate while the backbone is trained, and which tokens a decider is to find.
             `paper`: hard tokens, by their depth labels; loss of the final output.
             `lookahead`: every supervised token, all depths; loss after each depth. `blind` is the same, but deeper
             passes see no text (config `attention="blind"`), the control.
             `always`, `random`, `confidence`: as the policy of that name; loss of the final output.
-            `standard`: nobody.
+            `standard`: no token.
         max_depth: most passes.
-        loss_weights: what the output after each depth counts; None: the final one for the policies' methods, all
-            alike for `lookahead` and `blind`.
-        share: `lookahead`: of the supervised tokens, those that run more than one pass; `random`: of all tokens.
-        tau: `confidence` iterates where the entropy exceeds this, in nats.
-        uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate (while the
-            backbone is trained).
-        joint: train the decider along with the backbone (`lookahead`, `blind`).
-        gain: a token is worth a pass that lowers its cross-entropy by more than this, in nats (`lookahead`, `blind`).
-        pos_weight: weight of the hard tokens in the decider's loss (`paper`).
-        depth_schedule: (share of the training done, most passes from then on), rising.
         seed: of the sampled shares.
+
+    The other fields are those of the recipe's sections (`recipe.Backbone`, `recipe.Decider`).
     """
 
     stage: Stage
@@ -97,6 +90,12 @@ class Objective:
         return [1 / depth] * depth if self.by_gain else None
 
     def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
+        """Arguments of `forward`, those of training as one object."""
+        given = self._given(batch, step, depth, shared)
+        its = {field.name: given.pop(field.name) for field in fields(TrainingPass) if field.name in given}
+        return given | {"training": TrainingPass(**its)}
+
+    def _given(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool) -> dict[str, Any]:
         """Arguments of `forward` for a batch, at a training step with at most `depth` passes.
 
         `shared`: other processes run the same step, so every depth must run in each.
@@ -106,7 +105,7 @@ class Objective:
         if shared:
             given["idle"] = True
         if self.stage == "decider" and not self.by_gain:
-            # Only decisions are needed: nobody runs the deepest pass, and nothing but the decider is trained.
+            # Only decisions are needed: no token runs the deepest pass, and nothing but the decider is trained.
             del given["labels"]
             labels = batch["depth_labels"].clamp(max=depth - 1)
             return given | {"policy": "decider", "follow_labels": True, "depth_labels": labels}

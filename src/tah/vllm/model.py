@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..config import TaHConfig, current_tensor
+from ..core.fast import topk
 from ..core.logits import best_of
 from ..core.lora import is_target
 from ..core.next_input import weighted
@@ -309,7 +310,7 @@ class TaHForCausalLM(nn.Module):
             return self.embed_input_ids(ids[index]) + self.next_input_map(logits.hidden[index])
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
-            weights, tokens = best_of(logits, self.config.mix_topk)
+            weights, tokens = best_of(logits, self.config.mix_topk, topk)
             return weighted(weights, self.embed_input_ids(tokens))
 
         return logits.map(index, mix)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import sympy
@@ -42,6 +43,7 @@ TOKEN = re.compile(
 MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # as sympy prints them: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 WORD = re.compile(r"[a-zA-Z]{2,}")
+SHORT_WORDS = ("no", "on", "if", "or", "so")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
 
 
@@ -57,7 +59,8 @@ def read(text: str, cased: bool = False, real: bool = True) -> Expression | None
         cased: R and r are two symbols.
         real: symbols are real numbers.
     """
-    if len(text) > LONGEST or LEFT_OUT.search(text) or _depth(text) > DEEPEST or is_words(text):
+    depths = itertools.accumulate((mark in "([{") - (mark in ")]}") for mark in text)
+    if len(text) > LONGEST or LEFT_OUT.search(text) or max(depths, default=0) > DEEPEST or is_words(text):
         return None
     return _parse(normalize_latex(text, NORMAL), cased, real)
 
@@ -129,22 +132,10 @@ def is_words(text: str) -> bool:
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
         return False
-    return any(map(_is_word, WORD.findall(plain)))
-
-
-def _is_word(letters: str) -> bool:
-    """Whether letters in a row are no product: cab is one of a, b and c."""
-    if len(letters) < 3:
-        return letters.lower() in ("no", "on", "if", "or", "so")
-    return "".join(sorted(letters)) not in "abcdefghijklmnopqrstuvwxyz"
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for mark in text:
-        depth += (mark in "([{") - (mark in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+    return any(
+        letters.lower() in SHORT_WORDS if len(letters) < 3 else "".join(sorted(letters)) not in ascii_lowercase
+        for letters in WORD.findall(plain)  # cab is a product, of a, b and c
+    )
 
 
 def plain_text(text: str) -> str:
@@ -159,12 +150,7 @@ def plain_text(text: str) -> str:
 
 
 def equal(gold: str, given: str) -> bool:
-    """Whether two values are the same, as text or as mathematics.
-
-    Args:
-        gold: of the right answer.
-        given: of the answer.
-    """
+    """Whether a value of the right answer and a value given are the same, as text or as mathematics."""
     if plain_text(gold) == plain_text(given):
         return True
     golds, givens = coordinates(gold, True), coordinates(given)
@@ -238,7 +224,7 @@ def _same_ends(gold: Relational, given: Relational) -> bool:
         one, other = gold.as_set(), given.as_set()
     except Exception:  # sympy's, of any type: of several unknowns, or not solved
         return True
-    return same(one, other) if isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval) else True
+    return not (isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval)) or same(one, other)
 
 
 def matched(gold: Sequence[Any], given: Sequence[Any], alike: Any) -> bool:
@@ -302,7 +288,7 @@ def region(text: str) -> sympy.Set | None:
         both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
         if len(both) == 1 and (both[0] is None or isinstance(both[0], sympy.FiniteSet)):  # intervals in a list
             parts = [_read_whole(part) for part in split_list(either)]
-            if not all(isinstance(part, (sympy.Interval, sympy.Union)) and not _may_be_pair(part) for part in parts):
+            if not all(map(_is_region, parts)):
                 return None
             pieces += parts
             continue
@@ -313,17 +299,19 @@ def region(text: str) -> sympy.Set | None:
     return sympy.Union(*pieces)
 
 
-def _may_be_pair(part: sympy.Set) -> bool:
-    """Whether it was written (1,2), which in a list is a pair."""
-    return isinstance(part, sympy.Interval) and part.is_open and not (part.start.is_infinite or part.end.is_infinite)
-
-
 def _joint(word: str) -> str:
     return rf"\\text\{{\s*,?\s*{word}\s*\}}|(?<![a-zA-Z]){word}(?![a-zA-Z])"
 
 
 def _read_whole(text: str) -> Expression | None:
     return read(text) if is_whole(text) else None
+
+
+def _is_region(part: Expression | None) -> bool:
+    """Whether it is an interval, or several; not (1,2), which in a list is a pair."""
+    if isinstance(part, sympy.Interval) and part.is_open:
+        return bool(part.start.is_infinite or part.end.is_infinite)
+    return isinstance(part, (sympy.Interval, sympy.Union))
 
 
 def _as_set(found: Expression | None) -> sympy.Set:

@@ -163,6 +163,8 @@ SEPARATOR = re.compile(
 MARK = re.compile(rf"\\[{{}}]|\\begin\b|\\end\b|[()\[\]{{}}]|{SEPARATOR.pattern}|\\?[a-zA-Z]+")
 OPENS, CLOSES = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
 VALUED = re.compile(r"\s*(?:=|\\in)\s*(?=\\\{)")  # x = \{1, 2\}
+THOUSANDS = re.compile(r"(?<!\d)\d{1,3},(?=\d{3}(?!\d))")
+BRACKET = re.compile(r"[(\[]|\\\{")
 CLOSING = {"(": ")", r"\{": r"\}", "[": "]"}
 
 
@@ -179,7 +181,7 @@ def split_list(text: str) -> list[str]:
             depth = max(0, depth - 1)
         elif depth == 0 and SEPARATOR.fullmatch(mark[0]):
             cuts.append(mark)
-    thousands = {cut.start() for cut in cuts if cut[0] == "," and _between_thousands(text, cut.start())}
+    thousands = {comma.end() - 1 for comma in THOUSANDS.finditer(text)} & {cut.start() for cut in cuts}
     tight = {cut.start() for cut in cuts if cut[0] == "," and not text[cut.end() : cut.end() + 1].isspace()}
     if tight - thousands:  # 1,-2,300: its commas are those of a list
         thousands = set()
@@ -189,17 +191,8 @@ def split_list(text: str) -> list[str]:
             parts.append(text[at : cut.start()])
             at = cut.end()
     whole = [part.strip() for part in [*parts, text[at:]]]
-    return [_joined(part) for part in whole if part]
-
-
-def _between_thousands(text: str, comma: int) -> bool:
-    before, after = text[max(0, comma - 4) : comma], text[comma + 1 : comma + 5]
-    return bool(re.search(r"(?<!\d)\d{1,3}$", before) and re.match(r"\d{3}(?!\d)", after))
-
-
-def _joined(part: str) -> str:
-    """The number without its thousands' commas; within brackets commas separate."""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", part) if not re.search(r"[(\[]|\\\{", part) else part
+    # A number without its thousands' commas; within brackets commas separate
+    return [part if BRACKET.search(part) else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", part) for part in whole if part]
 
 
 def inner(text: str, opening: str) -> str | None:

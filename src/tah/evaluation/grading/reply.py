@@ -186,11 +186,7 @@ def _takes_back(between: str) -> bool:
 
 
 def corrected_number(text: str) -> str | None:
-    """The number that "the answer is ..." gives after a doubt; None where there is no doubt or no number.
-
-    Args:
-        text: what follows the last box.
-    """
+    """The number that "the answer is ..." gives after a doubt behind the last box; None without doubt or number."""
     doubt = DENIAL.search(text) or HESITATION.search(text)
     found = ANSWER.findall(text[doubt.end() :][-2000:]) if doubt else []
     phrase = REASON.sub("", _sentence(found[-1])) if found else ""
@@ -211,12 +207,8 @@ def _sentence(phrase: str) -> str:
 
 
 def answer_phrase(text: str) -> tuple[str | None, bool]:
-    """What follows the last "the answer is", or all of a reply of one short line; None where neither is there.
-
-    The second of the two is whether the reply speaks of an answer.
-
-    Args:
-        text: a reply without boxes.
+    """Of a reply without boxes: what follows the last "the answer is", or all of one short line; None without either.
+    And whether the reply speaks of an answer.
     """
     tail = text[-2000:].strip()
     if phrases := ANSWER.findall(tail):

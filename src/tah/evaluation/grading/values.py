@@ -114,12 +114,7 @@ SIGNED = [
 
 
 def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
-    """A value and its unit, in one way of writing; None where it has none.
-
-    Args:
-        text: of one value, normalized.
-        gold: it is the right answer, in which `5m` is a product.
-    """
+    """A value and its unit, in one way of writing; None where it has none. In a right answer `5m` is a product."""
     if not gold:
         text = _spelled(text)
     if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
@@ -228,12 +223,7 @@ Coordinate = tuple[str | None, Value]
 
 
 def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
-    r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where the text is no tuple.
-
-    Args:
-        text: of one value, normalized.
-        gold: it is the right answer.
-    """
+    r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where there are none."""
     if column := COLUMN.match(text):
         return [(None, read_value(part, gold)) for part in column[1].split(r"\\")]
     names: list[str | None] = []
@@ -259,13 +249,7 @@ def named_values(values: Sequence[Value]) -> list[Coordinate]:
 def same_coordinates(
     gold: Sequence[Coordinate], given: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
 ) -> bool:
-    """Whether two lists of coordinates are the same: by name where both have these names, else in their order.
-
-    Args:
-        gold: of the right answer.
-        given: of the answer.
-        alike: whether two values are the same.
-    """
+    """Whether two lists of coordinates are the same: by name where both have these names, else in their order."""
     if len(gold) != len(given):
         return False
     names, others = ([name for name, _ in side] for side in (gold, given))

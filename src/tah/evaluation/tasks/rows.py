@@ -80,7 +80,7 @@ def load(
         rows = [row for row in map(read, found) if row is not None]
         for number, row in enumerate(rows):
             check(row, kind, f"{hub} row {number}")
-    filled = [_fill(row, kind, number) for number, row in enumerate(rows)]
+    filled = [complete_row(row, kind, number) for number, row in enumerate(rows)]
     if twice := [row for row, times in Counter(row["id"] for row in filled).items() if times > 1]:
         raise ValueError(f"task {name}: {twice[0]!r} is the id of two questions; give each its own")
     return {"test": Dataset.from_list(filled)}
@@ -167,7 +167,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _fill(row: Row, kind: Kind, number: int) -> Row:
+def complete_row(row: Row, kind: Kind, number: int) -> Row:
     """All fields of the schema, so that every row of the data set has the same."""
     empty: Row = {"choices": [], "test_list": [], "test_imports": []}
     filled = {field: row.get(field) or empty.get(field, "") for field in FIELDS[kind]}

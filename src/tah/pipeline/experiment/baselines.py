@@ -39,7 +39,7 @@ def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     """
     scratch = read_scratch(recipe)
     texts = load_rows(str(run / "data" / "train.jsonl"))
-    tokenizer = make_tokenizer((said["content"] for row in texts for said in row["messages"]), scratch.vocab_size)
+    tokenizer = make_tokenizer((message["content"] for row in texts for message in row["messages"]), scratch.vocab_size)
     config = LlamaConfig(
         **scratch.model_dump(exclude={"training", "vocab_size"}),
         vocab_size=len(tokenizer),

@@ -141,7 +141,7 @@ def _plain(directory: Path, recipe: Recipe) -> TaHForCausalLM:
 def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, TokenScores]:
     """Other ways to choose as many tokens as the model's own policy does, and the oracle where there are labels."""
     share = float((own.passes > 1).mean())
-    unsure = score_tokens(model, test.rows, pad, Rule(Confidence("entropy"), 1.0))  # nobody iterates
+    unsure = score_tokens(model, test.rows, pad, Rule(Confidence("entropy"), 1.0))  # no token iterates
     threshold = threshold_for_share(unsure.probability, share)
     rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(Random(share, seed))}
     if test.ranks is not None:

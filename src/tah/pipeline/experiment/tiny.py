@@ -165,7 +165,7 @@ def digest(question: str) -> str:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the texts in which every digit is a token, with a chat template that marks what is said."""
+    """A byte-level BPE of the texts in which every digit is a token; its chat template marks the assistant's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -184,7 +184,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of `tokenizers` that knows `SPECIAL`, with the chat template, as transformers takes it."""
+    """A tokenizer of `tokenizers` with the tokens `SPECIAL`, with the chat template, as transformers takes it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],

@@ -11,6 +11,7 @@ from helpers.families import tiny
 from helpers.models import distance, tah, token_ids
 from tah import Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM, UnsupportedBase
 from tah.checkpoints.safe import replace_files
+from tah.model import TrainingPass
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,8 @@ def test_config_cannot_name_code_to_download():
         ({"position_ids": torch.zeros(2, 3, dtype=torch.long)}, "position_ids of shape"),
         ({"depth_labels": torch.ones(2, 11)}, "depth_labels of shape"),
         ({"labels": torch.ones(2, 11)}, "labels of shape"),
-        ({"labels": token_ids(), "loss_weights": [1.0]}, "1 loss_weights for a max_depth of 2"),
-        ({"follow_labels": True}, "follow_labels needs depth_labels"),
+        ({"labels": token_ids(), "training": TrainingPass(loss_weights=[1.0])}, "1 loss_weights for a max_depth of 2"),
+        ({"training": TrainingPass(follow_labels=True)}, "follow_labels needs depth_labels"),
         ({"inputs_embeds": torch.zeros(2, 12, 32)}, "exactly one of input_ids and inputs_embeds"),
         ({"output_hidden_states": True}, "output_hidden_states is not supported"),
     ],

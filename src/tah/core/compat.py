@@ -1,0 +1,106 @@
+"""Every private name of transformers and accelerate that the model relies on, and what they renamed between versions.
+
+`tests/core/test_compat.py` has a test for each, so that a new release shows at once what it moved. (vLLM's are in
+`tah/vllm/compat.py`.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
+_known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _known else "past_key_values"
+
+
+def given_cache(past_key_values: Any, cache: Any) -> Any:
+    """The one that a call was given under either name.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names for one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation of a model with this configuration: `eager`, `sdpa`, `flash_attention_2`, ..."""
+    return config._attn_implementation
+
+
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Choose the attention implementation of every model that holds this configuration."""
+    config._attn_implementation = name
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """The registered attention function of this name."""
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
+    """Register an attention implementation under our own name; transformers prepares masks for it as for `like`."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep transformers from initialising a module again."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def allow_replay_with_cache(layer: nn.Module) -> None:
+    """Let activation checkpointing replay a layer that writes into a cache."""
+    layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere until it is called."""
+    return hasattr(module, "_hf_hook")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks of the module must see a call (offloading, sharding), so that its weights may not be used without
+    one. Hooks of all modules, as counters of operations have them, are not asked for."""
+    return is_offloaded(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class PrivateHooks:
+    """Mixin of a `PreTrainedModel`: what transformers calls by a private name, led to a public one of the model."""
+
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the base's business
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: base, adapters, decider and maps have initialised themselves by the time they are put together."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        if enable:
+            contexts = self.replay_contexts  # type: ignore[attr-defined]
+            kwargs["gradient_checkpointing_func"] = partial(gradient_checkpointing_func, context_fn=contexts)
+        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        assistant, given = kwargs.get("assistant_model"), kwargs["model_kwargs"]
+        kwargs["model_kwargs"] = self.arguments_of_assistant(assistant, given)  # type: ignore[attr-defined]
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        self.prepare_cache(generation_config, model_kwargs)  # type: ignore[attr-defined]

@@ -1,0 +1,135 @@
+"""Every private name of transformers and accelerate in `tah/core/compat.py` is still there and still does its work."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from helpers.families import tiny
+from helpers.models import tah, token_ids
+from tah.core import compat
+
+
+def test_the_name_of_the_cache_is_that_of_the_installed_transformers() -> None:
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    assert compat.CACHE in known
+    assert compat.CACHE in inspect.signature(type(tiny("llama").model).forward).parameters
+
+
+def test_a_cache_is_given_once() -> None:
+    one = object()
+    assert compat.given_cache(one, None) is compat.given_cache(None, one) is one
+    with pytest.raises(ValueError, match="two names for one argument"):
+        compat.given_cache(one, one)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_of_a_configuration(name: str) -> None:
+    base = tiny("llama", name)
+    assert compat.attention_of(base.config) == name
+    compat.set_attention(base.config, "eager")
+    assert compat.attention_of(base.model.layers[0].self_attn.config) == "eager"
+
+
+def test_an_attention_of_our_own_is_used_and_gets_the_masks_of_its_model() -> None:
+    ids, seen = token_ids(), []
+    padding = torch.ones_like(ids)
+    padding[:, :3] = 0
+    base = tiny("llama", "sdpa")
+    with torch.no_grad():
+        want = base(ids, attention_mask=padding).logits
+        stock = compat.attention_function("sdpa")
+
+        def attend(module: nn.Module, query: torch.Tensor, *rest: object, **kwargs: object) -> object:
+            seen.append(query.shape)
+            return stock(module, query, *rest, **kwargs)
+
+        compat.register_attention("tah_test", attend, like="sdpa")
+        compat.set_attention(base.config, "tah_test")
+        assert torch.equal(base(ids, attention_mask=padding).logits, want)
+    assert len(seen) == base.config.num_hidden_layers
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
+
+
+def test_marked_modules_are_not_initialised_again() -> None:
+    base = tiny("llama")
+    layers = [base.model.layers[0].mlp.up_proj, base.model.layers[0].mlp.down_proj]
+    for layer in layers:
+        nn.init.constant_(layer.weight, 7)
+        layer._is_hf_initialized = False
+    compat.mark_initialized(layers[0])
+    base.initialize_weights()
+    assert (layers[0].weight == 7).all() and not (layers[1].weight == 7).all()
+
+
+def test_layers_are_replayed_although_they_write_into_a_cache() -> None:
+    """Without permission transformers takes the cache away from a layer under activation checkpointing."""
+    model = tah(policy="always").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layer, given = model.base.model.layers[0], []
+    layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs.get(compat.CACHE)), with_kwargs=True
+    )
+    ids = token_ids()
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert len(given) > 2 and all(cache is not None for cache in given)
+
+
+def test_hooks_and_offloading_are_seen() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    layer = nn.Linear(2, 2)
+    assert not compat.is_watched(layer) and not compat.is_offloaded(layer)
+    add_hook_to_module(layer, ModelHook())
+    assert compat.is_watched(layer) and compat.is_offloaded(layer)
+    remove_hook_from_module(layer)
+    assert not compat.is_watched(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        handle = register(lambda *args: None)
+        assert compat.is_watched(layer) and not compat.is_offloaded(layer)
+        handle.remove()
+    assert not compat.is_watched(layer)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(compat.PrivateHooks) if not name.startswith("__")])
+def test_what_we_override_is_there_to_override(name: str) -> None:
+    assert any(name in vars(kind) for parent in (PreTrainedModel, GenerationMixin) for kind in parent.__mro__), name
+    ours, stock = getattr(compat.PrivateHooks, name), getattr(PreTrainedModel, name, None)
+    stock = getattr(GenerationMixin, name) if stock is None and hasattr(GenerationMixin, name) else stock
+    if callable(ours):
+        theirs = inspect.signature(stock).parameters  # type: ignore[arg-type]
+        named = [
+            its.name for its in inspect.signature(ours).parameters.values() if its.kind is its.POSITIONAL_OR_KEYWORD
+        ]
+        assert set(named) <= set(theirs)
+
+
+def test_the_overrides_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, called = tah(policy="always"), []
+    for name in ("prepare_cache", "arguments_of_assistant"):
+        plain = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda *args, plain=plain, name=name: (called.append(name), plain(*args))[1], raising=False
+        )
+    assistant = tiny("llama")
+    model.generate(token_ids(1), max_new_tokens=3, assistant_model=assistant, do_sample=False)
+    assert set(called) == {"prepare_cache", "arguments_of_assistant"}
+    assert model._can_set_experts_implementation()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.init_weights()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_replayed_layers_run_at_their_depth() -> None:
+    contexts = []
+    model = tah()
+    model._set_gradient_checkpointing(True, gradient_checkpointing_func=lambda *args, **kwargs: contexts.append(kwargs))
+    layer = model.base.model.layers[0]
+    layer._gradient_checkpointing_func(None)
+    assert contexts == [{"context_fn": model.replay_contexts}]
