@@ -393,9 +393,7 @@ def test_disk_full(capsys, monkeypatch):
     def full(source, target, threshold):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
 
-    monkeypatch.setattr(
-        sys.modules["tah.checkpoints.convert"], "convert", full
-    )  # the package exports the function by its name
+    monkeypatch.setattr("tah.load.convert", full)
     line = fails(capsys, "convert", "a", "b")
     assert "No space left on device" in line and "'b'" in line
 
