@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,8 +84,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_base: Path) -> Path:
     """Directory of a TaH checkpoint of `tiny_base` that iterates on some tokens."""
-    import shutil
-
     from tah import TaHForCausalLM
 
     model = TaHForCausalLM.from_base(str(tiny_base), policy="confidence", threshold=0.5, lora_rank=4)
@@ -97,9 +98,6 @@ def tiny_checkpoint(tiny_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def pupil(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base that has learned to answer 29 to whatever it is asked."""
-    import json
-    import shutil
-
     import torch
 
     from helpers.evaluations import ITEMS, LONG
@@ -126,3 +124,38 @@ def pupil(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
     base.eval().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, no colours, and a working directory of its own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("TAH_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def changed(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`changed(template=..., more=..., positions=...)`: a copy of the tiny base with another chat template, with tokens
+    that have no embedding, or with more positions."""
+    from transformers import PreTrainedTokenizerFast
+
+    def copy(template: str | None = None, more: tuple[str, ...] = (), pad: bool = False, positions: int = 64) -> Path:
+        directory = tmp_path / "changed"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tiny_base, directory)
+        if template is not None:
+            (directory / "chat_template.jinja").write_text(template)
+        if more:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+            tokenizer.add_tokens(list(more))
+            if pad:
+                tokenizer.add_special_tokens({"pad_token": more[-1]})
+            tokenizer.save_pretrained(directory)
+        config = json.loads((directory / "config.json").read_text()) | {"max_position_embeddings": positions}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return copy

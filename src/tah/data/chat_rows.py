@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +218,8 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     found = [value] if isinstance(value, dict) else value
     if not isinstance(found, list | None):
         raise Unusable("malformed tool call")
-    return [_call(call) for call in found or [] if not _is_nothing(call)]
+    empty = (type(None), dict, list)
+    return [_call(call) for call in found or [] if not all(isinstance(each, empty) for each in nested(call))]
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -250,7 +251,8 @@ def _parsed(value: Any, what: str) -> Any:
         raise Unusable(f"malformed {what}") from error
 
 
-def _is_nothing(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
-    return value is None
+def nested(value: Any) -> Iterator[Any]:
+    """A value of JSON and all values inside it."""
+    yield value
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        yield from nested(entry)

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import first_line
-from .chat_rows import REASONING, Chat, Messages, Unusable, openai_call
+from .chat_rows import REASONING, Chat, Messages, Unusable, nested, openai_call
 
 MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again
 MARKER = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]")  # between an answer and its reasoning, which templates may leave out
@@ -243,7 +243,7 @@ def _keeps_reasoning(message: dict[str, Any], shown: str) -> bool:
 def _check_call(call: dict[str, Any], shown: str) -> None:
     """Check that a tool call is shown, its arguments neither as Python writes them nor encoded twice."""
     inner = call.get("function", call)
-    values = list(_nested(inner["arguments"]))
+    values = list(nested(inner["arguments"]))
     if inner["name"] not in shown or not all(_is_shown(value, shown) for value in values):
         raise LeftOut("the chat template leaves out a tool call")
     for each in values:
@@ -263,13 +263,6 @@ def _is_shown(value: Any, text: str) -> bool:
         return True
     value = str(value).strip()
     return any(each in text for each in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]))
-
-
-def _nested(value: Any) -> Iterator[Any]:
-    """A value of JSON and all values inside it."""
-    yield value
-    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
-        yield from _nested(entry)
 
 
 # -- ends of turns ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its
 SPACE = re.compile(r"\s*")
 FIRST = 2**26  # bytes of a file that decide about its columns and their types
 NULL = b"null"
+HEAD = re.compile(rb"[\r\n][^\S\r\n]*(\S[^\r\n]{0,3})")  # the beginning of a line that is not blank
 TEXT_COLUMNS = ("text", "prompt", "completion", "system")  # may hold a text in each row
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion")  # may hold messages
 TURN_KEYS = ("content", "value", *REASONING)  # keys of a message that hold texts
@@ -145,7 +146,7 @@ def check_text(path: Path) -> int:
     most = max(SMALL, MOST_PACKED * path.stat().st_size) if path.suffix in PACKED else None
     with _opened(path) as file:
         while chunk := file.read(CHUNK):
-            size += len(chunk)
+            begins, size = size == 0, size + len(chunk)
             if most is not None and size > most:
                 raise ValueError(f"unpacks to more than {most} bytes, {MOST_PACKED} times its size; unpack it yourself")
             try:
@@ -153,8 +154,9 @@ def check_text(path: Path) -> int:
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
                 raise ValueError(f"line {line} is not UTF-8") from None
-            chunk = chunk.removeprefix(codecs.BOM_UTF8) if not lines.begun else chunk
-            is_list = chunk.startswith(b"[") if not lines.begun else is_list
+            if begins:
+                chunk = chunk.removeprefix(codecs.BOM_UTF8)
+                is_list = chunk.startswith(b"[")
             null = lines.add(chunk)
             if kind != ".csv":
                 if (deep := nesting.add(chunk)) is not None:
@@ -178,25 +180,23 @@ class _Lines:
     """
 
     def __init__(self) -> None:
-        self.begun, self._filled, self._breaks, self._head = False, 0, 0, b""
+        self._filled, self._breaks, self._rest = 0, -1, b"\n"  # as if a line break came before the text
 
     @property
     def filled(self) -> int:
-        return self._filled + bool(self._head)
+        return self._filled + bool(self._rest.strip())
 
     def add(self, chunk: bytes) -> int | None:
         """The line, counted from 1, that begins with null, if there is one."""
-        self.begun, at = True, 0
-        for number, text in enumerate(chunk.replace(b"\r", b"\n").split(b"\n")):
-            if number:
-                self._filled += bool(self._head)
-                self._head = b""
-            if len(self._head) < len(NULL):
-                self._head = (self._head + (text if self._head else text.lstrip()))[: len(NULL)]
-            if self._head == NULL:
-                return 1 + self._breaks + chunk[:at].count(b"\n")
-            at += len(text) + 1
-        self._breaks += chunk.count(b"\n")
+        text, self._rest = self._rest + chunk, b""
+        last = max(text.rfind(b"\n"), text.rfind(b"\r"))
+        if last >= 0 and len(head := text[last:].lstrip()) < len(NULL):  # the next chunk decides
+            text, self._rest = text[:last], text[last : last + 1] + head
+        for line in HEAD.finditer(text):
+            if line[1] == NULL:
+                return 1 + self._breaks + text[: line.start() + 1].count(b"\n")
+            self._filled += 1
+        self._breaks += text.count(b"\n")
         return None
 
 

@@ -268,17 +268,17 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
             raise ValueError(f"document {index} has {length} tokens; 1 to {max_length} fit a row")
         at = bisect_left(free, length)
         if at == len(free):
-            packed.append([index])
-            row, left = len(packed) - 1, max_length - length
+            row, size = len(packed), max_length
+            packed.append([])
         else:
             size = free[at]
-            row, left = room[size].pop(0), size - length
-            packed[row].append(index)
+            row = room[size].pop(0)
             if not room[size]:
                 del room[size], free[at]
-        if left and left not in room:
-            insort(free, left)
-        if left:
+        packed[row].append(index)
+        if left := size - length:
+            if left not in room:
+                insort(free, left)
             room.setdefault(left, []).append(row)
     return packed
 

@@ -1,0 +1,67 @@
+"""Progress of long work: lines in a log, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+
+import pytest
+from rich.console import Console
+
+from helpers.commands import questions, start_command
+from tah.progress import Work
+
+pytestmark = pytest.mark.usefixtures("plain")
+
+
+def in_memory(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100, markup=False, highlight=False)
+
+
+def test_work_has_a_line_every_half_minute_and_at_its_end_where_nobody_watches():
+    now = [0.0]
+    console = in_memory(terminal=False)
+    for title, start in (("gsm8k, never", 0), ("gsm8k, decider", 960)):
+        with Work(console, title, 1000, "answers", done=start, clock=lambda: now[0]) as work:
+            for _ in range(40):
+                now[0] += 1.0
+                work.advance()
+    assert console.file.getvalue().splitlines() == [
+        "gsm8k, never: 30 of 1,000 answers, 0:16:10 left",
+        "gsm8k, never: 40 of 1,000 answers",
+        "gsm8k, decider: 990 of 1,000 answers, 0:00:10 left",
+        "gsm8k, decider: 1,000 of 1,000 answers",
+    ]
+
+
+def test_an_evaluation_in_a_log(tmp_path, changed):
+    words = ("--tasks", "gsm8k", "--policy", "never,always", "--max-new-tokens", 2, "-o", "out")
+    data = questions(tmp_path / "q.jsonl", "2 + 2", "3 + 3")
+    process = start_command("eval", changed(positions=512), *words, "--data", data, stdout=subprocess.PIPE)
+    _, err = process.communicate()
+    assert process.returncode == 0 and err.splitlines() == [
+        f"gsm8k, {policy}: 2 of 2 answers" for policy in ("never", "always")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["work", "texts"])
+def test_a_bar_never_says_of_none(kind):
+    from rich.progress import Progress, TextColumn
+
+    from tah.progress import Counted
+
+    console = in_memory(terminal=True)
+    if kind == "work":
+        with Work(console, "gsm8k, never", None, "answers") as work:
+            work.bar.refresh()
+            work.total = 7
+            work.advance(2)
+            work.bar.refresh()
+    else:
+        with Progress(TextColumn("tracing"), Counted("answers"), console=console) as bar:
+            task = bar.add_task("", total=None)
+            bar.refresh()
+            bar.update(task, completed=2, total=7)
+            bar.refresh()
+    shown = console.file.getvalue()
+    assert "None" not in shown and "2 of 7 answers" in shown
