@@ -44,24 +44,12 @@ def test_an_evaluation_in_a_log(tmp_path, changed):
     ]
 
 
-@pytest.mark.parametrize("kind", ["work", "texts"])
-def test_a_bar_never_says_of_none(kind):
-    from rich.progress import Progress, TextColumn
-
-    from tah.progress import Counted
-
+def test_a_bar_never_says_of_none():
     console = in_memory(terminal=True)
-    if kind == "work":
-        with Work(console, "gsm8k, never", None, "answers") as work:
-            work.bar.refresh()
-            work.total = 7
-            work.advance(2)
-            work.bar.refresh()
-    else:
-        with Progress(TextColumn("tracing"), Counted("answers"), console=console) as bar:
-            task = bar.add_task("", total=None)
-            bar.refresh()
-            bar.update(task, completed=2, total=7)
-            bar.refresh()
+    with Work(console, "gsm8k, never", None, "answers") as work:
+        work.bar.refresh()
+        work.total = 7
+        work.advance(2)
+        work.bar.refresh()
     shown = console.file.getvalue()
     assert "None" not in shown and "2 of 7 answers" in shown

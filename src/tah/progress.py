@@ -8,27 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.text import Text
 
 EVERY = 30.0  # seconds between lines where there is no terminal
-
-
-class Counted(ProgressColumn):
-    """`3 of 12 texts`, and nothing as long as nobody knows how many there are.
-
-    Args:
-        what: is counted.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what = what
-
-    def render(self, task: Task) -> Text:
-        """For one task of the bar."""
-        return Text("" if task.total is None else f"{task.completed:.0f} of {task.total:.0f} {self.what}")
 
 
 class Work:
