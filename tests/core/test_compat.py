@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers.families import tiny
@@ -133,3 +136,44 @@ def test_replayed_layers_run_at_their_depth() -> None:
     layer = model.base.model.layers[0]
     layer._gradient_checkpointing_func(None)
     assert contexts == [{"context_fn": model.replay_contexts}]
+
+
+def test_a_renamed_checkpoint_is_saved_under_its_present_names(tmp_path: Path) -> None:
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "old")
+    state = load_file(tmp_path / "old" / "model.safetensors")
+    save_file(
+        {name.replace("lm_head", "former"): its for name, its in state.items()}, tmp_path / "old" / "model.safetensors"
+    )
+    former = {"^former": "lm_head"}
+    for dropped in (False, True):
+        model = type(base).from_pretrained(tmp_path / "old", key_mapping=dict(former))
+        assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+        if dropped:
+            compat.drop_renaming(model, former)
+        model.save_pretrained(tmp_path / f"new-{dropped}")
+        names = load_file(tmp_path / f"new-{dropped}" / "model.safetensors").keys()
+        assert ("lm_head.weight" in names) == dropped  # else there was nothing to drop
+
+
+def test_trainer_saves_where_it_is_told_and_restores(tmp_path: Path) -> None:
+    """`TrainerHooks` and `restore`, on transformers' own Trainer."""
+    base, staged = tiny("llama"), []
+
+    class Staging(compat.TrainerHooks, Trainer):
+        def save_checkpoint(self, run: Path, save: Callable[[Path], None]) -> None:
+            staged.append(run)
+            save(run / "aside")
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True)
+    rows = [{"input_ids": token_ids(1)[0], "labels": token_ids(1)[0]}]
+    with torch.enable_grad():
+        trainer = Staging(base, arguments, train_dataset=rows)
+        trainer.train()
+    saved = tmp_path / "aside" / "checkpoint-1"
+    assert staged == [tmp_path] and (saved / "model.safetensors").exists() and not (tmp_path / "checkpoint-1").exists()
+    trained = base.lm_head.weight.clone()
+    with torch.no_grad():
+        base.lm_head.weight.zero_()
+    compat.restore(trainer, str(saved))
+    assert torch.equal(base.lm_head.weight, trained)

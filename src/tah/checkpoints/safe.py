@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import FORMER_TENSORS, KERNELS
+from ..core.compat import drop_renaming, set_attention
 from ..core.families import UnsupportedBase
 from .convert import converted, reconversion
 from .hub import OPTIONS, Snapshot, is_repository
@@ -56,9 +57,7 @@ class SafeCheckpoint:
         except SafetensorError as error:
             advice = advice or "; copy them again"
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}){advice}") from error
-        # transformers restores the names of the file when it saves the model again; the former ones end here.
-        if used := getattr(model, "_weight_conversions", None):
-            model._weight_conversions = [entry for entry in used if not former.keys() & set(entry.source_patterns)]
+        drop_renaming(model, former)
         if source != str(named):
             model.name_or_path = model.config.name_or_path = str(named)
         refuse_incomplete(info, f"{source}: not a complete TaH checkpoint", advice, ignored)
@@ -144,7 +143,7 @@ def check_checkpoint(
         chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
         own = isinstance(given, PreTrainedConfig)
         config: Any = copy.deepcopy(given) if own else model_class.config_class.from_pretrained(directory, **chosen)
-        config._attn_implementation = "eager"  # kernels change no shapes, and may be missing
+        set_attention(config, "eager")  # kernels change no shapes, and may be missing
         return model_class(config)
 
     try:

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 
 from ..config import KERNELS, TaHConfig, check_family, current_tensor, parts, refuse_kernels, without_kernels
+from ..core.compat import set_attention
 from ..errors import first_line, some
 from ..files import parse_json
 
@@ -273,7 +274,7 @@ def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Mod
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
         raise ValueError(f"{directory}: transformers has no causal language model for the family {config.model_type}")
-    config._attn_implementation = "eager"
+    set_attention(config, "eager")
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

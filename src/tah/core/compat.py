@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -72,6 +73,42 @@ def is_watched(module: nn.Module) -> bool:
     """Whether hooks of the module must see a call (offloading, sharding), so that its weights may not be used without
     one. Hooks of all modules, as counters of operations have them, are not asked for."""
     return is_offloaded(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def drop_renaming(model: Any, former: Collection[str]) -> None:
+    """Save a model that was read with a `key_mapping` under its present names; transformers would restore the names of
+    the file.
+
+    Args:
+        former: patterns of the names to forget, as they stood in `key_mapping`.
+    """
+    if used := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [entry for entry in used if not set(former) & set(entry.source_patterns)]
+
+
+def restore(trainer: Any, checkpoint: str) -> None:
+    """Load a `Trainer`'s model from one of its checkpoints, without taking a step."""
+    trainer._load_from_checkpoint(checkpoint)
+
+
+class TrainerHooks:
+    """Mixin of a `Trainer`: how it saves a checkpoint, led to a public method."""
+
+    _staged: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staged or super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        def save(directory: Path) -> None:
+            """Trainer's own checkpoint, in another directory than usual."""
+            self._staged = str(directory)
+            try:
+                super(TrainerHooks, self)._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._staged = None
+
+        self.save_checkpoint(Path(self._get_output_dir(trial)), save)  # type: ignore[attr-defined]
 
 
 class PrivateHooks:

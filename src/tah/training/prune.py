@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..core.compat import attention_of
 from ..core.families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
 from ..progress import SILENT, Reporter
 
@@ -127,7 +128,7 @@ def prune(
     check_texts(len(texts), fewest)
     base.eval()
     config = base.config.get_text_config(decoder=True)
-    name = base.config._name_or_path or ""
+    name = base.config.name_or_path or ""
     name = Path(name).name if Path(name).is_dir() else name  # not where it lies on this machine
     made = PruneReport(
         base=name or config.model_type,
@@ -313,7 +314,7 @@ def _check_reload(base: PreTrainedModel, directory: Path) -> None:
     """A family may build a layer by its number, or by how many there are; then what loads would be another model."""
     device = base.get_input_embeddings().weight.device
     again = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=base.dtype, attn_implementation=base.config._attn_implementation, trust_remote_code=False
+        directory, dtype=base.dtype, attn_implementation=attention_of(base.config), trust_remote_code=False
     )
     again = again.to(device).eval()
     ids = torch.arange(PROBE_TOKENS, device=device)[None] % base.config.get_text_config(decoder=True).vocab_size

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations import TensorBoardCallback
 
 from ..config import TaHConfig
+from ..core.compat import restore
 from ..data.data_files import COMPLETE
 from ..data.rows import Collator, depth_labels, pack
 from ..load import find, load_base, load_tah, load_tokenizer
@@ -112,7 +113,7 @@ def _fit(trainer: TaHTrainer, checkpoint: Path | None, directory: Path, progress
 
                 trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
         if checkpoint is not None and is_last(checkpoint):
-            trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one step beyond the end
+            restore(trainer, str(checkpoint))  # Trainer would take one step beyond the end
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..config import current_tensor
+from ..core.compat import TrainerHooks
 from ..core.logits import TaHOutput
 from ..core.loss import IGNORE, decider_loss, shift
 from ..model import TaHForCausalLM, TrainingPass
@@ -202,7 +203,7 @@ class Meter:
         return {self.prefix + name: value for name, value in logs.items()}
 
 
-class TaHTrainer(Trainer):
+class TaHTrainer(TrainerHooks, Trainer):
     """`Trainer` for one stage.
 
     Checkpoints appear whole or not at all; SIGTERM saves one and stops; a loss that is not a number stops with the
@@ -219,7 +220,6 @@ class TaHTrainer(Trainer):
         self.model.register_load_state_dict_pre_hook(_rename_former_tensors)  # checkpoints of older versions
         self.objective, self.stopped = objective, False
         self.meters = {True: Meter(), False: Meter("eval_")}  # training and evaluation
-        self._staging: Path | None = None
         self.add_callback(_StopOnSignal(self))
 
     # -- loss ----------------------------------------------------------------------------------------------------
@@ -267,20 +267,18 @@ class TaHTrainer(Trainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+    def save_checkpoint(self, run: Path, save: Callable[[Path], None]) -> None:
+        """Trainer's checkpoint, written aside and moved into place by one rename when complete.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's checkpoint, written aside and moved into place by one rename when complete."""
-        run, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        self._staging = run / ".saving"
+        Args:
+            run: directory of the checkpoints.
+            save: Trainer's own way to write one, below the directory that it is given.
+        """
+        name, staging = f"checkpoint-{self.state.global_step}", run / ".saving"
         if self.is_world_process_zero():
-            shutil.rmtree(self._staging, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
+        save(staging)
         self.accelerator.wait_for_everyone()
         if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = best.replace(str(staging), str(run))
