@@ -174,6 +174,12 @@ def current_tensor(name: str) -> str:
     return FORMER_TENSORS.get(first, first) + dot + rest
 
 
+def former_tensor(name: str) -> str:
+    """The name that a tensor had in checkpoints from before 0.2."""
+    first, dot, rest = name.partition(".")
+    return next((old for old, new in FORMER_TENSORS.items() if new == first), first) + dot + rest
+
+
 def parts(described: Any) -> Iterator[dict[str, Any]]:
     """The objects of a configuration in JSON: itself, and those that stand in it, however deep."""
     todo = [described]

@@ -2,7 +2,8 @@
 
 The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
 *policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
-and read the keys of both depths. The logits of all passes of a token add up. docs/architecture.md follows a prompt.
+and read keys of depths up to their own. The logits of all passes of a token add up. docs/architecture.md follows one
+prompt through this file.
 
 Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
 hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.
@@ -46,8 +47,8 @@ class TrainingPass:
 
     Args:
         follow_labels: tokens run as many passes as `depth_labels` says; the policy is asked, but not followed.
-        loss_weights: weight of the output after each depth 1..max_depth in the loss; by default only the final output
-            counts.
+        loss_weights: weight of the output after each depth 1..max_depth in the loss; by default only the output after
+            a token's last pass counts.
         idle: where no token goes on, run one through the deeper passes all the same and add 0 times the result to the
             loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. By
             default while training with labels and without a cache.
@@ -170,12 +171,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
         # The logits of a token are the sum over its passes. They are carried as a sum of hidden states [B*T, D]; the
-        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. From
-        # logits that the policy looks at, the `num_best` best tokens can be kept for the next input.
+        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. Where
+        # the policy looks at logits, the `num_best` most probable tokens can be kept for the next input, so that the
+        # head does not run twice.
         num_best = self.config.mix_topk if self.next_input_map is None else 0
         running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
-        columns = max(rule.max_depth, self.config.max_depth) - 1
+        columns = max(rule.max_depth, self.config.max_depth) - 1  # as wide in calls with a smaller max_depth
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, padding left out
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
@@ -201,8 +203,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 loss.add(running, depth, active, goes_on)  # before deeper passes add to the output
             if idle and not goes_on.any():
                 zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
-                if loss is not None:  # without one, only the communication between processes counts
-                    loss.total = loss.total + zero
+                if loss is not None:  # with no loss to reach, the passes still keep sharded processes (FSDP) in step
+                    loss.add_zero(zero)
             active, hidden = active[goes_on], hidden[goes_on]
             if len(active) == 0:
                 break
@@ -217,14 +219,15 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         if loss is not None:
             loss.add(running, rule.max_depth, active)  # the tokens that took all passes
         if cache is not None and self.config.attention != "duo":
-            cache.drop_deep()  # under `own` and `blind` a token's deeper keys are for its own later passes only
+            cache.drop_deep()  # `own`, `blind`: a token's deeper keys are for its own later passes, which are over
         continue_logits = continue_logits.view(B, T, columns)
         if cache is not None and kept:
             cache.commit(depth_count, continue_logits.detach())
         no_logits = logits_to_keep is None and self.training and loss is not None
         logits = None if no_logits else self._logits(running, B, T, 0 if logits_to_keep is None else logits_to_keep)
+        value = None if loss is None else loss.value(running, kwargs.get("num_items_in_batch"))  # fills loss.by_depth
         return TaHOutput(
-            loss=None if loss is None else loss.value(running, kwargs.get("num_items_in_batch")),
+            loss=value,
             logits=logits,
             **{CACHE: cache if use_cache else None},
             depth_count=depth_count,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.originals import GOLDEN
 from tah import TaHForCausalLM, convert, load_adapter
+from tah.checkpoints.contents import weights_fingerprint
 from tah.checkpoints.smollm2 import TAH
 from tah.load import FOLLOW, load_tah
 from tah_cli.app import run
@@ -71,6 +72,15 @@ def test_an_adapter_with_both_maps() -> None:
         for tensor in (name for name in whole if name.startswith(former)):
             saved = whole[tensor].bfloat16().float()  # as adapters are saved
             assert torch.equal(state[tensor.replace(former, name)], saved)
+
+
+def test_the_hashes_of_weights_are_those_of_before() -> None:
+    """Labels, traces and evaluations hold the first one, and are continued only with the same; adapters the second."""
+    model = load_tah(str(BEFORE / "maps"))
+    assert weights_fingerprint(model) == "1bb7634b61f4b2edd8b6ed1e63a57c56"
+    saved = json.loads((BEFORE / "additions" / "additions.json").read_text())["base"]["weights"]
+    assert weights_fingerprint(model.base, of_base=True) == saved
+    assert weights_fingerprint(model.base.bfloat16(), of_base=True) == saved
 
 
 @pytest.mark.parametrize("load", LOADERS)

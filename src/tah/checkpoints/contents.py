@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from ..config import former_tensor
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -54,7 +56,7 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
     for name, parameter in model.named_parameters():
         if of_base and ".lora_" in name:
             continue
-        digest.update(name.encode())
+        digest.update(former_tensor(name).encode())  # so that results of before 0.2 can be continued
         if not parameter.is_meta:
             values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].cpu()
             digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())

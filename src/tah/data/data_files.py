@@ -30,7 +30,7 @@ COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its
 SPACE = re.compile(r"\s*")
 FIRST = 2**26  # bytes of a file that decide about its columns and their types
 NULL = b"null"
-HEAD = re.compile(rb"[\r\n][^\S\r\n]*(\S[^\r\n]{0,3})")  # the beginning of a line that is not blank
+HEAD = re.compile(rb"\n[^\S\n]*(\S[^\n]{0,3})")  # the beginning of a line that is not blank
 TEXT_COLUMNS = ("text", "prompt", "completion", "system")  # may hold a text in each row
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion")  # may hold messages
 TURN_KEYS = ("content", "value", *REASONING)  # keys of a message that hold texts
@@ -58,7 +58,7 @@ def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
         raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
     if path.stat().st_size < 2**16 and not path.read_bytes().strip():
         return datasets.Dataset.from_dict({})
-    lines = check_text(path) if path.suffix in TEXTS else 0
+    lines = _check_text(path) if path.suffix in TEXTS else 0
     size = {"chunksize": FIRST} if READERS[path.suffix] == "json" else {}
     rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
     if size and path.stat().st_size > FIRST:
@@ -88,7 +88,7 @@ def open_directory(path: Path, split: str, columns: Mapping[str, str]) -> Datase
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
 
     def check(file: Path) -> None:
-        check_text(file)
+        _check_text(file)
         if file.stat().st_size < SMALL:
             _check_values(file)
 
@@ -130,7 +130,7 @@ def _check_lengths(rows: Dataset) -> Dataset:
 # -- what a parser would crash at or misread -------------------------------------------------------------------------
 
 
-def check_text(path: Path) -> int:
+def _check_text(path: Path) -> int:
     """Check that a .jsonl, .json or .csv file is UTF-8 and has nothing at which a parser crashes.
 
     Returns:
@@ -189,10 +189,11 @@ class _Lines:
     def add(self, chunk: bytes) -> int | None:
         """The line, counted from 1, that begins with null, if there is one."""
         text, self._rest = self._rest + chunk, b""
-        last = max(text.rfind(b"\n"), text.rfind(b"\r"))
-        if last >= 0 and len(head := text[last:].lstrip()) < len(NULL):  # the next chunk decides
+        lines = text.replace(b"\r", b"\n")
+        last = lines.rfind(b"\n")
+        if last >= 0 and len(head := lines[last:].lstrip()) < len(NULL):  # the next chunk decides
             text, self._rest = text[:last], text[last : last + 1] + head
-        for line in HEAD.finditer(text):
+        for line in HEAD.finditer(lines, 0, len(text)):
             if line[1] == NULL:
                 return 1 + self._breaks + text[: line.start() + 1].count(b"\n")
             self._filled += 1

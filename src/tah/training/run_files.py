@@ -145,20 +145,23 @@ def draw_curves(directory: Path) -> None:
     """`curves.png` from `metrics.jsonl`: losses and the iterated share by step."""
     from matplotlib.figure import Figure
 
+    from ..stats.charts import as_png, styled
+
     lines = read_metrics(directory / "metrics.jsonl")
     losses = sorted({key for line in lines for key in line if key.startswith(("loss", "eval_loss"))})
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, names in ((left, losses), (right, ["iterated_share", "eval_iterated_share"])):
-        for name in names:
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name)
-        axes.set_xlabel("step")
-        if axes.lines:
-            axes.legend()
-    left.set_ylabel("loss (nats)")
-    figure.savefig(directory / "curves.png", dpi=100)
+    with styled():
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for axes, names in ((left, losses), (right, ["iterated_share", "eval_iterated_share"])):
+            for name in names:
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=name)
+            axes.set_xlabel("step")
+            if axes.lines:
+                axes.legend()
+        left.set_ylabel("loss (nats)")
+        write_atomically(directory / "curves.png", as_png(figure))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

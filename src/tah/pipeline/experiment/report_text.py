@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...files import write_atomically
+
 ROWS = {  # in the order of the tables: the name of a row, and what was scored
     "standard": ("standard", "the base after as many ordinary steps on the same data, one pass"),
     "standard_compute": (
@@ -217,27 +219,26 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 def draw(found: Numbers, directory: Path) -> None:
     """answers.png, where answers were generated, and sweep.png."""
-    from matplotlib.figure import Figure
+    from ...stats.charts import as_png, new_chart, styled
 
-    if answers := {name: found["answers"][name]["exact_match"] for name in ROWS if name in found["answers"]}:
-        shares = [100 * entry["share"] for entry in answers.values()]
-        ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
-        errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.bar(list(answers), shares, yerr=errors, capsize=4, color="0.6")
-        axes.set_ylabel("answers right (%), 95 % interval")
-        figure.savefig(directory / "answers.png", dpi=100)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in ("decider", "confidence", "random"):
-        points = [(100 * e["iterated_share"], 100 * e["accuracy"]) for e in found["sweep"] if e["policy"] == name]
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    for name, style in (("standard", "--"), ("never", ":")):
-        if name in found["tokens"]:
-            axes.axhline(100 * found["tokens"][name]["accuracy"], linestyle=style, color="0.4", label=name)
-    axes.set_xlabel("iterated tokens (%)")
-    axes.set_ylabel("tokens right along the given texts (%)")
-    axes.legend()
-    figure.savefig(directory / "sweep.png", dpi=100)
+    with styled():
+        if answers := {name: found["answers"][name]["exact_match"] for name in ROWS if name in found["answers"]}:
+            figure, axes = new_chart()
+            shares = [100 * entry["share"] for entry in answers.values()]
+            ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
+            errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]
+            axes.bar(list(answers), shares, yerr=errors, capsize=4, color="0.6")
+            axes.set_ylabel("answers right (%), 95 % interval")
+            write_atomically(directory / "answers.png", as_png(figure))
+        figure, axes = new_chart()
+        for name in ("decider", "confidence", "random"):
+            points = [(100 * e["iterated_share"], 100 * e["accuracy"]) for e in found["sweep"] if e["policy"] == name]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        for name, style in (("standard", "--"), ("never", ":")):
+            if name in found["tokens"]:
+                axes.axhline(100 * found["tokens"][name]["accuracy"], linestyle=style, color="0.4", label=name)
+        axes.set_xlabel("iterated tokens (%)")
+        axes.set_ylabel("tokens right along the given texts (%)")
+        axes.legend()
+        write_atomically(directory / "sweep.png", as_png(figure))
