@@ -441,7 +441,7 @@ def test_what_is_missing_is_named(capfd, work):
     assert "tah label" in fails(capfd, "train", "mine.yaml", "--output", "out")
     assert "--stage backbone first" in fails(capfd, "train", "mine.yaml", "--output", "out", "--stage", "decider")
     assert "no decider section" in fails(capfd, "train", "mine.yaml", "--stage", "decider", "decider=null")
-    assert "'decidr' is not one of" in fails(capfd, "train", "mine.yaml", "--stage", "decidr")
+    assert "did you mean decider?" in fails(capfd, "train", "mine.yaml", "--stage", "decidr")
     assert "did you mean backbone?" in fails(capfd, "run", "mine.yaml", "bakbone.x=1")
     assert "no recipe 'qwen3-0.6'" in fails(capfd, "run", "qwen3-0.6")
     assert "RECIPE" in fails(capfd, "run")
