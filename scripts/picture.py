@@ -35,13 +35,7 @@ def main() -> None:
     painter = Painter(console, session.model.config.threshold)
     question = QUESTIONS[0]
     ids = session.encode([{"role": "user", "content": question}])
-    answer = session.answer(
-        ids,
-        lambda token: None,
-        Rule(),
-        max_new_tokens=60,
-        do_sample=False,
-    )
+    answer = session.answer(ids, lambda token: None, Rule(), max_new_tokens=60, do_sample=False)
     console.print(f'$ tah generate smollm2-tah "{question}"', style="bold")
     text = painter.text(answer.tokens)
     text.rstrip()

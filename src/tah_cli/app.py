@@ -69,7 +69,7 @@ def top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error came from; accepted anywhere (also TAH_DEBUG=1).")
+        bool, typer.Option("--debug", help="Print the traceback of an error; accepted anywhere (also TAH_DEBUG=1).")
     ] = False,
 ) -> None:
     """Think-at-Hard: a language model that runs again on the tokens that are hard."""
