@@ -15,7 +15,6 @@ CONFIDENCE_MEASURES = ("probability", "entropy")
 NEXT_INPUT = ("topk", "hidden")
 ATTENTION = ("duo", "own", "blind")
 OUTPUT = ("sum", "zero_init")
-DECIDERS = ("lean", "mlp")
 
 STAGES = ("backbone", "decider")  # of training
 Stage = Literal["backbone", "decider"]
