@@ -144,7 +144,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             policy: a name or a [`Policy`]; the config's by default.
             threshold: in [0, 1], or one per row [B]; the config's by default.
             max_depth: >= 1, or one per row [B]; the config's by default.
-            use_cache: return a cache; by default not while training.
+            use_cache: return a cache; by default not while training, nor with idle passes.
             logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all. By default
                 all, but none while training with labels, whose loss needs no [B, T, V].
             training: what only training asks for.
@@ -163,7 +163,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
         training = training or TrainingPass()
         rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, training.follow_labels)
-        use_cache = not self.training if use_cache is None else use_cache
+        use_cache = not (self.training or training.idle) if use_cache is None else use_cache
         cache = self._cache(past, use_cache, rule, T)
 
         # Depth 1: every token through the untouched base. Opening a pass reserves slots for its tokens in the cache;

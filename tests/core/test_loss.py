@@ -251,3 +251,15 @@ def test_packed_training_equals_unpacked():
 def test_depth_loss_of_a_shorter_call():
     with pytest.raises(ValueError, match="3 loss_weights for a max_depth of 2"):
         DepthLoss(token_ids(), 2, (1.0, 1.0, 1.0))
+
+
+def test_idle_passes_and_a_cache_that_is_used_again_exclude_each_other():
+    """The keys of an idle pass would stay in the cache: a token of depth 1 would have deeper keys."""
+    model, ids = tah(), token_ids()
+    out = model.eval()(ids, labels=ids, policy="never", training=TrainingPass(idle=True))
+    assert out.past_key_values is None if hasattr(out, "past_key_values") else out.cache is None
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, labels=ids, training=TrainingPass(idle=True), use_cache=True)
+    kept = model.train()(ids, labels=ids, use_cache=True)  # by default there is then no idle pass
+    cache = kept.past_key_values if hasattr(kept, "past_key_values") else kept.cache
+    assert cache.deep_length is None or int(cache.deep_length.max()) == int((kept.depth_count > 1).sum(1).max())

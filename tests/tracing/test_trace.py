@@ -16,8 +16,8 @@ from helpers.traces import fails, guided, model_of, rows, trace, works
 from tah import TaHForCausalLM
 from tah.benchmarks.bench_trace import markdown, throughput
 from tah.benchmarks.measure import save
+from tah.core.fast import RememberingOutput
 from tah.core.head import Head
-from tah.core.logits import RunningOutput
 from tah.policy import DepthState, Policy
 from tah.tracing.overthinking import statistics
 from tah.tracing.tables import as_markdown
@@ -180,14 +180,12 @@ def test_a_look_ahead_gives_what_a_look_of_its_own_does(family):
 def test_a_trace_looks_once_at_each_pass(words, monkeypatch):
     """And its numbers are those of separate looks."""
     model = model_of("own", max_depth=3)
-    count, product = [], Head.__call__
-    monkeypatch.setattr(
-        Head, "__call__", lambda *call, **options: count.append(len(call[1])) or product(*call, **options)
-    )
+    count, finish = [], Head.finish
+    monkeypatch.setattr(Head, "finish", lambda head, logits: count.append(len(logits)) or finish(head, logits))
     shared = trace(model, words, rows())
     assert sum(count) == 3 * sum(len(text.ids) - 1 for text in shared.texts)
-    alone = RunningOutput.map_logits
-    monkeypatch.setattr(RunningOutput, "map_logits", lambda self, tokens, f, ahead=False: alone(self, tokens, f))
+    alone = RememberingOutput.map_logits
+    monkeypatch.setattr(RememberingOutput, "map_logits", lambda self, tokens, f, ahead=False: alone(self, tokens, f))
     for one, other in zip(shared.texts, trace(model, words, rows()).texts, strict=True):
         for name in ("rank", "prob", "entropy", "max_prob", "top_ids", "top_probs", "decider", "depth", "final_prob"):
             assert (getattr(one, name) == getattr(other, name)).all()
