@@ -66,7 +66,7 @@ def allow_replay_with_cache(layer: nn.Module) -> None:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the module's weights elsewhere until it is called."""
-    return hasattr(module, "_hf_hook")
+    return "_hf_hook" in vars(module)  # hasattr would search parameters and modules first, in every layer of a pass
 
 
 def is_watched(module: nn.Module) -> bool:
