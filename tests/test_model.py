@@ -10,8 +10,8 @@ from helpers.families import tiny
 from helpers.models import LENGTH, distance, labels, middle, packed_row, pad, tah, token_ids
 from helpers.reference import by_labels, by_policy, reference
 from tah import Always, Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM
+from tah.core.depth import at_depth
 from tah.core.logits import CHUNK
-from tah.core.lora import at_depth
 
 EXACT = 2e-5  # float32 rounding of a different order of the same sums, relative
 SEAMS = list(itertools.product(("topk", "hidden"), ("duo", "own"), ("sum", "zero_init")))
@@ -480,34 +480,6 @@ def test_config_round_trip():
     again = TaHConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert again.decider == {"kind": "lean", "layers": [1, 2, 3, 4], "width": 256}
-
-
-def test_flash_kernels_keep_depth_one_and_leave_ready_masks_to_sdpa():
-    """With an implementation that only knows causal attention, as FlashAttention does."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    calls = []
-
-    def causal_only(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        assert attention_mask is None, "a flash kernel takes no ready mask"
-        assert module.config._attn_implementation == "causal_only"  # stock kernels find their code by it
-        calls.append(query.shape[2])
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scaling)
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("causal_only", causal_only)
-    AttentionMaskInterface.register("causal_only", flash_attention_mask)
-    ids, depth_labels = token_ids(), labels(depth=3)
-    want = tah(max_depth=3)(ids, depth_labels=depth_labels).logits
-    model = tah("llama", "causal_only", max_depth=3)
-    calls.clear()
-    assert distance(model(ids, depth_labels=depth_labels).logits, want) < EXACT
-    assert calls == [LENGTH] * model.config.get_text_config().num_hidden_layers  # depth 1 alone
-    assert ALL_ATTENTION_FUNCTIONS["causal_only"] is causal_only  # other models keep the kernel as it is
 
 
 def test_length_dependent_rotary_embeddings_are_refused_beyond_their_length():

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
+from .core.compat import kernels_of
 from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES
 
 # Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
@@ -102,8 +103,8 @@ class TaHConfig(PreTrainedConfig):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 kwargs.setdefault(name, getattr(text, name, None))
             # transformers resets the sub-configuration's choice of kernels unless it is repeated.
-            for name in ("attn_implementation", "experts_implementation"):
-                kwargs.setdefault(name, getattr(self.base_config, f"_{name}", None))
+            for name, kernel in kernels_of(self.base_config).items():
+                kwargs.setdefault(name, kernel)
             self.decider = _complete_decider(self.decider, text.num_hidden_layers)
         super().__post_init__(**kwargs)
         self._check()
@@ -115,6 +116,9 @@ class TaHConfig(PreTrainedConfig):
         Raises:
             ValueError: the configuration names a kernel to download, or a field is out of its range.
         """
+        for former, name in FORMER_FIELDS.items():
+            if former in config_dict and name in config_dict:
+                raise ValueError(f"the configuration has {name} and its former name {former}; remove {former}")
         given = [name for name in KERNELS if kwargs.get(name) is not None]
         if given:
             config_dict = without_kernels(config_dict, given)

@@ -28,12 +28,14 @@ from .config import TaHConfig
 from .core import fast
 from .core.cache import DuoCache, PassCache
 from .core.compat import CACHE, PrivateHooks, allow_replay_with_cache, given_cache
+from .core.depth import at_depth, replay_contexts
 from .core.families import UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
 from .core.head import Head
 from .core.inputs import Tokens
 from .core.logits import RunningOutput, TaHOutput, capture_hidden, select
-from .core.lora import add_lora, at_depth, replay_contexts
+from .core.lora import add_lora
 from .core.loss import DepthLoss
+from .core.masks import take_ready_masks
 from .core.next_input import mixed_embedding
 from .core.packing import lay_out, pack
 from .decider import build_decider
@@ -51,22 +53,12 @@ class TrainingPass:
             a token's last pass counts.
         idle: where no token goes on, run one through the deeper passes all the same and add 0 times the result to the
             loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. By
-            default while training with labels and without a cache.
+            default while training with labels.
     """
 
     follow_labels: bool = False
     loss_weights: Sequence[float] | None = None
     idle: bool | None = None
-
-    def idles(self, by_default: bool, kept: bool) -> bool:
-        """Whether a call runs idle passes; `kept`: its cache will be used again.
-
-        Raises:
-            ValueError: it is asked to, although the keys of an idle pass would stay in the cache.
-        """
-        if self.idle and kept:
-            raise ValueError("an idle pass leaves its keys in the cache; train with use_cache=False")
-        return by_default and not kept if self.idle is None else self.idle
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
@@ -144,7 +136,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             policy: a name or a [`Policy`]; the config's by default.
             threshold: in [0, 1], or one per row [B]; the config's by default.
             max_depth: >= 1, or one per row [B]; the config's by default.
-            use_cache: return a cache; by default not while training, nor with idle passes.
+            use_cache: return a cache; by default not while training.
             logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all. By default
                 all, but none while training with labels, whose loss needs no [B, T, V].
             training: what only training asks for.
@@ -163,7 +155,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
         training = training or TrainingPass()
         rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, training.follow_labels)
-        use_cache = not (self.training or training.idle) if use_cache is None else use_cache
+        use_cache = not self.training if use_cache is None else use_cache
         cache = self._cache(past, use_cache, rule, T)
 
         # Depth 1: every token through the untouched base. Opening a pass reserves slots for its tokens in the cache;
@@ -183,7 +175,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if labels is None else DepthLoss(labels, rule.max_depth, training.loss_weights)
         kept = use_cache or past is not None
-        idle = training.idles(self.training and loss is not None, kept)
+        idle = self.training and loss is not None if training.idle is None else training.idle
 
         for depth in range(1, rule.max_depth):
             # Who is hard? The policy decides about the tokens that just ran ...
@@ -251,8 +243,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         wanted: tuple[int, ...] = getattr(policy, "layers", ())
         if wanted and not 0 <= min(wanted) <= max(wanted) <= num_layers:
             raise ValueError(f"the policy reads hidden states {list(wanted)}; the base has 0..{num_layers}")
+        layers = decoder_layers(decoder, num_layers)
+        around = fast.attention_in_blocks(inputs["attention_mask"] if depth > 1 else None, decoder.dtype)
         # `at_depth` switches LoRA: it is off at depth 1 and on at every depth beyond (lora.py).
-        with at_depth(depth), capture_hidden(decoder_layers(decoder, num_layers), wanted) as seen:
+        with at_depth(depth, around), capture_hidden(layers, wanted) as seen:
             # use_cache only says whether the base creates a cache; it uses the one that it is given either way.
             hidden = decoder(**{CACHE: pass_cache}, use_cache=False, **inputs).last_hidden_state
         if num_layers in wanted:
@@ -269,31 +263,13 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         embeds: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """A pass at `depth` >= 2 of the tokens `active` [M] with inputs [M, D]: final hidden states [M, D] and those
-        that the policy reads. A long pass may run in chunks, as a long prompt may."""
-        chunks = fast.chunks(active, tokens.valid.shape[1])
-        done = [self._run_packed(depth, cache, policy, tokens, active[chunk], embeds[chunk]) for chunk in chunks]
-        if len(chunks) == 1:
-            return done[0]
-        order = torch.cat(chunks).argsort()
-        features = {k: torch.cat([its[k] for _, its in done])[order] for k in done[0][1]}
-        return torch.cat([hidden for hidden, _ in done])[order], features
-
-    def _run_packed(
-        self,
-        depth: int,
-        cache: DuoCache,
-        policy: Callable[[DepthState], Tensor],
-        tokens: Tokens,
-        active: Tensor,
-        embeds: Tensor,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One chunk of `_run_again`. Only rows with an active token take part, their tokens packed left."""
-        T = tokens.positions.shape[1]
-        packed = pack(active, T)
+        that the policy reads. Only rows with an active token take part, their tokens packed left."""
+        packed = pack(active, tokens.positions.shape[1])
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
         # A query sees keys up to its own position. Order keys are positions that also tell documents apart (masks.py).
         order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns)
-        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active], T)
+        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active])
+        take_ready_masks(self.decoder)
         masks = pass_cache.masks(self.decoder.config, order_keys, self.config.attention, embeds.dtype)
         inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
         hidden, features = self._run(depth, pass_cache, policy, **inputs)
@@ -316,11 +292,12 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         """
         assert cache is not None
         zero, active, hidden = running.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
-        for depth in depths:
-            embeds = self._next_input(tokens, running, active, hidden)
-            hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
-            out = hidden if self.output_map is None else self.output_map(hidden)
-            zero = zero + 0 * out.float().sum()
+        with cache.forgetting():
+            for depth in depths:
+                embeds = self._next_input(tokens, running, active, hidden)
+                hidden, _ = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)
+                out = hidden if self.output_map is None else self.output_map(hidden)
+                zero = zero + 0 * out.float().sum()
         return zero
 
     def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from helpers.originals import GOLDEN, Command, converted, copied, cut_in_half, edit, edit_tensors, refusal
 from tah import TaHForCausalLM, load_peft, save_peft
 from tah.checkpoints.peft import read_adapter, tensors_of
-from tah.core.lora import at_depth
+from tah.core.depth import at_depth
 
 
 @pytest.fixture

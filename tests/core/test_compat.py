@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainingArguments
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationMixin,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers.families import tiny
-from helpers.models import tah, token_ids
+from helpers.models import distance, labels, shake, tah, token_ids
+from tah import TaHForCausalLM, check_base
 from tah.core import compat
+from tah.core.depth import at_depth
 
 
 def test_the_name_of_the_cache_is_that_of_the_installed_transformers() -> None:
@@ -39,24 +52,86 @@ def test_attention_of_a_configuration(name: str) -> None:
     assert compat.attention_of(base.model.layers[0].self_attn.config) == "eager"
 
 
-def test_an_attention_of_our_own_is_used_and_gets_the_masks_of_its_model() -> None:
-    ids, seen = token_ids(), []
-    padding = torch.ones_like(ids)
-    padding[:, :3] = 0
-    base = tiny("llama", "sdpa")
+def flash_like(monkeypatch: pytest.MonkeyPatch, name: str = "flash_causal_only") -> list[str]:
+    """Register a kernel that takes no mask and looks itself up by its module's configuration, as flash kernels do."""
+    calls: list[str] = []
+
+    def kernel(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **kwargs: object) -> object:
+        assert mask is None, "a flash kernel takes no ready mask"
+        calls.append(module.config._attn_implementation)  # type: ignore[union-attr]
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=kwargs["scaling"])
+        return out.transpose(1, 2), None
+
+    # transformers would import the package of a kernel with "flash" in its name
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *args, **kwargs: None)
+    AttentionInterface.register(name, kernel)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["flash_causal_only", "causal_only"])
+def test_flash_kernels_keep_depth_one_and_sdpa_takes_ready_masks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    calls, ids, depth_labels = flash_like(monkeypatch, name), token_ids(), labels(depth=3)
+    before = dict(ALL_ATTENTION_FUNCTIONS)
     with torch.no_grad():
-        want = base(ids, attention_mask=padding).logits
-        stock = compat.attention_function("sdpa")
+        want = tah(max_depth=3, policy="oracle")(ids, depth_labels=depth_labels)
+        base = tiny("llama", "sdpa")
+        base.set_attn_implementation(name)
+        model = shake(TaHForCausalLM.from_base(base, policy="oracle", max_depth=3, lora_rank=4))
+        copied = copy.deepcopy(model)
+        with open(tmp_path / "model.pickle", "wb") as file:
+            pickle.dump(model, file)
+        again = pickle.loads((tmp_path / "model.pickle").read_bytes())
+        model.save_pretrained(tmp_path / "saved")
+        for one in (model, copied, again):
+            one.load_state_dict(tah(max_depth=3, policy="oracle").state_dict(), strict=False)
+            calls.clear()
+            out = one(ids, depth_labels=depth_labels)
+            assert calls == [name] * base.config.num_hidden_layers  # depth 1 alone, under the kernel's own name
+            assert compat.attention_of(one.base.config) == compat.attention_of(one.config.base_config) == name
+            assert (out.depth_count == want.depth_count).all()
+        for implementation in ("eager", "sdpa", name):  # chosen again after wrapping
+            model.set_attn_implementation(implementation)
+            calls.clear()
+            found = model(ids, depth_labels=depth_labels).logits
+            assert distance(found, out.logits) < 1e-4
+            assert len(calls) == (base.config.num_hidden_layers if implementation == name else 0)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before  # nobody else's kernels changed
 
-        def attend(module: nn.Module, query: torch.Tensor, *rest: object, **kwargs: object) -> object:
-            seen.append(query.shape)
-            return stock(module, query, *rest, **kwargs)
 
-        compat.register_attention("tah_test", attend, like="sdpa")
-        compat.set_attention(base.config, "tah_test")
-        assert torch.equal(base(ids, attention_mask=padding).logits, want)
-    assert len(seen) == base.config.num_hidden_layers
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is stock
+def test_checking_a_base_leaves_it_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash_like(monkeypatch)
+    base = tiny("llama", "sdpa")
+    base.set_attn_implementation("flash_causal_only")
+    before = [id(module.config) for module in base.modules() if hasattr(module, "config")]
+    check_base(base)
+    assert before == [id(module.config) for module in base.modules() if hasattr(module, "config")]
+    assert compat.attention_of(base.config) == "flash_causal_only"
+
+
+def test_a_kernel_without_a_mask_function_of_its_own_is_wrapped() -> None:
+    AttentionInterface.register("maskless", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    base = tiny("llama", "sdpa")
+    base.set_attn_implementation("maskless")
+    with torch.no_grad():
+        out = TaHForCausalLM.from_base(base)(token_ids(), policy="always")
+    assert (out.depth_count == 2).all()
+
+
+def test_the_configuration_of_an_attention_module_depends_on_the_depth_only_in_its_kernel() -> None:
+    config = tiny("llama", "eager").config
+    ours = copy.deepcopy(compat.AttentionByDepth(config))
+    assert (ours._attn_implementation, ours.hidden_size) == ("eager", config.hidden_size)
+    with at_depth(2):
+        assert ours._attn_implementation == "sdpa"
+
+
+def test_kernels_of_a_configuration() -> None:
+    assert compat.kernels_of(tiny("llama", "eager").config)["attn_implementation"] == "eager"
 
 
 def test_marked_modules_are_not_initialised_again() -> None:

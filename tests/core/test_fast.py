@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from helpers.models import distance, labels, packed_row, shake, tah, token_ids
 from tah.core import fast
@@ -44,7 +46,7 @@ def test_fast_equals_plain(monkeypatch: pytest.MonkeyPatch, family: str, policy:
 def test_the_fast_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the comparison above compares two things."""
     model, called = tah(), []
-    for name in ("product", "sum_of_rows", "topk", "spread"):
+    for name in ("product", "sum_of_rows", "topk"):
         plain = getattr(fast, name)
         monkeypatch.setattr(fast, name, lambda *args, plain=plain, name=name: (called.append(name), plain(*args))[1])
     monkeypatch.setattr(fast, "DENSE", 0)
@@ -53,61 +55,92 @@ def test_the_fast_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     called.clear()
     monkeypatch.setattr(fast, "ENABLED", False)
     model(token_ids(2, 3), policy="always")
-    assert not set(called) - {"topk"}  # which then is torch's own
+    assert not called
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo3", "deepseek_v3"])
 @pytest.mark.parametrize("attention", ["duo", "own", "blind"])
-def test_a_pass_in_chunks_equals_the_pass_at_once(monkeypatch: pytest.MonkeyPatch, family: str, attention: str) -> None:
-    """Padded, continued, packed; in chunks with fewer keys than there are."""
-    model = tah(family, "sdpa", attention=attention, max_depth=3)
+def test_attention_in_blocks_equals_attention_at_once(
+    monkeypatch: pytest.MonkeyPatch, family: str, attention: str
+) -> None:
+    """Padded, continued, packed, with gradients, and replayed; by block with fewer keys than there are."""
+    model = tah(family, "sdpa", attention=attention, max_depth=3, policy="oracle")
     ids, depth_labels = token_ids(2, 23), labels(2, 23, depth=3)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
+    targets = ids.masked_fill(mask == 0, -100)
     packed, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
-    keys, plain = [], F.scaled_dot_product_attention
+    keys: list[int] = []
 
-    def watched(query: torch.Tensor, key: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        keys.append(key.shape[2])
-        return plain(query, key, *args, **kwargs)  # type: ignore[arg-type]
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is fast.SDPA:
+                keys.append(args[1].shape[2])
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     found = []
     for queries in (2, 10**9):
         monkeypatch.setattr(fast, "QUERIES", queries)
-        monkeypatch.setattr("tah.core.cache.WIDE", 1 if queries == 2 else 10**9)
         keys.clear()
-        out = model(ids, attention_mask=mask, depth_labels=depth_labels, policy="oracle")
+        results = []
+        for replayed in (False, True):
+            if replayed:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train(replayed).zero_grad()
+            with Watch(), torch.enable_grad():
+                out = model(ids, attention_mask=mask, depth_labels=depth_labels, labels=targets)
+                out.loss.backward()
+            results += [out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+            model.gradient_checkpointing_disable()
+        model.eval()
         calls = list(keys)
-        start = model(ids[:, :12], depth_labels=depth_labels[:, :12], policy="oracle")
+        start = model(ids[:, :12], depth_labels=depth_labels[:, :12])
         rest = model(ids[:, 12:], depth_labels=depth_labels[:, 12:], past_key_values=start.past_key_values)
-        several = model(packed, position_ids=positions, depth_labels=labels(1, sum(LENGTHS)), policy="oracle")
-        found.append(([out.logits[mask > 0], start.logits, rest.logits, several.logits], calls))
-    (in_chunks, chunk_calls), (at_once, whole_calls) = found
-    assert len(chunk_calls) > len(whole_calls) and min(chunk_calls) < min(whole_calls)
-    assert max(map(distance, in_chunks, at_once)) < 1e-4
-
-
-def test_chunks_cover_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "QUERIES", 3)
-    tokens = torch.tensor([0, 2, 3, 4, 5, 7, 9, 11, 20, 25, 26])  # of rows of 10
-    chunks = fast.chunks(tokens, 10)
-    assert len(chunks) > 1
-    assert torch.equal(torch.cat(chunks).sort().values, torch.arange(len(tokens)))
-    for row in range(3):  # a row's tokens run in their order
-        order = [int(at) for chunk in chunks for at in chunk if tokens[at] // 10 == row]
-        assert order == sorted(order)
-    assert len(fast.chunks(tokens[:2], 10)) == 1
-    with torch.enable_grad():
-        assert len(fast.chunks(tokens, 10)) == 1
+        several = model(packed, position_ids=positions, depth_labels=labels(1, sum(LENGTHS)))
+        found.append(([start.logits, rest.logits, several.logits, *results], calls))
+    (by_block, block_calls), (at_once, whole_calls) = found
+    assert len(block_calls) > len(whole_calls) and min(block_calls) < min(whole_calls)
+    assert len(by_block) == len(at_once) > 10
+    assert max(map(distance, by_block, at_once)) < 1e-4
 
 
 def test_depth_one_of_packed_rows_is_computed_as_the_base_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last bit, however long: chunks are for deeper passes."""
-    model = tah()
+    """To the last bit, however long and although deeper passes follow: blocks are for these."""
+    model = tah("llama", "sdpa")
     ids, positions = packed_row([token_ids(1, n, seed=n)[0] for n in LENGTHS])
     found = []
     for queries in (2, 10**9):
         monkeypatch.setattr(fast, "QUERIES", queries)
-        found.append(model(ids, position_ids=positions, policy="never").logits)
-    assert torch.equal(*found)
+        kept: list[torch.Tensor] = []
+        handle = model.base.model.norm.register_forward_hook(lambda module, args, out, kept=kept: kept.append(out))
+        model(ids, position_ids=positions, policy="always")
+        handle.remove()
+        found.append(kept)
+    assert torch.equal(found[0][0], found[1][0]) and len(found[0]) == 2
+
+
+def test_other_calls_of_attention_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of another length than the queries and keys goes to the kernel, which refuses it."""
+    monkeypatch.setattr(fast, "QUERIES", 2)
+    mask = torch.ones(1, 1, 9, 18, dtype=torch.bool).tril(9)
+    query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 4, 18, 8)
+    want = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    with fast.attention_in_blocks(mask, torch.float32)():
+        assert distance(F.scaled_dot_product_attention(query, key, key, attn_mask=mask), want) < 1e-6
+        assert torch.equal(F.scaled_dot_product_attention(query, key, key, attn_mask=mask.clone()), want)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(query, torch.randn(1, 4, 19, 8), torch.randn(1, 4, 19, 8), attn_mask=mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_fast_equals_plain_with_gradients(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    found, ids = [], token_ids(2, 20)
+    for enabled in (True, False):
+        monkeypatch.setattr(fast, "ENABLED", enabled)
+        model = shake(tah(family, "sdpa", policy="oracle")).train()
+        with torch.enable_grad():
+            out = model(ids, labels=ids, depth_labels=labels(2, 20))
+            out.loss.backward()
+        found.append([out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 10
+    assert max(map(distance, *found)) < 1e-4

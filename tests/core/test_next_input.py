@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ from helpers.models import labels, shake, token_ids
 from tah import TaHForCausalLM
 from tah.core import fast
 from tah.core import next_input as mixing
+from tah.core.depth import at_depth
 from tah.core.fast import topk
 from tah.core.head import Head
 from tah.core.logits import CHUNK, RunningOutput
-from tah.core.lora import add_lora, at_depth
+from tah.core.lora import add_lora
 from tah.core.next_input import mixed_embedding
 
 V, D = 50, 12
@@ -80,7 +83,9 @@ def test_hooks_of_the_embedding_see_the_next_input() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("types", ["float32", "bfloat16", "mixed"])
-def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool, types: str) -> None:
+def test_adapters_add_the_same_with_and_without_gradients(
+    monkeypatch: pytest.MonkeyPatch, kind: type, bias: bool, types: str
+) -> None:
     """On more rows than the product for few rows takes, on one, and where a hook must see the call."""
     torch.manual_seed(0)
     layer = nn.Linear(12, 20, bias=bias) if kind is nn.Linear else Conv1D(20, 12)
@@ -89,6 +94,15 @@ def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool
     holder.to(torch.float32 if types == "float32" else torch.bfloat16)
     if types == "mixed":
         layer.lora_A.float(), layer.lora_B.float()
+    layer.eval()  # while training there is no fast path
+    taken: list[bool] = []
+    adapted = fast.adapted
+
+    def watched(*given: Any) -> Any:
+        taken.append((y := adapted(*given)) is not None)
+        return y
+
+    monkeypatch.setattr(fast, "adapted", watched)
     for shape in ((12,), (1, 12), (3, 30, 12)):
         x = torch.randn(shape, dtype=layer.weight.dtype)
         plain = layer(x).detach().float()
@@ -105,6 +119,7 @@ def test_adapters_add_the_same_with_and_without_gradients(kind: type, bias: bool
             assert out.dtype == x.dtype and out.shape == plain.shape
             error = (out.float() - plain - update).norm() / update.norm()
             assert error < (1e-6 if types == "float32" else 2e-2)
+    assert taken == [False, types != "mixed", False] * 3  # with gradients, without, and where a hook must see the call
 
 
 def test_fast_topk_equals_topk() -> None:

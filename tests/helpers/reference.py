@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
-from tah.core.lora import at_depth
+from tah.core.depth import at_depth
 from tah.policy import DepthState
 
 

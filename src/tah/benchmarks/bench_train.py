@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..core.lora import at_depth
+from ..core.depth import at_depth
 from ..data.rows import tokenize_row
 from ..data.scoring import batches
 from ..load import find, load_base, load_tah, load_tokenizer

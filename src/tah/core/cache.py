@@ -10,7 +10,8 @@ The tensors themselves lie in `kv_buffer.DuoLayer`, which has the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,6 @@ from transformers.cache_utils import Cache
 from .kv_buffer import DuoLayer, Log, room, writable
 from .masks import NEVER, depth_masks
 from .packing import Packed, unpack
-
-WIDE = 64  # tokens of a row in a deeper pass from which on its keys are cut to what it sees
 
 
 class DuoCache(Cache):
@@ -84,15 +83,14 @@ class DuoCache(Cache):
         self.order_keys.append(order_keys.masked_fill(~valid, NEVER) if padded else order_keys)
         self.has_padding |= padded
         self.has_documents = documents
-        return PassCache(self, 1, start, self.order_keys.length, deeper=deeper)
+        return PassCache(self, 1, start, deeper=deeper)
 
-    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor, length: int) -> PassCache:
+    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor) -> PassCache:
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
             packed: how the tokens lie in the [R, P] input of the pass.
             order_keys: [M] of each token.
-            length: T, the newest depth-1 slots, which are those of the call that the tokens are chosen from.
         """
         batch, row = self.order_keys.view.shape[0], packed.batch_row
         if self.deep_length is None:
@@ -113,10 +111,16 @@ class DuoCache(Cache):
         self.deep_depths[row, slots] = depth
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
         self.deep_width = width
-        visible = self.order_keys.length
-        if packed.columns.shape[1] >= WIDE:  # keys behind the last of them are invisible; asking waits for the device
-            visible += int(packed.columns.max()) + 1 - length
-        return PassCache(self, depth, self.order_keys.length, visible, DeepWrite(slots, used, width, packed))
+        return PassCache(self, depth, self.order_keys.length, DeepWrite(slots, used, width, packed))
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget the deeper keys of the passes that are opened inside."""
+        before = (self.deep_order_keys, self.deep_depths, self.deep_length)
+        copies, width = [None if x is None else x.clone() for x in before], self.deep_width
+        yield
+        self.deep_order_keys, self.deep_depths, self.deep_length = copies
+        self.deep_width = width
 
     def drop_deep(self) -> None:
         """Forget all deeper keys and values."""
@@ -217,13 +221,11 @@ class PassCache(Cache):
         cache: DuoCache,
         depth: int,
         start: int,
-        visible: int,
         write: DeepWrite | None = None,
         deeper: bool = False,
     ) -> None:
         super().__init__(layers=cache.layers)
-        self.cache, self.depth, self.start, self.visible = cache, depth, start, visible
-        self.write, self.deeper = write, deeper
+        self.cache, self.depth, self.start, self.write, self.deeper = cache, depth, start, write, deeper
         self.only_row = int(write.packed.rows) if write is not None and len(write.packed.rows) == 1 else None
         self.before = [(layer.keys, layer.values, layer.middle, layer.length) for layer in cache.layers]
         self.written: set[int] = set()
@@ -257,7 +259,7 @@ class PassCache(Cache):
         end = layer.middle + layer.length
         if self.write is None:
             return layer.keys[:, :, layer.middle : end], layer.values[:, :, layer.middle : end]
-        span = slice(layer.middle - self.write.used, layer.middle + self.visible)
+        span = slice(layer.middle - self.write.used, end)
         keys, values, rows = layer.keys[:, :, span], layer.values[:, :, span], self.write.packed.rows
         if len(rows) == keys.shape[0]:
             return keys, values
@@ -294,6 +296,6 @@ class PassCache(Cache):
         rows, newest_first = self.write.packed.rows, slice(0, self.write.used)
         deep = self.cache.deep_order_keys[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
-        base = self.cache.order_keys.view[rows, : self.visible]
+        base = self.cache.order_keys.view[rows]
         documents = self.cache.has_documents
         return depth_masks(config, self.depth, order_keys, deep, depths, base, attention, dtype, documents)

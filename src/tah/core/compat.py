@@ -7,15 +7,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import GenerationMixin, PreTrainedConfig
+
+from .depth import current_depth
 
 # What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -38,20 +38,35 @@ def attention_of(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
+def kernels_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The choices of kernels in a configuration, by the names they have as arguments."""
+    return {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
+
+
 def set_attention(config: PreTrainedConfig, name: str) -> None:
     """Choose the attention implementation of every model that holds this configuration."""
     config._attn_implementation = name
 
 
-def attention_function(name: str) -> Callable[..., Any]:
-    """The registered attention function of this name."""
-    return ALL_ATTENTION_FUNCTIONS[name]
+class AttentionByDepth:
+    """The configuration of an attention module whose kernel takes no ready masks, as flash kernels: at depth >= 2 it
+    asks for SDPA, and otherwise it is the model's own configuration.
 
+    An attention module looks up its kernel by this entry in every call, so depth 1 stays on the stock kernel, and
+    neither the model's configuration nor transformers' table of kernels changes.
+    """
 
-def register_attention(name: str, function: Callable[..., Any], like: str) -> None:
-    """Register an attention implementation under our own name; transformers prepares masks for it as for `like`."""
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+
+    @property
+    def _attn_implementation(self) -> str:
+        return "sdpa" if current_depth() > 1 else attention_of(self.config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.config, name)
 
 
 def mark_initialized(module: nn.Module) -> None:

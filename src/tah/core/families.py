@@ -17,8 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import DuoCache
 from .compat import CACHE
+from .depth import at_depth
 from .head import Head
 from .lora import DepthLoRA
+from .masks import own_configs, take_ready_masks
 from .packing import pack
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -136,6 +138,7 @@ def check_base(base: PreTrainedModel) -> None:
     finally:
         for key, value in reach.items():
             setattr(config, key, value)
+        own_configs(base)
         base.train(training)
     if reason:
         raise UnsupportedBase(f"{name} cannot be wrapped: {reason}")
@@ -172,14 +175,16 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
     cache, _ = depth_one(PROBE_TOKENS - late)
     last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
-    deep = cache.open_deeper_pass(2, pack(last, PROBE_TOKENS), last, PROBE_TOKENS)
-    hidden = decoder(
-        inputs_embeds=embeds[:, -late:],
-        position_ids=last[None],
-        **{CACHE: deep},
-        attention_mask=deep.masks(config, last[None], "duo", decoder.dtype),
-        use_cache=False,
-    ).last_hidden_state
+    take_ready_masks(decoder)
+    deep = cache.open_deeper_pass(2, pack(last, PROBE_TOKENS), last)
+    with at_depth(2):
+        hidden = decoder(
+            inputs_embeds=embeds[:, -late:],
+            position_ids=last[None],
+            **{CACHE: deep},
+            attention_mask=deep.masks(config, last[None], "duo", decoder.dtype),
+            use_cache=False,
+        ).last_hidden_state
     if differs(head(hidden)[0], want[-late:]):
         return "it does not attend by the positions and the mask it is given"
     return None

@@ -1,8 +1,8 @@
-"""Faster ways to compute the same where no gradients are needed, most of them for float32 on a CPU. Optional: every
-function here has a plain path in the module that calls it, and `ENABLED = False` takes the plain paths everywhere.
+"""Faster ways to compute the same, most of them for float32 on a CPU without gradients. Optional: every function here
+has a plain path in the module that calls it, and `ENABLED = False` takes the plain paths everywhere.
 
-`allowed` and `float32_cpu` are the only places where a fast path is chosen. Depth 1 never takes one: it keeps the
-base's own products, bit for bit. docs/benchmarks.md has what they save.
+No pass at depth 1 takes one: the layers of the base keep their own products, bit for bit, and so do the logits that a
+call returns. docs/benchmarks.md has what they save.
 
 Shapes: n rows, I input width, O output width, D width, V vocabulary, k best tokens, r rank of an adapter.
 """
@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .compat import is_watched
 from .head import Head
 from .logits import CHUNK, RunningOutput, best_of, joined
 
 ENABLED = True
+SDPA = nn.functional.scaled_dot_product_attention
 FEW_ROWS = 48  # a CPU's float32 kernels take longer for x W^T than for (W x^T)^T up to here
-QUERIES, CHUNKS = 128, 8  # tokens of a row in one chunk of a deeper pass, at least; chunks, at most
+QUERIES, BLOCKS = 128, 8  # of a block of attention, at least; of one call, at most
 MEMO = 64  # tokens of a call whose logits are kept, at most
-BLOCK = 16  # logits of which one maximum is taken
+PIECE = 16  # logits of which one maximum is taken
 # Times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token (measured with
 # 290 and k = 100, where a look-ahead step took a fifth less; estimated beyond). All rows must be finite for it.
 DENSE = 12
@@ -43,23 +47,58 @@ def float32_cpu(x: Tensor) -> bool:
 # -- passes ------------------------------------------------------------------------------------------------------------
 
 
-def chunks(tokens: Tensor, length: int) -> list[Tensor]:
-    """A deeper pass of `tokens` [M] (sorted flat indices of a [B, T] input, T = `length`) as passes one after the
-    other, each given by indices into `tokens`; mostly there is one. A chunk holds the next tokens of every row, so it
-    finds the keys of the tokens before them in the cache.
+def attention_in_blocks(masks: Any, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context for a deeper pass with these ready masks (one, or a dict by layer type).
 
     A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
-    with their early keys in the middle (`kv_buffer.py`): in chunks, each over the keys that its tokens can see, a long
-    one needs less time.
+    with their early keys in the middle (`kv_buffer.py`): block by block, each with the range of keys that its queries
+    see, a long pass needs a quarter less time. Only this thread's calls with these masks change.
     """
-    M = len(tokens)
-    if M < 2 * QUERIES or not allowed() or tokens.device.type != "cpu":
-        return [torch.arange(M, device=tokens.device)]
-    _, index, counts = torch.unique_consecutive(tokens // length, return_inverse=True, return_counts=True)
-    column = torch.arange(M) - (counts.cumsum(0) - counts)[index]  # among the tokens of its row
-    width = int(counts.max())
-    size = max(QUERIES, -(-width // CHUNKS)) if width >= 2 * QUERIES else width
-    return [(column // size == chunk).nonzero().squeeze(1) for chunk in range(-(-width // size))]
+    found = {}
+    for mask in masks.values() if isinstance(masks, dict) else [masks]:
+        if ENABLED and isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.device.type == "cpu":
+            if mask.shape[2] >= 2 * QUERIES:
+                found[mask.data_ptr()] = (mask, _blocks(mask[:, 0], dtype))
+    return partial(_InBlocks, found) if found else nullcontext
+
+
+def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
+    """Queries, the range from their first key to their last, and its float mask [R, 1, n, s], block by block.
+
+    All masks together are as large as the one that SDPA would make of `visible` in every layer, or smaller.
+    """
+    found, N = [], visible.shape[1]
+    size = max(QUERIES, -(-N // BLOCKS))
+    for start in range(0, N, size):
+        queries = slice(start, min(start + size, N))
+        part = visible[:, queries]
+        seen = part.any(dim=1).any(dim=0).nonzero().squeeze(1).tolist() or [0]
+        keys = slice(seen[0], seen[-1] + 1)
+        part = part[:, None, :, keys]
+        found.append((queries, keys, torch.zeros_like(part, dtype=dtype).masked_fill_(~part, -torch.inf)))
+    return found
+
+
+class _InBlocks(TorchFunctionMode):
+    def __init__(self, blocks: dict[int, tuple[Tensor, list[tuple[slice, slice, Tensor]]]]) -> None:
+        super().__init__()
+        self.blocks = blocks  # by where the mask lies in memory, since a base may hand on a view of it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = kwargs.get("attn_mask")
+        if func is not SDPA or mask is None or mask.data_ptr() not in self.blocks:
+            return func(*args, **kwargs)
+        whole, blocks = self.blocks[mask.data_ptr()]
+        query, key, value = args
+        if mask.shape[-2:] != whole.shape[-2:] or mask.shape[-2:] != (query.shape[2], key.shape[2]):
+            return func(*args, **kwargs)
+        rest = {name: its for name, its in kwargs.items() if name != "attn_mask"}
+        parts = [
+            func(query[:, :, rows], key[:, :, its], value[:, :, its], attn_mask=part.to(query.dtype), **rest)
+            for rows, its, part in blocks
+        ]
+        return torch.cat(parts, dim=2)
 
 
 # -- linear layers -------------------------------------------------------------------------------------------------
@@ -178,17 +217,17 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`x.topk(k)` of x [n, V], for a large V at half the price on a CPU: values and ids [n, k], falling. Of equal
     values it may take others.
 
-    They lie in the k blocks with the largest maxima. A block takes every (V // BLOCK)-th value, so that the maxima
+    They lie in the k blocks with the largest maxima. A block takes every (V // PIECE)-th value, so that the maxima
     of all are taken side by side.
     """
     n, V = x.shape
-    blocks = V // BLOCK
+    blocks = V // PIECE
     if blocks <= k or x.device.type != "cpu" or not ENABLED:  # elsewhere it is not measured
         return x.topk(k)
-    whole = blocks * BLOCK
-    best = x[:, :whole].view(n, BLOCK, blocks).amax(1).topk(k, sorted=False).indices  # [n, k]
+    whole = blocks * PIECE
+    best = x[:, :whole].view(n, PIECE, blocks).amax(1).topk(k, sorted=False).indices  # [n, k]
     starts = torch.arange(0, whole, blocks, device=x.device)
-    candidates = (starts[:, None] + best[:, None]).flatten(1)  # [n, BLOCK * k]
+    candidates = (starts[:, None] + best[:, None]).flatten(1)  # [n, PIECE * k]
     rest = torch.arange(whole, V, device=x.device).expand(n, -1)
     candidates = torch.cat([candidates, rest], dim=1)
     top, at = x.gather(1, candidates).topk(k)

@@ -1,17 +1,12 @@
 """LoRA by depth: a low-rank update of the base's linear layers that is active from depth 2 on.
 
 Shapes: ... any leading dimensions, I input width, O output width, r rank.
-
-The depth of the running pass is a context variable, entered with `with at_depth(d)`. It is per thread and restored
-on exit, so two threads may use one model at different depths, and nothing about the modules is ever toggled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,28 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import fast
 from .compat import mark_initialized
-
-_depth: ContextVar[int] = ContextVar("tah_depth", default=1)
-
-
-@contextmanager
-def at_depth(depth: int) -> Iterator[None]:
-    """Run the base at this depth: adapters are active inside iff `depth` > 1."""
-    token = _depth.set(depth)
-    try:
-        yield
-    finally:
-        _depth.reset(token)
-
-
-def current_depth() -> int:
-    """Depth of the pass that is running in this thread (1 outside of any)."""
-    return _depth.get()
-
-
-def replay_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of `torch.utils.checkpoint`: a replayed layer runs at the depth it first ran at."""
-    return nullcontext(), at_depth(current_depth())
+from .depth import current_depth
 
 
 class DepthLoRA(nn.Module):
@@ -63,7 +37,7 @@ class DepthLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
-        if _depth.get() == 1:
+        if current_depth() == 1:
             return self.stock_forward(x)
         if (y := fast.adapted(x, self)) is not None:
             return y

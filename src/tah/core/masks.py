@@ -19,17 +19,16 @@ usual case, order keys are the positions.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compat import attention_function, attention_of, register_attention, set_attention
+from .compat import AttentionByDepth, attention_of
 
 DOCUMENT = 2**32
-OURS = "tah_"  # before the name of a kernel that gets ready masks from us
+TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # kernels that take a ready mask as it is
 NEVER = 2**62  # order key of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
 
@@ -127,38 +126,25 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
         )
     if implementation == "eager":
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-    if implementation != "sdpa":
-        take_ready_masks(config)
     return visible[:, None]
 
 
-def take_ready_masks(config: PreTrainedConfig) -> None:
-    """Let a base with a flash kernel, which knows causal attention only, take ready masks at depth >= 2.
-
-    The base gets an attention implementation under a name of our own. Calls without a ready mask, those of depth 1, go
-    on to the stock kernel as they are; calls with one go to SDPA. Nobody else's model changes.
-    """
-    name = attention_of(config)
-    if name.startswith(OURS):
+def take_ready_masks(decoder: PreTrainedModel) -> None:
+    """Let a base with a kernel that knows causal attention only, as flash kernels, take ready masks at depth >= 2: its
+    attention modules use SDPA there. Depth 1 stays on the stock kernel, and nobody else's model changes."""
+    if attention_of(decoder.config) in TAKE_MASKS:
         return
-    stock, sdpa, stock_config = attention_function(name), attention_function("sdpa"), copy.copy(config)
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        if not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4):
-            return stock(_StockModule(module, stock_config), query, key, value, attention_mask, **kwargs)
-        if kwargs.get("s_aux") is not None:
-            raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {name}")
-        return sdpa(module, query, key, value, attention_mask, **kwargs)
-
-    register_attention(OURS + name, attend, like=name)
-    set_attention(config, OURS + name)
+    for module in decoder.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
+            if hasattr(module, "sinks"):
+                kernel = attention_of(decoder.config)
+                raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {kernel}")
+            module.config = AttentionByDepth(config)
 
 
-class _StockModule:
-    """An attention module as a stock kernel expects it: its configuration names that kernel."""
-
-    def __init__(self, module: Any, config: PreTrainedConfig) -> None:
-        self.module, self.config = module, config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+def own_configs(model: PreTrainedModel) -> None:
+    """Undo `take_ready_masks`."""
+    for module in model.modules():
+        if isinstance(config := vars(module).get("config"), AttentionByDepth):
+            module.config = config.config
