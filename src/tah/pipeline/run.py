@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..checkpoints.contents import sizes_of, wrong
+from ..checkpoints.contents import sizes_of, version_of, wrong
 from ..config import FORMER_FIELDS
+from ..errors import short
 from ..files import write_atomically
 from ..progress import SILENT, Reporter
 from ..training.recipe import Recipe
-from ..training.run_files import version_of
 
 FORMER_NAMES = {now: before for before, now in FORMER_FIELDS.items()}
 
@@ -119,9 +119,9 @@ class Run:
         before, now = self._record(name), self.wanted[name]
         if before is None or before["fingerprint"] in (now["fingerprint"], self.former[name]):
             return None
-        pairs = [(key, before["reads"].get(key), now["reads"].get(key)) for key in before["reads"] | now["reads"]]
-        pairs += [(key, before[key], now[key]) for key in ("seed", "tah")]
-        found = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in pairs if old != new]
+        old, new = ({**record["reads"], "seed": record["seed"], "tah": record["tah"]} for record in (before, now))
+        pairs = [(key, old.get(key), new.get(key)) for key in old | new]
+        found = [f"{key} was {short(a, json.dumps)}, is {short(b, json.dumps)}" for key, a, b in pairs if a != b]
         for key in before["needs"] | now["needs"]:
             same = key in now["needs"] and before["needs"].get(key) in (now["needs"][key], self.former[key])
             found += [] if same else [f"{key} is another"]
@@ -314,11 +314,6 @@ def flat(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {key: entry for inner in value for key, entry in flat(value[inner], f"{name}.{inner}").items()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

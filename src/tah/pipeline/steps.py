@@ -163,13 +163,12 @@ def _check_resume(steps: Run, name: str, resume: bool) -> None:
     result = steps.result(name)
     if not steps.begun(name) or steps.finished(name):
         return
-    why, left = steps.difference(name), any(result.glob("checkpoints/checkpoint-*"))
-    if why and resume:
+    if resume and (why := steps.difference(name)):
         raise ValueError(
             f"{result} was trained differently: {why}; --resume needs the same recipe and data "
             "(without it, the stage is trained anew)"
         )
-    if not why and left and not resume:
+    if not resume and steps.change(name) is None and any(result.glob("checkpoints/checkpoint-*")):
         raise ValueError(f"{result} holds an unfinished training: --resume goes on with it; or choose another --output")
 
 
