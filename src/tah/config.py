@@ -15,6 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__
 
 from .core.compat import kernels_of
+from .errors import short
 from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES
 
 # Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
@@ -96,7 +97,7 @@ class TaHConfig(PreTrainedConfig):
             check_family(self.base_config["model_type"])
             self.base_config = AutoConfig.for_model(**self.base_config)
         elif not isinstance(self.base_config, PreTrainedConfig | None):
-            raise ValueError(f"base_config={_short(self.base_config)} is not the configuration of a model")
+            raise ValueError(f"base_config={short(self.base_config)} is not the configuration of a model")
         if isinstance(self.base_config, PreTrainedConfig):
             text = self.base_config.get_text_config(decoder=True)
             kwargs.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
@@ -155,14 +156,14 @@ class TaHConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r} must be an integer >= {low}")
         for name, within in (("lora_dropout", "[0, 1)"), ("random_rate", "[0, 1]")):
             if not _is_share(getattr(self, name)) or (getattr(self, name) == 1 and within == "[0, 1)"):
-                raise ValueError(f"{name}={_short(getattr(self, name))} must be in {within}")
+                raise ValueError(f"{name}={short(getattr(self, name))} must be in {within}")
         if not _is_number(self.lora_alpha):
-            raise ValueError(f"lora_alpha={_short(self.lora_alpha)} must be a finite number")
+            raise ValueError(f"lora_alpha={short(self.lora_alpha)} must be a finite number")
         if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
-            raise ValueError(f"random_seed={_short(self.random_seed)} must be an integer")
+            raise ValueError(f"random_seed={short(self.random_seed)} must be an integer")
         names = self.lora_targets
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"lora_targets={_short(names)} must be a list of names of layers, or None")
+            raise ValueError(f"lora_targets={short(names)} must be a list of names of layers, or None")
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
 
@@ -214,7 +215,7 @@ def refuse_kernels(described: dict[str, Any], where: str = "the configuration", 
             replaced = part is described and name in given
             if its.startswith(KERNELS) and not replaced and "/" in str(value):
                 raise ValueError(
-                    f"{where} asks for the kernel {_short(value)}, code to download; remove that entry, or pass {its} "
+                    f"{where} asks for the kernel {short(value)}, code to download; remove that entry, or pass {its} "
                     "yourself if meant"
                 )
 
@@ -247,7 +248,7 @@ def check_threshold(value: Any) -> None:
 def check_family(model_type: Any) -> None:
     """Raise `ValueError` for a family of models that this transformers does not know; its own message lists all."""
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type is {_short(model_type)}, a family that transformers {__version__} does not know")
+        raise ValueError(f"model_type is {short(model_type)}, a family that transformers {__version__} does not know")
 
 
 def _check_decider(full: dict[str, Any]) -> None:
@@ -258,14 +259,14 @@ def _check_decider(full: dict[str, Any]) -> None:
 
     for name in ("width", "expansion", "topk"):
         if name in full and not is_size(full[name]):
-            raise ValueError(f"decider {name}={_short(full[name])} must be an integer >= 1")
+            raise ValueError(f"decider {name}={short(full[name])} must be an integer >= 1")
     widths, share = full.get("hidden_dims", [1]), full.get("dropout", 0)
     if not isinstance(widths, list | tuple) or not widths or not all(map(is_size, widths)):
-        raise ValueError(f"decider hidden_dims={_short(widths)} must be a list of integers >= 1")
+        raise ValueError(f"decider hidden_dims={short(widths)} must be a list of integers >= 1")
     if not _is_share(share) or share == 1:
-        raise ValueError(f"decider dropout={_short(share)} must be in [0, 1)")
+        raise ValueError(f"decider dropout={short(share)} must be in [0, 1)")
     if not isinstance(full.get("normalize_input", False), bool):
-        raise ValueError(f"decider normalize_input={_short(full['normalize_input'])} must be true or false")
+        raise ValueError(f"decider normalize_input={short(full['normalize_input'])} must be true or false")
 
 
 def _is_number(value: Any) -> bool:
@@ -276,20 +277,15 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
 def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
     """Fill in the defaults of a decider's kind and check them, its layers against the base's depth in layers."""
     if decider is None:
         return None
     if not isinstance(decider, dict):
-        raise ValueError(f"decider={_short(decider)} is neither a description of a decider nor None")
+        raise ValueError(f"decider={short(decider)} is neither a description of a decider nor None")
     kind = decider.get("kind")
     if not isinstance(kind, str) or kind not in DECIDER_DEFAULTS:
-        raise ValueError(f"decider kind {_short(kind)} is not one of {', '.join(DECIDER_DEFAULTS)}")
+        raise ValueError(f"decider kind {short(kind)} is not one of {', '.join(DECIDER_DEFAULTS)}")
     unknown = set(decider) - {"kind"} - set(DECIDER_DEFAULTS[kind])
     if unknown:
         allowed = ", ".join(DECIDER_DEFAULTS[kind])
@@ -298,7 +294,7 @@ def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
     if full["layers"] is None:
         full["layers"] = sorted({max(1, num_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
     if not isinstance(full["layers"], list | tuple):
-        raise ValueError(f"decider layers {_short(full['layers'])} must be a list of hidden-state indices")
+        raise ValueError(f"decider layers {short(full['layers'])} must be a list of hidden-state indices")
     full["layers"] = list(full["layers"])
     _check_decider(full)
     wrong = [k for k in full["layers"] if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= num_layers]

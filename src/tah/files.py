@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import short
+
 DEEPEST = 60  # brackets; Arrow stores 64 levels at most, and the tool schemas of public data sets have about 20
 TOO_DEEP = f"has brackets more than {DEEPEST} deep inside each other"
 OTHERS = bytes(byte for byte in range(256) if byte not in b'"[]{}\n')
@@ -115,15 +117,10 @@ def differences(
                 if at or key not in without:
                     walk(a.get(key), b.get(key), f"{at}.{key}" if at else key)
         elif a != b:
-            found.append(f"{at}={_short(a)} ({now} {_short(b)})")
+            found.append(f"{at}={short(a)} ({now} {short(b)})")
 
     walk(before, after, "")
     return ", ".join(found[:3])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class Nesting:

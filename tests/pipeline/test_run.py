@@ -533,6 +533,10 @@ def test_damaged_files_are_not_built_on(capfd, work):
     _, notes = works(capfd, "run", *options)
     assert [note.split(": ")[2].split(",")[0] for note in notes] == ["done before", "again", "done before"]
     assert weights.read_bytes() == whole
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert any(weights.parent.glob("checkpoints/checkpoint-*"))  # of a training that was finished
+    _, notes = works(capfd, "train", *options)
+    assert "backbone: again, out/backbone/model.safetensors is damaged; what was there is now in" in notes[-1]
     next((work / "out" / "labels" / "train" / "data").glob("*.parquet")).unlink()
     line = fails(capfd, "train", *options)
     assert ".parquet is missing; run `tah label`" in line

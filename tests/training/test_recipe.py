@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tah.training.recipe import Recipe
 from tah.training.recipe_file import RECIPES, load_recipe, recipe_names
 
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
+TRAINING = "backbone.training"
 PAPER = {"learning_rate": 4e-5, "weight_decay": 0.01, "max_grad_norm": 0.2, "num_train_epochs": 5}
 TEXT = """
 base: {model: smollm2}
@@ -201,6 +204,13 @@ def test_sections_are_not_shared_between_recipes():
         ("name=a/b", ["name='a/b'"]),
         ("seed", ["'seed' is not KEY=VALUE"]),
         ("base.model.x=1", ["base.model is 'smollm2'"]),
+        (f"{TRAINING}.report_to=[1]", [f"mine.yaml: {TRAINING}.report_to=[1]: must be a valid string"]),
+        (f"{TRAINING}.debug=[unknown,3]", [f"{TRAINING}.debug=['unknown', 3]: must be a valid string"]),
+        (f"{TRAINING}.deepspeed=[1]", [f"{TRAINING}.deepspeed=[1]: must be a mapping of keys to values"]),
+        (f"{TRAINING}.optim_target_modules={{a: 1}}", [f"{TRAINING}.optim_target_modules={{'a': 1}}: must be a"]),
+        ("data.columns={a: 1}", ["data.columns.a=1: must be a valid string"]),
+        ("backbone.loss_weights=[-1,a]", ["backbone.loss_weights.0=-1: must be greater", "(and 1 more)"]),
+        ("label.rule=top2", ["mine.yaml: label.rule='top2' is not one of top1, prob<P"]),
         ("seed=[1", ["'seed=[1'", "YAML"]),
     ],
 )
@@ -231,8 +241,45 @@ def test_files_that_are_no_recipe(tmp_path, text, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("value", ["[1]", "{1: [2]}", "3"])
+@pytest.mark.parametrize(
+    "name",
+    "report_to lr_scheduler_kwargs fsdp_config accelerator_config gradient_checkpointing_kwargs optim_target_modules "
+    "debug deepspeed".split(),
+)
+def test_one_mistake_in_a_value_of_many_kinds_is_one(file, name, value):
+    """pydantic reports each kind that it tried, and puts the kind's name into the place."""
+    try:
+        load_recipe(file, [f"{TRAINING}.{name}={value}"])
+    except ValueError as error:
+        assert str(error).startswith(f"mine.yaml: {TRAINING}.{name}={value}: must be a "), error
+        assert "more" not in str(error)
+    else:
+        assert value.startswith("{")
+
+
 def test_unknown_recipes(tmp_path):
     with pytest.raises(ValueError, match="did you mean qwen3-0.6b?"):
         load_recipe("qwen3-0.6")
     with pytest.raises(ValueError, match="no such file"):
         load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    for path in ("accelerate/ddp", str(tmp_path / "tiny")):  # the name of a recipe has no slash, a file its ending
+        with pytest.raises(ValueError, match="no such file"):
+            load_recipe(path)
+
+
+def test_what_is_missing_to_read_recipes_is_named():
+    """And only what reads recipes needs it: `tah bench` and labelling do not."""
+    code = """
+import sys
+sys.modules["pydantic"] = None
+import tah.training.label, tah.benchmarks.bench_train
+for name in ("training.recipe", "training.recipe_file", "pipeline.pruned", "pipeline.steps"):
+    try:
+        __import__(f"tah.{name}")
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["recipes need pydantic and pyyaml: pip install 'tah[train]'"] * 4, done.stderr

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ pytest.importorskip("pydantic")
 from datasets import Dataset
 
 from tah import TaHForCausalLM
+from tah.progress import SILENT
 from tah.training.recipe_file import load_recipe
-from tah.training.run_files import read_metrics
+from tah.training.run_files import TrainingProgress, read_metrics
 from tah.training.train import prepare_model, train
 from tah.training.trainer import CHECKPOINTS, Objective, last_checkpoint
 
@@ -295,6 +297,14 @@ def test_checkpointing_of_activations_changes_nothing(run, recipe_of):
     saving = SECTION | {"save_strategy": "no", "gradient_checkpointing": True}
     replayed = recipe_of(backbone={"training": saving})
     assert digest(train(plain, "backbone", run, name="a")) == digest(train(replayed, "backbone", run, name="b"))
+
+
+def test_progress_keeps_the_newest_of_each_value():
+    progress = TrainingProgress(lambda steps, done: SILENT.work("x", steps, "steps", done))
+    progress.on_train_begin(None, SimpleNamespace(max_steps=9, global_step=0), None)
+    for logs in ({"loss": 2.0, "iterated_share": 0.1}, {"eval_loss": 3.0}, {"loss": 1.5}, {"train_runtime": 1.0}, None):
+        progress.on_log(None, None, None, logs=logs)
+    assert str(progress.work).endswith("9 steps, loss 1.5, validation loss 3, iterated 0.1")
 
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""Hashes that tell files and models apart, and whether a result is still as it was written."""
+"""What a result was made from: hashes of files and models, versions; and whether it is still as it was written."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +63,14 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
             values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].cpu()
             digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def version_of(name: str) -> str | None:
+    """The version of a library that is installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # tah may run from a source tree
+        return sys.modules["tah"].__version__ if name == "tah" else None
 
 
 def sizes_of(result: Path) -> dict[str, int]:

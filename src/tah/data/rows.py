@@ -209,7 +209,7 @@ def check_rule(rule: str) -> tuple[float, int]:
     """
     found = RULE.fullmatch(rule.replace(" ", ""))
     if not found or (found[2] and not 0 < float(found[2]) <= 1):
-        raise ValueError(f"rule {rule!r} is not one of top1, prob<P (0 < P <= 1), rank>K (K >= 0)")
+        raise ValueError(f"{rule!r} is not one of top1, prob<P (0 < P <= 1), rank>K (K >= 0)")
     never = np.iinfo(np.int64).max
     return (float(found[2]), never) if found[2] else (0.0, int(found[3] or 0))
 

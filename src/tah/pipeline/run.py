@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..checkpoints.contents import sizes_of, wrong
+from ..checkpoints.contents import sizes_of, version_of, wrong
 from ..config import FORMER_FIELDS
+from ..errors import short
 from ..files import write_atomically
 from ..progress import SILENT, Reporter
 from ..training.recipe import Recipe
-from ..training.run_files import version_of
 
 FORMER_NAMES = {now: before for before, now in FORMER_FIELDS.items()}
 
@@ -119,9 +119,9 @@ class Run:
         before, now = self._record(name), self.wanted[name]
         if before is None or before["fingerprint"] in (now["fingerprint"], self.former[name]):
             return None
-        pairs = [(key, before["reads"].get(key), now["reads"].get(key)) for key in before["reads"] | now["reads"]]
-        pairs += [(key, before[key], now[key]) for key in ("seed", "tah")]
-        found = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in pairs if old != new]
+        old, new = ({**record["reads"], "seed": record["seed"], "tah": record["tah"]} for record in (before, now))
+        pairs = [(key, old.get(key), new.get(key)) for key in old | new]
+        found = [f"{key} was {short(a, json.dumps)}, is {short(b, json.dumps)}" for key, a, b in pairs if a != b]
         for key in before["needs"] | now["needs"]:
             same = key in now["needs"] and before["needs"].get(key) in (now["needs"][key], self.former[key])
             found += [] if same else [f"{key} is another"]
@@ -138,14 +138,6 @@ class Run:
         damage = ((result / place, wrong(result / place, size)) for place, size in record.get("files", {}).items())
         return next((f"{path} {found}" for path, found in damage if found), None)
 
-    def closure(self, names: Sequence[str]) -> list[str]:
-        """`names` and everything they need, in order."""
-        found = set(names)
-        for name in reversed(self.steps):
-            if name in found:
-                found.update(self.steps[name].needs)
-        return [name for name in self.steps if name in found]
-
     def make(self, names: Sequence[str]) -> None:
         """Make the results of these steps and of all they need, as far as they are not there.
 
@@ -153,7 +145,10 @@ class Run:
             ValueError: the directory is in use or cannot be written to, something in it was not made by this chain, or
                 a step's `check` found a mistake. In these cases nothing has been made or moved.
         """
-        chain = [self.steps[name] for name in self.closure(names)]
+        wanted = set(names)
+        for step in reversed(self.steps.values()):
+            wanted.update(step.needs if step.name in wanted else ())
+        chain = [step for step in self.steps.values() if step.name in wanted]
         with self._alone():
             if self.lead:
                 self._check([step for step in chain if not self.finished(step.name)])
@@ -214,14 +209,10 @@ class Run:
         """On the other processes: take part where the step is made together, and wait until it is done."""
         # The first process has come to this step when the record is of what is wanted: it does not leave one that is
         # marked as finished beside a result that it makes again.
-        self._wait(lambda: self.change(step.name) is None)
+        wait_until(lambda: self.change(step.name) is None)
         if step.together and not self.finished(step.name):
             self._work(step)
-        self._wait(lambda: self.finished(step.name))
-
-    def _wait(self, reached: Callable[[], bool]) -> None:
-        while not reached():  # torchrun ends all processes when one has failed
-            time.sleep(POLL)
+        wait_until(lambda: self.finished(step.name))
 
     def _move_aside(self, step: Step) -> Path:
         """Results take long to make, so none is deleted because a recipe has changed."""
@@ -297,6 +288,12 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Wait for another process; torchrun ends all of them when one has failed."""
+    while not reached():
+        time.sleep(POLL)
+
+
 def device_of_process() -> torch.device:
     """Where this process of torchrun computes."""
     if not torch.cuda.is_available():
@@ -314,11 +311,6 @@ def flat(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {key: entry for inner in value for key, entry in flat(value[inner], f"{name}.{inner}").items()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

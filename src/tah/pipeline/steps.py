@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from .experiment.baselines import train_base, train_blind, train_reference, trai
 from .experiment.report import write_report
 from .experiment.tiny import check_sections, write_data
 from .pruned import prune_base
-from .run import POLL, Run, Step, device_of_process, flat
+from .run import Run, Step, device_of_process, flat, wait_until
 
 SHARED: dict[str, Any] = {"together": True, "resumes": True}  # steps in which every process takes part
 ALONE: dict[str, Any] = {"single": True, "resumes": True}
@@ -57,7 +56,7 @@ def chain(recipe: Recipe) -> list[Step]:
         reads = flat(whole["backbone"]["training"], "backbone.training")
         found.append(Step("reference", "reference", train_reference, reads, (*texts, "base"), **ALONE))
     tokenizer = {"tokenizer": _tokenizer_contents(recipe.base.tokenizer or recipe.base.model)}
-    reference = recipe.label.reference if recipe.uses_labels and recipe.label is not None else None
+    reference = whole["label"]["reference"] if recipe.uses_labels else None
     needs = (*texts, *(("base",) if own_base else ()), *(("reference",) if own_reference and reference else ()))
     reads = data | tokenizer | {"label.reference": contents(reference)}
     found.append(Step("label", "labels", make_labels, reads, needs, check=preflight.check_labelling, **SHARED))
@@ -72,8 +71,8 @@ def chain(recipe: Recipe) -> list[Step]:
 def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list[Step]:
     reads = flat(whole["model"], "model") | flat(whole["backbone"], "backbone")
     reads |= {"backbone.init": contents(recipe.backbone.init), "data.max_length": recipe.data.max_length}
-    if recipe.uses_labels and recipe.label is not None:
-        reads["label.rule"] = recipe.label.rule
+    if recipe.uses_labels:
+        reads["label.rule"] = whole["label"]["rule"]
     if recipe.decider is not None and recipe.decider.joint:
         reads |= {"decider.joint": True, "decider.gain": recipe.decider.gain}
     if not recipe.makes_base:
@@ -96,8 +95,8 @@ def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
         found.append(Step("standard_compute", "standard_compute", train_standard_compute, backbone, needs, **ALONE))
     if recipe.controls.blind:
         reads = backbone | flat(whole["model"], "model") | flat(whole["decider"], "decider")
-        if recipe.uses_labels and recipe.label is not None:
-            reads["label.rule"] = recipe.label.rule
+        if recipe.uses_labels:
+            reads["label.rule"] = whole["label"]["rule"]
         found.append(Step("blind", "blind", train_blind, reads, ("base", "label"), **ALONE))
     return found
 
@@ -163,13 +162,12 @@ def _check_resume(steps: Run, name: str, resume: bool) -> None:
     result = steps.result(name)
     if not steps.begun(name) or steps.finished(name):
         return
-    why, left = steps.difference(name), any(result.glob("checkpoints/checkpoint-*"))
-    if why and resume:
+    if resume and (why := steps.difference(name)):
         raise ValueError(
             f"{result} was trained differently: {why}; --resume needs the same recipe and data "
             "(without it, the stage is trained anew)"
         )
-    if not why and left and not resume:
+    if not resume and steps.change(name) is None and any(result.glob("checkpoints/checkpoint-*")):
         raise ValueError(f"{result} holds an unfinished training: --resume goes on with it; or choose another --output")
 
 
@@ -190,8 +188,7 @@ def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     for part, rows in zip(("train", "validation"), recipe.rows(run), strict=True):
         target = run / "labels" / part
         label_rows(rows, tokenizer, reference, target, progress=progress, **sizes)
-        while not (target / COMPLETE).is_file():  # other processes have shards to finish
-            time.sleep(POLL)
+        wait_until((target / COMPLETE).is_file)  # other processes have shards to finish
 
 
 def _train(stage: Stage) -> Callable[[Recipe, Path, Reporter], object]:

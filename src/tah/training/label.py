@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.contents import weights_fingerprint
+from ..checkpoints.contents import version_of, weights_fingerprint
 from ..data.data_files import COMPLETE
 from ..data.rows import EXTRAS, form_of, tokenize_row
 from ..data.scoring import Measured, Reference, check_reference
 from ..files import write_atomically
 from ..progress import SILENT, Reporter, Work
-from .run_files import version_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

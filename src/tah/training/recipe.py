@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator, model_validator
 from transformers import TrainingArguments
 from typing_extensions import TypedDict
+
+try:
+    import yaml
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator, model_validator
+except ImportError as error:
+    raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
 
 from ..config import TaHConfig, current_fields
 from ..data.rows import check_rule, load_rows

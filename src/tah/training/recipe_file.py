@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-try:
-    import yaml
-    from pydantic import ValidationError
-except ImportError as error:
-    raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
-
+from ..errors import short
 from ..names import nearest, suggest
-from .recipe import Part, Recipe
+from .recipe import Part, Recipe  # before what follows: it says what to install
+
+# isort: split
+import yaml
+from pydantic import ValidationError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -46,9 +47,10 @@ def recipe_names() -> list[str]:
 
 
 def _find(source: str) -> Path:
-    for path in (Path(source), RECIPES / f"{source}.yaml"):
-        if path.is_file():
-            return path
+    if Path(source).is_file():
+        return Path(source)
+    if "/" not in source and (packaged := RECIPES / f"{source}.yaml").is_file():
+        return packaged
     if "/" in source or source.endswith((".yaml", ".yml")):
         raise ValueError(f"no recipe {source!r}: there is no such file")
     raise ValueError(f"no recipe {source!r}; {suggest(source, recipe_names())}")
@@ -130,35 +132,45 @@ def validated(kind: type[PartType], values: Any, place: str = "") -> PartType:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors()
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        others = len({_location(values, problem) for problem in problems}) - 1
+        more = f" (and {others} more)" if others else ""
         raise ValueError(_in_words(kind, values, place, problems[0]) + more) from None
+
+
+def _location(values: Any, problem: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """The keys and indices that lead to a problem; pydantic also names the member of a union that it tried."""
+    found: tuple[str | int, ...] = problem["loc"]
+    if problem["type"] == "missing":
+        return found
+    for at, name in enumerate(found):
+        if not (name in values if isinstance(values, dict) else isinstance(values, list) and isinstance(name, int)):
+            return found[:at]
+        values = values[name]
+    return found
 
 
 def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, Any]) -> str:
     """One of pydantic's problems as a line."""
-    location: list[str | int] = []
-    allowed: Any = kind  # the type of the section at `location`
-    for name in problem["loc"]:
-        if not isinstance(values, dict | list):
-            break  # pydantic also names the member of a union that it tried
-        location.append(name)
-        if name == problem["loc"][-1] and problem["type"] == "extra_forbidden":
-            break
-        values = values.get(name) if isinstance(values, dict) else values[int(name)]
-        hint = get_type_hints(allowed, include_extras=False).get(name) if isinstance(allowed, type) else None
-        allowed = next((option for option in (*get_args(hint), hint) if hasattr(option, "__annotations__")), None)
-    where, given = ".".join(filter(None, [place, *map(str, location)])), repr(problem["input"])
-    given = given if len(given) <= 60 else f"{given[:57]}..."
+    location = _location(values, problem)
+    where = ".".join(filter(None, [place, *map(str, location)]))
     if problem["type"] == "missing":
         return f"{where} is required"
     if problem["type"] == "extra_forbidden":
+        allowed: Any = kind  # the type of the section
+        for name in location[:-1]:
+            hint = get_type_hints(allowed, include_extras=False)[str(name)]
+            allowed = next(option for option in (*get_args(hint), hint) if hasattr(option, "__annotations__"))
         names = list(allowed.__annotations__)
         near = nearest(location[-1], names)
         hint = f"did you mean {near}?" if near else f"choose from {', '.join(names[:20])}"
         return f"{where} is unknown; {hint}"
+    inside_union = len(problem["loc"]) > len(location) + 1  # pydantic gives a part of the value then
+    given = short(reduce(operator.getitem, location, values) if inside_union else problem["input"])
     if problem["type"] == "value_error":  # raised by a check of ours
-        between = f"={given} " if not isinstance(problem["input"], dict) else "." if where else ""
-        return f"{where}{between}{problem['ctx']['error']}"
+        reason = str(problem["ctx"]["error"])
+        if isinstance(problem["input"], dict):
+            return f"{where}.{reason}" if where else reason
+        return f"{where}={reason}" if reason.startswith(given) else f"{where}={given} {reason}"
     message = problem["msg"].replace("Input should be", "must be").partition(" or instance of ")[0]
     message = message.replace("a valid dictionary", "a mapping of keys to values")
     return f"{where}={given}: {message[0].lower()}{message[1:]}"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..checkpoints.contents import version_of
 from ..config import current_fields
 from ..files import differences, write_atomically
 from ..model import TaHForCausalLM
@@ -36,6 +35,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, open_work: Callable[[int, int], Work]) -> None:
         self.open_work = open_work
         self.work: Work | None = None
+        self.newest: dict[str, float] = {}  # of each value, since training and evaluation log theirs apart
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.work = self.open_work(state.max_steps, state.global_step)
@@ -46,9 +46,11 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         names = {"loss": "loss", "eval_loss": "validation loss", "iterated_share": "iterated"}
-        note = ", ".join(f"{text} {logs[name]:.3g}" for name, text in names.items() if name in (logs or {}))
-        if note and self.work is not None:
-            self.work.note = note
+        self.newest |= {name: logs[name] for name in names if name in (logs or {})}
+        if self.work is not None:
+            self.work.note = ", ".join(
+                f"{text} {self.newest[name]:.3g}" for name, text in names.items() if name in self.newest
+            )
 
 
 def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -> dict[str, Any]:
@@ -166,14 +168,6 @@ def draw_curves(directory: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def version_of(name: str) -> str | None:
-    """The version of a library that is installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # tah may run from a source tree
-        return sys.modules["tah"].__version__ if name == "tah" else None
 
 
 def _git_commit() -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from ...errors import first_line
+from ...errors import first_line, short
 from ...files import parse_json
 from ..answers import read_math
 from ..grade import Kind, grade
@@ -125,12 +125,12 @@ def check(row: Any, kind: Kind, where: str) -> None:
             raise ValueError(f"{where} has no {field!r}; a question of kind {kind} has {', '.join(FIELDS[kind])}")
     _check_fields(row, kind, where)
     if not isinstance(row.get("id", ""), str | int) or isinstance(row.get("id"), bool):
-        raise ValueError(f"{where}: id {_short(row['id'])} is neither a text nor an integer")
+        raise ValueError(f"{where}: id {short(row['id'])} is neither a text nor an integer")
     if kind == "math":
         answer = row["answer"]
         number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
         if not isinstance(answer, str) and not number:
-            raise ValueError(f"{where}: answer {_short(answer)} is neither a text nor a number")
+            raise ValueError(f"{where}: answer {short(answer)} is neither a text nor a number")
         try:
             read_math(str(row["answer"]).strip())
         except ValueError as error:
@@ -146,25 +146,20 @@ def _check_fields(row: Row, kind: Kind, where: str) -> None:
     for field in set(FIELDS[kind]) - {"answer", "choices"}:
         value = row.get(field)
         if value and field in LISTS and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            raise ValueError(f"{where}: {field} {_short(value)} is no list of texts")
+            raise ValueError(f"{where}: {field} {short(value)} is no list of texts")
         if value and field not in LISTS and not isinstance(value, str):
-            raise ValueError(f"{where}: {field} {_short(value)} is no text")
+            raise ValueError(f"{where}: {field} {short(value)} is no text")
 
 
 def _check_choices(choices: Any, answer: Any, where: str) -> None:
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where}: choices must be a list of 2 to {len(LETTERS)}")
     if wrong := [each for each in choices if isinstance(each, bool) or not isinstance(each, str | int | float)]:
-        raise ValueError(f"{where}: choice {_short(wrong[0])} is neither a text nor a number")
+        raise ValueError(f"{where}: choice {short(wrong[0])} is neither a text nor a number")
     letters = LETTERS[: len(choices)]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
         hint = "" if isinstance(answer, str) else "; a number might count from 0 or from 1"
-        raise ValueError(f"{where}: answer {_short(answer)} is not one of the letters {letters}{hint}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"{where}: answer {short(answer)} is not one of the letters {letters}{hint}")
 
 
 def complete_row(row: Row, kind: Kind, number: int) -> Row:
