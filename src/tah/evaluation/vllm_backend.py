@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from ..load import find
+from ..policy import Rule
 from ..session import Session
 from .eval_files import Asked, Generated
 from .harness import TaHLM
@@ -44,7 +45,7 @@ class ServedLM(TaHLM):
 
     Args:
         session: of a checkpoint. Its weights are dropped when the engine starts, which loads its own.
-        policies: that will be asked for; they decide how much room depth 2 gets.
+        rules: that will be asked for; their policies decide how much room depth 2 gets.
         batch_size: most answers at a time; vLLM's own choice by default.
         engine: more options of `vllm.LLM`.
         options: of `TaHLM`.
@@ -57,7 +58,7 @@ class ServedLM(TaHLM):
         self,
         session: Session,
         *,
-        policies: Sequence[str] = (),
+        rules: Sequence[Rule] = (),
         batch_size: int | None = None,
         engine: Mapping[str, Any] | None = None,
         **options: Any,
@@ -80,7 +81,7 @@ class ServedLM(TaHLM):
         }
         if batch_size is not None:
             self.engine_options["max_num_seqs"] = batch_size
-        if set(policies) & set(ROOMY):
+        if any(rule.policy in ROOMY for rule in rules):
             self.engine_options["additional_config"] = {"deep_kv_share": 1.0}
         self.engine_options |= engine or {}
 
