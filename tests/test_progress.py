@@ -53,3 +53,14 @@ def test_a_bar_never_says_of_none():
         work.bar.refresh()
     shown = console.file.getvalue()
     assert "None" not in shown and "2 of 7 answers" in shown
+
+
+def test_work_that_counts_nothing_is_its_title():
+    for terminal in (True, False):
+        console = in_memory(terminal=terminal)
+        with Work(console, "Converting it (once)", None, "") as work:
+            assert str(work) == ""
+        shown = console.file.getvalue()
+        assert (
+            shown == "Converting it (once)\n" if not terminal else "Converting it (once)" in shown and "0" not in shown
+        )

@@ -72,9 +72,9 @@ def test_a_dead_engine_is_named(checkpoint, capfd, tmp_path):
         with bench_serve.engine(str(tmp_path), "generate", "float32", 64):
             pass
     assert str(tmp_path) in capfd.readouterr().err
-    with bench_serve.engine(checkpoint, "generate", "float32", 64) as (run, _):
-        multiprocessing.active_children()[0].kill()
-        with pytest.raises(RuntimeError, match="the engine of generate ended"):
+    with pytest.raises(RuntimeError, match="the engine of generate ended"):
+        with bench_serve.engine(checkpoint, "generate", "float32", 64) as (run, _):
+            multiprocessing.active_children()[0].kill()
             next(run(bench_serve.decode(2, new=3), "generate"))
 
 

@@ -29,19 +29,19 @@ from typing import Any
 import numpy as np
 
 from ..load import find, load_base, load_tah
+from ..markdown import table
 from ..model import TaHForCausalLM
 from ..progress import SILENT, Reporter
+from ..vllm.launch import IN_PROCESS
 from .bench import RATE
-from .measure import SEED, alternate, result_of, table
+from .measure import SEED, alternate, result_of
 
 SLOTS = 32  # requests that run at a time, at most
 OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
 VARIANTS = ("base", *OF_TAH, "generate")
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the measured process
+SETTINGS = IN_PROCESS | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
 

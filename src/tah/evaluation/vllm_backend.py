@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from ..load import find
 from ..policy import Rule
 from ..session import Session
+from ..vllm.launch import IN_PROCESS
 from .eval_files import Asked, Generated
 from .harness import TaHLM
 
@@ -34,10 +35,6 @@ NOT_HANDED_OVER: dict[str, Any] = {
     "penalty_alpha": 0.0, "sequence_bias": None, "stop_strings": None, "suppress_tokens": None, "token_healing": False,
     "watermarking_config": None,
 }  # fmt: skip
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process vLLM's schedule depends on nothing but the requests
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 
 
 class ServedLM(TaHLM):
@@ -100,8 +97,8 @@ class ServedLM(TaHLM):
             raise ValueError(
                 f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
             )
-        before = {name: os.environ.get(name) for name in SETTINGS}
-        os.environ.update(SETTINGS)
+        before = {name: os.environ.get(name) for name in IN_PROCESS}
+        os.environ.update(IN_PROCESS)
         try:
             from vllm import LLM
 
