@@ -30,6 +30,7 @@ from .eval_report import named_gaps, write_results
 from .harness import TaHLM
 from .request import Request, build, quiet, vllm_version
 from .sandbox import Sandbox
+from .tasks import CODE
 from .vllm_backend import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -72,7 +73,7 @@ def evaluate(
     asked = tuple(Rule(policy, threshold, max_depth) for policy in dict.fromkeys(policies or (None,)))
     given = {name: value for name, value in options.items() if value is not None}
     request = Request(model, tasks, output, rules=asked, **given)
-    if request.runs_programs:
+    if any(name in CODE for name in request.tasks):
         Sandbox().check()
     with quiet():
         built = build(request.tasks, request.data, request.sampling, request.asking)

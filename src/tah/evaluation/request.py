@@ -144,11 +144,6 @@ class Request:
         """How answers are drawn, for tasks that the protocol does not single out."""
         return self.sampling.under(self.asking)
 
-    @property
-    def runs_programs(self) -> bool:
-        """Whether a sandbox is needed."""
-        return not set(self.tasks).isdisjoint(ours.CODE)
-
 
 def expand(names: Sequence[str]) -> list[str]:
     """Names of tasks, `nine` replaced, each once.
