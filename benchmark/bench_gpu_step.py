@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tah.benchmarks.measure import alternate, save, table, timed
+from tah.benchmarks.measure import alternate, save, timed
+from tah.markdown import table
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHARE = 0.07  # of the tokens iterate

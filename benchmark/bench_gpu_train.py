@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Qwen3Config
 
 from tah.benchmarks.bench_train import HARD, Setup, bench_train
-from tah.benchmarks.measure import save, table
+from tah.benchmarks.measure import save
+from tah.markdown import table
 from tah.model import TaHForCausalLM
 from tah.progress import Reporter
 

@@ -53,3 +53,13 @@ def test_a_bar_never_says_of_none():
         work.bar.refresh()
     shown = console.file.getvalue()
     assert "None" not in shown and "2 of 7 answers" in shown
+
+
+def test_work_that_counts_nothing_is_its_title():
+    shown = {}
+    for terminal in (True, False):
+        console = in_memory(terminal=terminal)
+        with Work(console, "Converting it (once)", None, "") as work:
+            assert str(work) == ""
+        shown[terminal] = console.file.getvalue()
+    assert "Converting it (once)" in shown[True] and shown[False] == "Converting it (once)\n"

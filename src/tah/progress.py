@@ -21,7 +21,7 @@ class Work:
         console: where to show it; None shows nothing.
         title: what is done: `labelling`.
         total: units there are; None where nobody knows yet.
-        unit: what is counted: `rows`.
+        unit: what is counted: `rows`; empty where nothing is.
         done: units that were there before.
         clock: seconds of a clock that never goes back.
     """
@@ -79,10 +79,13 @@ class Work:
     def _line(self) -> None:
         self.shown = self.clock()
         if self.console is not None:
-            self.console.print(f"{self.title}: {self}", highlight=False, soft_wrap=True)
+            line = f"{self.title}: {self}" if self.unit else self.title
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def __str__(self) -> str:
         """`3 of 12 rows, 1,204 tokens/s, 0:02:10 left`"""
+        if not self.unit:
+            return self.note
         parts = [f"{self.done:,} {self.unit}" if self.total is None else f"{self.done:,} of {self.total:,} {self.unit}"]
         if self.tokens:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")

@@ -2,6 +2,9 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from rich.console import Console
 from helpers.families import tiny
 from helpers.models import shake
 from tah import TaHForCausalLM
-from tah.benchmarks import bench
+from tah.benchmarks import bench, bench_serve
 from tah.benchmarks.measure import Row, save
 from tah.progress import Reporter
 
@@ -59,3 +62,26 @@ def test_memory_counts_what_a_variant_keeps(checkpoint):
     assert bench.peak_memory(checkpoint, "float32", "always", 100) > 0
     with pytest.raises(RuntimeError, match="measuring memory of base failed"):
         bench.peak_memory("/no/such/model", "float32", "base", 10)
+
+
+# -- engines of `tah bench serve`: processes that may end or hang ---------------------------------------------------
+
+
+def test_a_dead_engine_is_named(checkpoint, capfd, tmp_path):
+    with pytest.raises(RuntimeError, match="the engine of generate ended; its own message is above"):
+        with bench_serve.engine(str(tmp_path), "generate", "float32", 64):
+            pass
+    assert str(tmp_path) in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="the engine of generate ended"):
+        with bench_serve.engine(checkpoint, "generate", "float32", 64) as (run, _):
+            multiprocessing.active_children()[0].kill()
+            next(run(bench_serve.decode(2, new=3), "generate"))
+
+
+@pytest.mark.timeout(120)
+def test_a_hung_engine_is_not_waited_for(checkpoint):
+    with pytest.raises(KeyboardInterrupt):
+        with bench_serve.engine(checkpoint, "generate", "float32", 64):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+            raise KeyboardInterrupt
+    assert not multiprocessing.active_children()

@@ -32,6 +32,7 @@ from tah.evaluation.tasks import CODE, DIRECTORY, rows
 from tah.evaluation.tasks.protocols import DEFAULT
 from tah.files import differences
 from tah.names import TASKS
+from tah.policy import Rule
 from tah.session import Session
 from tah_cli.app import run
 
@@ -82,7 +83,7 @@ PROMPTS = ["one", "a much longer question than the others", "two words", "why?"]
 @pytest.mark.parametrize("policy, sampled", [("confidence", {}), ("random", HOT), ("always", {}), ("decider", HOT)])
 def test_a_batch_answers_as_its_questions_alone(wild, policy, sampled):
     lm = TaHLM(wild, batch_size=4, seed=3)
-    lm.use(policy)
+    lm.use(Rule(policy))
     wanted = asked(PROMPTS, **sampled)
     together = lm.generate_batch(wanted)
     for one, batched in zip(wanted, together, strict=True):
@@ -558,6 +559,24 @@ def test_the_average_is_not_surer_than_its_tasks():
     assert widened(dict(unknown), [single, unknown | {"value": 0.5}]) == unknown
 
 
+def test_none_is_the_default(pupil, tmp_path):
+    """For every option, as for callers that pass on what they were given."""
+    nothing = dict.fromkeys(("policies", "sampling", "data", "engine", "limit", "threshold", "protocol"))
+    with pytest.raises(ValueError, match="task gsm8k: openai/gsm8k cannot be loaded"):
+        evaluate(str(pupil), ["gsm8k"], tmp_path / "run", **nothing)
+
+
+def test_a_base_takes_the_threshold_of_a_policy(tiny_base, tmp_path):
+    """Alone it would change nothing and is refused; beside a policy it is that policy's."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | LONG
+    (base / "config.json").write_text(json.dumps(config))
+    found = go(base, tmp_path / "run", policies=["confidence"], threshold=0.25, limit=1, raw=True)
+    assert found["rule"]["policy"] == ["confidence"] and found["rule"]["threshold"] == 0.25
+    with pytest.raises(ValueError, match="--threshold 0.25 changes nothing while the base model"):
+        go(base, tmp_path / "other", policies=None, threshold=0.25, limit=1, raw=True)
+
+
 def test_a_refused_evaluation_leaves_nothing(wild, tmp_path):
     with pytest.raises(ValueError, match="lower --max-new-tokens"):
         evaluate(wild, ["gsm8k"], tmp_path / "run", policies=["never"], data={"gsm8k": ITEMS / "math.jsonl"})
@@ -622,7 +641,7 @@ def test_one_of_lm_evals_own_tasks(pupil, tmp_path):
     task = TaskManager(include_path=str(tmp_path / "t"), include_defaults=False).load(["own"])["tasks"]["own"]
     samples = Samples(tmp_path / "out", "never", "lm_eval:own", ["0", "1"])
     lm = TaHLM(str(pupil), batch_size=2, add_bos_token=False)
-    lm.use("never")
+    lm.use(Rule("never"))
     answer_task(lm, task, samples)
     assert json.loads(samples.scores.read_text())["exact_match,none"] == 0.5
     assert [line["tokens"] for line in samples.lines.values()] == [len("It is \\boxed{")] * 2

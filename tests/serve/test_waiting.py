@@ -163,8 +163,15 @@ def test_a_prompts_probabilities_beside_others(llama, monkeypatch):
     want = reference(llama, asked, NEW)
     model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with serve(llama, max_num_batched_tokens=64, additional_config={"batching": "mixed"}) as served:
-        may_wait, waited = served.model._may_wait, set()
-        monkeypatch.setattr(served.model, "_may_wait", lambda *given: waited.add(its := may_wait(*given)) or its)
+        forward, waited = served.model.forward, set()
+
+        def watched(*given, **more):
+            hidden = forward(*given, **more)
+            if served.model.report.taken:  # hard tokens of this step
+                waited.add(bool(served.model.waiting.by_request))
+            return hidden
+
+        monkeypatch.setattr(served.model, "forward", watched)
         params = [served.params(NEW, prompt_logprobs=0 if at % 3 == 0 else None) for at in range(len(asked))]
         for _ in range(2):
             outs = served.llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..load import find, load_base, load_tah
+from ..markdown import table
 from ..model import TaHForCausalLM
 from ..policy import DepthState, Policy
 from ..progress import SILENT, Reporter
@@ -148,7 +149,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as the table of docs/benchmarks.md."""
     rows = [Row(**row) for row in result["rows"]]
     shares = ["" if row.task.startswith("memory") else f"{row.iterated:.1%}" for row in rows]
-    return measure.table(
+    return table(
         ("dtype", "task", "variant", "median", "ratio to base", "iterated"),
         [
             (row.dtype, row.task, row.variant, row.value, f"{row.ratio:.2f}", share)

@@ -17,31 +17,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..load import find, load_base, load_tah
+from ..markdown import table
 from ..model import TaHForCausalLM
 from ..progress import SILENT, Reporter
+from ..vllm.launch import IN_PROCESS
 from .bench import RATE
-from .measure import SEED, alternate, result_of, table
+from .measure import SEED, alternate, result_of
 
 SLOTS = 32  # requests that run at a time, at most
 OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
 VARIANTS = ("base", *OF_TAH, "generate")
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the measured process
+SETTINGS = IN_PROCESS | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -209,36 +209,53 @@ def _transformers(model: str, dtype: str) -> tuple[Runner, None]:
     return run, None
 
 
-_STATE: dict[str, Any] = {}  # of the process of an engine: its `Runner`, and the `Steps` of the running turn
-
-
-def _load(model: str, kind: str, dtype: str, longest: int) -> float | None:
-    """Load an engine into this process; its memory, as of `_vllm`."""
+def _serve(pipe: Connection, model: str, kind: str, dtype: str, longest: int) -> None:
+    """An engine's process: its memory first, then a step for each message; a task and a variant begin a turn."""
     loaded = _transformers(model, dtype) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
-    _STATE["run"], memory = loaded
-    return memory
-
-
-def _begin(task: Task, variant: str) -> None:
-    _STATE["steps"] = _STATE["run"](task, variant)
-
-
-def _step() -> Turn | None:
-    return next(_STATE["steps"])
+    run, memory = loaded
+    pipe.send(memory)
+    steps: Steps = iter(())
+    while (asked := pipe.recv()) is not None:
+        if asked:
+            steps = run(*asked)
+        pipe.send(next(steps))
 
 
 @contextmanager
 def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """A process of a fresh engine (`base`, `tah` or `generate`), which ends with the context: its runner and memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """A process of a fresh engine (`base`, `tah` or `generate`), which ends with the context: its runner and memory.
 
-        def run(task: Task, variant: str) -> Steps:
-            pool.submit(_begin, task, variant).result()
-            while (turn := pool.submit(_step).result()) is None:
-                yield None
-            yield turn
+    Raises:
+        RuntimeError: the process ended by itself; it has said why on stderr.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(there, model, kind, dtype, longest))
+    process.start()
+    there.close()  # so that its end is seen here
 
-        yield run, pool.submit(_load, model, kind, dtype, longest).result()
+    def receive(*asked: tuple[()] | tuple[Task, str]) -> Any:
+        try:
+            for message in asked:
+                here.send(message)
+            return here.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
+
+    def run(task: Task, variant: str) -> Steps:
+        turn = receive((task, variant))
+        while turn is None:
+            yield None
+            turn = receive(())
+        yield turn
+
+    try:
+        yield run, receive()
+        here.send(None)
+        process.join(60)
+    finally:
+        process.kill()  # it may hang
+        process.join()
 
 
 def checkpoints(model: str, dtype: str, folder: Path) -> tuple[str, str]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..data.scoring import batches
+from ..markdown import table
 from ..model import TaHForCausalLM
 from ..tracing.trace import TraceRequest, trace
-from .measure import alternate, machine, median_ratio, table, texts, timed
+from .measure import alternate, machine, median_ratio, texts, timed
 
 
 def throughput(

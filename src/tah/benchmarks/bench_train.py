@@ -34,6 +34,7 @@ from ..core.depth import at_depth
 from ..data.rows import tokenize_row
 from ..data.scoring import batches
 from ..load import find, load_base, load_tah, load_tokenizer
+from ..markdown import table
 from ..model import TaHForCausalLM
 from ..progress import SILENT, Reporter
 from ..training.label import label
@@ -262,4 +263,4 @@ def markdown(result: dict[str, Any]) -> str:
         rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}"
         aim = f"{AIMS[row.task.partition(',')[0]]:.2f}" if row.variant in ("stage 1", "labelling") else ""
         lines.append((row.dtype, row.task, row.variant, row.value, rate, f"{row.ratio:.2f}", aim))
-    return measure.table(("precision", "task", "variant", "median", "tokens/s", "ratio", "aim"), lines)
+    return table(("precision", "task", "variant", "median", "tokens/s", "ratio", "aim"), lines)

@@ -194,12 +194,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def save(result: Any, markdown: str, folder: Path, name: str) -> None:
     """Write `name`.json and `name`.md."""
     write_atomically(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")

@@ -12,6 +12,8 @@ from filelock import FileLock
 from rich.console import Console
 from transformers.utils import logging
 
+from ..progress import Reporter
+
 
 def cache_dir() -> Path:
     """TAH_CACHE if set, else `tah` below the user's cache directory."""
@@ -37,21 +39,18 @@ def make_once(target: Path, is_whole: Callable[[Path], bool], make: Callable[[Pa
             for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of killed runs: the lock is ours
                 shutil.rmtree(leftover, ignore_errors=True)
             shutil.rmtree(target, ignore_errors=True)
-            with _shown(line):
+            with _no_bars(), Reporter(Console(stderr=True)).work(line, None, ""):
                 make(target)
     return target
 
 
 @contextmanager
-def _shown(line: str) -> Iterator[None]:
-    """A spinner where stderr is a terminal, elsewhere the line once the work is done; no bars of transformers."""
-    console, bars = Console(stderr=True), logging.is_progress_bar_enabled()
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own."""
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with console.status(line):
-            yield
-        if not console.is_terminal:
-            console.print(line, highlight=False, soft_wrap=True)
+        yield
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -7,14 +7,14 @@ samples of a question depend on each other.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files import differences, write_atomically
+from ..markdown import estimate, table
 from ..names import STOCK_TASK
 from ..stats.bootstrap import Estimate, Resampled
 from .eval_files import Samples, read_run
@@ -27,15 +27,8 @@ LEGEND = (
 )
 
 
-def percent(estimate: Estimate, sign: str = "") -> str:
-    """In percent, with the interval where there is one."""
-    value, low, high = (math.nan if found is None else 100 * found for found in estimate.values())
-    interval = "" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]"
-    return f"{value:{sign}.1f}{interval}"
-
-
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "accuracy": ("accuracy", percent),
+    "accuracy": ("accuracy", lambda found: "".join(estimate(found, unit=""))),
     "unparsed": ("unparsed", "{:,}".format),
     "cut_off": ("cut off", "{:,}".format),
     "mean_depth": ("mean depth", "{:.3f}".format),
@@ -194,7 +187,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             [*(str(row[name]) for name in names), *(show(row[name]) for name, (_, show) in COLUMNS.items())]
             for row in rows
         )
-        lines += [*_table([*names, *(column for column, _ in COLUMNS.values())], cells, words=2), "", LEGEND]
+        lines += [table([*names, *(column for column, _ in COLUMNS.values())], cells, words=2), "", LEGEND]
         for row in results["results"]:
             if row["untestable"]:
                 named = ", ".join(row["untestable"])
@@ -213,13 +206,6 @@ def named_gaps(ours: Mapping[str, str]) -> str:
     for name, what in ours.items():
         tasks.setdefault(what, []).append(name)
     return "; ".join(f"{what} ({', '.join(names)})" for what, names in tasks.items())
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> list[str]:
-    """A markdown table whose first columns are words, the others numbers."""
-    rule = "|" + "---|" * words + "--:|" * (len(header) - words)
-    head, *body = (f"| {' | '.join(cells)} |" for cells in [header, *rows])
-    return [head, rule, *body]
 
 
 # -- two evaluations -------------------------------------------------------------------------------------------------
@@ -303,10 +289,10 @@ def compared_markdown(found: Mapping[str, Any]) -> str:
         lines += [f"A: {found['a']} ({pair['policy_a']}), B: {found['b']} ({pair['policy_b']})", ""]
         cells = (
             [row["task"], str(row["questions"]), f"{100 * row['a']:.1f}", f"{100 * row['b']:.1f}"]
-            + [percent(row["difference"], "+"), f"{row['cost_a']:.3f}", f"{row['cost_b']:.3f}"]
+            + ["".join(estimate(row["difference"], "+.1f", "")), f"{row['cost_a']:.3f}", f"{row['cost_b']:.3f}"]
             for row in (*pair["tasks"], pair["average"])
         )
-        lines += [*_table(["task", "questions", "A", "B", "B - A", "cost A", "cost B"], cells, words=1), ""]
+        lines += [table(["task", "questions", "A", "B", "B - A", "cost A", "cost B"], cells, words=1), ""]
     lines.append("Differences in percentage points with 95 % paired bootstrap intervals over questions.")
     if found["left_out"]:
         lines.append(f"In one of them only, or lm-eval's own: {', '.join(found['left_out'])}.")

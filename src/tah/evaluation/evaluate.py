@@ -30,6 +30,7 @@ from .eval_report import named_gaps, write_results
 from .harness import TaHLM
 from .request import Request, build, quiet, vllm_version
 from .sandbox import Sandbox
+from .tasks import CODE
 from .vllm_backend import ServedLM
 
 from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
@@ -38,7 +39,15 @@ LIBRARIES = ("torch", "transformers", "lm_eval", "math_verify")
 
 
 def evaluate(
-    model: str | Session, tasks: Sequence[str], output: str | Path, *, progress: Reporter = SILENT, **options: Any
+    model: str | Session,
+    tasks: Sequence[str],
+    output: str | Path,
+    *,
+    policies: Sequence[str] | None = None,
+    threshold: float | None = None,
+    max_depth: int | None = None,
+    progress: Reporter = SILENT,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model; continues what `output` holds of the same evaluation.
 
@@ -48,8 +57,11 @@ def evaluate(
         model: directory, hub id, `smollm2`, or an open session.
         tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
         output: directory for answers and results.
+        policies: who iterates, one after the other; the model's own by default.
+        threshold: iterate above this probability; the model's own by default.
+        max_depth: most passes a token may take; the model's own by default.
         progress: gets each task's answers, and what the user should know.
-        options: the other fields of [`Request`], by name.
+        options: the other fields of [`Request`], by name; None is the default.
 
     Returns:
         what `results.json` holds: `results` by policy and task, `average` by policy, and the settings.
@@ -58,18 +70,19 @@ def evaluate(
         ValueError: a setting, a file or the model is not usable; the message says what to do.
         ImportError: vLLM is asked for, and not installed.
     """
-    request = Request(model, tasks, output, **options)
-    if request.runs_programs:
+    asked = tuple(Rule(policy, threshold, max_depth) for policy in dict.fromkeys(policies or (None,)))
+    given = {name: value for name, value in options.items() if value is not None}
+    request = Request(model, tasks, output, rules=asked, **given)
+    if any(name in CODE for name in request.tasks):
         Sandbox().check()
     with quiet():
         built = build(request.tasks, request.data, request.sampling, request.asking)
         session = _open(request, progress)
-        if not request.policies:
-            if of_base := session.as_itself(Rule(None, request.threshold, request.max_depth)):
-                progress.note(of_base)
-            request = replace(request, policies=[session.model.config.policy])
+        if of_base := session.as_itself(request.rules[0]):
+            progress.note(of_base)
+        request = replace(request, rules=[session.rule(rule) for rule in request.rules])
         with closing(_harness(request, session, built, progress)) as lm:
-            shared = [name for name in request.policies if name in ("decider", "confidence")]
+            shared = [str(rule.policy) for rule in request.rules if rule.policy in ("decider", "confidence")]
             if len(shared) > 1:
                 common = f"the threshold {lm.rule.threshold:.4g}, though their scales differ"
                 progress.note(f"{' and '.join(shared)} share {common}")
@@ -104,9 +117,7 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
     Raises:
         ValueError: the backend, or the model, cannot do what is asked for.
     """
-    options: dict[str, Any] = {
-        "threshold": request.threshold,
-        "max_depth": request.max_depth,
+    options = request.rules[0].arguments() | {
         "seed": request.drawing.seed,
         "add_bos_token": None if request.raw else False,  # a chat template writes it where it belongs
     }
@@ -116,9 +127,7 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
                 raise ValueError(
                     f"{name} compares likelihoods, which --backend vllm does not compute; leave out --backend"
                 )
-        return ServedLM(
-            session, policies=request.policies, batch_size=request.batch_size, engine=request.engine, **options
-        )
+        return ServedLM(session, rules=request.rules, batch_size=request.batch_size, engine=request.engine, **options)
     if request.reference is not None:
         options["reference"] = Session.open(
             request.reference, dtype=request.dtype, device=request.device, progress=progress
@@ -132,7 +141,8 @@ def _answer_all(
     """Every task under every policy, but what is there already."""
     output, limit = Path(request.output), request.limit
     open_run(output, settings)
-    for policy, (name, task) in itertools.product(request.policies, built.items()):
+    for rule, (name, task) in itertools.product(request.rules, built.items()):
+        policy = str(rule.policy)
         questions = list(task.eval_docs)[:limit]
         ids = [str(doc.get("id", number)) for number, doc in enumerate(questions)]
         samples, of = Samples(output, policy, name, ids), len(ids) * int(task.config.repeats)
@@ -144,7 +154,7 @@ def _answer_all(
                 continue
             if not stock:
                 write_questions(output, name, questions)
-            lm.use(policy)
+            lm.use(rule)
             answer_task(lm, task, samples, limit=limit, raw=request.raw)
 
 
@@ -180,11 +190,11 @@ def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str
     Raises:
         ValueError: the model cannot follow one of the policies.
     """
-    for policy in request.policies:
-        lm.use(policy)
+    for rule in request.rules:
+        lm.use(rule)
     session, config, limit = lm.session, lm.session.model.config, request.limit
-    rule = lm.rule.arguments() | {
-        "policy": list(request.policies),
+    rules = lm.rule.arguments() | {
+        "policy": [rule.policy for rule in request.rules],
         "reference": None if lm.reference is None else weights_fingerprint(lm.reference.model),
     }
     template = str(session.tokenizer.chat_template).encode()
@@ -207,7 +217,7 @@ def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str
         "tah": 1,
         "model": session.source,
         "weights": weights_fingerprint(session.model),
-        "rule": rule | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")},
+        "rule": rules | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")},
         "limit": limit if any(len(task.eval_docs) > (limit or math.inf) for task in built.values()) else None,
         "tasks": {name: _facts(task, limit) for name, task in built.items()},
         "versions": versions | ({"vllm": vllm_version()} if request.backend == "vllm" else {}),

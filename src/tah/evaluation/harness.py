@@ -18,6 +18,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,26 +106,26 @@ class TaHLM(HFLM):
         )
         self.session, self.seed, self.log = session, int(seed), log
         self.reference = Session.open(reference, **place) if isinstance(reference, str) else reference
-        most = session.model.config.max_depth
-        if max_depth is not None and max_depth > most and not session.wrapped:
-            raise ValueError(f"max_depth={max_depth}: {session.source} has max_depth={most}; give at most that")
-        self.threshold, self.max_depth = threshold, max_depth
-        self.use(policy)
+        self.use(Rule(policy, threshold, max_depth))
 
-    def use(self, policy: str | None) -> None:
-        """Answer with this policy from now on.
+    def use(self, rule: Rule) -> None:
+        """Answer with this rule from now on.
 
         Raises:
-            ValueError: `oracle` without a reference, or one with another tokenizer; `decider` without a trained one.
+            ValueError: more passes than the checkpoint has; `oracle` without a reference, or one with another
+                tokenizer; `decider` without a trained one.
         """
         session, self.oracle = self.session, None
-        if policy == "oracle":
+        rule, most = session.rule(rule), session.model.config.max_depth
+        if int(rule.max_depth or most) > most and not session.wrapped:
+            raise ValueError(f"max_depth={rule.max_depth}: {session.source} has max_depth={most}; give at most that")
+        if rule.policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
             check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
             self.oracle = ReferenceOracle(self.reference)
-        self.rule = session.rule(Rule(self.oracle or policy, self.threshold, self.max_depth))
-        if self.rule.policy == "decider" and (session.wrapped or session.model.decider is None):
+        self.rule = replace(rule, policy=self.oracle or rule.policy)
+        if rule.policy == "decider" and (session.wrapped or session.model.decider is None):
             raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
 
     def close(self) -> None:

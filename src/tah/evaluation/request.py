@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..names import BACKENDS, LABEL_FREE, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
+from ..names import BACKENDS, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
+from ..policy import Rule
 from ..session import Session
 from . import tasks as ours
 from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
@@ -58,13 +59,11 @@ class Request:
         model: directory, hub id, `smollm2`, or an open session.
         tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
         output: directory for answers and results.
-        policies: who iterates, one after the other; the model's own by default.
+        rules: who iterates, one after the other: policies by name; the model's own by default.
         protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).
         sampling: what is given here overrides the protocol.
         limit: only the first so many questions of each task.
         data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
-        threshold: iterate above this probability; the model's own by default.
-        max_depth: most passes a token may take; the model's own by default.
         reference: model for the policy `oracle`.
         raw: without the chat template.
         batch_size: answers at a time; by default 1, or with vLLM as many as it chooses.
@@ -82,13 +81,11 @@ class Request:
     model: str | Session
     tasks: Sequence[str]
     output: str | Path
-    policies: Sequence[str] = ()
+    rules: Sequence[Rule] = (Rule(),)
     protocol: str = "default"
     sampling: Sampling = field(default_factory=Sampling)
     limit: int | None = None
     data: Mapping[str, str | Path] = field(default_factory=dict)
-    threshold: float | None = None
-    max_depth: int | None = None
     reference: str | None = None
     raw: bool = False
     batch_size: int | None = None
@@ -100,19 +97,19 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", expand(self.tasks))
-        object.__setattr__(self, "policies", tuple(dict.fromkeys(self.policies or ())))
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; {suggest(self.protocol, PROTOCOLS)}")
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; {suggest(self.backend, BACKENDS)}")
-        for policy in self.policies:
-            if policy not in POLICIES:
-                raise ValueError(f"unknown policy {policy!r}; {suggest(policy, POLICIES)}")
+        policies = [rule.policy for rule in self.rules]
+        for policy in policies:
+            if policy is not None and policy not in POLICIES:
+                raise ValueError(f"unknown policy {policy!r}; {suggest(str(policy), POLICIES)}")
         if self.backend == "vllm":
             self._check_vllm()
         elif self.engine:
             raise ValueError(f"engine={dict(self.engine)!r} is for backend='vllm'")
-        if "oracle" in self.policies and self.reference is None:
+        if "oracle" in policies and self.reference is None:
             raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
         check_data(self.data, self.tasks)
         if (code := [name for name in self.tasks if name in ours.CODE]) and not self.allow_code_execution:
@@ -122,7 +119,7 @@ class Request:
             )
 
     def _check_vllm(self) -> None:
-        if not set(self.policies) <= set(LABEL_FREE):
+        if any(rule.policy == "oracle" for rule in self.rules):
             raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
         if self.device != "auto":
             raise ValueError(f"device {self.device!r}: vLLM runs on what it was built for; leave out --device")
@@ -146,11 +143,6 @@ class Request:
     def drawing(self) -> Drawing:
         """How answers are drawn, for tasks that the protocol does not single out."""
         return self.sampling.under(self.asking)
-
-    @property
-    def runs_programs(self) -> bool:
-        """Whether a sandbox is needed."""
-        return not set(self.tasks).isdisjoint(ours.CODE)
 
 
 def expand(names: Sequence[str]) -> list[str]:

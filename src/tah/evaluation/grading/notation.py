@@ -31,53 +31,65 @@ RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉"
 FROM_RAISED, FROM_LOWERED = str.maketrans(RAISED, "0123456789-n"), str.maketrans(LOWERED, "0123456789")
 
+Rewrites = list[tuple[re.Pattern[str], Any]]
+
+
+def rewrites(*pairs: tuple[str, Any], flags: int = 0) -> Rewrites:
+    """What to replace by what, one after the other."""
+    return [(re.compile(pattern, flags), to) for pattern, to in pairs]
+
+
+def rewritten(text: str, by: Rewrites) -> str:
+    """The text after all of them."""
+    for pattern, to in by:
+        text = pattern.sub(to, text)
+    return text
+
+
 MACROS = {"lbrace": r"\{", "rbrace": r"\}", "langle": "(", "rangle": ")", "lt": "<", "gt": ">", "neq": r"\ne "}
 MACROS |= dict.fromkeys(("lvert", "rvert", "vert"), "|") | dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac")
 MACROS |= dict.fromkeys(("leqslant", "leqq", "le"), r"\leq ") | dict.fromkeys(("geqslant", "geqq", "ge"), r"\geq ")
 MACROS["varnothing"] = r"\emptyset "
-REWRITES: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"\\\$", r" \\dollars "),
-        (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # the marks around mathematics, and bold
-        (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # the space between two rows of a matrix
-        (r"(?<!\\)\\!", ""),
-        (r"[\"`]", ""),
-        (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|strut|mathstrut)\b", ""),
-        (rf"\\({'|'.join(MACROS)})\b", lambda found: MACROS[found[1]]),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"<=|=<", r"\\leq "),
-        (r">=", r"\\geq "),
-        (r"!=", r"\\ne "),
-        (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
-        (r"(?<![\\a-zA-Z])\{ +\}", " "),
-        (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
-        (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
-        (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
-        (r"\\degrees?\b|\\(?:text|mathrm)\s*\{\s*°\s*\}", r"^\\circ "),
-        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
-        (r"(?<![\\a-zA-Z])(sqrt|infty|pi)\b", r"\\\1 "),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<=\d)i\b", " i"),
-        (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
-        *(
-            (rf"(?<=\d) ?(?:(\\(?:text|mathrm)\s*\{{)\s*|\b){word}\b", rf" \\times 10^{{{power}}}\1")
-            for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
-        ),
-        (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
-        (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
-        (r"\\text\s+\{", r"\\text{"),
-        (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)"
-         r"\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
-        (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)"
-         r"\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
-        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
-        (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
-        (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
-    )
-]  # fmt: skip
+REWRITES = rewrites(
+    (r"\\\$", r" \\dollars "),
+    (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # the marks around mathematics, and bold
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # the space between two rows of a matrix
+    (r"(?<!\\)\\!", ""),
+    (r"[\"`]", ""),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+    (r"\\(?:displaystyle|textstyle|scriptstyle|limits|strut|mathstrut)\b", ""),
+    (rf"\\({'|'.join(MACROS)})\b", lambda found: MACROS[found[1]]),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"<=|=<", r"\\leq "),
+    (r">=", r"\\geq "),
+    (r"!=", r"\\ne "),
+    (r"\{\s*,\s*\}|\\text\s*\{\s*,\s*\}", ","),
+    (r"(?<![\\a-zA-Z])\{ +\}", " "),
+    (r"\\(?:bf|rm|it|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|boldmath)(?![a-zA-Z])", " "),
+    (r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:underline|ensuremath)(?=\s*\{)", ""),
+    (r"(?<!\\)%|\\?\s*\b(?:percent|pct)\b|\\text\s*\{\s*\\?(?:percent|%)\s*\}", r"\\%"),
+    (r"\\degrees?\b|\\(?:text|mathrm)\s*\{\s*°\s*\}", r"^\\circ "),
+    (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+    (r"(?<![\\a-zA-Z])(sqrt|infty|pi)\b", r"\\\1 "),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<=\d)i\b", " i"),
+    (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
+    *(
+        (rf"(?<=\d) ?(?:(\\(?:text|mathrm)\s*\{{)\s*|\b){word}\b", rf" \\times 10^{{{power}}}\1")
+        for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (r"(?<![\d.,])(-?\d+) (\d+)\s?/\s?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # a mixed number
+    (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|math(?:rm|bf|it|sf|tt|normal)|mbox|emph|boldsymbol|bm)\s*\{", r"\\text{"),
+    (r"\\text\s+\{", r"\\text{"),
+    (r"\(?\s*(?:\\[bp]?mod(?![a-zA-Z])|\\text\{\s*mod\s*\}|\(\s*mod\b)"
+     r"\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)"
+     r"\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
+    (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
+    (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
+    (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
+)  # fmt: skip
 # "70 000": three digits after each space, and no list of such
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,]| ?/)")
 
@@ -88,30 +100,25 @@ AMOUNT_IN_TEXT = re.compile(r"^\\text\{\s*((?:\\dollars)?\s*-?\d[\d.,/]*)(?=[\sa
 
 REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")  # 0.1\overline{6}
 ROWS = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}")
-INTERVALS = [  # (0;1], ]0,1], [0,1[
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"([(\[\]])([^()\[\];,]*);([^()\[\];,]*)([)\[\]])", r"\1\2,\3\4"),
-        (r"^\]([^()\[\],]*,[^()\[\],]*)(?=[\[\])]$)", r"(\1"),
-        (r"^([(\[][^()\[\],]*,[^()\[\],]*)\[$", r"\1)"),
-    )
-]
+INTERVALS = rewrites(  # (0;1], ]0,1], [0,1[
+    (r"([(\[\]])([^()\[\];,]*);([^()\[\];,]*)([)\[\]])", r"\1\2,\3\4"),
+    (r"^\]([^()\[\],]*,[^()\[\],]*)(?=[\[\])]$)", r"(\1"),
+    (r"^([(\[][^()\[\],]*,[^()\[\],]*)\[$", r"\1)"),
+)
 
 LABEL = (
     r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?(?:answers?|solutions?|ans|result)\b\s*"
 )
-LABELS = [
-    (re.compile(pattern, re.IGNORECASE), to)
-    for pattern, to in (
-        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
-        (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
-        (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
-        (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
-        (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
-        (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
-        (r"(?<=[a-zA-Z])\.\}$", "}"),
-    )
-]
+LABELS = rewrites(
+    (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
+    (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
+    (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
+    (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
+    (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
+    (r"(?:\\text\{[\s.]*\}|(?<!\.)\\?\.|[\s,;:])+$", ""),
+    (r"(?<=[a-zA-Z])\.\}$", "}"),
+    flags=re.IGNORECASE,
+)
 
 
 def _fraction(found: re.Match[str]) -> str:
@@ -135,11 +142,8 @@ def normalized(text: str) -> str:
     text = text.translate(SIGNS)
     text = re.sub(f"[{RAISED}]+", lambda found: f"^{{{found[0].translate(FROM_RAISED)}}}", text)
     text = re.sub(f"[{LOWERED}]+", lambda found: f"_{{{found[0].translate(FROM_LOWERED)}}}", text)
-    for pattern, to in REWRITES:
-        text = pattern.sub(to, text)
-    text = REPEATING.sub(_fraction, ROWS.sub(_listed, text))
-    for pattern, to in INTERVALS:
-        text = pattern.sub(to, text)
+    text = REPEATING.sub(_fraction, ROWS.sub(_listed, rewritten(text, REWRITES)))
+    text = rewritten(text, INTERVALS)
     if (whole := WHOLE_TEXT.fullmatch(text)) and LISTED.search(whole[1]):
         text = whole[1]
     text = AMOUNT_IN_TEXT.sub(r"\1 \\text{\2}", text.strip())
@@ -149,9 +153,7 @@ def normalized(text: str) -> str:
 
 def without_labels(text: str) -> str:
     """Without "Answer:" before it and a full stop after it."""
-    for pattern, to in LABELS:
-        text = pattern.sub(to, text)
-    return text
+    return rewritten(text, LABELS)
 
 
 # -- several values ----------------------------------------------------------------------------------------------------

@@ -10,22 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from .notation import inner, split_list, without_labels
+from .notation import inner, rewrites, rewritten, split_list, without_labels
 
 # The numbers that a condition holds for: \{x \in \mathbb{R} \mid x>2\}
 SET_OF = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}")
-PLAIN = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"\\dollars", ""),
-        (r"\\text\{\s*([a-zA-Z])\s*\}", r"\1"),
-        # What math-verify takes for functions and constants, as symbols
-        (r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}"),
-        (r"\\gamma(?![a-zA-Z])", r"\\text{gama}"),
-        (r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}"),
-        (r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}"),
-    )
-]
+PLAIN = rewrites(  # as math-verify reads what was meant
+    (r"\\dollars", ""),
+    (r"\\text\{\s*([a-zA-Z])\s*\}", r"\1"),
+    # What math-verify takes for functions and constants, as symbols
+    (r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}"),
+    (r"\\gamma(?![a-zA-Z])", r"\\text{gama}"),
+    (r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}"),
+    (r"(?<![a-zA-Z\\])(?<!\\text\{)([eEiI])_(?:\{(\w+)\}|(\w))", r"\\text{\1_\2\3}"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,7 @@ def read_value(text: str, gold: bool = False) -> Value:
         exact, _, rounded = text.partition(r"\approx")
         text = (rounded if re.fullmatch(r"\\?[a-zA-Z]\w*\s*", exact) else exact).strip()
     body, unit = without_unit(text, gold)
-    return Value(_plain(text), _plain(body), unit)
-
-
-def _plain(text: str) -> str:
-    """The text as math-verify reads it as it was meant."""
-    for pattern, to in PLAIN:
-        text = pattern.sub(to, text)
-    return text.strip()
+    return Value(rewritten(text, PLAIN).strip(), rewritten(body, PLAIN).strip(), unit)
 
 
 # -- units -------------------------------------------------------------------------------------------------------------
@@ -101,16 +91,13 @@ CURRENCY = re.compile(
     r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d)|\\text\{\s*(?:US|USD|Rs\.?)\s*\}(?=\s*\d))\s*"
 )
 # Units that are written with signs, as \\text: in an answer, behind an amount. In a right answer they may be symbols
-SIGNED = [
-    (re.compile(pattern), to)
-    for pattern, to in (
-        (r"(?:\\text\{)?\s*([kMGm]?)\s*\}?\s*\\Omega\s*\}?$", r"\\text{\1ohm}"),
-        (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
-        (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\AA(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
-        (r"([MLR])_(?:\{\s*\\odot\s*\}|\\odot)$", r"\\text{solar \1}"),
-        (r"\\frac\{\s*([a-zA-Z]+)\s*\}\{\s*([a-zA-Z]+(?:\^\{?\d\}?)?)\s*\}$", r"\\text{\1}/\\text{\2}"),
-    )
-]
+SIGNED = rewrites(
+    (r"(?:\\text\{)?\s*([kMGm]?)\s*\}?\s*\\Omega\s*\}?$", r"\\text{\1ohm}"),
+    (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
+    (r"(?:\\text\{\s*)?(?:\\mathring\{\s*A\s*\}|\\AA(?![a-zA-Z])|Å)\s*\}?$", r"\\text{angstrom}"),
+    (r"([MLR])_(?:\{\s*\\odot\s*\}|\\odot)$", r"\\text{solar \1}"),
+    (r"\\frac\{\s*([a-zA-Z]+)\s*\}\{\s*([a-zA-Z]+(?:\^\{?\d\}?)?)\s*\}$", r"\\text{\1}/\\text{\2}"),
+)
 
 
 def without_unit(text: str, gold: bool) -> tuple[str, str | None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...files import write_atomically
+from ...markdown import estimate, percent, table
 
 ROWS = {  # in the order of the tables: the name of a row, and what was scored
     "standard": ("standard", "the base after as many ordinary steps on the same data, one pass"),
@@ -59,15 +60,15 @@ def statements(found: Numbers) -> list[str]:
     if own not in ("never", "always") and answers:
         every = answers["always"]
         lines.append(
-            f"A second pass of every token gets {_percent(every['exact_match']['share'])} right: "
+            f"A second pass of every token gets {percent(every['exact_match']['share'])} right: "
             f"{_signed(every['minus_never'])} against `never`."
         )
     if own == "decider":
-        others = ", ".join(f"{name} {_percent(tokens[name]['accuracy'])}" for name in ("never", "confidence", "random"))
+        others = ", ".join(f"{name} {percent(tokens[name]['accuracy'])}" for name in ("never", "confidence", "random"))
         its = tokens[own]
         lines.append(
-            f"Token accuracy along the given texts, {_percent(its['iterated_share'])} iterated: {own} "
-            f"{_percent(its['accuracy'])}; {others}. Against `never` the decider's second pass "
+            f"Token accuracy along the given texts, {percent(its['iterated_share'])} iterated: {own} "
+            f"{percent(its['accuracy'])}; {others}. Against `never` the decider's second pass "
             f"corrected {its['fixed']} tokens and broke {its['broke']}."
         )
     if "oracle" in tokens:
@@ -87,8 +88,7 @@ def _against(other: str, own: str, scores: Numbers, how: str) -> str:
     if answered:
         what, count = "Generated answers", f" of {scores[own]['exact_match']['questions']}"
     its, theirs = (
-        _percent(scores[name]["exact_match"]["share"] if answered else scores[name]["accuracy"])
-        for name in (own, other)
+        percent(scores[name]["exact_match"]["share"] if answered else scores[name]["accuracy"]) for name in (own, other)
     )
     baseline = "`never`" if other == "never" else "Standard"
     return f"{what}: {policy} {verb} {baseline} here ({how}): {its} against {theirs}{count} right, {_signed(change)}."
@@ -103,7 +103,7 @@ def _about_oracle(tokens: Numbers) -> str:
         leak = "at least as much without any second pass, so the oracle's gain is no evidence of thinking"
     return (
         f"With labels that mark where Standard is wrong (they use the answers), the second pass gets "
-        f"{_percent(oracle)} of tokens right; taking Standard's second choice there gets {_percent(second)}: {leak}."
+        f"{percent(oracle)} of tokens right; taking Standard's second choice there gets {percent(second)}: {leak}."
     )
 
 
@@ -118,17 +118,8 @@ def _about_cost(seconds: Numbers) -> list[str]:
     ]
 
 
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f} %"
-
-
 def _signed(change: Numbers | None) -> str:
-    if change is None:
-        return "-"
-    value = f"{100 * change['value']:+.1f} points"
-    if change["low"] is None:  # a single row has no interval
-        return value
-    return f"{value} [{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+    return "".join(estimate(change, "+.1f", " points"))
 
 
 # -- markdown --------------------------------------------------------------------------------------------------------
@@ -136,7 +127,7 @@ def _signed(change: Numbers | None) -> str:
 
 def as_markdown(found: Numbers) -> str:
     test, names = found["test"], [name for name in ROWS if name in found["tokens"]]
-    hard = "" if test["hard_share"] is None else f", {_percent(test['hard_share'])} of them hard"
+    hard = "" if test["hard_share"] is None else f", {percent(test['hard_share'])} of them hard"
     lines = [
         f"# {found['recipe']}: results",
         "",
@@ -150,10 +141,10 @@ def as_markdown(found: Numbers) -> str:
     if found["answers"]:
         head = ["policy", "exact match", "interval", "iterated", "minus Standard", "minus never"]
         body = [_answer_line(name, found["answers"][name]) for name in names if name in found["answers"]]
-        lines += ["## Answers generated greedily", "", *_table(head, body), "![exact match](answers.png)", ""]
+        lines += ["## Answers generated greedily", "", table(head, body), "", "![exact match](answers.png)", ""]
     head = ["policy", "accuracy", "loss", "iterated", "with prompts", "fixed", "broke", "minus Standard"]
     lines += ["## Tokens along the given texts", ""]
-    lines += _table(head, [_token_line(name, found["tokens"][name]) for name in names])
+    lines += [table(head, [_token_line(name, found["tokens"][name]) for name in names]), ""]
     lines += ["Fixed and broke: tokens that a second pass turned right or wrong, against `never`.", ""]
     lines += [f"- {': '.join(ROWS[name])}" for name in names]
     lines += ["", "![accuracy by share](sweep.png)", ""]
@@ -162,28 +153,28 @@ def as_markdown(found: Numbers) -> str:
 
 def _answer_line(name: str, entry: Numbers) -> list[str]:
     match = entry["exact_match"]
-    low, high = map(_percent, match["interval"])
-    shares = [_percent(match["share"]), f"[{low}, {high}]", _percent(entry["iterated_share"])]
+    low, high = map(percent, match["interval"])
+    shares = [percent(match["share"]), f"[{low}, {high}]", percent(entry["iterated_share"])]
     return [ROWS[name][0], *shares, *(_signed(entry.get(f"minus_{other}")) for other in ("standard", "never"))]
 
 
 def _token_line(name: str, entry: Numbers) -> list[str]:
     loss = "-" if entry.get("loss") is None else f"{entry['loss']:.4f}"
-    shares = [_percent(entry.get(key)) for key in ("iterated_share", "iterated_share_with_prompts")]
+    shares = [percent(entry.get(key)) for key in ("iterated_share", "iterated_share_with_prompts")]
     counts = ["-" if entry.get(key) is None else str(entry[key]) for key in ("fixed", "broke")]
     change = _signed(entry.get("minus_standard"))
-    return [ROWS[name][0], _percent(entry["accuracy"], 2), loss, *shares, *counts, change]
+    return [ROWS[name][0], percent(entry["accuracy"], ".2f"), loss, *shares, *counts, change]
 
 
 def _decider_part(found: Numbers) -> list[str]:
     lines: list[str] = []
     if found["finding"]:
         body = [
-            [name, f"{v['auroc']:.3f}", f"{v['average_precision']:.3f}", _percent(v["wanted_share"])]
+            [name, f"{v['auroc']:.3f}", f"{v['average_precision']:.3f}", percent(v["wanted_share"])]
             for name, v in found["finding"].items()
         ]
         lines += ["## Finding the tokens that should iterate", ""]
-        lines += _table(["scorer", "AUROC", "average precision", "share to find"], body)
+        lines += [table(["scorer", "AUROC", "average precision", "share to find"], body), ""]
     if quality := found["quality"]:
         numbers = [f"{key.replace('_', ' ')} {quality[key]:.3f}" for key in QUALITY if quality[key] is not None]
         lines += [f"On the validation rows, at the threshold: {', '.join(numbers)}.", ""]
@@ -204,14 +195,10 @@ def _cost_part(found: Numbers) -> list[str]:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     return [
-        *("## Parameters", "", *_table(["", *columns, "all"], sizes)),
-        *("## Seconds by step", "", *_table(["step", "wall clock", "CPU"], seconds)),
+        *("## Parameters", "", table(["", *columns, "all"], sizes), ""),
+        *("## Seconds by step", "", table(["step", "wall clock", "CPU"], seconds), ""),
         f"{versions}; commit {found['git']}",
     ]
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [*("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body]), ""]
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
