@@ -13,23 +13,21 @@ try:
 except ImportError as error:
     raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
 
-from ..names import nearest, suggest
+from ..names import find_recipe, nearest
 from .recipe import Part, Recipe
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the packaged one of that name.
 
     Args:
-        source: path of a .yaml file, or a name from `recipe_names()`.
+        source: path of a .yaml file, or a name of `names.RECIPE_FILES`.
         overrides: `key.key=value`, the value in YAML, applied in order.
 
     Raises:
         ValueError: there is no such recipe, or something in it is wrong; one line with the place.
     """
-    path = _find(str(source))
+    path = find_recipe(str(source))
     values = _read(path)
     values.setdefault("name", path.stem)
     for override in overrides:
@@ -38,20 +36,6 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return validated(Recipe, values)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def recipe_names() -> list[str]:
-    """The names of the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _find(source: str) -> Path:
-    for path in (Path(source), RECIPES / f"{source}.yaml"):
-        if path.is_file():
-            return path
-    if "/" in source or source.endswith((".yaml", ".yml")):
-        raise ValueError(f"no recipe {source!r}: there is no such file")
-    raise ValueError(f"no recipe {source!r}; {suggest(source, recipe_names())}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -153,7 +137,7 @@ def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, A
         return f"{where} is required"
     if problem["type"] == "extra_forbidden":
         names = list(allowed.__annotations__)
-        near = nearest(location[-1], names)
+        near = nearest(str(location[-1]), names)
         hint = f"did you mean {near}?" if near else f"choose from {', '.join(names[:20])}"
         return f"{where} is unknown; {hint}"
     if problem["type"] == "value_error":  # raised by a check of ours
