@@ -57,12 +57,12 @@ def command_help(capsys, *arguments: str) -> str:
     ("arguments", "words"),
     [
         ("", ["Usage: tah", "Evaluate:"]),
-        ("--help", ["Usage: tah", "Evaluate:"]),
+        ("--help", ["Usage: tah", "also compare, regrade.", "also train, trace, serve."]),
         ("--version", ["tah "]),
         ("generate --help", ["Usage: tah generate"]),
         ("eval --help", ["Usage: tah eval", "--tasks", "compare", "regrade"]),
         ("eval compare --help", ["Usage: tah eval compare"]),
-        ("bench --help", ["Usage: tah bench", "--repeats", "train", "trace", "serve"]),
+        ("bench --help", ["Usage: tah bench", "[default: smollm2]", "--repeats", "train", "trace", "serve"]),
         ("bench serve -h", ["Usage: tah bench serve"]),
     ],
 )
