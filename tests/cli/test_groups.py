@@ -93,6 +93,7 @@ def test_what_only_informs_imports_no_torch(arguments, words):
         ("bench smollm2 --dtype float16", ["unknown dtype 'float16'", "choose from float32, bfloat16"]),
         ("bench train smolm2", ["did you mean smollm2?"]),
         ("bench trace ./nowhere", ["no model './nowhere'"]),
+        ("bench serve --tasks 8,streem", ["unknown task 'streem'", "did you mean stream?"]),
         ("serve ./nowhere", ["no model './nowhere'"]),
         ("eval", ["MODEL"]),
         ("eval smollm2 -o out", ["--tasks"]),
