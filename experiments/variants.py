@@ -12,10 +12,8 @@ from tah import TaHForCausalLM
 from tah.training.trainer import Objective
 
 LOOKAHEAD = {"next_input": "hidden", "attention": "own", "output": "zero_init", "lora_rank": 0}
-MIX = LOOKAHEAD | {
-    "next_input": "topk",
-    "output": "sum",
-}  # the paper's input and output, no new weights but the decider
+# The paper's input and output, no new weights but the decider:
+MIX = LOOKAHEAD | {"next_input": "topk", "output": "sum"}
 PAPER = {"next_input": "topk", "attention": "duo", "output": "sum", "lora_rank": 4, "lora_alpha": 8}
 TAU = 0.3  # nats, for the variant that trains the second pass on uncertain tokens only
 

@@ -1,4 +1,4 @@
-"""Write docs/families.md from the tables in tests/families.py.
+"""Write docs/families.md from the tables in tests/helpers/families.py.
 
 python scripts/families.py            write it
 python scripts/families.py --check    fail if it is out of date

@@ -36,11 +36,11 @@ def llama(**config):
         ({"lora_rank": -1}, "lora_rank=-1 must be an integer >= 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0 must be in"),
         ({"random_rate": 2}, "random_rate=2 must be in"),
-        ({"next_input": "mean"}, "next_input='mean' is not one of topk, hidden"),
-        ({"attention": "full"}, "attention='full' is not one of duo, own"),
-        ({"output": "mean"}, "output='mean' is not one of sum, zero_init"),
-        ({"policy": "sometimes"}, "policy='sometimes' is not one of decider"),
-        ({"confidence_measure": "vibes"}, "confidence_measure='vibes' is not one of"),
+        ({"next_input": "mean"}, "unknown next_input 'mean'; choose from topk, hidden"),
+        ({"attention": "full"}, "unknown attention 'full'; choose from duo, own"),
+        ({"output": "mean"}, "unknown output 'mean'; choose from sum, zero_init"),
+        ({"policy": "sometimes"}, "unknown policy 'sometimes'; choose from decider"),
+        ({"confidence_measure": "vibes"}, "unknown confidence_measure 'vibes'; choose from"),
         ({"decider": {"kind": "tree"}}, "decider kind 'tree' is not one of lean, mlp"),
         ({"decider": {"kind": "lean", "depth": 3}}, "a lean decider has no option depth"),
         (
@@ -103,7 +103,7 @@ def test_forward_refuses_what_it_would_ignore(model):
 def test_policies_check_their_arguments():
     with pytest.raises(ValueError, match="random rate 1.5 must be in"):
         Random(1.5)
-    with pytest.raises(ValueError, match="'vibes' is not one of probability, entropy"):
+    with pytest.raises(ValueError, match="unknown confidence measure 'vibes'; choose from probability, entropy"):
         Confidence("vibes")
 
 

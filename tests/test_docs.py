@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -18,8 +19,34 @@ def test_links(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) if "://" not in link]
     assert all((page.parent / link).exists() for link in links), links
-    named = re.findall(r"`((?:src|tests|docs|examples|scripts|benchmark)/[\w./]+?)`", text)
-    assert all((ROOT / name).exists() for name in named if "*" not in name), named
+    assert not (missing := unknown_places(text)), missing
+
+
+def unknown_places(text: str) -> list[str]:
+    """The files and functions (`path::name`) between backticks that are not there."""
+    missing = []
+    for path, function in re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)(?:::(\w+))?`", text):
+        if path.partition("/")[0] in TOP and "/" in path:
+            places = [ROOT / path]
+        elif re.fullmatch(r"test_\w+\.py", path):
+            places = list((ROOT / "tests").rglob(path))
+        elif "/" in path and path.endswith(".py"):
+            places = [ROOT / "src" / path, ROOT / "src" / "tah" / path]
+        else:
+            continue
+        there = [place for place in places if place.exists()]
+        if not there or (function and not any(f"def {function}(" in place.read_text() for place in there)):
+            missing.append(f"{path}::{function}" if function else path)
+    return missing
+
+
+def test_links_knows_what_is_not_there():
+    """Control."""
+    good = ["core/fast.py", "tah/vllm/waiting.py", "evaluation/grading/choice.py", "test_loss.py", "docs/", "top_k/2"]
+    good += ["tests/test_docs.py", "test_docs.py::test_links", "tests/test_docs.py::test_links"]
+    assert unknown_places(" ".join(f"`{name}`" for name in good)) == []
+    bad = ["core/cpu.py", "tah/vllm/no.py", "tests/test_no.py", "test_no.py", "test_docs.py::test_no", "scripts/no.py"]
+    assert unknown_places(" ".join(f"`{name}`" for name in bad)) == bad
 
 
 def test_python_of_the_readme_runs(tmp_path, tiny_base):

@@ -46,13 +46,13 @@ def test_an_evaluation_in_a_log(tmp_path, changed):
 
 def test_a_bar_never_says_of_none():
     console = in_memory(terminal=True)
-    with Work(console, "gsm8k, never", None, "answers") as work:
+    with Work(console, "gsm8k [b], never", None, "answers") as work:
         work.bar.refresh()
         work.total = 7
         work.advance(2)
         work.bar.refresh()
     shown = console.file.getvalue()
-    assert "None" not in shown and "2 of 7 answers" in shown
+    assert "None" not in shown and "2 of 7 answers" in shown and "gsm8k [b], never" in shown
 
 
 def test_work_that_counts_nothing_is_its_title():

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version
 
 from .core.compat import kernels_of
 from .errors import short
-from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES
+from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES, unknown
 
 # Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
 FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
@@ -149,7 +149,7 @@ class TaHConfig(PreTrainedConfig):
             ("confidence_measure", CONFIDENCE_MEASURES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(unknown(name, getattr(self, name), allowed))
         for name, low in (("mix_topk", 1), ("lora_rank", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -16,7 +16,7 @@ from .checkpoints.smollm2 import smollm2_base, smollm2_tah
 from .checkpoints.untrusted import build_empty, check_counts, checked_config, empty_base
 from .errors import first_line
 from .model import TaHForCausalLM
-from .names import DTYPES, MODELS, nearest
+from .names import DTYPES, MODELS, nearest, unknown
 
 FOLLOW = Path(__file__).parent / "assets" / "follow-tah"
 Kind = Literal["tah", "base"]
@@ -123,7 +123,7 @@ def load_tokenizer(path: str, source: str | None = None, readable: bool = True) 
 
 def _known(dtype: str) -> str:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise ValueError(unknown("dtype", dtype, DTYPES))
     return dtype
 
 

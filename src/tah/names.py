@@ -1,12 +1,15 @@
 """The words that a user may write: policies, choices of the configuration, tasks, models. Each list stands here only.
 
-Imports nothing of torch, so that the command line knows them at once (`tah_cli/names.py` reads this file alone).
+So do the checks of words that a command makes before the library makes them again, once torch is there. Imports nothing
+of torch (`tah_cli/names.py` reads this file alone).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
@@ -22,7 +25,16 @@ METHODS = ("paper", "lookahead", "standard", "always", "random", "confidence", "
 BY_GAIN = ("lookahead", "blind")  # methods whose decider learns what a pass gains, so that nothing is labelled
 BY_SHARE = (*BY_GAIN, "random")  # methods that iterate a sampled share of the tokens
 
+TOO_LONG = ("drop", "cut")  # what becomes of rows that are longer than max_length
+DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")  # files of rows
+TEXT_FILES = (".txt", ".md")  # files that are one text
+RECIPES = Path(__file__).with_name("recipes")  # those of the package
+RECIPE_FILES = dict(sorted((path.stem, path) for path in RECIPES.glob("*.yaml")))
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BENCH_DTYPES = ("float32", "bfloat16")
+PRECISIONS = (*BENCH_DTYPES, "autocast")  # of tah bench train; autocast: weights float32, products bfloat16
+SERVE_TASKS = ("1", "8", "32", "stream", "prefill")  # of tah bench serve
 MODELS = ("smollm2", "smollm2-tah", "follow-tah")  # besides directories and hub ids
 
 NINE = (  # the benchmarks of the paper
@@ -42,14 +54,90 @@ BACKENDS = ("transformers", "vllm")
 STOCK_TASK = "lm_eval:"  # before the name of one of lm-eval's own tasks
 
 
-def nearest(word: object, allowed: Iterable[str]) -> str | None:
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word that looks most like `word`; None where none is near."""
-    found = difflib.get_close_matches(str(word), list(allowed), n=1)
+    found = difflib.get_close_matches(word, list(allowed), n=1)
     return found[0] if found else None
 
 
-def suggest(word: object, allowed: Iterable[str]) -> str:
+def suggest(word: str, allowed: Iterable[str]) -> str:
     """What to tell a user who wrote an unknown `word`: `did you mean never? choose from decider, never`."""
     allowed = list(allowed)
     near = nearest(word, allowed)
     return (f"did you mean {near}? " if near else "") + f"choose from {', '.join(allowed)}"
+
+
+def unknown(what: str, word: object, allowed: Iterable[str]) -> str:
+    """The message for a word that is none of the allowed ones."""
+    return f"unknown {what} {word!r}; {suggest(str(word), allowed)}"
+
+
+def expand_tasks(names: Iterable[str]) -> list[str]:
+    """Names of tasks, `nine` replaced, each once.
+
+    Raises:
+        ValueError: an unknown one, with the nearest; or none at all.
+    """
+    found = list(dict.fromkeys(each for name in names for each in (NINE if name == "nine" else [name])))
+    for name in found:
+        if name not in TASKS and not name.startswith(STOCK_TASK):
+            raise ValueError(f"{unknown('task', name, ('nine', *TASKS))}, or {STOCK_TASK}NAME for lm-eval's own")
+    if not found:
+        raise ValueError("no tasks; give --tasks nine or names")
+    return found
+
+
+def check_questions(files: Mapping[str, str | Path], tasks: Sequence[str]) -> None:
+    """Whether each file of questions is there, and for one of these tasks, one of ours.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, path in files.items():
+        if name not in tasks or name.startswith(STOCK_TASK):
+            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(tasks)}")
+        if not os.path.exists(path):
+            raise ValueError(f"{path} cannot be read: there is no such file")
+
+
+def check_data(source: str) -> str:
+    """Refuse a path of texts that leads nowhere; an id of the Hub neither begins nor ends like a path.
+
+    Raises:
+        ValueError: there is no such file or directory.
+    """
+    is_path = source.startswith((".", "/", "~")) or Path(source).suffix in (*DATA_FILES, *TEXT_FILES)
+    if is_path and not os.path.exists(source):
+        raise ValueError(f"data {source!r} cannot be read: there is no such file or directory")
+    return source
+
+
+def find_recipe(source: str) -> Path:
+    """The file of a recipe: a path, or the name of a packaged one.
+
+    Raises:
+        ValueError: there is no such recipe; names the nearest.
+    """
+    if os.path.isfile(source):
+        return Path(source)
+    if source in RECIPE_FILES:
+        return RECIPE_FILES[source]
+    if "/" in source or source.endswith((".yaml", ".yml")):
+        raise ValueError(f"no recipe {source!r}: there is no such file")
+    raise ValueError(f"no recipe {source!r}; {suggest(source, RECIPE_FILES)}")
+
+
+def parse_target(target: str) -> float | None:
+    """The share of `share=0.07`; None for `loss`.
+
+    Raises:
+        ValueError: neither.
+    """
+    name, _, number = target.partition("=")
+    try:
+        share = float(number) if name == "share" else None
+    except ValueError:
+        share = None
+    if target != "loss" and (share is None or not 0 <= share <= 1):
+        raise ValueError(f"target {target!r} is not one of loss, share=X with X from 0 to 1")
+    return share

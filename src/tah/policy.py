@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .config import TaHConfig, check_max_depth, check_threshold
-from .names import CONFIDENCE_MEASURES, POLICIES, suggest
+from .names import CONFIDENCE_MEASURES, POLICIES, unknown
 
 
 class MapLogits(Protocol):
@@ -102,7 +102,7 @@ class Confidence(Policy):
 
     def __init__(self, measure: str = "probability") -> None:
         if measure not in CONFIDENCE_MEASURES:
-            raise ValueError(f"confidence measure {measure!r} is not one of {', '.join(CONFIDENCE_MEASURES)}")
+            raise ValueError(unknown("confidence measure", measure, CONFIDENCE_MEASURES))
         self.measure = measure
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ def build_policy(name: str, config: TaHConfig) -> Policy:
             return Confidence(config.confidence_measure)
         case "random":
             return Random(config.random_rate, config.random_seed)
-    raise ValueError(f"unknown policy {name!r}; {suggest(name, POLICIES)}")
+    raise ValueError(unknown("policy", name, POLICIES))
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ class Work:
         self.ended: float | None = None
         self.bar: Bar | None = None
         if console is not None and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[state]}", markup=False),
+            )
             self.bar = Bar(*columns, console=console, transient=True)
 
     def __enter__(self) -> Work:

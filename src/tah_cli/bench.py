@@ -9,11 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .names import words
 from .options import model_argument, number, quiet, reporter, word
 from .serve import need_vllm
-
-BASE_DTYPES = ("float32", "bfloat16")
-TRAIN_DTYPES = (*BASE_DTYPES, "autocast")
 
 BaseArgument = Annotated[str, model_argument("Directory, hub id, or smollm2.")]
 RepeatsOption = Annotated[int, number("Rounds; the result is their median.", int, 1)]
@@ -23,7 +21,7 @@ OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Also wri
 def bench(
     model: BaseArgument = "smollm2",
     dtype: Annotated[
-        list[str] | None, word("dtype", BASE_DTYPES, "float32 or bfloat16; may be repeated. [default: both]")
+        list[str] | None, word("dtype", words.BENCH_DTYPES, "float32 or bfloat16; may be repeated. [default: both]")
     ] = None,
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
@@ -40,13 +38,13 @@ def bench(
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)}
-    result = benchmark.bench(model, dtypes=tuple(dtype or BASE_DTYPES), progress=reporter(), **sizes)
+    result = benchmark.bench(model, dtypes=tuple(dtype or words.BENCH_DTYPES), progress=reporter(), **sizes)
     _finish(benchmark, result, output, as_json)
 
 
 def bench_train(
     model: BaseArgument = "smollm2",
-    dtype: Annotated[str, word("dtype", TRAIN_DTYPES, "float32, bfloat16, or autocast.")] = "float32",
+    dtype: Annotated[str, word("dtype", words.PRECISIONS, "float32, bfloat16, or autocast.")] = "float32",
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 512 tokens, without labelling.")] = False,
     output: OutputOption = None,
@@ -91,7 +89,7 @@ def bench_trace(
 
 def bench_serve(
     model: BaseArgument = "smollm2",
-    dtype: Annotated[str, word("dtype", BASE_DTYPES, "float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, word("dtype", words.BENCH_DTYPES, "float32 or bfloat16.")] = "float32",
     repeats: RepeatsOption = 5,
     variants: Annotated[
         str, typer.Option(metavar="LIST", help="base and others; base, generate and the rest each hold a model.")
@@ -102,7 +100,7 @@ def bench_serve(
             metavar="LIST",
             help="Numbers of requests that decode at a time; stream (96 requests, 32 at a time); prefill.",
         ),
-    ] = "1,8,32,stream,prefill",
+    ] = ",".join(words.SERVE_TASKS),
     quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
     output: OutputOption = None,
     as_json: options.Json = False,
@@ -112,12 +110,13 @@ def bench_serve(
     The baselines are the base model in vLLM and `generate` of transformers. 7 % of the tokens iterate, drawn
     beforehand.
     """
+    names = [name.strip() for name in ("8" if quick else tasks).split(",")]
+    for name in names:
+        if name not in words.SERVE_TASKS:
+            raise ValueError(words.unknown("task", name, words.SERVE_TASKS))
     need_vllm()
     from tah.benchmarks import bench_serve as benchmark
 
-    names = [name.strip() for name in ("8" if quick else tasks).split(",")]
-    if unknown := sorted(set(names) - set(benchmark.TASKS)):
-        raise ValueError(f"--tasks {','.join(unknown)}: choose from {', '.join(benchmark.TASKS)}")
     result = benchmark.bench_serve(
         model,
         dtype=dtype,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from tah.config import check_max_depth, check_threshold
-from tah.names import LABEL_FREE, suggest
+from tah.names import LABEL_FREE, unknown
 from tah.policy import Rule
 from tah.session import Session
 
@@ -109,7 +109,7 @@ class Chat:
                     self.rule = replace(self.rule, threshold=threshold)
                 case "/policy":
                     if value not in LABEL_FREE:
-                        return f"unknown policy {value!r}; {suggest(value, LABEL_FREE)}"
+                        return unknown("policy", value, LABEL_FREE)
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
                     self.rule = replace(self.rule, policy=value)

@@ -1,14 +1,10 @@
-"""What can be refused before torch is imported. The messages are those of the library, which checks again."""
+"""What can be refused before torch is imported: the checks of `names.py`, which the library makes again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from .names import PACKAGE, RECIPES, words
-
-DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".md")
+from .names import words
 
 
 def check_model(source: str | None) -> str | None:
@@ -41,29 +37,20 @@ def _is_repository(name: str) -> bool:
 
 
 def check_data(source: str) -> str:
-    """Refuse a file of texts that does not exist.
-
-    Raises:
-        ValueError: it is a path, not an id of the Hub, and leads nowhere.
-    """
-    path = Path(source)
-    is_file = path.suffix in DATA_FILES and os.path.isdir(path.parent)
-    if (is_file or source.startswith((".", "/", "~"))) and not os.path.exists(source):
-        raise ValueError(f"data {source!r} cannot be read: there is no such file or directory")
-    return source
+    """Refuse a file of texts that does not exist."""
+    return words.check_data(source)
 
 
 def check_recipe(source: str) -> str:
-    """Refuse a recipe that is neither a file nor in the package.
+    """Refuse a recipe that is neither a file nor in the package."""
+    words.find_recipe(source)
+    return source
 
-    Raises:
-        ValueError: there is no such recipe; names the nearest.
-    """
-    if os.path.isfile(source) or ("/" not in source and PACKAGE.joinpath("recipes", f"{source}.yaml").is_file()):
-        return source
-    if "/" in source or source.endswith((".yaml", ".yml")):
-        raise ValueError(f"no recipe {source!r}: there is no such file")
-    raise ValueError(f"no recipe {source!r}; {words.suggest(source, RECIPES)}")
+
+def check_target(target: str) -> str:
+    """Refuse what is no aim of tah tune."""
+    words.parse_target(target)
+    return target
 
 
 def split(text: str | None) -> list[str]:
@@ -72,17 +59,8 @@ def split(text: str | None) -> list[str]:
 
 
 def check_tasks(text: str) -> str:
-    """Refuse unknown benchmarks.
-
-    Raises:
-        ValueError: an unknown name, or no name at all.
-    """
-    for name in split(text):
-        if name not in ("nine", *words.TASKS) and not name.startswith(words.STOCK_TASK):
-            known = words.suggest(name, ("nine", *words.TASKS))
-            raise ValueError(f"unknown task {name!r}; {known}, or {words.STOCK_TASK}NAME for lm-eval's own")
-    if not split(text):
-        raise ValueError("no tasks; give --tasks nine or names")
+    """Refuse unknown benchmarks."""
+    words.expand_tasks(split(text))
     return text
 
 
@@ -94,22 +72,8 @@ def check_policies(text: str | None) -> str | None:
     """
     for name in split(text):
         if name not in words.POLICIES:
-            raise ValueError(f"unknown policy {name!r}; {words.suggest(name, words.POLICIES)}")
+            raise ValueError(words.unknown("policy", name, words.POLICIES))
     return text
-
-
-def check_questions(files: Mapping[str, str], tasks: Sequence[str]) -> None:
-    """Refuse files of questions that do not exist, or are for other tasks.
-
-    Raises:
-        ValueError: names the file, or the task.
-    """
-    names = dict.fromkeys(each for name in tasks for each in (words.NINE if name == "nine" else [name]))
-    for name, path in files.items():
-        if name not in names:
-            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
-        if not os.path.exists(path):
-            raise ValueError(f"{path} cannot be read: there is no such file")
 
 
 def check_run(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .checks import check_model, check_policies, check_questions, check_run, check_tasks, split
+from .checks import check_model, check_policies, check_run, check_tasks, split
 from .names import words
 from .options import number, quiet, reporter, word
 
@@ -94,7 +94,7 @@ def evaluate(
     answers and their cost relative to the base.
     """
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
-    check_questions(files, split(tasks))
+    words.check_questions(files, words.expand_tasks(split(tasks)))
     quiet()
     from tah.evaluation.eval_report import as_markdown
     from tah.evaluation.evaluate import evaluate as run_evaluation

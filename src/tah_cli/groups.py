@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,10 @@ class Group(TyperGroup):
                 found.setdefault(command.rich_help_panel or "Commands", {})[name] = command
         return {panel: commands for panel, commands in found.items() if commands}
 
+    def visible(self) -> list[str]:
+        """The names of the visible commands."""
+        return [name for commands in self.sections().values() for name in commands]
+
     def walk(self, names: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
         """The visible commands at any level, each with its name: `eval compare`."""
         for commands in self.sections().values():
@@ -38,7 +43,7 @@ class Group(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the sections."""
-        width = max(len(name) for commands in self.sections().values() for name in commands)
+        width = max(map(len, self.visible()))
         for title, commands in self.sections().items():
             with formatter.section(title):
                 formatter.write_dl(
@@ -48,8 +53,7 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that `args` begin with."""
         if args[0] not in self.commands and not args[0].startswith("-"):
-            visible = [name for commands in self.sections().values() for name in commands]
-            ctx.fail(f"unknown command {args[0]!r}; {words.suggest(args[0], visible)}")
+            ctx.fail(words.unknown("command", args[0], self.visible()))
         return super().resolve_command(ctx, args)
 
 
@@ -70,12 +74,19 @@ class DefaultGroup(Group):
         yield from super().walk(names)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the name of the default command before its arguments."""
+        """Put the name of the default command before its arguments, unless they begin with a mistyped command."""
+        if args and args[0] not in self.commands and self.is_mistyped(args[0]):
+            ctx.fail(words.unknown("command", args[0], self.visible()))
         if not args or args[0] not in self.commands or args[0] == self.name:
             end = args.index("--") if "--" in args else len(args)
             asks = set(ctx.help_option_names) & set(args[:end])
             args = ["--help"] if asks else [self.name or "", *args]
         return super().parse_args(ctx, args)
+
+    def is_mistyped(self, word: str) -> bool:
+        """Whether it looks like one of the commands, and not like an option or a model."""
+        is_other = word.startswith("-") or word in words.MODELS or "/" in word or os.path.exists(word)
+        return not is_other and words.nearest(word, self.visible()) is not None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the default command, then the other commands."""
@@ -84,6 +95,6 @@ class DefaultGroup(Group):
         self.format_commands(ctx, formatter)
 
     def get_short_help_str(self, limit: int = 45) -> str:
-        """The line of the default command in the list of commands."""
+        """The line of the default command in the list of commands, with the names of the others."""
         line: str = self.default.get_short_help_str(limit)
-        return line
+        return f"{line.removesuffix('.')}; also {', '.join(self.visible())}."

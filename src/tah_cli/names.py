@@ -1,4 +1,4 @@
-"""The words that a user may write and the names of the recipes, without importing `tah`, which takes seconds.
+"""The words that a user may write, without importing `tah`, which takes seconds.
 
 This is the only module that reads a file of the package `tah` by its path.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 PACKAGE = Path(find_spec("tah").origin).parent  # type: ignore[union-attr, arg-type]
-RECIPES = sorted(path.stem for path in PACKAGE.joinpath("recipes").glob("*.yaml"))
 
 if TYPE_CHECKING:
     from tah import names as words

@@ -71,7 +71,7 @@ def word(what: str, allowed: Sequence[str], help: str) -> Any:
     def check(given: Any) -> Any:
         for name in given if isinstance(given, (list, tuple)) else [given]:
             if name is not None and name not in allowed:
-                raise typer.BadParameter(f"unknown {what} {name!r}; {words.suggest(name, allowed)}")
+                raise typer.BadParameter(words.unknown(what, name, allowed))
         return given
 
     return typer.Option(callback=check, metavar="NAME", help=help)
@@ -79,7 +79,7 @@ def word(what: str, allowed: Sequence[str], help: str) -> Any:
 
 def model_argument(help: str, metavar: str = "MODEL") -> Any:
     """An argument for a model."""
-    return typer.Argument(metavar=metavar, callback=check_model, help=help, show_default=False)
+    return typer.Argument(metavar=metavar, callback=check_model, help=help)
 
 
 def _system(text: str | None) -> str | None:

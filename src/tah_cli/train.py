@@ -12,7 +12,7 @@ import typer
 
 from . import options
 from .checks import check_data, check_recipe
-from .names import RECIPES, words
+from .names import words
 from .options import model_argument, note, number, quiet, reporter, word
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ RecipeArgument = Annotated[
     typer.Argument(
         metavar="RECIPE",
         callback=check_recipe,
-        help=f"A .yaml file, or one of the package's: {', '.join(RECIPES)}.",
+        help=f"A .yaml file, or one of the package's: {', '.join(words.RECIPE_FILES)}.",
         show_default=False,
     ),
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
+from .checks import check_target
 from .names import words
 from .options import model_argument, note, number, open_session, quiet, reporter, word
 
@@ -83,7 +84,12 @@ def tune(
     model: Annotated[str, model_argument("Directory of a TaH checkpoint.")],
     data: options.Data,
     target: Annotated[
-        str, typer.Option(metavar="WHAT", help="share=0.07 (of the tokens iterate), or loss (as low as possible).")
+        str,
+        typer.Option(
+            metavar="WHAT",
+            callback=check_target,
+            help="share=0.07 (of the tokens iterate), or loss (as low as possible).",
+        ),
     ],
     max_length: LengthOption = None,
     limit: LimitOption = None,
@@ -97,10 +103,9 @@ def tune(
     By the share of tokens that iterate, or by the lowest loss, on held-out texts. Only the threshold in config.json
     changes.
     """
-    from tah.tracing.tune import check_tunable, parse_target, write_threshold
+    from tah.tracing.tune import check_tunable, write_threshold
     from tah.tracing.tune import tune as choose
 
-    parse_target(target)
     config = check_tunable(model)
     session = open_session(model, dtype, device)
     found = _trace(session, data, split, limit, None, max_length=max_length, run_policy=False, top_k=1)

@@ -89,7 +89,7 @@ def test_second_call_writes_nothing(cache, monkeypatch):
 
 def test_each_dtype_has_its_directory(cache):
     assert smollm2_base() != smollm2_base("bfloat16")
-    with pytest.raises(ValueError, match="'int8' is not one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32, bfloat16, float16"):
         smollm2_base("int8")
 
 

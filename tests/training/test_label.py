@@ -262,7 +262,7 @@ def test_arguments_out_of_range(rows, tokenizer, tmp_path):
     for name in ("max_length", "tokens_per_batch", "rows_per_shard"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least"):
             label(rows, tokenizer, None, tmp_path / "out", **{"max_length": 64, name: 0})
-    with pytest.raises(ValueError, match="too_long='split' is not one of drop, cut"):
+    with pytest.raises(ValueError, match="unknown too_long 'split'; choose from drop, cut"):
         label(rows, tokenizer, None, tmp_path / "out", max_length=64, too_long="split")
     assert not (tmp_path / "out").exists()
 

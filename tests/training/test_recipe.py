@@ -12,8 +12,9 @@ import yaml
 from transformers import AutoConfig
 
 from tah import TaHConfig
+from tah.names import RECIPE_FILES, RECIPES
 from tah.training.recipe import Recipe
-from tah.training.recipe_file import RECIPES, load_recipe, recipe_names
+from tah.training.recipe_file import load_recipe
 
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 TRAINING = "backbone.training"
@@ -39,22 +40,22 @@ def file(tmp_path) -> Path:
 
 def test_the_recipes_are_there():
     named = {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "llama-3.2-1b", "smollm2-135m", "smollm2-135m-lookahead"}
-    assert named <= set(recipe_names())
+    assert named <= set(RECIPE_FILES)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", RECIPE_FILES)
 def test_every_recipe_parses_and_makes_a_config(name):
     recipe = load_recipe(name)
     base = AutoConfig.for_model("qwen3", num_hidden_layers=27)  # the fewest layers of the bases named, one pruned
     config = TaHConfig(base_config=base, policy="never", **recipe.model)
     assert config.max_depth == 2 and recipe.name == name and recipe.directory() == Path("runs") / name
     assert (config.decider is not None) == (recipe.decider is not None)
-    header = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    header = [line for line in RECIPE_FILES[name].read_text().splitlines() if line.startswith("#")]
     assert all(any(word in line for line in header) for word in ("Hardware:", "Time:", "Result:"))
 
 
 def test_no_recipe_types_a_width_of_its_base():
-    for path in RECIPES.glob("*.yaml"):
+    for path in RECIPE_FILES.values():
         recipe = yaml.safe_load(path.read_text())
         assert recipe["base"].get("scratch") or "hidden_size" not in path.read_text()
 

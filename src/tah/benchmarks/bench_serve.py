@@ -31,6 +31,7 @@ import numpy as np
 from ..load import find, load_base, load_tah
 from ..markdown import table
 from ..model import TaHForCausalLM
+from ..names import SERVE_TASKS
 from ..progress import SILENT, Reporter
 from ..vllm.launch import IN_PROCESS
 from .bench import RATE
@@ -79,7 +80,7 @@ def prefill(requests: int = 8, length: int = 128) -> Task:
     return Task(f"prefill, {requests} x {length} tokens", [length] * requests, [2] * requests, of_prompts=True)
 
 
-TASKS = {"1": decode(1), "8": decode(8), "32": decode(32), "stream": stream(), "prefill": prefill()}
+TASKS = dict(zip(SERVE_TASKS, (decode(1), decode(8), decode(32), stream(), prefill()), strict=True))
 
 
 @dataclass

@@ -36,6 +36,7 @@ from ..data.scoring import batches
 from ..load import find, load_base, load_tah, load_tokenizer
 from ..markdown import table
 from ..model import TaHForCausalLM
+from ..names import PRECISIONS, unknown
 from ..progress import SILENT, Reporter
 from ..training.label import label
 from . import measure
@@ -46,7 +47,6 @@ LABELLING = ("prefill", "prefill, logits", "labelling", "labelling, half")
 SHAPES = ((1, 512), (4, 512), (1, 2048))
 HARD = 0.12  # share of hard tokens among the supervised ones
 AIMS = {"step": 1.20, "memory": 1.10, "labels": 1 / 0.9}  # of `stage 1` to `plain`, of `labelling` to `prefill`
-PRECISIONS = ("float32", "bfloat16", "autocast")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Setup:
             ValueError: no such model or precision.
         """
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+            raise ValueError(unknown("precision", self.precision, PRECISIONS))
         dtype = "bfloat16" if self.precision == "bfloat16" else "float32"
         path, kind = find(self.model)
         if self.random:

@@ -18,7 +18,7 @@ import transformers
 from tokenizers import decoders, pre_tokenizers
 
 from ..files import new_directory
-from ..names import DTYPES
+from ..names import DTYPES, unknown
 from .adapter import SETTINGS, WEIGHTS, load_adapter
 from .safe import load_plain
 from .user_cache import cache_dir, make_once
@@ -73,7 +73,7 @@ def smollm2_tah(model_class: type[TaHForCausalLM]) -> Path:
 def converted_dir(dtype: str) -> Path:
     """Where the converted model is or will be."""
     if dtype not in DTYPES[1:]:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES[1:])}")
+        raise ValueError(unknown("dtype", dtype, DTYPES[1:]))
     return cache_dir() / f"smollm2-135m-instruct-{dtype}-v{VERSION}"
 
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import TOO_DEEP, Nesting, parse_json
+from ..names import DATA_FILES
 from .chat_rows import LARGEST, REASONING
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
 SPACE = re.compile(r"\s*")
 FIRST = 2**26  # bytes of a file that decide about its columns and their types
@@ -54,13 +54,14 @@ def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
     """
     import datasets
 
-    if path.suffix not in READERS:
-        raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(READERS)}")
+    if path.suffix not in DATA_FILES:
+        raise ValueError(f"a {path.suffix or 'nameless'} file is not one of {', '.join(DATA_FILES)}")
     if path.stat().st_size < 2**16 and not path.read_bytes().strip():
         return datasets.Dataset.from_dict({})
     lines = _check_text(path) if path.suffix in TEXTS else 0
-    size = {"chunksize": FIRST} if READERS[path.suffix] == "json" else {}
-    rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **size)
+    kind = "json" if path.suffix == ".jsonl" else path.suffix[1:]  # the names of readers of `datasets`
+    size = {"chunksize": FIRST} if kind == "json" else {}
+    rows = datasets.load_dataset(kind, data_files=str(path), split="train", **size)
     if size and path.stat().st_size > FIRST:
         _check_late(path, *_text_columns(rows.features, columns), FIRST)
     if len(rows) != lines:  # {"a": 1},} makes two rows, and no error

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..checkpoints.hub import hub_reachable
 from ..core.loss import IGNORE
 from ..errors import first_line
+from ..names import check_data
 from .assistant_mask import encode
 from .chat_rows import Unusable
 from .data_files import bad_line, open_directory, open_file
@@ -93,13 +94,13 @@ def load_rows(
 
 def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
     datasets = _datasets()
-    path, (name, _, config) = Path(source), source.partition(":")
+    path, (name, _, config) = Path(check_data(source)), source.partition(":")
     try:
         if path.is_file():
             return open_file(path, columns)
         if path.is_dir():
             return open_directory(path, split, columns)
-        if source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ValueError("there is no such file or directory")
         cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
         if not cached.exists() and not hub_reachable():

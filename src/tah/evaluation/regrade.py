@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..names import STOCK_TASK
+from ..names import STOCK_TASK, check_questions
 from ..progress import SILENT, Reporter, Work
 from .eval_files import Samples, alone, facts_of_data, read_questions, read_run, write_questions
 from .eval_report import write_results
 from .grade import grade, grader
-from .request import Sampling, build, check_data, quiet
+from .request import Sampling, build, quiet
 from .sandbox import Sandbox
 from .tasks import CODE, rows
 from .tasks.protocols import PROTOCOLS
@@ -52,7 +52,7 @@ def regrade(
             raise ValueError(f"{', '.join(code)}: grading runs the programs again; give --allow-code-execution")
         Sandbox().check()
     files = {name: str(path) for name, path in (data or {}).items()}
-    check_data(files, names)
+    check_questions(files, names)
     changes: list[dict[str, Any]] = []
     left: list[dict[str, Any]] = []
     with alone(directory, tidy=False), quiet():

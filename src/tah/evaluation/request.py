@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..names import BACKENDS, NINE, POLICIES, STOCK_TASK, TASKS, nearest, suggest
+from ..names import BACKENDS, POLICIES, STOCK_TASK, check_questions, expand_tasks, nearest, unknown
 from ..policy import Rule
 from ..session import Session
 from . import tasks as ours
@@ -96,22 +96,22 @@ class Request:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", expand(self.tasks))
+        object.__setattr__(self, "tasks", expand_tasks(self.tasks))
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"unknown protocol {self.protocol!r}; {suggest(self.protocol, PROTOCOLS)}")
+            raise ValueError(unknown("protocol", self.protocol, PROTOCOLS))
         if self.backend not in BACKENDS:
-            raise ValueError(f"unknown backend {self.backend!r}; {suggest(self.backend, BACKENDS)}")
+            raise ValueError(unknown("backend", self.backend, BACKENDS))
         policies = [rule.policy for rule in self.rules]
         for policy in policies:
             if policy is not None and policy not in POLICIES:
-                raise ValueError(f"unknown policy {policy!r}; {suggest(str(policy), POLICIES)}")
+                raise ValueError(unknown("policy", str(policy), POLICIES))
         if self.backend == "vllm":
             self._check_vllm()
         elif self.engine:
             raise ValueError(f"engine={dict(self.engine)!r} is for backend='vllm'")
         if "oracle" in policies and self.reference is None:
             raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
-        check_data(self.data, self.tasks)
+        check_questions(self.data, self.tasks)
         if (code := [name for name in self.tasks if name in ours.CODE]) and not self.allow_code_execution:
             raise ValueError(
                 f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
@@ -143,34 +143,6 @@ class Request:
     def drawing(self) -> Drawing:
         """How answers are drawn, for tasks that the protocol does not single out."""
         return self.sampling.under(self.asking)
-
-
-def expand(names: Sequence[str]) -> list[str]:
-    """Names of tasks, `nine` replaced, each once.
-
-    Raises:
-        ValueError: an unknown one, with the nearest.
-    """
-    found = list(dict.fromkeys(each for name in names for each in (NINE if name == "nine" else [name])))
-    for name in found:
-        if name not in TASKS and not name.startswith(STOCK_TASK):
-            raise ValueError(
-                f"unknown task {name!r}; {suggest(name, ('nine', *TASKS))}, or {STOCK_TASK}NAME for lm-eval's own"
-            )
-    if not found:
-        raise ValueError("no tasks; give --tasks nine or names")
-    return found
-
-
-def check_data(data: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Whether each file of questions is for one of these tasks, and for one of ours.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name in data:
-        if name not in names or name.startswith(STOCK_TASK):
-            raise ValueError(f"--data {name}=...: {name} is not among the tasks {', '.join(names)}")
 
 
 def build(

@@ -1,1 +1,1 @@
-"""Bootstrap intervals, and thresholds for a share of tokens."""
+"""Bootstrap intervals, thresholds for a share of tokens, and charts."""

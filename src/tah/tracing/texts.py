@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.data_files import READERS
 from ..data.rows import form_of, load_rows, tokenize_row
-
-PLAIN = (".txt", ".md")  # files that are one text
+from ..names import DATA_FILES, TEXT_FILES
 
 
 @dataclass
@@ -41,10 +39,10 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
         ValueError: there is no such source, or nothing in it.
     """
     path = Path(source)
-    if path.is_file() and path.suffix not in (*READERS, *PLAIN):
-        kind, known = path.suffix or "nameless", ", ".join((*READERS, *PLAIN))
+    if path.is_file() and path.suffix not in (*DATA_FILES, *TEXT_FILES):
+        kind, known = path.suffix or "nameless", ", ".join((*DATA_FILES, *TEXT_FILES))
         raise ValueError(f"data {source!r} cannot be read: a {kind} file is not one of {known}")
-    if path.suffix not in PLAIN or not path.is_file():
+    if path.suffix not in TEXT_FILES or not path.is_file():
         return load_rows(source, split, limit=limit)
     try:
         text = path.read_text("utf-8-sig")

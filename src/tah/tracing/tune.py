@@ -12,6 +12,7 @@ import numpy as np
 from ..config import TaHConfig
 from ..files import write_atomically
 from ..load import find
+from ..names import parse_target
 from ..stats.threshold import Decisions, threshold_for_loss, threshold_for_share
 from .overthinking import depths, view_of
 from .trace_file import Trace
@@ -79,22 +80,6 @@ def tune(trace: Trace, target: str, score: str = "decider") -> dict[str, Any]:
         "accuracy": float(view.right[at].mean()),
         "loss": float(view.loss[at].mean()),
     }
-
-
-def parse_target(target: str) -> float | None:
-    """The share of `share=0.07`; None for `loss`.
-
-    Raises:
-        ValueError: neither.
-    """
-    name, _, number = target.partition("=")
-    try:
-        share = float(number) if name == "share" else None
-    except ValueError:
-        share = None
-    if target != "loss" and (share is None or not 0 <= share <= 1):
-        raise ValueError(f"target {target!r} is not one of loss, share=X with X from 0 to 1")
-    return share
 
 
 def write_threshold(path: Path, threshold: float) -> float:

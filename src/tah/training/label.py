@@ -29,6 +29,7 @@ from ..data.data_files import COMPLETE
 from ..data.rows import EXTRAS, form_of, tokenize_row
 from ..data.scoring import Measured, Reference, check_reference
 from ..files import write_atomically
+from ..names import TOO_LONG, unknown
 from ..progress import SILENT, Reporter, Work
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class Labelling:
         for name, smallest in (("max_length", 2), ("tokens_per_batch", 1), ("rows_per_shard", 1)):
             if (value := getattr(self, name)) < smallest:
                 raise ValueError(f"{name}={value} must be at least {smallest}")
-        if self.too_long not in ("drop", "cut"):
-            raise ValueError(f"too_long={self.too_long!r} is not one of drop, cut")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(unknown("too_long", self.too_long, TOO_LONG))
 
 
 def label(

@@ -10,27 +10,25 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..errors import short
-from ..names import nearest, suggest
+from ..names import find_recipe, nearest
 from .recipe import Part, Recipe  # before what follows: it says what to install
 
 # isort: split
 import yaml
 from pydantic import ValidationError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the packaged one of that name.
 
     Args:
-        source: path of a .yaml file, or a name from `recipe_names()`.
+        source: path of a .yaml file, or a name of `names.RECIPE_FILES`.
         overrides: `key.key=value`, the value in YAML, applied in order.
 
     Raises:
         ValueError: there is no such recipe, or something in it is wrong; one line with the place.
     """
-    path = _find(str(source))
+    path = find_recipe(str(source))
     values = _read(path)
     values.setdefault("name", path.stem)
     for override in overrides:
@@ -39,21 +37,6 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return validated(Recipe, values)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-
-
-def recipe_names() -> list[str]:
-    """The names of the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _find(source: str) -> Path:
-    if Path(source).is_file():
-        return Path(source)
-    if "/" not in source and (packaged := RECIPES / f"{source}.yaml").is_file():
-        return packaged
-    if "/" in source or source.endswith((".yaml", ".yml")):
-        raise ValueError(f"no recipe {source!r}: there is no such file")
-    raise ValueError(f"no recipe {source!r}; {suggest(source, recipe_names())}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,7 +144,7 @@ def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, A
             hint = get_type_hints(allowed, include_extras=False)[str(name)]
             allowed = next(option for option in (*get_args(hint), hint) if hasattr(option, "__annotations__"))
         names = list(allowed.__annotations__)
-        near = nearest(location[-1], names)
+        near = nearest(str(location[-1]), names)
         hint = f"did you mean {near}?" if near else f"choose from {', '.join(names[:20])}"
         return f"{where} is unknown; {hint}"
     inside_union = len(problem["loc"]) > len(location) + 1  # pydantic gives a part of the value then

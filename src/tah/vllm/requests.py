@@ -39,11 +39,11 @@ class RequestOptions:
         """
         given = {name: value for name, value in (extra_args or {}).items() if name not in STOCK_FIELDS}
         for name in set(given) - set(FIELDS):
-            raise ValueError(f"{name} is not a field of vllm_xargs; {suggest(name, FIELDS)}")
+            raise ValueError(f"{name} is not a field of vllm_xargs; {suggest(str(name), FIELDS)}")
         depths = given.pop("depths", False)
         policy, threshold, max_depth = Rule(**given).completed(config).arguments().values()
         if policy not in LABEL_FREE:
-            raise ValueError(f"policy={policy!r} cannot be served; {suggest(policy, LABEL_FREE)}")
+            raise ValueError(f"policy={policy!r} cannot be served; {suggest(str(policy), LABEL_FREE)}")
         if policy == "decider" and config.decider is None:
             raise ValueError("policy='decider': this model has no decider; give another, such as 'confidence'")
         check_threshold(threshold)
