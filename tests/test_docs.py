@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tah.load import load_tokenizer
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -62,6 +64,7 @@ def test_python_of_the_readme_runs(tmp_path, tiny_base):
     prompt = scope["inputs"]["input_ids"].shape[1]
     assert scope["out"].sequences.shape == scope["out"].depth_count.shape == (1, prompt + 8)
     assert (tmp_path / "my-tah" / "config.json").exists()
+    load_tokenizer(str(tmp_path / "my-tah"))  # the commands of the next section need it
 
 
 def test_the_design_names_tests_that_exist():

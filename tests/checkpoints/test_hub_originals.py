@@ -303,7 +303,9 @@ def test_what_cannot_be_converted_is_one_line(capsys: pytest.CaptureFixture[str]
     assert made(hub.parent) == [] and not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "../no-such-model", "/nowhere", "~/x", "./x", "nics efc/x", "nics-efc/", "x\ny", "-/…"])
+@pytest.mark.parametrize(
+    "name", ["a/b/c", "../no-such-model", "/nowhere", "~/x", "./x", "nics efc/x", "nics-efc/", "x\ny", "-/…"]
+)
 def test_what_is_no_id_is_not_asked_for(capsys: pytest.CaptureFixture[str], hub: Path, name: str) -> None:
     assert "there is no such directory" in fails(capsys, "generate", "--", name, "Hi")
 

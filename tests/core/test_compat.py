@@ -125,9 +125,12 @@ def test_a_kernel_without_a_mask_function_of_its_own_is_wrapped() -> None:
 def test_the_configuration_of_an_attention_module_depends_on_the_depth_only_in_its_kernel() -> None:
     config = tiny("llama", "eager").config
     ours = copy.deepcopy(compat.AttentionByDepth(config))
-    assert (ours._attn_implementation, ours.hidden_size) == ("eager", config.hidden_size)
-    with at_depth(2):
-        assert ours._attn_implementation == "sdpa"
+    assert ours.hidden_size == config.hidden_size
+    for name, deeper in [("flash_attention_2", "sdpa"), *((name, name) for name in compat.TAKE_MASKS)]:
+        compat.set_attention(ours.config, name)  # also after the modules have got it
+        assert ours._attn_implementation == name
+        with at_depth(2):
+            assert ours._attn_implementation == deeper
 
 
 def test_kernels_of_a_configuration() -> None:

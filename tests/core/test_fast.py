@@ -128,6 +128,7 @@ def test_other_calls_of_attention_are_left_alone(monkeypatch: pytest.MonkeyPatch
     with fast.attention_in_blocks(mask, torch.float32)():
         assert distance(F.scaled_dot_product_attention(query, key, key, attn_mask=mask), want) < 1e-6
         assert torch.equal(F.scaled_dot_product_attention(query, key, key, attn_mask=mask.clone()), want)
+        assert torch.equal(F.scaled_dot_product_attention(query, key=key, value=key, attn_mask=mask), want)
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(query, torch.randn(1, 4, 19, 8), torch.randn(1, 4, 19, 8), attn_mask=mask)
 

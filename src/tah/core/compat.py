@@ -22,6 +22,9 @@ _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parame
 CACHE = "cache" if "cache" in _known else "past_key_values"
 
 
+TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # attention implementations that take a ready mask as it is
+
+
 def given_cache(past_key_values: Any, cache: Any) -> Any:
     """The one that a call was given under either name.
 
@@ -61,7 +64,8 @@ class AttentionByDepth:
 
     @property
     def _attn_implementation(self) -> str:
-        return "sdpa" if current_depth() > 1 else attention_of(self.config)
+        name = attention_of(self.config)  # which the user may have changed since
+        return name if current_depth() == 1 or name in TAKE_MASKS else "sdpa"
 
     def __getattr__(self, name: str) -> Any:
         if name == "config":  # while a copy is being made

@@ -87,7 +87,7 @@ class _InBlocks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         mask = kwargs.get("attn_mask")
-        if func is not SDPA or mask is None or mask.data_ptr() not in self.blocks:
+        if func is not SDPA or len(args) != 3 or mask is None or mask.data_ptr() not in self.blocks:
             return func(*args, **kwargs)
         whole, blocks = self.blocks[mask.data_ptr()]
         query, key, value = args

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compat import AttentionByDepth, attention_of
+from .compat import TAKE_MASKS, AttentionByDepth, attention_of
 
 DOCUMENT = 2**32
-TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # kernels that take a ready mask as it is
 NEVER = 2**62  # order key of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
 
 
@@ -134,12 +133,11 @@ def take_ready_masks(decoder: PreTrainedModel) -> None:
     attention modules use SDPA there. Depth 1 stays on the stock kernel, and nobody else's model changes."""
     if attention_of(decoder.config) in TAKE_MASKS:
         return
+    if any(getattr(module, "sinks", None) is not None for module in decoder.modules()):
+        raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {attention_of(decoder.config)}")
     for module in decoder.modules():
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):
-            if hasattr(module, "sinks"):
-                kernel = attention_of(decoder.config)
-                raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {kernel}")
             module.config = AttentionByDepth(config)
 
 
