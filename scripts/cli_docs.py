@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves. `--check` only says whether it is current."""
+"""Write docs/reference/commands.md from the commands themselves. `--check` only says whether it is current."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.main import get_command
 from tah_cli.app import app
 from tah_cli.groups import Group
 
-TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
+TARGET = Path(__file__).parents[1] / "docs" / "reference" / "commands.md"
 INTRODUCTION = """\
 # The `tah` command
 

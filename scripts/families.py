@@ -1,4 +1,4 @@
-"""Write docs/families.md from the tables in tests/helpers/families.py.
+"""Write docs/reference/families.md from the tables in tests/helpers/families.py.
 
 python scripts/families.py            write it
 python scripts/families.py --check    fail if it is out of date
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from helpers.families import FAMILIES, REFUSED, config_of  # noqa: E402
 
-DOCUMENT = ROOT / "docs" / "families.md"
+DOCUMENT = ROOT / "docs" / "reference" / "families.md"
 KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
 INTRODUCTION = """# Supported families
 
@@ -43,7 +43,7 @@ def layer_types(family: str) -> str:
 
 
 def document() -> str:
-    """The text of docs/families.md."""
+    """The text of docs/reference/families.md."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     exact = [f"| `{f}` | `{names[f]}` | {layer_types(f)} |" for f in sorted(FAMILIES)]
     refused = [f"| `{f}` | `{names[f]}` | {REFUSED[f][1].text} |" for f in sorted(REFUSED)]
@@ -64,7 +64,7 @@ def document() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write docs/families.md from tests/helpers/families.py.")
+    parser = argparse.ArgumentParser(description="Write docs/reference/families.md from tests/helpers/families.py.")
     parser.add_argument("--check", action="store_true", help="fail if the file is out of date, and write nothing")
     check = parser.parse_args().check
     text = document()

@@ -1,4 +1,4 @@
-"""Write docs/generate.svg: a real answer of SmolLM2-135M, coloured as `tah generate` colours it."""
+"""Write docs/images/generate.svg: a real answer of SmolLM2-135M, coloured as `tah generate` colours it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tah.session import Session
 from tah_cli.demo import QUESTIONS
 from tah_cli.terminal import Painter, summary
 
-TARGET = Path(__file__).parents[1] / "docs" / "generate.svg"
+TARGET = Path(__file__).parents[1] / "docs" / "images" / "generate.svg"
 THEME = TerminalTheme((22, 24, 29), (215, 218, 224), [(0, 0, 0)] + [(190, 190, 190)] * 7, [(110, 115, 125)] * 8)
 
 

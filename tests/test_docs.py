@@ -12,7 +12,7 @@ from tah.load import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments")
 
 
@@ -69,7 +69,8 @@ def test_python_of_the_readme_runs(tmp_path, tiny_base):
 
 def test_the_design_names_tests_that_exist():
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(?:test_\w+\.py::)?(test_\w+)\*?`", (ROOT / "docs" / "design.md").read_text())
+    page = (ROOT / "docs" / "explanation" / "invariants.md").read_text()
+    named = re.findall(r"`(?:test_\w+\.py::)?(test_\w+)\*?`", page)
     assert len(named) > 10 and all(f"def {name}" in tests for name in named), named
 
 

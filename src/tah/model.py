@@ -2,8 +2,8 @@
 
 The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
 *policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
-and read keys of depths up to their own. The logits of all passes of a token add up. docs/architecture.md follows one
-prompt through this file.
+and read keys of depths up to their own. The logits of all passes of a token add up.
+docs/explanation/architecture.md follows one prompt through this file.
 
 Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
 hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.

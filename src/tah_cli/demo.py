@@ -116,7 +116,7 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
     console.print()
     scores = {policy: _score(session, rows, policy) for policy in POLICIES}
     console.print(_table(scores))
-    console.print("The same, over four seeds and against a model without a second pass: docs/results.md", style="dim")
+    console.print("Four seeds, and a baseline without a second pass: docs/results/evidence.md", style="dim")
     return scores
 
 

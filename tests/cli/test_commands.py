@@ -463,10 +463,10 @@ def test_documentation_is_current(monkeypatch, tmp_path, capsys):
     spec.loader.exec_module(script)
     monkeypatch.setattr("sys.argv", ["cli_docs.py", "--check"])
     assert script.main() == 0, capsys.readouterr().err
-    monkeypatch.setattr(script, "TARGET", tmp_path / "cli.md")
+    monkeypatch.setattr(script, "TARGET", tmp_path / "commands.md")
     assert script.main() == 1 and "out of date" in capsys.readouterr().err
 
 
 def test_every_command_is_documented():
-    page = (ROOT / "docs" / "cli.md").read_text()
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     assert all(f"## tah {name}\n" in page for name, _ in get_command(app).walk())

@@ -1,6 +1,6 @@
 """Tiny random models of every text-decoder family that is tested: which are exact, which are refused and why.
 
-`docs/families.md` is generated from these tables by `scripts/families.py`.
+`docs/reference/families.md` is generated from these tables by `scripts/families.py`.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def test_vllm_takes_the_flags(example):
 
 
 def test_the_commands_of_the_docs():
-    """Flags in docs/serving.md, as vLLM reads them."""
-    lines = re.findall(r"tah serve (?:my-tah|MODEL) (--[^\n#&`]*)", (ROOT / "docs" / "serving.md").read_text())
+    """Flags in docs/how-to/serve.md, as vLLM reads them."""
+    lines = re.findall(r"tah serve (?:my-tah|MODEL) (--[^\n#&`]*)", (ROOT / "docs" / "how-to" / "serve.md").read_text())
     assert lines
     for line in lines:
         make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line))

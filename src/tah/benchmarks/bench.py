@@ -146,7 +146,7 @@ def bench(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/benchmarks.md."""
+    """The result as the table of docs/results/benchmarks.md."""
     rows = [Row(**row) for row in result["rows"]]
     shares = ["" if row.task.startswith("memory") else f"{row.iterated:.1%}" for row in rows]
     return table(

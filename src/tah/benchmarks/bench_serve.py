@@ -342,7 +342,7 @@ def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/serving.md."""
+    """The result as the table of docs/how-to/serve.md."""
     rows = [Row(**row) for row in result["rows"]]
     lines = table(
         ("task", "variant", "tokens per CPU second", "per second", "cost to base, CPU", "by the clock", "iterated"),

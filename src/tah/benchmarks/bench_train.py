@@ -257,7 +257,7 @@ def bench_train(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/benchmarks.md."""
+    """The result as the table of docs/results/benchmarks.md."""
     lines = []
     for row in (Row(**row) for row in result["rows"]):
         rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}"

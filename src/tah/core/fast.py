@@ -2,7 +2,7 @@
 has a plain path in the module that calls it, and `ENABLED = False` takes the plain paths everywhere.
 
 No pass at depth 1 takes one: the layers of the base keep their own products, bit for bit, and so do the logits that a
-call returns. docs/benchmarks.md has what they save.
+call returns. docs/results/benchmarks.md has what they save.
 
 Shapes: n rows, I input width, O output width, D width, V vocabulary, k best tokens, r rank of an adapter.
 """

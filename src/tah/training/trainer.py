@@ -45,7 +45,7 @@ class _UncertainOf(Confidence):
 
 @dataclass
 class Objective:
-    """What a stage trains, and on which tokens (the paper's two stages; docs/training.md).
+    """What a stage trains, and on which tokens (the paper's two stages; docs/how-to/train.md).
 
     Args:
         stage: `backbone` (base, adapter, maps) or `decider`.

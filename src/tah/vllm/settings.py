@@ -95,7 +95,7 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
 def _batching(vllm_config: Any) -> str:
     """How the two depths share steps; answers are the same.
 
-    `auto` goes by the tables in docs/serving.md: `mixed` saves readings of the weights, so it takes several requests.
+    `auto` follows the tables in docs/how-to/serve.md: `mixed` reads the weights less often, if several requests run.
     With torch.compile its steps would run uncompiled.
     """
     asked = vllm_config.additional_config.get("batching", "auto")
