@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .training.recipe_file import load_recipe as load_recipe
     from .training.train import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # What the commands call, imported when first used: some of it needs optional packages.
 _LATER = {
     "TraceRequest": "tracing.trace",
