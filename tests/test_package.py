@@ -61,7 +61,7 @@ def test_the_wheel_works_beside_installed_libraries(packages, tmp_path):
     assert str(site) in run(bin_ / "python", "-c", "import tah; print(tah.__file__)", cwd=tmp_path)
     assert "Usage: tah" in run(bin_ / "tah", "--help", cwd=tmp_path)
     answer = run(bin_ / "tah", "generate", "follow-tah", "a leads to b", cwd=tmp_path)
-    assert "one pass" in answer
+    assert answer.startswith("the value is")
 
 
 @pytest.mark.slow
