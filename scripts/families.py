@@ -24,9 +24,9 @@ INTRODUCTION = """# Supported families
 `python scripts/families.py` generates this page from `tests/helpers/families.py`. Do not edit it.
 [Support a family of bases](../contributing/family.md) has the steps for adding one.
 
-* **Exact**: `tests/core/test_families.py` wraps a tiny random model of the family. The logits of a left-padded batch, in
-  one forward and in several, equal those of a slow reference. The reference runs the stock model one token and one depth
-  at a time, with up to three depths. With `policy="never"` the logits equal those of the stock model bit for bit.
+* **Exact**: `tests/core/test_families.py` wraps a tiny random model of the family. The logits of a left-padded batch,
+  in one forward and in several, equal those of a slow reference. The reference runs the stock model one token and one
+  depth at a time, with up to three depths. With `policy="never"` the logits equal those of the stock model bit for bit.
 * **Refused**: `TaHForCausalLM.from_base` raises `UnsupportedBase`, a `ValueError`, with the reason.
 
 A family that is not listed has no test. The same checks run when it is wrapped, and it is refused if it fails them.
