@@ -159,16 +159,16 @@ NO_POSITIONS = Reason(
 )
 NO_EMBEDS = Reason("takes no inputs_embeds", "its forward takes no `inputs_embeds`, so it cannot run on a mix")
 NO_CACHE = Reason(
-    "takes no (past_key_values|cache)|fails on our cache", "its forward takes no cache"
+    "takes no (past_key_values|cache)|fails with a DuoCache", "its forward takes no cache"
 )  # as transformers has it
 ENCODER = Reason("has no list of its", "it is an encoder: it adds position offsets or looks ahead")
 LOOPED = Reason("has no list of its", "it runs its layers several times per pass, with another cache layout")
-SHARED = Reason("of its 4 layers keep their past in the cache", "later layers share the keys of earlier ones")
+SHARED = Reason("of its 4 layers keep their keys in the cache", "later layers share the keys of earlier ones")
 LOOKUP = Reason("inputs_embeds", "it finds the token id again from its embedding, which fails for a mix of embeddings")
-HEAD_NET = Reason("are not its output embedding", "its output head has hidden layers")
-SLOTS = Reason("does not attend by the positions", "its attention hides keys by their slot, not by the mask")
+HEAD_NET = Reason("are not the product of output embedding", "its output head has hidden layers")
+SLOTS = Reason("does not follow the given positions", "its attention hides keys by their slot, not by the mask")
 UNUSED = Reason(
-    "does not attend by the positions", "its configuration has a sliding window that its layers do not apply"
+    "does not follow the given positions", "its configuration has a sliding window that its layers do not apply"
 )
 
 # Family -> (what its configuration needs besides TINY, why it is refused).
