@@ -219,12 +219,12 @@ def refuse_kernels(described: dict[str, Any], where: str = "the configuration", 
     """
     for part in parts(described):
         for name, value in part.items():
-            its = str(name).lstrip("_")  # keys may be numbers before JSON is written
+            setting = str(name).lstrip("_")  # keys may be numbers before JSON is written
             replaced = part is described and name in given
-            if its.startswith(KERNELS) and not replaced and "/" in str(value):
+            if setting.startswith(KERNELS) and not replaced and "/" in str(value):
                 raise ValueError(
                     f"{where} names the kernel {short(value)}, which is code to download; remove that entry, or pass "
-                    f"{its} yourself if you trust it"
+                    f"{setting} yourself if you trust it"
                 )
 
 

@@ -262,7 +262,8 @@ class BoundRule:
         """
         logits = self.policy(state).to(row.device)
         if logits.shape != row.shape:
-            raise ValueError(f"the policy returned shape {list(logits.shape)} for {len(row)} tokens; return [N]")
+            shape = list(logits.shape)
+            raise ValueError(f"the policy returned a tensor of shape {shape} for {len(row)} tokens; return [N]")
         if logits.dtype == torch.bool:
             logits = torch.where(logits, math.inf, -math.inf)
         if logits.isnan().any():

@@ -123,7 +123,7 @@ def add_lora(
         module.lora_scale = alpha / rank
         reset_lora(module)
         adapted.append(name)
-    missing = [its for its in targets or () if not any(is_target(prefix + name, [its]) for name in adapted)]
+    missing = [target for target in targets or () if not any(is_target(prefix + name, [target]) for name in adapted)]
     if missing:
         raise ValueError(f"lora_targets {sorted(set(missing))}: the base has no linear layer of that name")
     if not adapted:
