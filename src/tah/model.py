@@ -171,7 +171,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         num_best = self.config.mix_topk if self.next_input_map is None else 0
         running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
-        columns = max(rule.max_depth, self.config.max_depth) - 1  # the same width for every max_depth of a call
+        columns = max(rule.max_depth, self.config.max_depth) - 1  # not narrower in a call with a smaller max_depth
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, without padding
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
