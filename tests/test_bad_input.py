@@ -58,9 +58,9 @@ def test_config(config, message):
 
 
 def test_config_cannot_name_code_to_download():
-    with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel'"):
+    with pytest.raises(ValueError, match="names the kernel 'someone/kernel'"):
         TaHConfig(base_config={"model_type": "llama", "_attn_implementation": "someone/kernel"})
-    with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel'"):
+    with pytest.raises(ValueError, match="names the kernel 'someone/kernel'"):
         TaHConfig.from_dict({"attn_implementation": "someone/kernel"})
 
 
@@ -149,7 +149,7 @@ def test_empty_and_overlong_prompts(model):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(ValueError, match=r"empty \(shape \[1, 0\]\)"):
         model(torch.zeros(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match="prompt has 65 tokens but the model only 64 positions"):
+    with pytest.raises(ValueError, match="prompt has 65 tokens but the model has only 64 positions"):
         model.generate(token_ids(length=65), max_new_tokens=2)
 
 
@@ -157,9 +157,9 @@ def test_nan(model):
     broken = tah(policy="decider")
     with torch.no_grad():
         broken.decoder.layers[-1].mlp.down_proj.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="gave NaN after depth 1"):
+    with pytest.raises(ValueError, match="returned NaN after depth 1"):
         broken(token_ids())
-    with pytest.raises(ValueError, match="NaN logits for token 12 of row 0"):
+    with pytest.raises(ValueError, match="logits of token 12 of row 0 are NaN"):
         broken.generate(token_ids(), policy="never", max_new_tokens=2, do_sample=False)
 
 

@@ -1,4 +1,4 @@
-"""Think-at-Hard: run a language model again, but only on the tokens that are hard.
+"""Think-at-Hard: further passes of a language model, only for the tokens that need them.
 
 `import tah` registers the model with transformers, so `AutoModelForCausalLM.from_pretrained` and `pipeline` load it.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .training.train import train as train
 
 __version__ = "0.2.0"
-# What the commands call, imported when first used: some of it needs optional packages.
+# Names that are imported at first use, because some of their modules need optional packages.
 _LATER = {
     "TraceRequest": "tracing.trace",
     "evaluate": "evaluation.evaluate",

@@ -1,4 +1,4 @@
-"""`python -m tah`"""
+"""Run the `tah` command: `python -m tah`."""
 
 from tah_cli.app import main
 

@@ -1,6 +1,6 @@
-"""`TaHConfig`: every fact about a Think-at-Hard model, written once and checked once.
+"""`TaHConfig`, the configuration of a TaH model, and its checks.
 
-Widths (hidden size, vocabulary, number of layers) are never repeated here: they come from `base_config`.
+Sizes (hidden size, vocabulary, number of layers) are not fields here. They come from `base_config`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .core.compat import kernels_of
 from .errors import short
 from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES, unknown
 
-# Former names of fields and of the tensors they bring, in checkpoints and recipes from before 0.2.
+# Former names of fields and of their tensors, in checkpoints and recipes of versions before 0.2.
 FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
 FORMER_TENSORS = {"reembed_map": "next_input_map", "combine_map": "output_map"}
 KERNELS = ("attn_implementation", "experts_implementation")  # settings that may name code to download
@@ -36,35 +36,38 @@ DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class TaHConfig(PreTrainedConfig):
-    """Configuration of [`TaHForCausalLM`]: a base decoder plus what makes it iterate on hard tokens.
+    """Configuration of [`TaHForCausalLM`]: a base decoder and the options of its passes.
+
+    Numbers in parentheses are equations of docs/explanation/method.md.
 
     Args:
-        base_config: configuration of the wrapped Hugging Face decoder (a `PreTrainedConfig` or its dict).
-        max_depth: most passes a token may take, >= 1; 1 is the plain base model.
-        mix_topk: how many of the largest accumulated logits are mixed into the next input embedding.
-        next_input: input of depth >= 2. `topk`: probability-weighted token embeddings (the paper).
-            `hidden`: token embedding plus a learned linear map of the last hidden state.
-        attention: reach of a query at depth >= 2. `duo`: keys of all depths up to its own (the paper).
-            `own`: depth-1 keys and only its own deeper keys. `blind`: only its own deeper keys, so it reads no text (a
-            control: what such a pass gains is not reasoning).
-        output: output after depth >= 2. `sum`: logits of all depths added (the paper).
-            `zero_init`: logits of h1 + Z h2, with Z a learned linear map that starts at zero.
-        lora_rank: rank of the adapter that is active at depth >= 2; 0 means no adapter.
-        lora_alpha: the adapter's update is scaled by lora_alpha / lora_rank.
-        lora_dropout: dropout on the adapter's input during training, in [0, 1).
-        lora_targets: the adapted linear layers, each by its name in the base (`model.layers.3.mlp.up_proj`) or by what
-            the name ends in (`["q_proj", "v_proj"]`); None adapts every linear layer of the decoder (fused expert
-            weights are not linear layers). The output head is never adapted.
-        policy: who iterates: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
-        threshold: in [0, 1]; a token iterates when its policy's probability exceeds it (strictly).
-        decider: `{"kind": "lean", ...}` (hidden states only, ours), `{"kind": "mlp", ...}` (the authors')
-            or None for no decider. Missing entries get their defaults.
-        confidence_measure: what the `confidence` policy calls confident: the top-1 `probability`, or exp(-`entropy`).
-        random_rate: share of tokens the `random` policy iterates, in [0, 1].
-        random_seed: seed of the `random` policy.
+        base_config: Configuration of the base (a `PreTrainedConfig` or its dict).
+        max_depth: Most passes that a token may take, >= 1. 1 is the base.
+        mix_topk: Number k of tokens in the mix of the next input (4).
+        next_input: Input at depth >= 2. `topk`: mix of token embeddings (4), the paper. `hidden`: token embedding plus
+            the input map U of the last hidden state (5).
+        attention: Keys to which a query at depth >= 2 attends (7). `duo`: keys of all depths up to its own, the paper.
+            `own`: keys of depth 1 and its own deeper keys. `blind`: its own deeper keys only, so it reads no text (a
+            control: the gain of such a pass is not reasoning).
+        output: Output after depth >= 2. `sum`: sum of the logits of all depths (2), the paper. `zero_init`: logits of
+            h1 + Z h2, where the output map Z starts at zero (8).
+        lora_rank: Rank of the LoRA that is active at depth >= 2 (6). 0 means no LoRA.
+        lora_alpha: Numerator of the scale lora_alpha / lora_rank of the LoRA.
+        lora_dropout: Dropout on the input of the LoRA in training, in [0, 1).
+        lora_targets: Linear layers with LoRA, each by its name in the base (`model.layers.3.mlp.up_proj`) or by the end
+            of its name (`["q_proj", "v_proj"]`). None: every linear layer of the decoder (fused expert weights are not
+            linear layers). The output head never has LoRA.
+        policy: Policy: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
+        threshold: Threshold in [0, 1]. A token takes another pass if its continue probability is larger (3).
+        decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'), or
+            None. Missing entries have their defaults.
+        confidence_measure: Confidence of the policy `confidence`: `probability`, the largest probability, or `entropy`,
+            exp(-entropy).
+        random_rate: Share of tokens that take another pass with the policy `random`, in [0, 1].
+        random_seed: Random seed of the policy `random`.
 
     Raises:
-        ValueError: for a value outside its range, naming the field, the value and what is allowed.
+        ValueError: A value is out of range. The message has the field, the value and the allowed values.
     """
 
     model_type = "tah"
@@ -97,13 +100,13 @@ class TaHConfig(PreTrainedConfig):
             check_family(self.base_config["model_type"])
             self.base_config = AutoConfig.for_model(**self.base_config)
         elif not isinstance(self.base_config, PreTrainedConfig | None):
-            raise ValueError(f"base_config={short(self.base_config)} is not the configuration of a model")
+            raise ValueError(f"base_config={short(self.base_config)} is not a model configuration")
         if isinstance(self.base_config, PreTrainedConfig):
             text = self.base_config.get_text_config(decoder=True)
             kwargs.setdefault("tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 kwargs.setdefault(name, getattr(text, name, None))
-            # transformers resets the sub-configuration's choice of kernels unless it is repeated.
+            # transformers resets the kernels of a sub-configuration unless the outer configuration repeats them.
             for name, kernel in kernels_of(self.base_config).items():
                 kwargs.setdefault(name, kernel)
             self.decider = _complete_decider(self.decider, text.num_hidden_layers)
@@ -112,10 +115,12 @@ class TaHConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers. Kernels that the caller names replace the configuration's, wherever they stand in it.
+        """Return a configuration from a dict, as in transformers.
+
+        Kernels among `kwargs` replace those of the dict at every level.
 
         Raises:
-            ValueError: the configuration names a kernel to download, or a field is out of its range.
+            ValueError: The configuration names a kernel to download, or a field is out of range.
         """
         for former, name in FORMER_FIELDS.items():
             if former in config_dict and name in config_dict:
@@ -127,14 +132,17 @@ class TaHConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the directory the base was loaded from: a checkpoint must not tell about its maker's machine."""
+        """Return the configuration as a dict, without the directory from which the base was loaded.
+
+        A checkpoint must not contain paths of the machine on which it was saved.
+        """
         full = super().to_dict()
         if isinstance(base := full.get("base_config"), dict) and os.path.isdir(base.get("_name_or_path") or ""):
             base["_name_or_path"] = ""
         return full
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The base's configuration: transformers asks it for layer counts, vocabulary and window sizes."""
+        """Return the base's text configuration, from which transformers reads layers, vocabulary and window sizes."""
         base = self.base_config
         return base.get_text_config(*args, **kwargs) if isinstance(base, PreTrainedConfig) else self
 
@@ -163,30 +171,30 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(f"random_seed={short(self.random_seed)} must be an integer")
         names = self.lora_targets
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"lora_targets={short(names)} must be a list of names of layers, or None")
+            raise ValueError(f"lora_targets={short(names)} must be a list of layer names, or None")
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
 
 
 def current_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a `TaHConfig` from an older file, by the names they have now."""
+    """Return the fields of a `TaHConfig` in a file, with former names replaced by present ones."""
     return {FORMER_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 def current_tensor(name: str) -> str:
-    """The name that a tensor of an older checkpoint has now."""
+    """Return the present name of a tensor of a checkpoint."""
     first, dot, rest = name.partition(".")
     return FORMER_TENSORS.get(first, first) + dot + rest
 
 
 def former_tensor(name: str) -> str:
-    """The name that a tensor had in checkpoints from before 0.2."""
+    """Return the name that a tensor has in checkpoints of versions before 0.2."""
     first, dot, rest = name.partition(".")
     return next((old for old, new in FORMER_TENSORS.items() if new == first), first) + dot + rest
 
 
 def parts(described: Any) -> Iterator[dict[str, Any]]:
-    """The objects of a configuration in JSON: itself, and those that stand in it, however deep."""
+    """Yield the objects of a configuration in JSON: itself, and those inside it at every level."""
     todo = [described]
     while todo:
         part = todo.pop()
@@ -198,30 +206,30 @@ def parts(described: Any) -> Iterator[dict[str, Any]]:
 
 
 def refuse_kernels(described: dict[str, Any], where: str = "the configuration", given: Collection[str] = ()) -> None:
-    """Refuse a configuration that names a kernel to download, however deep: that would be code from a stranger.
+    """Raise if a configuration names a kernel to download, at any level. Such a kernel is code from another person.
 
     Args:
-        described: the configuration in JSON.
-        where: what the message calls it.
-        given: those of `KERNELS` that the caller set. transformers then does not use the entry of that name at the
-            top, but those deeper or with an underscore it may.
+        described: Configuration in JSON.
+        where: Name of the configuration, for the message.
+        given: Names of `KERNELS` that the caller sets. transformers then ignores the top entry of that name, but may
+            use entries at lower levels or with an underscore.
 
     Raises:
-        ValueError: it names one.
+        ValueError: The configuration names a kernel to download.
     """
     for part in parts(described):
         for name, value in part.items():
-            its = str(name).lstrip("_")  # keys of a configuration in memory may be numbers
+            setting = str(name).lstrip("_")  # keys may be numbers before JSON is written
             replaced = part is described and name in given
-            if its.startswith(KERNELS) and not replaced and "/" in str(value):
+            if setting.startswith(KERNELS) and not replaced and "/" in str(value):
                 raise ValueError(
-                    f"{where} asks for the kernel {short(value)}, code to download; remove that entry, or pass {its} "
-                    "yourself if meant"
+                    f"{where} names the kernel {short(value)}, which is code to download; remove that entry, or pass "
+                    f"{setting} yourself if you trust it"
                 )
 
 
 def without_kernels(described: Any, given: Collection[str]) -> Any:
-    """A copy of a configuration in JSON without those of `KERNELS` that the caller sets, however deep they stand."""
+    """Return a copy of a configuration in JSON without the entries of `KERNELS` in `given`, at every level."""
     if isinstance(described, dict):
         return {
             name: without_kernels(value, given)
@@ -232,9 +240,9 @@ def without_kernels(described: Any, given: Collection[str]) -> Any:
 
 
 def check_max_depth(value: Any) -> None:
-    """Raise `ValueError` unless `value` is an integer from 1 to 1000 (more passes than anybody found useful)."""
+    """Raise `ValueError` unless `value` is an integer from 1 to 1000. More passes are a mistake."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the plain base model)")
+        raise ValueError(f"max_depth={value!r} must be an integer >= 1 (depth 1 is the base model)")
     if int(value) > 1000:
         raise ValueError(f"max_depth={value!r} is more than 1000 passes per token")
 
@@ -246,13 +254,16 @@ def check_threshold(value: Any) -> None:
 
 
 def check_family(model_type: Any) -> None:
-    """Raise `ValueError` for a family of models that this transformers does not know; its own message lists all."""
+    """Raise `ValueError` if the installed transformers has no such model family.
+
+    The message of transformers would list all families.
+    """
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type is {short(model_type)}, a family that transformers {__version__} does not know")
+        raise ValueError(f"model_type is {short(model_type)}, a family that transformers {__version__} does not have")
 
 
 def _check_decider(full: dict[str, Any]) -> None:
-    """Raise `ValueError` for sizes of a decider that are no sizes."""
+    """Raise `ValueError` if a size or an option of a decider is invalid."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -278,11 +289,11 @@ def _is_share(value: Any) -> bool:
 
 
 def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
-    """Fill in the defaults of a decider's kind and check them, its layers against the base's depth in layers."""
+    """Return a decider's description with defaults filled in and checked, for a base with `num_layers` layers."""
     if decider is None:
         return None
     if not isinstance(decider, dict):
-        raise ValueError(f"decider={short(decider)} is neither a description of a decider nor None")
+        raise ValueError(f"decider={short(decider)} must be a dict that describes a decider, or None")
     kind = decider.get("kind")
     if not isinstance(kind, str) or kind not in DECIDER_DEFAULTS:
         raise ValueError(f"decider kind {short(kind)} is not one of {', '.join(DECIDER_DEFAULTS)}")

@@ -1,9 +1,9 @@
-"""Deciders: small networks that say which tokens are hard.
+"""Deciders: small networks that are policies, docs/explanation/method.md section 3.
 
-Shapes: N tokens, D width of the base, k top logits.
+Shapes: N tokens, n tokens of a chunk, D width of the base, k largest logits.
 
-Both kinds are policies: called with a [`DepthState`] they return continue logits [N]. They read the hidden
-states of the pass just run and do not know the depth. They watch the model: no gradient flows from them into it.
+Called with a [`DepthState`], a decider returns continue logits [N]. It reads hidden states of the pass that just ran
+and has no input for the depth. No gradient flows from it into the model.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.nn import functional as F
 
 from .policy import DepthState
 
-CHUNK = 512  # tokens judged at a time, so that a long prompt's features are never all copied at once
+CHUNK = 512  # tokens per chunk, so that the features of a long prompt are not all copied at once
 PRIOR_LOGIT = -2.5866893  # logit of 0.07, the paper's share of hard tokens
 
 
 class LeanDecider(nn.Module):
-    """Our default: a two-layer MLP on normalised hidden states, with no full-vocabulary work.
+    """The default decider: an MLP of two layers on normalised hidden states. It needs no logits.
 
-    Its output layer starts at zero with a bias of logit(0.07), so an untrained model never iterates at the default
-    threshold: it is the base model until trained.
+    The output layer starts with zero weights and the bias logit(0.07). So at the default threshold nothing iterates
+    before training, and the output is that of the base.
 
     Args:
-        hidden_size: D.
-        layers: hidden-state indices it reads.
-        width: of the hidden layer.
+        hidden_size: Width D of the base.
+        layers: Indices of the hidden states that it reads.
+        width: Width of the hidden layer.
     """
 
     def __init__(self, hidden_size: int, layers: list[int], width: int) -> None:
@@ -40,18 +40,19 @@ class LeanDecider(nn.Module):
         self.reset_parameters()
 
     def forward(self, state: DepthState) -> Tensor:
-        """[N] continue logits"""
+        """Return continue logits [N]."""
         device, dtype = self.input.weight.device, self.input.weight.dtype
         chunks = zip(*(state.hidden[k].split(CHUNK) for k in self.layers), strict=True)
         return torch.cat([self._logits([part.detach().to(device, dtype) for part in parts]) for parts in chunks])
 
     def _logits(self, parts: list[Tensor]) -> Tensor:
-        """Hidden states [n, D] of every layer it reads -> [n]"""
+        """Return continue logits [n] from the hidden states [n, D] of each layer."""
         x = torch.cat([F.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
         return self.output(F.silu(self.input(x))).squeeze(-1).float()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Initialise the weights."""
         nn.init.kaiming_normal_(self.input.weight)
         nn.init.zeros_(self.input.bias)
         nn.init.zeros_(self.output.weight)
@@ -59,7 +60,7 @@ class LeanDecider(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm residual MLP block: skip(x) + W2 GELU(W1 LN(x))."""
+    """Residual MLP block with a norm before it: skip(x) + W2 GELU(W1 LN(x))."""
 
     def __init__(self, width: int, out_width: int, expansion: int, dropout: float) -> None:
         super().__init__()
@@ -95,16 +96,16 @@ class _Backbone(nn.Module):
 class MLPDecider(nn.Module):
     """The authors' decider: raw hidden states of several layers and the largest accumulated logits.
 
-    Parameter names are those of the released `iter_decider.bin`, without `threshold`.
+    The parameter names are those of the released `iter_decider.bin`, without `threshold`.
 
     Args:
-        hidden_size: D.
-        layers: hidden-state indices it reads.
-        hidden_dims: width of each residual block.
-        expansion: inner width of a block, as a multiple.
-        topk: how many of the largest accumulated logits it reads.
-        normalize_input: LayerNorm on the hidden states and softmax over the top logits.
-        dropout: inside blocks, during training.
+        hidden_size: Width D of the base.
+        layers: Indices of the hidden states that it reads.
+        hidden_dims: Width of each residual block.
+        expansion: Inner width of a block, as a multiple of its width.
+        topk: Number k of the largest accumulated logits that it reads.
+        normalize_input: Whether to apply a layer norm to the hidden states and a softmax to the logits.
+        dropout: Dropout inside blocks, in training only.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class MLPDecider(nn.Module):
         self.reset_parameters()
 
     def forward(self, state: DepthState) -> Tensor:
-        """[N] continue logits"""
+        """Return continue logits [N]."""
         device, dtype = self.logits_projection.weight.device, self.logits_projection.weight.dtype
         hidden = torch.cat([state.hidden[k].detach().to(device, dtype) for k in self.layers], dim=-1)
         with torch.no_grad():
@@ -137,10 +138,11 @@ class MLPDecider(nn.Module):
         if self.normalize_input:
             hidden, top = self.layer_norm_hidden_states(hidden), top.softmax(-1)
         x = self.combined_projection(torch.cat([hidden, self.logits_projection(top)], dim=-1))
-        return self.backbone(x).squeeze(-1)  # in its own dtype: the reference compares a bf16 sigmoid
+        return self.backbone(x).squeeze(-1)  # not cast: the authors' code compares a bfloat16 sigmoid
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Initialise the weights as the authors' code does."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm)):
                 module.reset_parameters()
@@ -149,15 +151,20 @@ class MLPDecider(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-def build_decider(spec: dict[str, Any], hidden_size: int, vocab_size: int) -> LeanDecider | MLPDecider:
-    """The decider that a config's `decider` entry describes, sized for the base.
+def build_decider(described: dict[str, Any], hidden_size: int, vocab_size: int) -> LeanDecider | MLPDecider:
+    """Return a new decider.
+
+    Args:
+        described: The entry `decider` of a `TaHConfig`.
+        hidden_size: Width D of the base.
+        vocab_size: Size V of the vocabulary.
 
     Raises:
-        ValueError: it reads more logits than the vocabulary has.
+        ValueError: `topk` is larger than the vocabulary.
     """
-    options = {key: value for key, value in spec.items() if key != "kind"}
-    if spec["kind"] == "lean":
+    options = {key: value for key, value in described.items() if key != "kind"}
+    if described["kind"] == "lean":
         return LeanDecider(hidden_size, **options)
     if options["topk"] > vocab_size:
-        raise ValueError(f"decider topk={options['topk']} is more than the vocabulary of {vocab_size}")
+        raise ValueError(f"decider topk={options['topk']} is more than the vocabulary of {vocab_size} tokens")
     return MLPDecider(hidden_size, **options)

@@ -1,4 +1,4 @@
-"""What a TaH model adds to transformers' own `generate`: its cache, clear errors, and the depth of every token.
+"""Additions to the `generate` of transformers: the cache of a TaH model, checks, and the depth of every token.
 
 Shapes: B rows, S tokens of a finished sequence, T tokens of one step.
 """
@@ -20,9 +20,9 @@ from .core.compat import CACHE
 from .policy import Rule
 
 RULE_ARGUMENTS = tuple(Rule().arguments())  # policy, threshold, max_depth
-KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # what decides depths when sequences are run again
+KEPT = (*RULE_ARGUMENTS, "depth_labels", "attention_mask")  # arguments on which the depths of a sequence depend
 
-# Settings of a generation_config.json by kind; not all there are, but those that models come with.
+# Settings of a generation_config.json by kind: those that occur in published models, not all settings.
 SETTINGS = {
     "whole numbers": ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
     "whole number": (
@@ -43,25 +43,26 @@ KINDS = {
     "truth": "true or false",
 }
 
-# Arguments of the running `generate` as transformers completed them: a mask it inferred, for one.
+# Arguments of the running `generate` after transformers added its own, such as an inferred mask.
 _model_kwargs: ContextVar[dict[str, Any]] = ContextVar("tah_model_kwargs")
 
 
 class RefuseNaN(LogitsProcessor):
-    """Stops generation at the first step whose logits are not numbers, instead of emitting token 0 for ever."""
+    """Processor that raises at the first step with NaN logits. Without it, generation would return token 0 forever."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [B, V] unchanged, or raise `ValueError`."""
         bad = scores.isnan().any(dim=-1)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"the model gave NaN logits for token {input_ids.shape[1]} of row {row}; its weights are bad"
+                f"the logits of token {input_ids.shape[1]} of row {row} are NaN; the weights of the model are damaged"
             )
         return scores
 
 
 class TaHGeneration:
-    """Mixin over `GenerationMixin`. `policy`, `threshold` and `max_depth` (per row: tensors [B]) go to `forward`."""
+    """Mixin over `GenerationMixin` that passes `policy`, `threshold` and `max_depth` (or [B], per row) to `forward`."""
 
     def generate(
         self,
@@ -71,17 +72,25 @@ class TaHGeneration:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`. With `return_dict_in_generate=True` the result also has
+        """Generate as transformers does. With `return_dict_in_generate=True` the result has further entries:
 
-        * `depth_count` [B, S] int64: passes the token at each position took as input, so entry t is what it cost to
-          predict token t + 1; 0 at the last token, which was produced but never run;
-        * `continue_logits` and `continue_prob` [B, S, max_depth - 1]: the policy's word on going on (nan where it was
-          not asked).
+        * `depth_count` [B, S] int64: passes of the token at each position. Entry t is the number of passes before token
+          t + 1 was predicted. It is 0 at the last token, which did not run.
+        * `continue_logits` and `continue_prob` [B, S, max_depth - 1]: the policy's continue logits and their sigmoid,
+          nan where there was no decision.
 
-        After `inputs_embeds`, S counts the prompt too although `sequences` does not hold it.
+        With `inputs_embeds`, S includes the prompt, although `sequences` does not contain it.
+
+        Args:
+            inputs: Prompt [B, T].
+            generation_config: As in transformers.
+            logits_processor: As in transformers.
+            args: As in transformers.
+            kwargs: As in transformers; also `policy`, `threshold`, `max_depth` and `depth_labels`.
 
         Raises:
-            ValueError: an empty prompt, one longer than the model's positions, or NaN logits.
+            ValueError: The prompt is empty or longer than the model's positions, the logits are NaN, or an output is
+                not supported.
         """
         self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask"))
         for name in RULE_ARGUMENTS:
@@ -111,14 +120,14 @@ class TaHGeneration:
         if limit is not None and length > limit and isinstance(mask, Tensor) and mask.dim() == 2:
             length = int(mask.sum(1).max())
         if limit is not None and length > limit:
-            raise ValueError(f"the prompt has {length} tokens but the model only {limit} positions")
+            raise ValueError(f"the prompt has {length} tokens but the model has only {limit} positions")
 
     @torch.no_grad()
     def _depths(self, out: Any) -> tuple[Tensor, Tensor]:
-        """Depths and continue logits of finished sequences [B, S], from the cache or from one more forward.
+        """Return depth counts [B, S] and continue logits [B, S, max_depth - 1] of finished sequences.
 
-        The rows of the cache are the sequences, except after beam search; running the finished sequences at once
-        gives the same depths as generating them did.
+        They come from the cache. After beam search the rows of the cache are not the sequences. One more forward over
+        the finished sequences then gives the same depths as generating them.
         """
         cache, sequences = getattr(out, CACHE, None), out.sequences
         given, (rows, length) = _model_kwargs.get(), sequences.shape
@@ -139,49 +148,53 @@ class TaHGeneration:
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        """Return the arguments of `forward` for the next step, with the depth labels of its tokens."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
         labels = inputs.get("depth_labels")
-        if labels is not None:  # labels cover the prompt; a produced token has none, which the oracle takes as 1
+        if labels is not None:  # labels cover the prompt; a generated token has label 1
             step = inputs["input_ids"].shape[1]
             labels = F.pad(labels, (0, max(0, input_ids.shape[1] - labels.shape[1])), value=1)
             inputs["depth_labels"] = labels[:, input_ids.shape[1] - step : input_ids.shape[1]]
-        # transformers has checked its arguments by now and hands some of its own through (a tokenizer, for one).
+        # transformers has checked the arguments and adds some that `forward` does not have, such as a tokenizer.
         known = _parameters(type(self).forward)  # type: ignore[attr-defined]
         return {name: value for name, value in inputs.items() if name in known}
 
     @staticmethod
     def arguments_of_assistant(assistant: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What an assistant model is called with; one that is no TaH model takes no policy."""
+        """Return the arguments for an assistant model. One that is not a TaH model has no policy."""
         if assistant is None or isinstance(assistant, TaHGeneration):
             return given
         return {name: value for name, value in given.items() if name not in (*RULE_ARGUMENTS, "depth_labels")}
 
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        """Put a `DuoCache` among the arguments of a `generate` that has none.
+        """Add a `DuoCache` to the arguments of a `generate` that has no cache.
+
+        Args:
+            generation_config: As in transformers.
+            model_kwargs: Arguments of the model, changed in place.
 
         Raises:
-            ValueError: another kind of cache is asked for.
+            ValueError: The configuration names another kind of cache.
         """
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={wanted!r} is not supported; a TaH model uses its own DuoCache")
+            raise ValueError(f"cache_implementation={wanted!r} is not supported; a TaH model uses a DuoCache")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = DuoCache()
         _model_kwargs.get().update(model_kwargs)
 
 
 def check_generation_config(config: Any, source: str) -> None:
-    """That the settings of a generation_config.json are of their kinds. transformers looks at few of them before it
-    computes with them.
+    """Check the types of the settings of a generation_config.json. transformers checks few of them before use.
 
     Args:
-        config: a model's `generation_config`.
-        source: what the user calls the model.
+        config: The `generation_config` of a model.
+        source: Name of the model, for the message.
 
     Raises:
-        ValueError: one is of another kind.
+        ValueError: A setting has a wrong type.
     """
     for kind, names in SETTINGS.items():
         for name in names:
@@ -199,7 +212,10 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _as_rows(value: Any, rows: int) -> Any:
-    """A per-row tensor for another number of rows: repeated for several sequences of a prompt, thinned for beams."""
+    """Return a per-row tensor for another number of rows.
+
+    It is repeated for several sequences of one prompt, and every n-th row is taken after beams.
+    """
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] == rows:
         return value
     return value.repeat_interleave(rows // len(value), dim=0) if len(value) < rows else value[:: len(value) // rows]

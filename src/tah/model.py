@@ -1,12 +1,12 @@
 """Think-at-Hard on any Hugging Face decoder. Start reading at `TaHForCausalLM.forward`.
 
-The *depth* of a token counts its passes over the base from 1: depth 1 is the plain base model. After each pass a
-*policy* decides which tokens are hard; only those run again, with LoRA active, on a new input at their old position,
-and read keys of depths up to their own. The logits of all passes of a token add up.
-docs/explanation/architecture.md follows one prompt through this file.
+A *pass* is one run of the base; the *depth* of a pass is its number, counted from 1. Depth 1 is the base, unchanged.
+After each pass a *policy* decides which tokens take another one. Those tokens run again at their position, on a new
+input and with LoRA, and attend to keys of depths up to their own. The logits of all passes of a token are summed.
+docs/explanation/method.md has the equations, and docs/explanation/architecture.md follows one prompt through this file.
 
-Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows that
-hold at least one of the M, P most of the M in any row (they run packed left: [R, P]), D width, V vocabulary, L layers.
+Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows with at
+least one of the M, P most of the M in any row (they are packed left: [R, P]), D width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from .policy import BoundRule, DepthState, Policy, Rule
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What only training asks of a forward.
+    """Arguments of a forward that only training needs.
 
     Args:
-        follow_labels: tokens run as many passes as `depth_labels` says; the policy is asked, but not followed.
-        loss_weights: weight of the output after each depth 1..max_depth in the loss; by default only the output after
-            a token's last pass counts.
-        idle: where no token goes on, run one through the deeper passes all the same and add 0 times the result to the
-            loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. By
-            default while training with labels.
+        follow_labels: Whether the depth labels decide who iterates. The policy still returns its continue logits.
+        loss_weights: Weight of the output after each depth 1..max_depth, method.md (12). By default only the output
+            after a token's last pass counts, method.md (10).
+        idle: Whether to run one token through the deeper passes where no token iterates, and to add 0 times the result
+            to the loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. The
+            default is True in training with labels.
     """
 
     follow_labels: bool = False
@@ -62,9 +62,9 @@ class TrainingPass:
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
-    """A base decoder that runs again, with an adapter, on the tokens that a policy calls hard (the paper).
+    """A base decoder that takes more passes, with LoRA, on the tokens that a policy chooses (the paper's model).
 
-    Make one with [`~TaHForCausalLM.from_base`], load one with `from_pretrained`. The wrapped model is `self.base`.
+    Make one with [`~TaHForCausalLM.from_base`], or load one with `from_pretrained`. The wrapped model is `self.base`.
     """
 
     config_class = TaHConfig
@@ -72,7 +72,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    replay_contexts = staticmethod(replay_contexts)  # a replayed layer runs at the depth it first ran at
+    replay_contexts = staticmethod(replay_contexts)  # a replayed layer runs at its first depth
 
     def __init__(self, config: TaHConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -87,7 +87,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
         self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
-        # Two choices differ from the paper: the next input emb + U h, and the output h1 + Z h2. These are U and Z.
+        # The linear maps of two method options: U of the next input, method.md (5), and Z of the output, (8).
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         if self.next_input_map is not None:
@@ -98,7 +98,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             if part is not None:
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
-            allow_replay_with_cache(layer)  # activation checkpointing may replay PassCache.update
+            allow_replay_with_cache(layer)  # PassCache.update can run a second time without changing the cache
         self.post_init()
 
     # -- the method ----------------------------------------------------------------------------------------------
@@ -122,32 +122,34 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         cache: DuoCache | None = None,
         **kwargs: Any,
     ) -> TaHOutput:
-        """Run every token once and the hard ones again.
+        """Run every token at depth 1, and the tokens that the policy chooses at deeper depths.
 
         Args:
-            input_ids: [B, T].
-            attention_mask: [B, >= T], 0 at padding (left or right); only the last T columns are read.
-            position_ids: [B, T]; counted from the attention mask when not given. The same at every depth.
-            past_key_values, cache: the `DuoCache` of earlier tokens of the same batch (transformers 5.24 renamed it).
-            inputs_embeds: [B, T, D] instead of `input_ids`.
-            labels: [B, T] like `input_ids`, -100 where not supervised; shifted inside.
-            depth_labels: [B, T] passes each token should take, for the policy `oracle` and for
-                `training.follow_labels`; not shifted.
-            policy: a name or a [`Policy`]; the config's by default.
-            threshold: in [0, 1], or one per row [B]; the config's by default.
-            max_depth: >= 1, or one per row [B]; the config's by default.
-            use_cache: return a cache; by default not while training.
-            logits_to_keep: number of last tokens, or indices of tokens, to return logits for; 0 means all. By default
-                all, but none while training with labels, whose loss needs no [B, T, V].
-            training: what only training asks for.
-            kwargs: `num_items_in_batch`, the number to divide the loss by (default: supervised tokens of this call).
+            input_ids: Token ids [B, T].
+            attention_mask: Mask [B, >= T], 0 at padding (left or right). Only the last T columns are read.
+            position_ids: Positions [B, T], the same at every depth. By default counted from the attention mask.
+            past_key_values: The `DuoCache` of earlier tokens of the same batch.
+            cache: The same as `past_key_values`, which transformers 5.24 renamed. Give one of them.
+            inputs_embeds: Embeddings [B, T, D] instead of `input_ids`.
+            labels: Token ids [B, T], aligned with `input_ids`, -100 where not supervised. They are shifted inside.
+            depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
+                `training.follow_labels`. They are not shifted, method.md (9).
+            policy: Name of a policy, or a [`Policy`]. The default is that of the configuration.
+            threshold: Threshold in [0, 1], or one per row [B]. The default is that of the configuration.
+            max_depth: Most passes, >= 1, or one value per row [B]. The default is that of the configuration.
+            use_cache: Whether to return a cache. The default is False in training, else True.
+            logits_to_keep: Number of last tokens, or indices of tokens, for which logits are returned. 0 means all. The
+                default is all, but none in training with labels, whose loss needs no [B, T, V].
+            training: Arguments that only training needs.
+            kwargs: `num_items_in_batch`, the divisor of the loss. The default is the number of supervised tokens of
+                this call.
 
         Returns:
-            Logits, loss, cache, and for every token its `depth_count` and `continue_logits` (nan where the policy was
-            not asked), see [`TaHOutput`].
+            Logits, loss, cache, and for every token its `depth_count` and `continue_logits`, see [`TaHOutput`].
 
         Raises:
-            ValueError: for inputs that do not fit each other, naming them.
+            ValueError: Inputs do not fit each other, or a value is out of range. The message names them.
+            TypeError: An argument is unknown.
         """
         past = given_cache(past_key_values, cache)
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
@@ -158,27 +160,27 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         use_cache = not self.training if use_cache is None else use_cache
         cache = self._cache(past, use_cache, rule, T)
 
-        # Depth 1: every token through the untouched base. Opening a pass reserves slots for its tokens in the cache;
-        # the base gets the view of it that belongs to this pass, and its layers write their keys and values there.
+        # Depth 1, method.md (1): every token through the unchanged base. Opening a pass reserves slots for its tokens
+        # in the cache. The base gets a view of the cache for this pass, and its layers write keys and values there.
         pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
-        # The logits of a token are the sum over its passes. They are carried as a sum of hidden states [B*T, D]; the
-        # head runs on tokens whose logits are asked for: by the policy, the next input, the loss or the caller. Where
-        # the policy looks at logits, the `num_best` most probable tokens can be kept for the next input, so that the
+        # The logits of a token are the sum over its passes, method.md (2). `running` holds a sum of hidden states
+        # [B*T, D]. The head runs only on tokens whose logits the policy, the next input, the loss or the caller needs.
+        # If the policy reads logits, the `num_best` most probable tokens can be kept for the next input, so that the
         # head does not run twice.
         num_best = self.config.mix_topk if self.next_input_map is None else 0
         running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
         depth_count = torch.ones_like(tokens.positions)
-        columns = max(rule.max_depth, self.config.max_depth) - 1  # as wide in calls with a smaller max_depth
+        columns = max(rule.max_depth, self.config.max_depth) - 1  # not narrower in a call with a smaller max_depth
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
-        active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, padding left out
+        active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, without padding
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if labels is None else DepthLoss(labels, rule.max_depth, training.loss_weights)
         kept = use_cache or past is not None
         idle = self.training and loss is not None if training.idle is None else training.idle
 
         for depth in range(1, rule.max_depth):
-            # Who is hard? The policy decides about the tokens that just ran ...
+            # The policy decides which of the tokens that just ran take another pass, method.md (3) ...
             state = DepthState(
                 depth=depth,
                 input_ids=tokens.select(tokens.ids, active),
@@ -187,21 +189,21 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 depth_labels=tokens.select(depth_labels, active),
                 map_logits=partial(running.map_logits, active),
             )
-            new_logits, goes_on = rule.decide(state, row=active // T)  # [N], [N] bool
-            del state, features  # a long prompt's hidden states need not outlive the decision
+            new_logits, iterates = rule.decide(state, row=active // T)  # [N], [N] bool
+            del state, features  # frees the hidden states of a long prompt
             where = (active, active.new_tensor(depth - 1))
             continue_logits = continue_logits.index_put(where, new_logits.to(continue_logits))
             if loss is not None:
-                loss.add(running, depth, active, goes_on)  # before deeper passes add to the output
-            if idle and not goes_on.any():
+                loss.add(running, depth, active, iterates)  # before deeper passes add to the output
+            if idle and not iterates.any():
                 zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
-                if loss is not None:  # with no loss to reach, the passes still keep sharded processes (FSDP) in step
+                if loss is not None:  # without a loss the passes still keep sharded processes (FSDP) in step
                     loss.add_zero(zero)
-            active, hidden = active[goes_on], hidden[goes_on]
+            active, hidden = active[iterates], hidden[iterates]
             if len(active) == 0:
                 break
 
-            # ... and the hard ones run again, on a new input at their old position.
+            # ... and those run again at their position, on the next input, method.md (4) or (5).
             assert cache is not None
             embeds = self._next_input(tokens, running, active, hidden)  # [M, D]
             hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
@@ -209,9 +211,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
         if loss is not None:
-            loss.add(running, rule.max_depth, active)  # the tokens that took all passes
+            loss.add(running, rule.max_depth, active)  # tokens that took all passes
         if cache is not None and self.config.attention != "duo":
-            cache.drop_deep()  # `own`, `blind`: a token's deeper keys are for its own later passes, which are over
+            cache.drop_deep()  # `own`, `blind`: only a token's later passes attend to its deeper keys, method.md (7)
         continue_logits = continue_logits.view(B, T, columns)
         if cache is not None and kept:
             cache.commit(depth_count, continue_logits.detach())
@@ -228,7 +230,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         )
 
     def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:
-        """The caller's cache, or a new one where it is needed: deeper passes read the keys of depth 1 from it."""
+        """Return the caller's cache, or a new one where a cache or the keys of depth 1 are needed."""
         cache = DuoCache() if past is None and (use_cache or rule.max_depth > 1) else past
         if cache is not None and rule.max_depth > 1:
             Tokens.check_length(cache.get_seq_length() + length, self.config.get_text_config(decoder=True))
@@ -237,7 +239,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
     def _run(
         self, depth: int, pass_cache: PassCache | None, policy: Callable[[DepthState], Tensor], **inputs: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One pass over the base: final hidden states [.., .., D] and those that the policy reads, by index."""
+        """Run one pass; return final hidden states [.., .., D] and, by index, those that the policy reads."""
         decoder = self.decoder
         num_layers = self.config.get_text_config(decoder=True).num_hidden_layers
         wanted: tuple[int, ...] = getattr(policy, "layers", ())
@@ -245,9 +247,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             raise ValueError(f"the policy reads hidden states {list(wanted)}; the base has 0..{num_layers}")
         layers = decoder_layers(decoder, num_layers)
         around = fast.attention_in_blocks(inputs["attention_mask"] if depth > 1 else None, decoder.dtype)
-        # `at_depth` switches LoRA: it is off at depth 1 and on at every depth beyond (lora.py).
+        # `at_depth` turns LoRA on at depths above 1, method.md (6).
         with at_depth(depth, around), capture_hidden(layers, wanted) as seen:
-            # use_cache only says whether the base creates a cache; it uses the one that it is given either way.
+            # use_cache decides only whether the base creates a cache. It uses a given cache in both cases.
             hidden = decoder(**{CACHE: pass_cache}, use_cache=False, **inputs).last_hidden_state
         if num_layers in wanted:
             seen[num_layers] = hidden
@@ -262,11 +264,16 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         active: Tensor,
         embeds: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """A pass at `depth` >= 2 of the tokens `active` [M] with inputs [M, D]: final hidden states [M, D] and those
-        that the policy reads. Only rows with an active token take part, their tokens packed left."""
+        """Run the tokens `active` [M] at `depth` >= 2 on inputs [M, D].
+
+        Only rows with an active token take part, their tokens packed left.
+
+        Returns:
+            Final hidden states [M, D] and, by index, the hidden states [M, D] that the policy reads.
+        """
         packed = pack(active, tokens.positions.shape[1])
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
-        # A query sees keys up to its own position. Order keys are positions that also tell documents apart (masks.py).
+        # Order keys are positions that also distinguish the documents of a row (masks.py).
         order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns)
         pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active])
         take_ready_masks(self.decoder)
@@ -285,10 +292,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         active: Tensor,
         hidden: Tensor,
     ) -> Tensor:
-        """Run one token through the passes after each of `depths` and return 0 times what came out: a zero whose
-        gradient reaches every parameter of those passes.
+        """Run one token through the pass after each of `depths`; return 0 times the results.
 
-        A process without a hard token would else leave the others waiting for its gradients.
+        The gradient of this zero reaches every parameter of those passes. Without it, the other processes of a
+        distributed training would wait for gradients of a process that has no hard token.
         """
         assert cache is not None
         zero, active, hidden = running.total.new_zeros((), dtype=torch.float32), active[:1], hidden[:1]
@@ -301,8 +308,10 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         return zero
 
     def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
-        """Next inputs [M, D] of the tokens `active` [M] whose last pass ended in `hidden` [M, D]: the embeddings of the
-        most probable next tokens so far, weighted by their probabilities (the paper's input updater), or emb + U h."""
+        """Return next inputs [M, D] of the tokens `active` [M], whose last pass ended in `hidden` [M, D].
+
+        This is the mix of token embeddings, method.md (4), or the token's embedding plus U h, method.md (5).
+        """
         embed = self.get_input_embeddings()
         if self.next_input_map is not None:
             own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
@@ -310,7 +319,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         return mixed_embedding(running, active, embed)
 
     def _logits(self, running: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
-        """[B, K, V]"""
+        """Return logits [B, K, V] of the K tokens to keep."""
         index = torch.arange(B * T, device=running.total.device).view(B, T)
         index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
         logits = running.logits(index.flatten())
@@ -320,12 +329,12 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
 
     @property
     def decoder(self) -> PreTrainedModel:
-        """The base without its head."""
+        """Return the base without its head."""
         return decoder_of(self.base)
 
     @property
     def head(self) -> Head:
-        """Final hidden states [..., D] to logits [..., V], as the base computes them."""
+        """Return the head: final hidden states [..., D] to logits [..., V], as the base computes them."""
         return head_of(self.base)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -344,18 +353,18 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
 
     @classmethod
     def from_base(cls, base: str | PreTrainedModel, **kwargs: Any) -> TaHForCausalLM:
-        """Wrap a base model. Untrained, with the default policy, the result answers exactly as the base does.
+        """Return a TaH model around a base. Before training, with the default policy, its logits equal the base's.
 
-        A model given as an object becomes part of the result: its linear layers get the adapters, in place.
+        A model given as an object becomes part of the result: its linear layers get LoRA, in place.
 
         Args:
-            base: a model, or the hub id or directory of one.
-            kwargs: fields of [`TaHConfig`]; the rest goes to the base's `from_pretrained` (`dtype`, `device_map`,
+            base: A model, or its Hub id or directory.
+            kwargs: Fields of [`TaHConfig`]. The others go to the base's `from_pretrained` (`dtype`, `device_map`,
                 `attn_implementation`, `revision`, ...).
 
         Raises:
-            UnsupportedBase: the base's family cannot be wrapped; says why.
-            ValueError: a config field out of range, arguments nobody takes, or a base whose files cannot be loaded.
+            UnsupportedBase: The base cannot be wrapped. The message has the reason.
+            ValueError: A field is out of range, an option is unknown, or the base's files cannot be loaded.
         """
         fields = {field.name for field in dataclasses.fields(TaHConfig)} - {"base_config"}
         own = fields - {field.name for field in dataclasses.fields(TaHConfig.__mro__[1])}

@@ -1,10 +1,10 @@
-"""Who iterates: policies map the state after a pass to continue logits.
+"""Policies: which tokens iterate, method.md (3).
 
-Shapes: N tokens that ran the pass, D width, V vocabulary, k entries of a top-k.
+Shapes: B rows of a call, N tokens that ran the pass, n tokens of a chunk, D width, V vocabulary.
 
-A policy is any callable from a [`DepthState`] to [N] continue logits; a token runs another pass iff
-sigmoid(logit) > threshold, strictly. +inf and -inf (or a bool tensor) decide whatever the threshold is. Writing one
-takes a small class:
+A policy is any callable from a [`DepthState`] to continue logits [N]. A token takes another pass if sigmoid(logit) >
+threshold, strictly. +inf and -inf (or True and False of a bool tensor) decide for every threshold. A policy can be a
+small class:
 
     class EveryThird(Policy):
         def __call__(self, state):
@@ -28,35 +28,38 @@ from .names import CONFIDENCE_MEASURES, POLICIES, unknown
 
 
 class MapLogits(Protocol):
+    """Function that applies another function to the accumulated logits of the tokens of a `DepthState`."""
+
     def __call__(self, f: Callable[[Tensor], Tensor], /, ahead: bool = False) -> Tensor: ...
 
 
 @dataclass
 class DepthState:
-    """What is known about N tokens after they ran pass `depth`."""
+    """The state of N tokens after a pass, from which a policy decides."""
 
-    depth: int  # the pass just run, >= 1
-    input_ids: Tensor | None  # [N]; None when the model was given embeddings
+    depth: int  # depth of the pass that just ran, >= 1
+    input_ids: Tensor | None  # [N]; None if the model was given embeddings
     positions: Tensor  # [N] position ids
     hidden: dict[int, Tensor]  # hidden state k -> [N, D], for the k in the policy's `layers`
-    depth_labels: Tensor | None  # [N] passes each token should take, where known
+    depth_labels: Tensor | None  # [N] passes that each token should take, if the call has labels
     map_logits: MapLogits
-    """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that
-    no [N, V] needs to exist. Only while the policy runs: later passes add to the same sums. With `ahead=True` it also
-    prepares the next input of these tokens: for a policy that lets most of them go on."""
+    """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that no
+    [N, V] is needed. Call it only while the policy runs, because later passes add to the same sums. With `ahead=True`
+    it also prepares the next input of these tokens; use this in a policy that makes most of them iterate."""
 
 
 class Policy:
     """Base class of policies.
 
     Attributes:
-        layers: hidden states it reads (0 = input embedding, L = after the final norm); only these are kept.
+        layers: Indices of the hidden states that the policy reads (0: input of the first layer, L: after the final
+            norm). Only these are kept.
     """
 
     layers: tuple[int, ...] = ()
 
     def __call__(self, state: DepthState) -> Tensor:
-        """Continue logits [N]."""
+        """Return continue logits [N]."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -69,21 +72,21 @@ def _constant(state: DepthState, value: float) -> Tensor:
 
 
 class Always(Policy):
-    """Every token runs every depth."""
+    """Every token takes all passes."""
 
     def __call__(self, state: DepthState) -> Tensor:
         return _constant(state, math.inf)
 
 
 class Never(Policy):
-    """Every token stops after depth 1: the plain base model."""
+    """Every token stops after depth 1, so the output is that of the base."""
 
     def __call__(self, state: DepthState) -> Tensor:
         return _constant(state, -math.inf)
 
 
 class Oracle(Policy):
-    """A token runs as many passes as its depth label says; one where there is none."""
+    """A token takes as many passes as its depth label, or one if there are no labels."""
 
     def __call__(self, state: DepthState) -> Tensor:
         if state.depth_labels is None:
@@ -92,12 +95,13 @@ class Oracle(Policy):
 
 
 class Confidence(Policy):
-    """Training-free: iterate where the logits so far are not confident.
+    """Tokens with a low confidence iterate. This policy needs no training.
 
-    Its probability of continuing is 1 - confidence, so with threshold t a token iterates iff confidence < 1 - t.
+    The continue probability is 1 - confidence. With threshold t a token iterates if its confidence is below 1 - t.
 
     Args:
-        measure: `probability` of the top-1 token, or exp(-`entropy`) with the entropy in nats.
+        measure: Measure of the confidence: `probability`, the largest probability, or `entropy`, exp(-entropy) with the
+            entropy in nats.
     """
 
     def __init__(self, measure: str = "probability") -> None:
@@ -107,6 +111,7 @@ class Confidence(Policy):
 
     @torch.no_grad()
     def __call__(self, state: DepthState) -> Tensor:
+        """Return the logit of 1 - confidence, [N]."""
         confidence = state.map_logits(self._confidence)
         return torch.logit(1 - confidence)
 
@@ -118,14 +123,17 @@ class Confidence(Policy):
 
 
 class Random(Policy):
-    """Iterate a given share of tokens, chosen by a hash: a control for policies that claim to choose well.
+    """A given share of tokens iterates, chosen by a hash. This is a control for other policies.
 
-    The choice depends on seed, position, depth and token id only, so it is the same in any batch, with or without a
+    The choice depends only on seed, position, depth and token id, so it is the same in any batch, with or without a
     cache.
 
     Args:
-        rate: share of tokens, in [0, 1].
-        seed: another seed chooses other tokens.
+        rate: Share of tokens, in [0, 1].
+        seed: Random seed.
+
+    Raises:
+        ValueError: The rate is out of range.
     """
 
     def __init__(self, rate: float = 0.07, seed: int = 0) -> None:
@@ -142,17 +150,19 @@ class Random(Policy):
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """A bijective mix of 31-bit integers (multiply and shift, twice)."""
+    """Return a bijective mix of 31-bit integers: multiply and shift, twice."""
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         x = (x ^ (x >> 16)) * multiplier & 0x7FFFFFFF
     return x ^ (x >> 16)
 
 
 def build_policy(name: str, config: TaHConfig) -> Policy:
-    """The policy of this name with the config's settings; not for `decider`, which the model holds.
+    """Return the policy of this name with the settings of a configuration.
+
+    The policy `decider` is part of the model and not made here.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: The name is unknown.
     """
     match name:
         case "oracle":
@@ -170,12 +180,14 @@ def build_policy(name: str, config: TaHConfig) -> Policy:
 
 @dataclass(frozen=True)
 class Rule:
-    """Who iterates in a call, a command or a request. What is None is as the model's configuration says.
+    """Policy, threshold and maximum depth of a call, a command or a request.
+
+    None stands for the value of the model's configuration.
 
     Args:
-        policy: a name, or a [`Policy`].
-        threshold: in [0, 1], or one per row [B].
-        max_depth: >= 1, or one per row [B].
+        policy: Name of a policy, or a [`Policy`].
+        threshold: Threshold in [0, 1], or one per row [B].
+        max_depth: Most passes, >= 1, or one value per row [B].
     """
 
     policy: str | Callable[[DepthState], Tensor] | None = None
@@ -183,11 +195,11 @@ class Rule:
     max_depth: int | Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """As arguments of `forward` and `generate`."""
+        """Return the three values as arguments of `forward` and `generate`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def completed(self, config: TaHConfig) -> Rule:
-        """With the configuration's values in the place of None."""
+        """Return the rule with the configuration's values instead of None."""
         given = self.arguments()
         return Rule(**{name: getattr(config, name) if value is None else value for name, value in given.items()})
 
@@ -198,10 +210,16 @@ class Rule:
         rows: int,
         follow_labels: bool = False,
     ) -> BoundRule:
-        """The rule of a call on B = `rows` rows, checked.
+        """Return the checked rule of a call.
+
+        Args:
+            config: Configuration of the model.
+            decider: Decider of the model, or None.
+            rows: Number B of rows.
+            follow_labels: Whether the depth labels decide instead of the policy.
 
         Raises:
-            ValueError: an unknown policy, or a threshold or max_depth out of range or not one per row.
+            ValueError: The policy is unknown, or threshold or max_depth are out of range or not one per row.
         """
         policy, threshold, max_depth = self.completed(config).arguments().values()
         if policy == "decider":
@@ -221,47 +239,51 @@ class Rule:
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule with its policy found and its values checked for the rows of one call."""
+    """A rule whose policy is a function and whose values are checked for the rows of one call."""
 
     policy: Callable[[DepthState], Tensor]
-    threshold: float | Tensor  # or [B]
-    max_depth: int  # of the deepest row
-    row_depth: Tensor | None = None  # [B] where rows differ
-    follow_labels: bool = False  # the policy is asked, the depth labels decide
+    threshold: float | Tensor  # one, or one per row [B]
+    max_depth: int  # the largest of all rows
+    row_depth: Tensor | None = None  # [B] maximum depth of each row, if rows differ
+    follow_labels: bool = False  # whether the depth labels decide instead of the policy
 
     def decide(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the policy: continue logits [N] and who goes on [N] bool.
+        """Return continue logits [N] and, as [N] bool, which tokens take another pass, method.md (3).
 
-        Continue iff sigmoid(logit), in the policy's own precision, > threshold, strictly; +inf always does.
+        A token continues if sigmoid(logit), computed in the precision of the logits, is larger than the threshold, and
+        always if the logit is +inf.
 
         Args:
-            state: of the N tokens that just ran.
-            row: [N] batch row of each.
+            state: State of the N tokens that just ran.
+            row: Batch row [N] of each token.
 
         Raises:
-            ValueError: the policy gave NaN.
+            ValueError: The policy returned NaN or another shape, or labels are missing.
         """
         logits = self.policy(state).to(row.device)
         if logits.shape != row.shape:
-            raise ValueError(f"the policy gave a tensor of shape {list(logits.shape)} for {len(row)} tokens; give [N]")
-        if logits.dtype == torch.bool:  # plain yes and no
+            shape = list(logits.shape)
+            raise ValueError(f"the policy returned a tensor of shape {shape} for {len(row)} tokens; return [N]")
+        if logits.dtype == torch.bool:
             logits = torch.where(logits, math.inf, -math.inf)
         if logits.isnan().any():
-            raise ValueError(f"the policy gave NaN after depth {state.depth}: hidden states or logits are not finite")
+            raise ValueError(
+                f"the policy returned NaN after depth {state.depth}: hidden states or logits are not finite"
+            )
         threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         go = (logits.sigmoid().float() > threshold) | (logits == math.inf)
         if self.follow_labels:
             if state.depth_labels is None:
                 raise ValueError("follow_labels needs depth_labels")
             go = state.depth_labels > state.depth
-        if self.row_depth is not None:  # a row at its own limit was not really asked
+        if self.row_depth is not None:  # in a row at its maximum depth there is no decision
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked
         return logits, go
 
 
 def _per_row(name: str, value: Any, rows: int, check: Callable[[Any], None]) -> Any:
-    """A checked scalar, or a checked tensor [B]."""
+    """Return a checked number, or a checked tensor [B]."""
     if isinstance(value, (list, tuple)):
         value = torch.tensor(value)
     if not isinstance(value, Tensor):

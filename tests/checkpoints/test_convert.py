@@ -449,7 +449,7 @@ def test_embedding_key_must_name_the_input_embedding(src: Path, tmp_path: Path, 
 @pytest.mark.parametrize("kernel", ["evil/kernel", {"": "evil/kernel@main"}])
 def test_kernel_named_by_the_base_config_is_refused(src: Path, tmp_path: Path, entry: str, kernel: Any) -> None:
     edit(src / "config.json", **{entry: kernel})
-    assert f"config.json asks for the kernel {kernel!r}, code to download" in refusal(src, tmp_path)
+    assert f"config.json names the kernel {kernel!r}, which is code to download" in refusal(src, tmp_path)
 
 
 # -- all or nothing ----------------------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ def test_the_callers_kernel_counts(base: Path, checkpoint: Path, kernel: Any, en
             assert model.base.config._attn_implementation == chosen
         with pytest.raises((ValueError, ImportError)) as error:
             load(str(where))
-        assert ("FlashAttention2" if kernel == "flash_attention_2" else "asks for the kernel") in str(error.value)
+        assert ("FlashAttention2" if kernel == "flash_attention_2" else "names the kernel") in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -395,19 +395,19 @@ def test_the_callers_kernel_counts(base: Path, checkpoint: Path, kernel: Any, en
 def test_a_kernel_that_transformers_would_use_all_the_same(base: Path, values: dict[str, Any]) -> None:
     """It replaces the caller's choice by an entry with an underscore."""
     cases.config(**values)(base)
-    with pytest.raises(ValueError, match="asks for the kernel .*someone/kernel.*, code to download"):
+    with pytest.raises(ValueError, match="names the kernel .*someone/kernel.*, which is code to download"):
         TaHForCausalLM.from_base(str(base), attn_implementation="eager")
 
 
 def test_one_setting_of_the_caller_does_not_open_the_other(base: Path) -> None:
     cases.config(attn_implementation="eager", experts_implementation="someone/kernel")(base)
-    with pytest.raises(ValueError, match="asks for the kernel 'someone/kernel', code to download"):
+    with pytest.raises(ValueError, match="names the kernel 'someone/kernel', which is code to download"):
         TaHForCausalLM.from_base(str(base), attn_implementation="eager")
     deep = {"a": [{"text_config": {"_experts_implementation": "x/y"}}]}
     top: dict[Any, Any] = {"experts_implementation": "x/y", 0: "LABEL_0"}
     refuse_kernels(top, given=["experts_implementation"])
     for described, given in ((deep, ["experts_implementation"]), (deep, []), (top, ["attn_implementation"]), (top, [])):
-        with pytest.raises(ValueError, match="the configuration asks for the kernel 'x/y'"):
+        with pytest.raises(ValueError, match="the configuration names the kernel 'x/y'"):
             refuse_kernels(described, given=given)
 
 

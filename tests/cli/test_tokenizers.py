@@ -28,7 +28,8 @@ def test_generate_with_a_tokenizer_longer_than_the_embedding(capsys, changed, pr
     model = changed(more=NEW)
     for words in (("--policy", "never"), ("--policy", "never", "--raw"), ("--policy", "always")):
         line = one_line(capsys, "generate", model, prompt, *words)
-        assert re.search(r"the prompt has the token 2(59|6\d), but the model only 259: ", line) and str(model) in line
+        assert re.search(r"the prompt has the token 2(59|6\d), but the model has only 259 tokens: ", line)
+        assert str(model) in line
 
 
 @pytest.mark.parametrize("prompt", ["new", "<ne", "tool", "hi", "dimensio"])
@@ -40,7 +41,7 @@ def test_what_such_a_tokenizer_writes_with_tokens_that_have_one(capsys, changed,
 def test_a_chat_goes_on_after_such_a_token(capsys, monkeypatch, changed):
     monkeypatch.setattr("sys.stdin", io.StringIO("<new>\nhi\n"))
     code, out, _ = said(capsys, "chat", changed(more=NEW), "--max-new-tokens", 2, "--policy", "never")
-    assert code == 0 and "has the token 259, but the model only 259" in out and out.count("tokens/s") == 1
+    assert code == 0 and "has the token 259, but the model has only 259 tokens" in out and out.count("tokens/s") == 1
 
 
 def test_eval_with_a_tokenizer_longer_than_the_embedding(capsys, tmp_path, changed):
@@ -48,7 +49,7 @@ def test_eval_with_a_tokenizer_longer_than_the_embedding(capsys, tmp_path, chang
     words = ("--tasks", "gsm8k", "-o", "out", "--max-new-tokens", 3, "--policy", "never")
     code, out, err = said(capsys, "eval", model, *words, "--data", questions(tmp_path / "q.jsonl", "2", "a <new> b"))
     last = err.splitlines()[-1]
-    assert (code, out) == (2, "") and "a question has the token 259, but the model only 259" in last
+    assert (code, out) == (2, "") and "a question has the token 259, but the model has only 259 tokens" in last
     data = questions(tmp_path / "r.jsonl", "2 + 2", "3 + 3")
     code, _, err = said(capsys, "eval", model, *words[:2], "-o", "other", *words[4:], "--data", data)
     assert code == 0, err
@@ -76,11 +77,11 @@ def test_padding_may_have_no_embedding(capsys, tmp_path, changed):
 def test_trace_and_prune_with_a_tokenizer_longer_than_the_embedding(capsys, tmp_path, changed):
     model = changed(more=NEW)
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "a <new> b"}) + "\n")
-    assert "t.jsonl has the token 259, but the model only 259" in one_line(
+    assert "t.jsonl has the token 259, but the model has only 259 tokens" in one_line(
         capsys, "trace", model, "t.jsonl", "--policy", "never"
     )
     line = one_line(capsys, "prune", model, "--data", "t.jsonl", "--output", "less", "--texts", 1)
-    assert "t.jsonl has the token 259, but the model only 259" in line and not (tmp_path / "less").exists()
+    assert "t.jsonl has the token 259, but the model has only 259 tokens" in line and not (tmp_path / "less").exists()
 
 
 # -- words that a tokenizer does not know ----------------------------------------------------------------------------

@@ -151,24 +151,24 @@ LINEAR = Reason(
     "not for linear_attention", "linear-attention or state-space layers keep one state, not a key per token"
 )
 HYBRID = Reason("not for hybrid", "its layers have a state-space part, which keeps one state, not a key per token")
-CONVOLUTION = Reason("not for conv", "convolution layers mix neighbouring slots, whatever their positions")
-INDEXED = Reason("not for (indexed|deepseek_sparse)_attention", "an indexer with a cache of its own chooses the keys")
+CONVOLUTION = Reason("not for conv", "convolution layers mix neighbouring slots, not neighbouring positions")
+INDEXED = Reason("not for (indexed|deepseek_sparse)_attention", "an indexer with a separate cache chooses the keys")
 COMPRESSED = Reason("not for heavily_compressed_attention", "keys of several tokens are compressed into one")
 NO_POSITIONS = Reason(
-    "takes no position_ids", "its forward takes no `position_ids`, so a token cannot run again in place"
+    "takes no position_ids", "its forward takes no `position_ids`, so a token cannot run again at its position"
 )
-NO_EMBEDS = Reason("takes no inputs_embeds", "its forward takes no `inputs_embeds`, so no mixed input can be given")
+NO_EMBEDS = Reason("takes no inputs_embeds", "its forward takes no `inputs_embeds`, so it cannot run on a mix")
 NO_CACHE = Reason(
-    "takes no (past_key_values|cache)|fails on our cache", "its forward takes no cache"
+    "takes no (past_key_values|cache)|fails with a DuoCache", "its forward takes no cache"
 )  # as transformers has it
 ENCODER = Reason("has no list of its", "it is an encoder: it adds position offsets or looks ahead")
-LOOPED = Reason("has no list of its", "it runs its layers several times per pass, under a cache layout of its own")
-SHARED = Reason("of its 4 layers keep their past in the cache", "later layers share the keys of earlier ones")
-LOOKUP = Reason("inputs_embeds", "it looks the token up again from its embedding, which a mixture is not")
-HEAD_NET = Reason("are not its output embedding", "its output head has hidden layers of its own")
-SLOTS = Reason("does not attend by the positions", "its attention hides keys by their slot, whatever the mask says")
+LOOPED = Reason("has no list of its", "it runs its layers several times per pass, with another cache layout")
+SHARED = Reason("of its 4 layers keep their keys in the cache", "later layers share the keys of earlier ones")
+LOOKUP = Reason("inputs_embeds", "it finds the token id again from its embedding, which fails for a mix of embeddings")
+HEAD_NET = Reason("are not the product of output embedding", "its output head has hidden layers")
+SLOTS = Reason("does not follow the given positions", "its attention hides keys by their slot, not by the mask")
 UNUSED = Reason(
-    "does not attend by the positions", "its configuration has a sliding window that its layers do not apply"
+    "does not follow the given positions", "its configuration has a sliding window that its layers do not apply"
 )
 
 # Family -> (what its configuration needs besides TINY, why it is refused).

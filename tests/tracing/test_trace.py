@@ -248,7 +248,7 @@ def test_arguments_are_checked(words):
     ):
         with pytest.raises(ValueError, match=message):
             trace(model, words, rows(), **options)
-    with pytest.raises(ValueError, match="has the token 97, but the model only 97"):
+    with pytest.raises(ValueError, match="has the token 97, but the model has only 97 tokens"):
         trace(model, words, [{"input_ids": [1, 97], "supervised": [False, True]}])
 
 

@@ -1,1 +1,1 @@
-"""What the forward is made of: inputs, cache, masks, LoRA, next inputs, logits, loss. Read `tah/model.py` first."""
+"""The parts of the forward: inputs, cache, masks, LoRA, next input, logits, loss. Read `tah/model.py` first."""

@@ -1,11 +1,11 @@
-"""The key/value cache of all depths, and the view of it that the base gets for one pass.
+"""The KV cache of all depths, and the view of it that the base uses in one pass.
 
 Shapes: B rows of the cache, R rows in this pass, P packed columns, S visible slots, H key/value heads, K head width,
 M (token, depth) pairs written by this pass, W slots of the deeper depths, n depth-1 slots.
 
-`DuoCache` knows which slot holds which (position, depth). Opening a pass reserves slots for its tokens and returns a
-`PassCache`, to which the base's layers hand their keys and values and from which they get all that they may attend to.
-The tensors themselves lie in `kv_buffer.DuoLayer`, which has the picture.
+`DuoCache` records which slot holds which (position, depth). Opening a pass reserves slots for its tokens and returns a
+`PassCache`. The base's layers pass their keys and values to it and get back all keys and values to which they attend.
+`kv_buffer.DuoLayer` holds the tensors; kv_buffer.py has a picture.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .packing import Packed, unpack
 
 
 class DuoCache(Cache):
-    """Keys and values of every token at every depth it ran.
+    """Keys and values of every token at every depth that it ran.
 
-    To transformers this is a cache of depth 1: `get_seq_length` counts tokens. `generate` may reorder its rows
-    (beams), repeat them, or crop the newest tokens (assisted decoding); deeper depths follow.
+    transformers uses this as a cache of depth 1: `get_seq_length` counts tokens. `generate` may reorder its rows
+    (beams), repeat them, or crop the newest tokens (assisted decoding). The deeper depths change with them.
     """
 
     def __init__(self) -> None:
@@ -37,16 +37,16 @@ class DuoCache(Cache):
         self._clear()
 
     def _clear(self) -> None:
-        self.order_keys = Log(NEVER)  # [B, n] order key of each depth-1 slot (masks.py); NEVER where it is padding
-        self.depth_count = Log(1)  # [B, n] passes each token took
+        self.order_keys = Log(NEVER)  # [B, n] order key of each depth-1 slot (masks.py); NEVER at padding
+        self.depth_count = Log(1)  # [B, n] passes that each token took
         self.continue_logits: Log | None = None  # [B, n, max_depth - 1]
         self.has_padding = False
-        self.has_documents = False  # its rows hold several documents each: nothing can be appended
-        self.whole = True  # False while a call runs, and for ever if it fails
+        self.has_documents = False  # rows hold several documents each, so nothing can be appended
+        self.whole = True  # False while a call runs, and after a call that failed
         self.deep_order_keys: Tensor | None = None  # [B, W], slot w counted from the middle outwards
         self.deep_depths: Tensor | None = None  # [B, W]
         self.deep_length: Tensor | None = None  # [B] slots in use per row
-        self.deep_width = 0  # the longest of them
+        self.deep_width = 0  # slots in use in the longest row
 
     def reset(self) -> None:
         super().reset()
@@ -60,14 +60,17 @@ class DuoCache(Cache):
         """Open a pass at depth 1 over all rows.
 
         Args:
-            order_keys: [B, N] int64 of each new token (masks.py).
-            valid: [B, N] bool, False at padding.
-            padded: whether any entry of `valid` is False (known to the caller, so nobody waits for the device).
-            documents: whether a row holds several documents.
-            deeper: whether deeper passes may follow.
+            order_keys: Order keys [B, N] int64 of the new tokens (masks.py).
+            valid: Mask [B, N] bool, False at padding.
+            padded: Whether any entry of `valid` is False. An argument, so that nothing waits for the device.
+            documents: Whether a row holds several documents.
+            deeper: Whether deeper passes may follow.
+
+        Returns:
+            The view of the cache for this pass.
 
         Raises:
-            ValueError: the cache holds another number of rows.
+            ValueError: The cache holds another number of rows or several documents per row, or an earlier call failed.
         """
         if self.order_keys.data is not None and self.order_keys.data.shape[0] != order_keys.shape[0]:
             raise ValueError(
@@ -89,8 +92,12 @@ class DuoCache(Cache):
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
-            packed: how the tokens lie in the [R, P] input of the pass.
-            order_keys: [M] of each token.
+            depth: Depth of the pass.
+            packed: Layout of the tokens in the [R, P] input of the pass.
+            order_keys: Order keys [M] of the tokens.
+
+        Returns:
+            The view of the cache for this pass.
         """
         batch, row = self.order_keys.view.shape[0], packed.batch_row
         if self.deep_length is None:
@@ -115,7 +122,7 @@ class DuoCache(Cache):
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
-        """Forget the deeper keys of the passes that are opened inside."""
+        """Drop the deeper keys of the passes that are opened inside, on exit."""
         before = (self.deep_order_keys, self.deep_depths, self.deep_length)
         copies, width = [None if x is None else x.clone() for x in before], self.deep_width
         yield
@@ -123,12 +130,12 @@ class DuoCache(Cache):
         self.deep_width = width
 
     def drop_deep(self) -> None:
-        """Forget all deeper keys and values."""
+        """Drop all deeper keys and values."""
         self.deep_order_keys = self.deep_depths = self.deep_length = None
         self.deep_width = 0
 
     def commit(self, depth_count: Tensor, continue_logits: Tensor) -> None:
-        """End of a call: remember what its tokens did, depth_count [B, N] and continue_logits [B, N, max_depth - 1]."""
+        """End a call: record `depth_count` [B, N] and `continue_logits` [B, N, max_depth - 1] of its tokens."""
         self.whole = True
         self.depth_count.append(depth_count)
         if self.continue_logits is None:
@@ -142,7 +149,7 @@ class DuoCache(Cache):
             continue_logits = torch.nn.functional.pad(continue_logits, grow, value=float("nan"))
         self.continue_logits.append(continue_logits)
 
-    # -- what transformers asks of a cache -----------------------------------------------------------------------
+    # -- the interface of a cache in transformers ----------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.order_keys.length
@@ -177,8 +184,11 @@ class DuoCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens of every row, at every depth.
 
+        Args:
+            tokens_to_remove: Minus the number of tokens, or 0.
+
         Raises:
-            ValueError: a positive number (transformers' old meaning: the length to keep).
+            ValueError: The number is positive. In older versions of transformers that was the length to keep.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
@@ -201,19 +211,26 @@ class DuoCache(Cache):
 
 @dataclass
 class DeepWrite:
-    """Where a pass at depth >= 2 stores its M tokens, and how they lie in its input."""
+    """The slots of the M tokens of a pass at depth >= 2, and their layout in its input."""
 
     slots: Tensor  # [M] slot, counted from the middle outwards
-    used: int  # slots its rows have in use, the longest of them
-    width: int  # slots any row has in use
+    used: int  # slots in use in the longest row of this pass
+    width: int  # slots in use in the longest row of the cache
     packed: Packed
 
 
 class PassCache(Cache):
-    """The base's cache during one pass: reads keys of depths up to its own, writes its own.
+    """The base's cache during one pass. It stores keys of this depth and returns keys of depths up to it.
 
-    With gradients, nothing is written in place and a layer may be replayed (activation checkpointing): a replay
-    starts from the state the pass was opened on and leaves the cache as it is.
+    With gradients, nothing is written in place and a layer may be replayed (activation checkpointing). A replay starts
+    from the state in which the pass was opened and does not change the cache.
+
+    Args:
+        cache: The cache of all depths.
+        depth: Depth of the pass.
+        start: Depth-1 tokens in the cache before the new tokens of this pass.
+        write: Slots of a pass at depth >= 2; None at depth 1.
+        deeper: Whether deeper passes may follow.
     """
 
     def __init__(
@@ -233,7 +250,7 @@ class PassCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store this pass's keys and values [R, H, P, K]; return all it may see, [R, H, S, K]."""
+        """Store keys and values [R, H, P, K] of a layer; return all to which the pass attends, [R, H, S, K]."""
         in_place = not torch.is_grad_enabled()
         layers = self.cache.layers
         while len(layers) <= layer_idx:
@@ -246,7 +263,7 @@ class PassCache(Cache):
         self.written.add(layer_idx)
         if self.write is None:
             layer.append(key_states, value_states, in_place, self.deeper)
-            if self.start == 0:  # the base attends to its own tensors, bit for bit what it does without a cache
+            if self.start == 0:  # the base attends to its own tensors: bit for bit the same as without a cache
                 return key_states, value_states
         else:
             k = unpack(key_states, self.write.packed)
@@ -263,7 +280,7 @@ class PassCache(Cache):
         keys, values, rows = layer.keys[:, :, span], layer.values[:, :, span], self.write.packed.rows
         if len(rows) == keys.shape[0]:
             return keys, values
-        if self.only_row is not None:  # a view: the usual case while decoding
+        if self.only_row is not None:  # a view; the usual case in decoding
             return keys[self.only_row : self.only_row + 1], values[self.only_row : self.only_row + 1]
         rows = rows.to(keys.device)
         return keys.index_select(0, rows), values.index_select(0, rows)
@@ -277,24 +294,24 @@ class PassCache(Cache):
     # -- masks ---------------------------------------------------------------------------------------------------
 
     def padding_mask(self) -> Tensor | None:
-        """[B, n] bool for the base's own mask code at depth 1, or None when nothing is padded."""
+        """Return the mask [B, n] bool for the base's own mask code at depth 1, or None without padding."""
         return self.cache.order_keys.view != NEVER if self.cache.has_padding else None
 
     def masks(self, config: PreTrainedConfig, order_keys: Tensor, attention: str, dtype: torch.dtype) -> Any:
-        """Ready masks of a pass at depth >= 2, in the form the base's attention implementation takes.
+        """Return ready masks of a pass at depth >= 2, in the form of the base's attention implementation.
 
         Args:
-            config: text configuration of the base.
-            order_keys: [R, N] of the queries.
+            config: Text configuration of the base.
+            order_keys: Order keys [R, N] of the queries.
             attention: `duo`, `own` or `blind`.
-            dtype: of the activations.
+            dtype: Type of the activations.
 
         Returns:
-            [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
+            A mask [R, 1, N, S] (or a `BlockMask`), or a dict of masks by layer type where the base's layers differ.
         """
         assert self.write is not None and self.cache.deep_order_keys is not None and self.cache.deep_depths is not None
         rows, newest_first = self.write.packed.rows, slice(0, self.write.used)
-        deep = self.cache.deep_order_keys[rows, newest_first].flip(1)  # as they lie in memory, left of the middle
+        deep = self.cache.deep_order_keys[rows, newest_first].flip(1)  # in memory order, left of the middle
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
         base = self.cache.order_keys.view[rows]
         documents = self.cache.has_documents

@@ -1,7 +1,7 @@
-"""Every private name of transformers and accelerate that the model relies on, and what they renamed between versions.
+"""Every private name of transformers and accelerate that the model uses, and names that changed between versions.
 
-`tests/core/test_compat.py` has a test for each, so that a new release shows at once what it moved. (vLLM's are in
-`tah/vllm/compat.py`.)
+`tests/core/test_compat.py` has a test for each, which fails if a new release changes the name. `tah/vllm/compat.py` has
+the private names of vLLM.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from transformers import GenerationMixin, PreTrainedConfig
 
 from .depth import current_depth
 
-# What a cache is called in arguments of `forward` and `generate` and in outputs: transformers 5.24 gave it a new name.
+# The name of the cache in arguments of `forward` and `generate` and in outputs. transformers 5.24 changed it.
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _known else "past_key_values"
 
-
-TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # attention implementations that take a ready mask as it is
+TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # attention implementations that use a ready mask as it is
 
 
 def given_cache(past_key_values: Any, cache: Any) -> Any:
-    """The one that a call was given under either name.
+    """Return the cache of a call that has it under one of its two names.
 
     Raises:
-        ValueError: both are given.
+        ValueError: Both are given.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names for one argument; give one of them")
@@ -37,26 +36,26 @@ def given_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def attention_of(config: PreTrainedConfig) -> str:
-    """The attention implementation of a model with this configuration: `eager`, `sdpa`, `flash_attention_2`, ..."""
+    """Return the attention implementation in a configuration: `eager`, `sdpa`, `flash_attention_2`, ..."""
     return config._attn_implementation
 
 
 def kernels_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The choices of kernels in a configuration, by the names they have as arguments."""
+    """Return the kernels in a configuration, by their argument names."""
     return {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
 
 
 def set_attention(config: PreTrainedConfig, name: str) -> None:
-    """Choose the attention implementation of every model that holds this configuration."""
+    """Set the attention implementation of every model with this configuration object."""
     config._attn_implementation = name
 
 
 class AttentionByDepth:
-    """The configuration of an attention module whose kernel takes no ready masks, as flash kernels: at depth >= 2 it
-    asks for SDPA, and otherwise it is the model's own configuration.
+    """Configuration of an attention module whose kernel takes no ready masks, such as a flash kernel.
 
-    An attention module looks up its kernel by this entry in every call, so depth 1 stays on the stock kernel, and
-    neither the model's configuration nor transformers' table of kernels changes.
+    Its attention implementation is SDPA at depth >= 2. Everything else is the model's own configuration. An attention
+    module reads this entry in every call. So depth 1 keeps the stock kernel, and neither the model's configuration nor
+    transformers' table of kernels changes.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -64,54 +63,58 @@ class AttentionByDepth:
 
     @property
     def _attn_implementation(self) -> str:
-        name = attention_of(self.config)  # which the user may have changed since
+        name = attention_of(self.config)  # read in every call, because the user may change it
         return name if current_depth() == 1 or name in TAKE_MASKS else "sdpa"
 
     def __getattr__(self, name: str) -> Any:
-        if name == "config":  # while a copy is being made
+        if name == "config":  # during copying, before `config` is set
             raise AttributeError(name)
         return getattr(self.config, name)
 
 
 def mark_initialized(module: nn.Module) -> None:
-    """Keep transformers from initialising a module again."""
+    """Prevent transformers from initialising a module a second time."""
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def allow_replay_with_cache(layer: nn.Module) -> None:
-    """Let activation checkpointing replay a layer that writes into a cache."""
+    """Allow activation checkpointing to replay a layer that writes into a cache."""
     layer._can_checkpoint_with_cache = True  # type: ignore[assignment]
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's weights elsewhere until it is called."""
-    return "_hf_hook" in vars(module)  # hasattr would search parameters and modules first, in every layer of a pass
+    """Return whether accelerate loads the module's weights only for its calls."""
+    return "_hf_hook" in vars(module)  # hasattr is slower: it searches parameters and submodules first
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks of the module must see a call (offloading, sharding), so that its weights may not be used without
-    one. Hooks of all modules, as counters of operations have them, are not asked for."""
+    """Return whether the module has hooks (offloading, sharding), so that its weights may be used only by calling it.
+
+    Global hooks of all modules, which counters of operations use, do not count.
+    """
     return is_offloaded(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def drop_renaming(model: Any, former: Collection[str]) -> None:
-    """Save a model that was read with a `key_mapping` under its present names; transformers would restore the names of
-    the file.
+    """Make a model that was read with a `key_mapping` save under its present names.
+
+    transformers would restore the names of the file.
 
     Args:
-        former: patterns of the names to forget, as they stood in `key_mapping`.
+        model: The model.
+        former: Patterns of former names, as in `key_mapping`.
     """
     if used := getattr(model, "_weight_conversions", None):
         model._weight_conversions = [entry for entry in used if not set(former) & set(entry.source_patterns)]
 
 
 def restore(trainer: Any, checkpoint: str) -> None:
-    """Load a `Trainer`'s model from one of its checkpoints, without taking a step."""
+    """Load the model of a `Trainer` from one of its checkpoints, without a training step."""
     trainer._load_from_checkpoint(checkpoint)
 
 
 class TrainerHooks:
-    """Mixin of a `Trainer`: how it saves a checkpoint, led to a public method."""
+    """Mixin of a `Trainer` that calls its public method `save_checkpoint` to save a checkpoint."""
 
     _staged: str | None = None
 
@@ -120,7 +123,7 @@ class TrainerHooks:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         def save(directory: Path) -> None:
-            """Trainer's own checkpoint, in another directory than usual."""
+            """Write Trainer's checkpoint below another directory."""
             self._staged = str(directory)
             try:
                 super(TrainerHooks, self)._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -131,17 +134,17 @@ class TrainerHooks:
 
 
 class PrivateHooks:
-    """Mixin of a `PreTrainedModel`: what transformers calls by a private name, led to a public one of the model."""
+    """Mixin of a `PreTrainedModel` that maps private names of transformers to public ones of the model."""
 
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # the base's business
+        return True  # the base checks it
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: base, adapters, decider and maps have initialised themselves by the time they are put together."""
+        """Do nothing: base, LoRA, decider and the maps U and Z are initialised before they are combined."""
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any

@@ -1,7 +1,7 @@
-"""The depth of the running pass: a context variable, entered with `with at_depth(d)`.
+"""The depth of the running pass, a context variable: `with at_depth(d)`.
 
-It is per thread and restored on exit, so two threads may use one model at different depths, and nothing about the
-modules is ever toggled. LoRA (`lora.py`) and the attention of a flash kernel (`masks.py`) depend on it.
+Each thread has its value, and the value is restored on exit. Two threads can therefore use one model at different
+depths, and no module changes. LoRA (`lora.py`) and the attention of flash kernels (`masks.py`) depend on the depth.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _running: ContextVar[_Pass] = ContextVar("tah_pass", default=_Pass())  # noqa: B
 
 @contextmanager
 def at_depth(depth: int, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
-    """Run the base at this depth: LoRA is active inside iff `depth` > 1.
+    """Set the depth of the pass that runs inside. LoRA is on if `depth` > 1, method.md (6).
 
     Args:
-        around: makes a context to run the pass in, and each replay of a layer of it.
+        depth: Depth, >= 1.
+        around: Function that makes another context, for the pass and for each replay of one of its layers.
     """
     token = _running.set(_Pass(depth, around))
     try:
@@ -38,11 +39,11 @@ def at_depth(depth: int, around: Callable[[], AbstractContextManager[Any]] = nul
 
 
 def current_depth() -> int:
-    """Depth of the pass that is running in this thread (1 outside of any)."""
+    """Return the depth of the pass that runs in this thread, 1 if there is none."""
     return _running.get().depth
 
 
 def replay_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` of `torch.utils.checkpoint`: a replayed layer runs as it first ran."""
+    """Return the `context_fn` of `torch.utils.checkpoint`, so that a replayed layer runs at its first depth."""
     running = _running.get()
     return nullcontext(), at_depth(running.depth, running.around)

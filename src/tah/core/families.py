@@ -1,7 +1,7 @@
-"""Which base models can be wrapped: three contracts, checked by facts and by a probe.
+"""Which bases can be wrapped: three requirements, checked by facts and by a probe.
 
-A base must (1) take `inputs_embeds` and `position_ids`, (2) keep its past only in the `Cache` it is given, through
-`update`, and (3) use a ready attention mask as it is. What does not is refused with the reason, never run wrongly.
+A base must (a) take `inputs_embeds` and `position_ids`, (b) keep its past only in the given `Cache`, through `update`,
+and (c) use a ready attention mask as it is. Any other base raises `UnsupportedBase` with the reason.
 
 Shapes: T tokens, D width, V vocabulary.
 """
@@ -25,21 +25,25 @@ from .packing import pack
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PROBE_TOKENS = 8
-PROBE_LATE = 3  # of them, run at depth 2
+PROBE_LATE = 3  # last tokens of the probe, which run at depth 2
 
 
 class UnsupportedBase(ValueError):
-    """A base model that Think-at-Hard cannot wrap, with the reason."""
+    """A base that cannot be wrapped. The message has the reason."""
 
 
 def head_of(base: PreTrainedModel) -> Head:
-    """The base's output head, read off its module and configuration."""
+    """Return the base's output head, from its output embedding and its configuration.
+
+    Raises:
+        UnsupportedBase: The base has no output embedding.
+    """
     config = base.config.get_text_config(decoder=True)
     linear = base.get_output_embeddings()
     if linear is None:
-        raise UnsupportedBase(f"{type(base).__name__} has no output embeddings, so it is not a language model")
-    # Attribute names as the families spell them: Cohere multiplies, Granite divides, HyperCLOVA X multiplies by what
-    # Granite divides by, Gemma and nanochat cap. The probe refuses whatever computes something else.
+        raise UnsupportedBase(f"{type(base).__name__} has no output embedding, so it is not a language model")
+    # The families use different names: Cohere has a factor, Granite a divisor, HyperCLOVA X a factor with the name of
+    # Granite's divisor, Gemma and nanochat a soft-cap. The probe refuses a base that computes anything else.
     scale, divide = getattr(config, "logit_scale", None) or 1.0, getattr(config, "logits_scaling", None) or 1.0
     if config.model_type == "hyperclovax":
         scale, divide = divide, 1.0
@@ -47,24 +51,24 @@ def head_of(base: PreTrainedModel) -> Head:
 
 
 def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
-    """The base without its output head: embeddings in, final hidden states out."""
+    """Return the base without its output head: embeddings to final hidden states."""
     decoder = base.get_decoder()
     if decoder is base or not isinstance(decoder, PreTrainedModel):
-        # Llama 4's text model answers with itself, head-first encoders with their head: take the model inside.
+        # Llama 4's text model returns itself, and some encoders return their head. The decoder is the model inside.
         inside = [child for child in base.children() if isinstance(child, PreTrainedModel)]
         decoder = inside[0] if inside else base
     return decoder
 
 
 def stable_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a base can be run at two depths over; None where there is no such limit.
+    """Return the number of positions at which deeper passes are exact, or None if there is no limit.
 
-    `dynamic` and `longrope` rotary embeddings take their frequencies from the longest position in a pass, so past the
-    original length a deeper pass over few tokens would be rotated unlike depth 1.
+    `dynamic` and `longrope` rotary embeddings compute their frequencies from the longest position of a pass. Beyond the
+    original length, a deeper pass over few tokens would have other frequencies than depth 1.
     """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = []
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales by slot, beyond a length that it calls floor
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales queries by slot, beyond a length
         limits.append(int(config.floor_scale) // 2)
     for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if entry.get("rope_type", entry.get("type")) in ("dynamic", "longrope"):
@@ -75,22 +79,23 @@ def stable_positions(config: PreTrainedConfig) -> int | None:
 
 
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The decoder's list of layers.
+    """Return the decoder's list of layers.
 
     Raises:
-        UnsupportedBase: there is no module list of that length directly below the decoder.
+        UnsupportedBase: There is no module list of that length directly below the decoder.
     """
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == num_layers:
             return child
-    raise UnsupportedBase(f"{type(decoder).__name__} has no list of its {num_layers} layers, so none can be observed")
+    name = type(decoder).__name__
+    raise UnsupportedBase(f"{name} has no list of its {num_layers} layers, so their hidden states cannot be read")
 
 
 def check_facts(base: PreTrainedModel) -> None:
-    """What can be read off without running the base: signature, layer types, layers, head.
+    """Check the facts that need no run of the base: signature, layer types, layers, head.
 
     Raises:
-        UnsupportedBase: with the reason.
+        UnsupportedBase: A requirement is not met. The message has the reason.
     """
     name, config = type(base).__name__, base.config.get_text_config(decoder=True)
     decoder = decoder_of(base)
@@ -112,14 +117,15 @@ def check_facts(base: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_base(base: PreTrainedModel) -> None:
-    """Check everything a base needs, the last of it by running 8 tokens.
+    """Check all requirements: the facts, and then a probe of 8 tokens.
 
-    The probe compares with the base's own forward on the same input embeddings, some of them soft: a pass at depth 1
-    through our cache and head; and a pass at depth 2 of the last three tokens, which did not run depth 1 and so must
-    give, adapters off, what depth 1 gives. Windows and chunks are made shorter than the probe while it runs.
+    The probe compares two passes with the base's own forward on the same input embeddings, some of which are mixes.
+    One is a pass at depth 1 through a `DuoCache` and the head. The other is a pass at depth 2 of the last three tokens,
+    which did not run at depth 1. Without LoRA it must give the result of depth 1. During the probe, windows and chunks
+    are shorter than the probe.
 
     Raises:
-        UnsupportedBase: with the reason.
+        UnsupportedBase: A requirement is not met. The message has the reason.
     """
     check_facts(base)
     name, training = type(base).__name__, base.training
@@ -134,7 +140,7 @@ def check_base(base: PreTrainedModel) -> None:
         reason = _probe(base, config)
     except Exception as error:
         line = str(error).strip().splitlines()
-        reason = f"its forward fails on our cache with {type(error).__name__}: {line[0][:120] if line else ''}"
+        reason = f"its forward fails with a DuoCache: {type(error).__name__}: {line[0][:120] if line else ''}"
     finally:
         for key, value in reach.items():
             setattr(config, key, value)
@@ -145,17 +151,17 @@ def check_base(base: PreTrainedModel) -> None:
 
 
 def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
-    """The reason the base behaves differently under our cache and masks, or None."""
+    """Return the reason why the base gives other results with `DuoCache` and ready masks, or None."""
     decoder, head = decoder_of(base), head_of(base)
     embed = base.get_input_embeddings()
     device, late = embed.weight.device, PROBE_LATE
     ids = torch.arange(PROBE_TOKENS, device=device)[None] % config.vocab_size
     embeds = embed(ids)
-    # Cloned where used: some families scale their input in place.
+    # Cloned before each use, because some families scale their input in place.
     embeds = torch.cat([embeds[:, :-late], (embeds[:, -late:] + embeds[:, :late]) / 2], dim=1)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     want = base(inputs_embeds=embeds.clone(), position_ids=positions, use_cache=False).logits[0].float()
-    # Rounding of a deep bf16 model reaches a tenth of the norm; a wrong mask or position, its size.
+    # The rounding error of a deep bfloat16 model reaches a tenth of the norm. That of a wrong mask reaches the norm.
     tolerance = 1e-3 if decoder.dtype == torch.float32 else 0.3
 
     def differs(got: Tensor, want: Tensor) -> bool:
@@ -169,9 +175,9 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
 
     cache, hidden = depth_one(PROBE_TOKENS)
     if len(cache.layers) != config.num_hidden_layers:
-        return f"{len(cache.layers)} of its {config.num_hidden_layers} layers keep their past in the cache"
+        return f"{len(cache.layers)} of its {config.num_hidden_layers} layers keep their keys in the cache"
     if differs(head(hidden)[0], want):
-        return "its logits are not its output embedding of the final hidden state, scaled or soft-capped"
+        return "its logits are not the product of output embedding and final hidden state, scaled or soft-capped"
 
     cache, _ = depth_one(PROBE_TOKENS - late)
     last = torch.arange(PROBE_TOKENS - late, PROBE_TOKENS, device=device)
@@ -186,5 +192,5 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
             use_cache=False,
         ).last_hidden_state
     if differs(head(hidden)[0], want[-late:]):
-        return "it does not attend by the positions and the mask it is given"
+        return "its attention does not follow the given positions and mask"
     return None

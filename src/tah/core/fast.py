@@ -1,10 +1,10 @@
-"""Faster ways to compute the same, most of them for float32 on a CPU without gradients. Optional: every function here
-has a plain path in the module that calls it, and `ENABLED = False` takes the plain paths everywhere.
+"""Faster ways to compute the same results, most of them for float32 on a CPU without gradients.
 
-No pass at depth 1 takes one: the layers of the base keep their own products, bit for bit, and so do the logits that a
-call returns. docs/results/benchmarks.md has what they save.
+They are optional: every function here has a plain path in the module that calls it, and `ENABLED = False` takes the
+plain paths everywhere. No pass at depth 1 takes a fast path, so the results of the base's layers and the returned
+logits stay the same bit for bit. docs/results/benchmarks.md has the savings.
 
-Shapes: n rows, I input width, O output width, D width, V vocabulary, k best tokens, r rank of an adapter.
+Shapes: n rows, I input width, O output width, D width, V vocabulary, k best tokens, r rank of a LoRA.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from .logits import CHUNK, RunningOutput, best_of, joined
 
 ENABLED = True
 SDPA = nn.functional.scaled_dot_product_attention
-FEW_ROWS = 48  # a CPU's float32 kernels take longer for x W^T than for (W x^T)^T up to here
-QUERIES, BLOCKS = 128, 8  # of a block of attention, at least; of one call, at most
-MEMO = 64  # tokens of a call whose logits are kept, at most
-PIECE = 16  # logits of which one maximum is taken
-# Times k: a product with a whole matrix of up to that many rows costs less than picking k rows a token (measured with
-# 290 and k = 100, where a look-ahead step took a fifth less; estimated beyond). All rows must be finite for it.
+FEW_ROWS = 48  # up to here, float32 kernels of a CPU are slower for x W^T than for (W x^T)^T
+QUERIES, BLOCKS = 128, 8  # fewest queries in a block of attention, most blocks in one call
+MEMO = 64  # most tokens of a call whose logits are kept
+PIECE = 16  # logits per block of which the maximum is taken
+# A product with a whole matrix of up to DENSE * k rows is faster than gathering k rows per token. This was measured
+# with 290 rows and k = 100, where a look-ahead step took a fifth less time; larger sizes are estimated. All rows must
+# be finite.
 DENSE = 12
 
 
 def allowed(*modules: nn.Module) -> bool:
-    """Whether a call may go around these modules: no gradients, and no hook that has to see the call."""
+    """Return whether code may use the weights of these modules without calling them: no gradients and no hooks."""
     return ENABLED and not torch.is_grad_enabled() and not any(map(is_watched, modules))
 
 
 def float32_cpu(x: Tensor) -> bool:
-    """Whether x is of the kind that the CPU's paths were measured for."""
+    """Return whether x is float32 on a CPU, for which the CPU's fast paths were measured."""
     return ENABLED and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
@@ -48,11 +49,16 @@ def float32_cpu(x: Tensor) -> bool:
 
 
 def attention_in_blocks(masks: Any, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes the context for a deeper pass with these ready masks (one, or a dict by layer type).
+    """Return a function that makes the context of a deeper pass, in which SDPA with its masks runs in blocks.
 
-    A CPU's SDPA skips what is masked only where the mask is the plain triangle. A deeper pass has two, side by side
-    with their early keys in the middle (`kv_buffer.py`): block by block, each with the range of keys that its queries
-    see, a long pass needs a quarter less time. Only this thread's calls with these masks change.
+    The SDPA of a CPU skips masked keys only if the mask is the plain triangle. The mask of a deeper pass consists of
+    two triangles side by side, with the early keys in the middle (`kv_buffer.py`). In blocks of queries, each with the
+    range of keys to which its queries attend, a long pass takes a quarter less time. Only calls of this thread with
+    these masks change.
+
+    Args:
+        masks: Ready masks of the pass: one, or a dict by layer type. None at depth 1.
+        dtype: Type of the activations.
     """
     found = {}
     for mask in masks.values() if isinstance(masks, dict) else [masks]:
@@ -63,9 +69,13 @@ def attention_in_blocks(masks: Any, dtype: torch.dtype) -> Callable[[], Abstract
 
 
 def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
-    """Queries, the range from their first key to their last, and its float mask [R, 1, n, s], block by block.
+    """Return blocks of queries, each with the range of its keys and its float mask [R, 1, n, s].
 
-    All masks together are as large as the one that SDPA would make of `visible` in every layer, or smaller.
+    All masks together are at most as large as the mask that SDPA makes of `visible` in every layer.
+
+    Args:
+        visible: Mask [R, N, S] bool.
+        dtype: Type of the activations.
     """
     found, N = [], visible.shape[1]
     size = max(QUERIES, -(-N // BLOCKS))
@@ -80,9 +90,11 @@ def _blocks(visible: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice, Ten
 
 
 class _InBlocks(TorchFunctionMode):
+    """Mode that computes SDPA with known masks in blocks."""
+
     def __init__(self, blocks: dict[int, tuple[Tensor, list[tuple[slice, slice, Tensor]]]]) -> None:
         super().__init__()
-        self.blocks = blocks  # by where the mask lies in memory, since a base may hand on a view of it
+        self.blocks = blocks  # by the address of the mask, because a base may pass a view of it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,16 +117,16 @@ class _InBlocks(TorchFunctionMode):
 
 
 def adapted(x: Tensor, layer: Any) -> Tensor | None:
-    """A linear layer with its adapter on [..., I]; None where the plain path has to do it."""
+    """Return the output of a linear layer with LoRA for x [..., I], or None where the plain path is needed."""
     A, B, scale = layer.lora_A.weight, layer.lora_B.weight, layer.lora_scale
     if layer.training or not allowed(layer, layer.lora_A, layer.lora_B) or not x.dtype == A.dtype == B.dtype:
         return None
-    if torch.is_autocast_enabled(x.device.type):  # it must see the calls
+    if torch.is_autocast_enabled(x.device.type):  # autocast changes the types of separate calls
         return None
     if layer.stock is nn.Linear and float32_cpu(x) and _is_few(x):
         return product(x, layer, A, B, scale)
     y = layer.stock_forward(x)
-    # In place: a product of its own and a sum cost a tenth of the layer.
+    # In place, because a separate product and sum cost a tenth of the layer.
     low = nn.functional.linear(x, A)
     y.view(-1, y.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), B.t(), alpha=scale)
     return y
@@ -123,8 +135,15 @@ def adapted(x: Tensor, layer: Any) -> Tensor | None:
 def product(
     x: Tensor, layer: nn.Module, A: Tensor | None = None, B: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """x W^T + b of an `nn.Linear` on a few rows [..., I], plus scale * x A^T B^T where A [r, I] and B [O, r] are
-    given: [..., O]."""
+    """Return x W^T + b of an `nn.Linear` for few rows x [..., I], plus scale * x A^T B^T if A and B are given.
+
+    Args:
+        x: Input [..., I].
+        layer: Layer with W [O, I].
+        A: Matrix [r, I] of a LoRA.
+        B: Matrix [O, r] of a LoRA.
+        scale: Factor of the LoRA.
+    """
     weight: Any = layer.weight
     bias: Any = layer.bias
     rows = x.flatten(0, -2).t()
@@ -143,20 +162,22 @@ def _is_few(x: Tensor) -> bool:
 
 
 def running_output(head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int) -> RunningOutput:
-    """The sum of the passes, with a memory for logits where there are no gradients."""
+    """Return the running output of a call; without gradients, one that keeps logits for later use."""
     kind = RememberingOutput if ENABLED and not torch.is_grad_enabled() else RunningOutput
     return kind(head, hidden, output_map, num_best)
 
 
 class RememberingOutput(RunningOutput):
-    """A running output that computes no logits twice: those of a few tokens are kept, and those that a policy looks at
-    can give the next input too."""
+    """A running output that computes no logits twice.
+
+    It keeps the logits of few tokens, and the best tokens of logits that a policy read, for the next input.
+    """
 
     def __init__(self, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int) -> None:
         super().__init__(head, hidden, output_map, num_best)
-        self.memo: Tensor | None = None  # [B*T, V], of calls of up to `MEMO` tokens: decoding, mostly
-        self.stale: list[Tensor] = []  # tokens whose logits in the memo lack a pass
-        self.prepared: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [N] and their `best`, till a pass adds
+        self.memo: Tensor | None = None  # logits [B*T, V] of a call with at most `MEMO` tokens, as in decoding
+        self.stale: list[Tensor] = []  # tokens whose logits in `memo` lack a pass
+        self.prepared: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [N] and their `best`, until the next pass
 
     def add(self, tokens: Tensor, hidden: Tensor) -> None:
         super().add(tokens, hidden)
@@ -181,7 +202,7 @@ class RememberingOutput(RunningOutput):
         return self.memo[tokens]
 
     def _glance(self, tokens: Tensor) -> Tensor:
-        """Logits [n, V] of some tokens, equal to the base's up to rounding."""
+        """Return logits [n, V] of some tokens, equal to the base's up to rounding."""
         if self.memo is not None or len(tokens) == len(self.total) <= MEMO:
             return self.logits(tokens)
         return self.through(self._head, tokens)
@@ -200,29 +221,28 @@ class RememberingOutput(RunningOutput):
         for chunk in tokens.split(CHUNK):
             logits = self._glance(chunk)
             found.append(best_of(logits, self.num_best, topk))
-            mapped.append(f(logits))  # which may overwrite them
+            mapped.append(f(logits))  # last, because f may overwrite the logits
         self.prepared = (tokens, *joined(found))
         return torch.cat(mapped)
 
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        if self.prepared is None or torch.is_grad_enabled():  # what was prepared has no gradient
+        if self.prepared is None or torch.is_grad_enabled():  # `prepared` has no gradient
             chunks = tokens.split(CHUNK)
             return joined([best_of(self._glance(chunk), self.num_best, topk) for chunk in chunks])
         seen, weights, ids = self.prepared
-        at = torch.searchsorted(seen, tokens).to(ids.device)  # of the tokens seen, in order, some go on
+        at = torch.searchsorted(seen, tokens).to(ids.device)  # `tokens` is a sorted subset of `seen`
         return weights[at], ids[at]
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)` of x [n, V], for a large V at half the price on a CPU: values and ids [n, k], falling. Of equal
-    values it may take others.
+    """Return `x.topk(k)` of x [n, V]: values and ids [n, k], largest first. Of equal values it may return others.
 
-    They lie in the k blocks with the largest maxima. A block takes every (V // PIECE)-th value, so that the maxima
-    of all are taken side by side.
+    For a large V this takes half the time of torch's on a CPU. The k largest values lie in the k blocks with the
+    largest maxima. A block has every (V // PIECE)-th value, so that all maxima are computed side by side.
     """
     n, V = x.shape
     blocks = V // PIECE
-    if blocks <= k or x.device.type != "cpu" or not ENABLED:  # elsewhere it is not measured
+    if blocks <= k or x.device.type != "cpu" or not ENABLED:  # measured on CPUs only
         return x.topk(k)
     whole = blocks * PIECE
     best = x[:, :whole].view(n, PIECE, blocks).amax(1).topk(k, sorted=False).indices  # [n, k]
@@ -238,20 +258,20 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def sums_rows(table: Any) -> bool:
-    """Whether `sum_of_rows` is used: in half precision it would round the weights; elsewhere it is not measured."""
+    """Return whether `sum_of_rows` is used. In half precision it rounds the weights; it was measured on CPUs only."""
     return float32_cpu(table)
 
 
 def sum_of_rows(weights: Tensor, table: Any, ids: Tensor) -> Tensor:
-    """Sums of the rows `ids` [n, k] of table [V, D], weighted [n, k], without picking them first: [n, D]"""
+    """Return the sums [n, D] of the rows `ids` [n, k] of table [V, D], weighted [n, k], without gathering the rows."""
     return nn.functional.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
 
 
 def is_small(table: Tensor, ids: Tensor) -> bool:
-    """Whether a product with all of table [V, D] is faster than picking rows `ids` [n, k] of it."""
+    """Return whether a product with all of table [V, D] is faster than gathering its rows `ids` [n, k]."""
     return ENABLED and len(table) <= DENSE * ids.shape[1]
 
 
 def spread(weights: Tensor, ids: Tensor, size: int) -> Tensor:
-    """[n, k] -> [n, size], zero but at `ids` [n, k], which differ within a token."""
+    """Return `weights` [n, k] at the columns `ids` [n, k], distinct in each row, of a zero tensor [n, size]."""
     return weights.new_zeros(len(ids), size).scatter_(1, ids, weights)

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 @dataclass
 class Head:
-    """Final hidden states [..., D] -> logits [..., V], exactly as the base's own forward computes them.
+    """Final hidden states [..., D] to logits [..., V], exactly as the base's own forward computes them.
 
-    That is its output embedding, then a scale, then a soft-cap: `softcap * tanh(scale * (W h + b) / softcap)`.
+    These are the output embedding, a scale and a soft-cap: `softcap * tanh(scale * (W h + b) / softcap)`.
+
+    Args:
+        linear: Output embedding of the base.
+        scale: Factor of the logits.
+        divide: Divisor of the logits.
+        softcap: Soft-cap of the logits, or None.
     """
 
     linear: nn.Module
@@ -24,11 +30,11 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]"""
+        """Return logits [..., V] of final hidden states [..., D]."""
         return self.finish(self.linear(hidden))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the base does to the product with its output embedding, [..., V]."""
+        """Apply scale and soft-cap to the product with the output embedding, [..., V]."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.divide != 1.0:
@@ -39,10 +45,10 @@ class Head:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the head of a sum is the sum of heads, so that summed logits can be carried as summed states."""
+        """Return whether the head of a sum is the sum of heads, so that a sum of hidden states can hold (2)."""
         return self.softcap is None and getattr(self.linear, "bias", None) is None
 
     @property
     def is_single_matrix(self) -> bool:
-        """Whether logits are one matrix times a hidden state and nothing else."""
+        """Return whether logits are one matrix times a hidden state, without a bias or a soft-cap."""
         return self.is_linear and type(self.linear) is nn.Linear

@@ -1,6 +1,6 @@
-"""The input of a forward call, checked once.
+"""The checked input of a forward call.
 
-Shapes: B batch, T tokens of this call, D width, N tokens in question.
+Shapes: B batch, T tokens of this call, D width, N chosen tokens.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Tokens:
     embeds: Tensor | None  # [B, T, D], instead of ids
     valid: Tensor  # [B, T] bool, False at padding
     positions: Tensor  # [B, T] int64
-    order_keys: Tensor  # [B, T] int64: the positions, where a row holds one document (masks.py)
-    padded: bool  # any padding in this call
-    explicit: bool  # positions were given by the caller
-    documents: bool  # a row holds several documents
+    order_keys: Tensor  # [B, T] int64; equal to the positions where a row holds one document (masks.py)
+    padded: bool  # whether there is padding in this call
+    explicit: bool  # whether the caller gave the positions
+    documents: bool  # whether a row holds several documents
 
     @classmethod
     def check(
@@ -43,7 +43,18 @@ class Tokens:
         position_ids: Tensor | None,
         cache: Any,
     ) -> Tokens:
-        """Raises `ValueError` for inputs that do not fit each other."""
+        """Return the checked input of a call.
+
+        Args:
+            ids: Token ids [B, T], or None.
+            embeds: Embeddings [B, T, D], or None.
+            attention_mask: Mask [B, >= T] with 0 at padding.
+            position_ids: Positions [B, T] or [1, T].
+            cache: Cache of earlier tokens.
+
+        Raises:
+            ValueError: The inputs do not fit each other.
+        """
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         B, T = (ids if ids is not None else embeds).shape[:2]  # type: ignore[union-attr]
@@ -69,18 +80,23 @@ class Tokens:
             positions = position_ids.to(device).expand(B, T)
         tokens = cls(ids, embeds, valid, positions, positions, padded, position_ids is not None, False)
         if tokens.explicit and T > 1:
-            tokens._tell_documents_apart(continued=cache is not None and cache.get_seq_length() > 0)
+            tokens._find_documents(continued=cache is not None and cache.get_seq_length() > 0)
         return tokens
 
-    def _tell_documents_apart(self, continued: bool) -> None:
-        """A position that does not exceed that of the row's real token before begins another document of the row
-        (transformers' convention for packed rows).
+    def _find_documents(self, continued: bool) -> None:
+        """Set `documents` and `order_keys` from the positions.
+
+        A position that is not larger than that of the row's last real token begins another document of the row. This is
+        the convention of transformers for packed rows.
+
+        Args:
+            continued: Whether a cache holds earlier tokens.
 
         Raises:
-            ValueError: in the middle of a cached sequence, where positions must rise.
+            ValueError: A cached sequence is continued and its positions do not rise.
         """
         index = torch.arange(self.valid.shape[1], device=self.valid.device).expand_as(self.valid)
-        before = torch.where(self.valid, index, -1).cummax(1).values[:, :-1]  # the newest real token, -1 for none
+        before = torch.where(self.valid, index, -1).cummax(1).values[:, :-1]  # the last real token, -1 for none
         earlier = self.positions.gather(1, before.clamp(min=0))
         begins = self.valid[:, 1:] & (before >= 0) & (self.positions[:, 1:] <= earlier)
         self.documents = bool(begins.any())
@@ -91,7 +107,16 @@ class Tokens:
             self.order_keys = self.positions + number * DOCUMENT
 
     def check_others(self, kwargs: dict[str, Any], **labels: Tensor | None) -> None:
-        """Labels fit the input, and nothing was asked for that would silently not happen (`kwargs`: the rest)."""
+        """Check labels and the other arguments of a call.
+
+        Args:
+            kwargs: Arguments that `forward` has no parameter for.
+            labels: Labels [B, T] by name, or None.
+
+        Raises:
+            ValueError: Labels do not fit the input, or an output is not supported.
+            TypeError: An argument is unknown.
+        """
         shape = tuple(self.valid.shape)
         for name, tensor in labels.items():
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -104,7 +129,11 @@ class Tokens:
 
     @staticmethod
     def check_length(length: int, config: PreTrainedConfig) -> None:
-        """Raises `ValueError` where a sequence is longer than this base can be run at two depths over."""
+        """Check that a sequence is not too long for deeper passes of this base.
+
+        Raises:
+            ValueError: The positions of a deeper pass would be rotated differently than those of depth 1.
+        """
         limit = stable_positions(config)
         if limit is not None and length > limit:
             raise ValueError(
@@ -113,16 +142,21 @@ class Tokens:
             )
 
     def open_pass(self, cache: DuoCache, deeper: bool) -> PassCache:
-        """Reserve depth-1 slots in the cache for these tokens; `deeper`: deeper passes may follow."""
+        """Reserve depth-1 slots in the cache for these tokens.
+
+        Args:
+            cache: The cache.
+            deeper: Whether deeper passes may follow.
+        """
         return cache.open_pass(self.order_keys, self.valid, self.padded, self.documents, deeper)
 
     def stock_inputs(self, pass_cache: PassCache | None, decoder: PreTrainedModel) -> dict[str, Any]:
-        """Arguments of the depth-1 pass: what a user of the plain base would give it."""
+        """Return the arguments of the depth-1 pass: those that a user of the base gives it."""
         if self.documents:
             masks = document_masks(decoder.config, self.order_keys, self.valid, decoder.dtype)
             return self._inputs(masks, self.positions)
         mask = pass_cache.padding_mask() if pass_cache is not None else self.valid if self.padded else None
-        # Without a cache, positions that merely count are left to the base: it treats given ones as a sign of packing.
+        # Without a cache, the base counts the positions itself. It takes given positions as a sign of packed documents.
         count = pass_cache is None and not self.padded and not self.explicit
         return self._inputs(None if mask is None else mask.long(), None if count else self.positions)
 
@@ -131,36 +165,38 @@ class Tokens:
         return given | {"attention_mask": attention_mask, "position_ids": position_ids}
 
     def indices(self) -> Tensor:
-        """[N] flat indices of the real tokens."""
+        """Return the flat indices [N] of the real tokens."""
         if self.padded:
             return self.valid.flatten().nonzero().squeeze(1)
         return torch.arange(self.valid.numel(), device=self.valid.device)
 
     def select(self, x: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """[B, T] -> [N], or None for None."""
+        """Return the entries [N] of x [B, T] at the flat indices `tokens` [N], or None for None."""
         return None if x is None else x.flatten()[tokens]
 
 
 def check_ids(ids: Iterable[int], model: PreTrainedModel, what: str, why: str) -> None:
-    """That a model has an embedding for every token. torch's own error is an index on a CPU, and on a GPU it ends the
-    whole process.
+    """Check that a model has an embedding for every token.
+
+    torch raises an `IndexError` without a name on a CPU, and on a GPU the whole process ends.
 
     Args:
-        ids: tokens.
-        what: has these tokens.
-        why: it may have others than the model has.
+        ids: Token ids.
+        model: The model.
+        what: Name of the source of the tokens, for the message.
+        why: Possible reason, for the message.
 
     Raises:
-        ValueError: it has none for one of them.
+        ValueError: A token id has no embedding.
     """
     size = model.get_input_embeddings().weight.shape[0]
     most = max(ids, default=0)
     if most >= size:
-        raise ValueError(f"{what} has the token {most}, but the model only {size}: {why}")
+        raise ValueError(f"{what} has the token {most}, but the model has only {size} tokens: {why}")
 
 
 def _count(valid: Tensor, padded: bool, cache: DuoCache | None) -> Tensor:
-    """Positions [B, T] of tokens that nobody gave positions for: the number of real tokens before each, >= 0."""
+    """Return positions [B, T]: the number of real tokens before each token, >= 0."""
     B, T = valid.shape
     seen: int | Tensor = cache.get_seq_length() if cache is not None else 0
     if cache is not None and cache.has_padding:

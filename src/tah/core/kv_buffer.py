@@ -1,13 +1,13 @@
-"""One layer's keys and values at every depth, in one buffer.
+"""Keys and values of one layer at every depth, in one buffer.
 
         deeper depths, newest first  |  depth 1, oldest first
         [ ....... free | d d d d d d | 1 1 1 1 1 1 1 1 1 1 1 1 | free ....... ]
                                      ^ middle
 
-Depth 1 sees the slice right of the middle: an ordinary cache, so the base runs its stock kernels on it. A deeper
-pass sees one slice across the middle: all keys it may attend to, in one view, with nothing concatenated. Deeper
-slots are filled per row, from the middle outwards, so a row that does not iterate neither stores nor reads anything.
-Both sides grow geometrically; an appended token is a copy of one token.
+Depth 1 reads the slice right of the middle. This is an ordinary cache, so the base runs its stock kernels on it. A
+deeper pass reads one slice across the middle: all keys to which it attends, in one view, without concatenation. Each
+row fills its deeper slots from the middle outwards, so a row that does not iterate stores and reads nothing there. Both
+sides grow geometrically, so appending one token copies one token.
 
 Shapes: B rows, N new tokens, M (token, depth) pairs, C slots of the buffer, H key/value heads, K head width.
 """
@@ -24,17 +24,17 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 def room(length: int) -> int:
-    """Slots to allocate for `length` used ones: one in sixteen spare, so growth costs O(1) copies per token."""
+    """Return the slots to allocate for `length` used ones. One in 16 is spare: O(1) copies per appended token."""
     return length + max(32, length // 16)
 
 
 def writable(buffer: Tensor | None) -> bool:
-    """Whether torch lets us write: a buffer made under `torch.inference_mode` is read-only outside of it."""
+    """Return whether `buffer` can be written: one made under `torch.inference_mode` is read-only outside of it."""
     return buffer is None or torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
 class DuoLayer(CacheLayerMixin):
-    """Keys and values [B, H, C, K] of one layer, all depths."""
+    """Keys and values [B, H, C, K] of one layer at all depths."""
 
     is_sliding = False
     is_croppable = True
@@ -47,10 +47,10 @@ class DuoLayer(CacheLayerMixin):
         self.length = 0  # depth-1 tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("DuoLayer is filled through PassCache.update")
+        raise AssertionError("use PassCache.update")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise AssertionError("DuoLayer is filled through PassCache.update")
+        raise AssertionError("use PassCache.update")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -69,17 +69,20 @@ class DuoLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def append(self, k: Tensor, v: Tensor, in_place: bool, deeper: bool = False) -> None:
-        """Add depth-1 keys and values [B, H, N, K] behind the ones there are.
+        """Append depth-1 keys and values [B, H, N, K].
 
         Args:
-            deeper: whether deeper passes may follow; a new buffer then has room for one token in sixteen and some
-                more, since making it later copies all there is.
+            k: Keys.
+            v: Values.
+            in_place: Whether to write into the buffer.
+            deeper: Whether deeper passes may follow. A new buffer then has deeper slots for one token in 16 and some
+                more, because adding them later copies the whole buffer.
         """
         end = self.length + k.shape[2]
         in_place = in_place and writable(self.keys)
         if self.keys is None or self.values is None:
             self.is_initialized = True
-            if not in_place:  # nothing will be written into it, so the states themselves can be the buffer
+            if not in_place:  # nothing is written into the buffer, so k and v can be the buffer
                 self.keys, self.values, self.length = k, v, end
                 return
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -95,10 +98,15 @@ class DuoLayer(CacheLayerMixin):
         self.length = end
 
     def insert(self, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor, width: int, in_place: bool) -> None:
-        """Write deeper keys and values [M, H, K] at `slots` [M] (counted from the middle outwards) of `rows` [M].
+        """Write deeper keys and values [M, H, K].
 
         Args:
-            width: slots left of the middle that are in use afterwards, in the longest row.
+            k: Keys.
+            v: Values.
+            rows: Row [M] of each token.
+            slots: Slot [M] of each token, counted from the middle outwards.
+            width: Slots left of the middle that are then in use in the longest row.
+            in_place: Whether to write into the buffer.
         """
         fresh = self._reserve(width, self.length)
         in_place = in_place and writable(self.keys)
@@ -109,7 +117,7 @@ class DuoLayer(CacheLayerMixin):
         self.keys[at], self.values[at] = k, v
 
     def _reserve(self, deep: int, length: int) -> bool:
-        """Make room for `deep` slots left of the middle and `length` right of it; True if that took a new buffer."""
+        """Make room for `deep` slots left and `length` slots right of the middle; return whether the buffer is new."""
         assert self.keys is not None and self.values is not None
         capacity = self.keys.shape[2] - self.middle
         if deep <= self.middle and length <= capacity:
@@ -124,13 +132,17 @@ class DuoLayer(CacheLayerMixin):
         return True
 
     def map_batch(self, select: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows of the buffer: `select` maps [B, ...] to [B', ...]."""
+        """Replace the rows of the buffer. `select` maps [B, ...] to [B', ...]."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = select(self.keys), select(self.values)
 
 
 class Log:
-    """A [B, n] tensor that grows along its second dimension without copying what is there each time."""
+    """A tensor [B, n] that grows along its second dimension without a full copy each time.
+
+    Args:
+        fill: Value of the spare entries.
+    """
 
     def __init__(self, fill: float) -> None:
         self.fill = fill

@@ -1,7 +1,7 @@
-"""What comes out of the passes: hidden states that the policy reads, and the running sum that becomes logits.
+"""The results of the passes: hidden states that the policy reads, and the running output, method.md (2) and (8).
 
-Shapes: B batch, T tokens, N tokens in question, M tokens of a deeper pass, D width, V vocabulary, k best tokens.
-A token is named by its flat index b * T + t.
+Shapes: B batch, T tokens, N chosen tokens, M tokens of a deeper pass, n tokens of a chunk, k best tokens, D width,
+V vocabulary. A token is named by its flat index b * T + t.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .head import Head
 
-CHUNK = 128  # tokens whose logits [CHUNK, V] exist at the same time
+CHUNK = 128  # tokens whose logits [CHUNK, V] are in memory at the same time
 
 
 @dataclass
@@ -27,14 +27,14 @@ class TaHOutput(CausalLMOutputWithPast):
     """Output of `TaHForCausalLM`.
 
     Args:
-        loss: next-token cross-entropy of the accumulated logits, where labels are given.
-        logits: [B, K, V] accumulated logits of the K tokens asked for (`logits_to_keep`).
-        past_key_values, since transformers 5.24 cache: the `DuoCache`, where a cache is used.
-        depth_count: [B, T] int64, passes each token took (1 at padding).
-        continue_logits: [B, T, max_depth - 1] float32, the policy's logit for going on after each depth; nan where it
-            was not asked.
-        token_loss: [B, T, max_depth] float32 where labels are given: the cross-entropy of each token's output after
-            each depth, that of its last pass where it stopped earlier; nan where it was not supervised or not weighed.
+        loss: Loss of the accumulated logits, method.md (10) or (12), if labels are given.
+        logits: Accumulated logits [B, K, V] of the K tokens of `logits_to_keep`.
+        past_key_values: The `DuoCache`, if a cache is used. Since transformers 5.24 its name is `cache`.
+        depth_count: Passes [B, T] int64 that each token took, 1 at padding.
+        continue_logits: Continue logits [B, T, max_depth - 1] float32 of the policy after each depth; nan where the
+            policy did not decide.
+        token_loss: Cross-entropy [B, T, max_depth] float32 of each token's output after each depth, if labels are
+            given. After a token's last pass the value stays. nan where a token is not supervised or has weight 0.
     """
 
     depth_count: Tensor | None = None
@@ -43,24 +43,23 @@ class TaHOutput(CausalLMOutputWithPast):
 
     @property
     def continue_prob(self) -> Tensor:
-        """[B, T, max_depth - 1]: sigmoid of `continue_logits`, the policy's probability of going on."""
+        """Return the continue probabilities [B, T, max_depth - 1], the sigmoid of `continue_logits`."""
         assert self.continue_logits is not None
         return self.continue_logits.sigmoid()
 
 
 class RunningOutput:
-    """What the passes of each token add up to, carried as hidden states, never as [B, T, V].
+    """The sum of the passes of each token, held as hidden states and never as logits [B, T, V].
 
-    The paper adds the logits of all passes. The head of a sum is the sum of heads where the head is linear, so one
-    [B, T, D] holds the sum. Under a soft-cap or a head bias that fails, and the passes' hidden states are kept apart
-    until logits are asked for. With `output="zero_init"` the output is the head of h1 + Z h2, a sum of hidden states
-    for any head.
+    Method.md (2) sums the logits of all passes. If the head is linear, the head of a sum is the sum of heads, so one
+    tensor [B*T, D] holds the sum. With a soft-cap or a head bias this fails; then the hidden states of the passes are
+    kept apart until logits are needed. With `output="zero_init"`, method.md (8), one tensor holds the sum for any head.
 
     Args:
-        head: hidden states to logits.
-        hidden: [B, T, D] final hidden states of depth 1.
-        output_map: the map Z of `output="zero_init"`, None for `output="sum"`.
-        num_best: k, of how many best tokens the next input is mixed.
+        head: Hidden states to logits.
+        hidden: Final hidden states [B, T, D] of depth 1.
+        output_map: Output map Z of `output="zero_init"`; None for `output="sum"`.
+        num_best: Number k of tokens in the mix of the next input.
     """
 
     def __init__(self, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int) -> None:
@@ -78,17 +77,17 @@ class RunningOutput:
             self.deeper.append((tokens, hidden))
 
     def so_far(self) -> RunningOutput:
-        """A view that later passes do not change."""
+        """Return a view that later passes do not change."""
         now = copy.copy(self)
         now.deeper = list(self.deeper)
         return now
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Accumulated logits [N, V] of `tokens` [N], by the base's own head."""
+        """Return accumulated logits [N, V] of `tokens` [N], computed by the base's own head."""
         return self.through(self.head, tokens)
 
     def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """Accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
+        """Return accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
         logits = head(self.total[tokens])
         for ran, hidden in self.deeper:
             at = tokens.new_full((len(self.total),), -1)
@@ -99,27 +98,32 @@ class RunningOutput:
         return logits
 
     def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
-        """f applied to the accumulated logits of `tokens`, `CHUNK` of them at a time: [n, V] -> [n, ...].
+        """Apply f: [n, V] -> [n, ...] to the accumulated logits of `tokens` [N], `CHUNK` of them at a time.
 
         Args:
-            ahead: most of these tokens run another pass, so their `best` may be prepared from the same logits
-                (`fast.py` does; here it changes nothing).
+            tokens: Flat indices [N].
+            f: Function of logits.
+            ahead: Whether most of these tokens take another pass, so that `best` can be prepared from the same logits.
+                `fast.py` does so; here it has no effect.
+
+        Returns:
+            The results [N, ...].
         """
         return torch.cat([f(self.logits(chunk)) for chunk in tokens.split(CHUNK)])
 
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities [N, k] float32 among the k highest accumulated logits of `tokens` [N], and their ids [N, k]."""
+        """Return the weights [N, k] float32 of method.md (4) for `tokens` [N], and the ids [N, k] of their tokens."""
         return joined([best_of(self.logits(chunk), self.num_best) for chunk in tokens.split(CHUNK)])
 
 
 def best_of(logits: Tensor, k: int, topk: Callable[[Tensor, int], Any] = torch.topk) -> tuple[Tensor, Tensor]:
-    """[n, V] -> probabilities [n, k] float32 and token ids [n, k]"""
+    """Return the softmax [n, k] float32 over the k largest of `logits` [n, V], and their token ids [n, k]."""
     top, ids = topk(logits, min(k, logits.shape[-1]))
     return top.float().softmax(-1), ids
 
 
 def joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Chunks of `best_of` as one."""
+    """Return chunks of `best_of` as one."""
     weights, ids = zip(*found, strict=True)
     return torch.cat(weights), torch.cat(ids)
 
@@ -129,8 +133,18 @@ _captured: ContextVar[dict[int, Tensor] | None] = ContextVar("tah_captured", def
 
 @contextmanager
 def capture_hidden(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Keep the hidden states `wanted` of the pass that runs inside: 0 is the input of the first layer, k the output of
-    layer k. (transformers' own `output_hidden_states` keeps all of them alive.)"""
+    """Collect the hidden states `wanted` of the pass that runs inside.
+
+    transformers' `output_hidden_states` would keep all hidden states in memory.
+
+    Args:
+        layers: Layers of the decoder.
+        wanted: Indices: 0 is the input of the first layer, k the output of layer k. The caller adds the state after the
+            final norm.
+
+    Yields:
+        Hidden states by index, filled while the pass runs.
+    """
     seen: dict[int, Tensor] = {}
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +161,7 @@ def capture_hidden(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[d
     handles = [layers[k - 1].register_forward_hook(keep_output(k)) for k in wanted if 0 < k < len(layers)]
     if 0 in wanted:
         handles.append(layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
-    token = _captured.set(seen)  # hooks sit on the modules; another thread's pass must not fill this dict
+    token = _captured.set(seen)  # hooks are on the modules; a pass of another thread must not fill this dict
     try:
         yield seen
     finally:
@@ -157,10 +171,17 @@ def capture_hidden(layers: nn.ModuleList, wanted: tuple[int, ...]) -> Iterator[d
 
 
 def select(hidden: Tensor, features: dict[int, Tensor], valid: Tensor, every: bool) -> tuple[Tensor, dict[int, Tensor]]:
-    """[X, Y, D] -> [N, D], the N entries where `valid` [X, Y], on its device; a view where that is all of them."""
+    """Return the N entries where `valid` [X, Y] is True, [X, Y, D] -> [N, D], on the device of `valid`.
+
+    Args:
+        hidden: Hidden states [X, Y, D].
+        features: Hidden states [X, Y, D] by index.
+        valid: Mask [X, Y] bool.
+        every: Whether all entries are valid; the result is then a view.
+    """
 
     def pick(x: Tensor) -> Tensor:
-        x = x.to(valid.device)  # a base spread over devices ends on another one than it begins
+        x = x.to(valid.device)  # a base on several devices ends on another device than it begins
         return x.flatten(0, 1) if every else x[valid]
 
     return pick(hidden), {k: pick(x) for k, x in features.items()}

@@ -1,4 +1,4 @@
-"""LoRA by depth: a low-rank update of the base's linear layers that is active from depth 2 on.
+"""LoRA by depth, method.md (6): a low-rank update of the base's linear layers that is active from depth 2 on.
 
 Shapes: ... any leading dimensions, I input width, O output width, r rank.
 """
@@ -19,42 +19,42 @@ from .depth import current_depth
 
 
 class DepthLoRA(nn.Module):
-    """Mixin over a linear layer: adds `scale * B(A(dropout(x)))` at depth >= 2 and nothing at depth 1.
+    """Mixin over a linear layer that adds `scale * B(A(dropout(x)))` at depth >= 2 and nothing at depth 1.
 
-    The layer keeps its own parameters and their names; `lora_A.weight` [r, I] and `lora_B.weight` [O, r] are PEFT's.
-    A starts Kaiming-uniform and B at zero, so a fresh adapter changes nothing.
+    The layer keeps its parameters and their names. `lora_A.weight` [r, I] and `lora_B.weight` [O, r] have PEFT's names.
+    A starts Kaiming-uniform and B at zero, so an untrained LoRA changes nothing.
     """
 
-    stock: type[nn.Module]  # the layer's class before it got an adapter
+    stock: type[nn.Module]  # the layer's class before LoRA was added
     lora_A: nn.Linear
     lora_B: nn.Linear
     lora_dropout: nn.Dropout
     lora_scale: float
 
     def stock_forward(self, x: Tensor) -> Tensor:
-        """The layer without its adapter, [..., I] -> [..., O]."""
+        """Return the output of the layer without LoRA, [..., I] -> [..., O]."""
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]"""
+        """Return the output of the layer, [..., I] -> [..., O]."""
         if current_depth() == 1:
             return self.stock_forward(x)
         if (y := fast.adapted(x, self)) is not None:
             return y
         y = self.stock_forward(x)
-        x = x.to(self.lora_A.weight.dtype)  # adapters may be float32 beside a half-precision base, as in PEFT
+        x = x.to(self.lora_A.weight.dtype)  # LoRA may be float32 beside a half-precision base, as in PEFT
         low = self.lora_B(self.lora_A(self.lora_dropout(x) if self.training else x))
         return torch.add(y, low.to(y.dtype), alpha=self.lora_scale)
 
 
 class LoRALinear(DepthLoRA, nn.Linear):
-    """`nn.Linear` with a depth-gated adapter."""
+    """`nn.Linear` with LoRA by depth."""
 
     stock = nn.Linear
 
 
 class LoRAConv1D(DepthLoRA, Conv1D):
-    """GPT-2's transposed linear with a depth-gated adapter."""
+    """GPT-2's transposed linear layer with LoRA by depth."""
 
     stock = Conv1D
 
@@ -63,7 +63,12 @@ _KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
 
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
-    """Whether a layer of the base is among `targets`: whole names, or what a name ends in after a dot, as in PEFT."""
+    """Return whether a layer of the base is among `targets`.
+
+    Args:
+        name: Name of the layer in the base.
+        targets: Whole names, or the ends of names after a dot, as in PEFT. None: every layer is a target.
+    """
     if targets is None:
         return True
     parts = name.split(".")
@@ -71,7 +76,7 @@ def is_target(name: str, targets: Iterable[str] | None) -> bool:
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
-    """(I, O) of a linear layer of either kind."""
+    """Return (I, O) of an `nn.Linear` or a `Conv1D`."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return linear.in_features, linear.out_features  # type: ignore[return-value]
@@ -85,22 +90,22 @@ def add_lora(
     targets: list[str] | None = None,
     prefix: str = "",
 ) -> list[str]:
-    """Give linear layers below `decoder` an adapter, in place, and return their names.
+    """Add LoRA to linear layers below `decoder`, in place, and return their names.
 
     Args:
-        decoder: the base without its output head.
-        rank: r > 0.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the adapter's input, during training only.
-        targets: layers to adapt, each by its name or the end of it (`is_target`); None adapts every linear layer.
-        prefix: what names below `decoder` begin with in the base, where targets may be whole names.
+        decoder: The base without its output head.
+        rank: Rank r > 0.
+        alpha: Numerator of the scale alpha / rank.
+        dropout: Dropout on the input of A, in training only.
+        targets: Names of the layers, or the ends of names (`is_target`). None: every linear layer.
+        prefix: Prefix of names below `decoder` in the base, for targets that are whole names.
 
     Raises:
-        ValueError: a target that no linear layer has, or a decoder without linear layers.
+        ValueError: No linear layer has the name of a target, or the decoder has no linear layers.
     """
     adapted: list[str] = []
     for name, module in list(decoder.named_modules()):
-        # Exact types only: a subclass (router, quantised or ternary layer) has a forward of its own.
+        # Exact types only: a subclass (router, quantised or ternary layer) has another forward.
         if type(module) not in _KINDS or not is_target(prefix + name, targets):
             continue
         inputs, outputs = widths(module)
@@ -113,12 +118,12 @@ def add_lora(
         }
         module.__class__ = _KINDS[type(module)]
         for child, layer in lora.items():
-            mark_initialized(layer)  # else the base would initialise B like any linear layer
+            mark_initialized(layer)  # otherwise the base initialises B like any linear layer
             module.add_module(child, layer)
         module.lora_scale = alpha / rank
         reset_lora(module)
         adapted.append(name)
-    missing = [its for its in targets or () if not any(is_target(prefix + name, [its]) for name in adapted)]
+    missing = [target for target in targets or () if not any(is_target(prefix + name, [target]) for name in adapted)]
     if missing:
         raise ValueError(f"lora_targets {sorted(set(missing))}: the base has no linear layer of that name")
     if not adapted:
@@ -128,7 +133,7 @@ def add_lora(
 
 @torch.no_grad()
 def reset_lora(module: nn.Module) -> None:
-    """Initialise one adapter as PEFT does: A Kaiming-uniform, B zero."""
+    """Initialise the LoRA of one layer as PEFT does: A Kaiming-uniform, B zero."""
     if not module.lora_A.weight.is_meta:  # type: ignore[union-attr]
         nn.init.kaiming_uniform_(module.lora_A.weight, a=math.sqrt(5))  # type: ignore[union-attr,arg-type]
         nn.init.zeros_(module.lora_B.weight)  # type: ignore[union-attr,arg-type]

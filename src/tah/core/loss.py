@@ -1,8 +1,8 @@
-"""Next-token loss without [B, T, V], and the loss that trains a decider.
+"""Next-token loss without [B, T, V], method.md (10) and (12), and the decider's loss (11).
 
-Shapes: B batch, T tokens, N tokens in question, n supervised ones of them, D width, V vocabulary, M = max_depth.
+Shapes: B batch, T tokens, N chosen tokens, n supervised ones of them, D width, V vocabulary, M = max_depth.
 
-Position t predicts token t + 1, so labels are shifted here, once; a token is supervised where its shifted label is not
+Position t predicts token t + 1, so labels are shifted here, once. A position is supervised if its shifted label is not
 `IGNORE`.
 """
 
@@ -21,26 +21,27 @@ from .head import Head
 from .logits import RunningOutput
 
 IGNORE = -100
-CHUNK = 256  # tokens whose logits [CHUNK, V] exist at the same time
+CHUNK = 256  # tokens whose logits [CHUNK, V] are in memory at the same time
 
 
 def shift(labels: Tensor) -> Tensor:
-    """Labels [B, T] of tokens -> [B, T] of what each position should predict; nothing at the last."""
+    """Return the label [B, T] that each position should predict, from `labels` [B, T]; `IGNORE` at the last."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 class DepthLoss:
-    """Cross-entropy of each supervised token after every pass, added up as the passes happen.
+    """Weighted cross-entropy of each supervised token after each pass, method.md (12), collected during the forward.
 
-    A token that stops at depth c keeps its output at deeper depths, so its loss is sum_d weights[d] * CE[min(d, c)].
+    The output of a token that stops at depth c stands for the deeper depths too. Its loss is
+    sum_d weights[d] * CE[min(d, c)]. Call `add` after each pass and `value` once, at the end.
 
     Args:
-        labels: [B, T], not shifted.
-        max_depth: M, most passes of this call.
-        weights: one per depth 1..M, what the output after that depth counts; None: only the final output, with 1.
+        labels: Labels [B, T], not shifted.
+        max_depth: Most passes M of this call.
+        weights: Weight of the output after each depth 1..M. None: 1 for the final output and 0 for the others, (10).
 
     Raises:
-        ValueError: the wrong number of weights.
+        ValueError: The number of weights is not M.
     """
 
     def __init__(self, labels: Tensor, max_depth: int, weights: Sequence[float] | None) -> None:
@@ -51,11 +52,18 @@ class DepthLoss:
         self.target = shift(labels).flatten()  # [B*T]
         self.count = (self.target != IGNORE).sum()
         self.total: Tensor = torch.zeros((), device=labels.device)
-        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # rows for the one call of the head
+        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # hidden states for one call of the head
         self.by_depth = torch.full((len(self.target), max_depth), math.nan, device=labels.device)
 
     def add(self, output: RunningOutput, depth: int, tokens: Tensor, go: Tensor | None = None) -> None:
-        """After pass `depth`: `tokens` [N] just ran it, those where `go` [N] run another (None: nobody does)."""
+        """Add the loss after pass `depth`.
+
+        Args:
+            output: Sum of the passes so far.
+            depth: Depth of the pass.
+            tokens: Flat indices [N] of the tokens that ran it.
+            go: Whether each token [N] takes another pass. None: no token does.
+        """
         here, rest = float(self.weights[depth - 1]), float(self.weights[depth - 1 :].sum())
         weight = torch.full((len(tokens),), rest, device=tokens.device)
         if go is not None:
@@ -73,7 +81,7 @@ class DepthLoss:
             self._note(each, tokens, stops, depth)
 
     def add_zero(self, zero: Tensor) -> None:
-        """Add a scalar zero whose gradient reaches what an idle pass uses."""
+        """Add a scalar zero whose gradient reaches the parameters of an idle pass."""
         self.total = self.total + zero
 
     def _note(self, each: Tensor, tokens: Tensor, stops: Tensor, depth: int) -> None:
@@ -82,8 +90,12 @@ class DepthLoss:
         self.by_depth[tokens[stops], depth:] = each[stops, None]
 
     def value(self, output: RunningOutput, num_items_in_batch: int | Tensor | None) -> Tensor:
-        """The sum over tokens, per item, or per supervised token of this call. Ends the forward: rows of all
-        depths meet the head at once, so that its gradient [V, D] exists once."""
+        """Return the loss. The head runs here once, on the tokens of all depths, so its gradient [V, D] is made once.
+
+        Args:
+            output: Sum of all passes.
+            num_items_in_batch: Divisor. None: the number of supervised tokens of this call.
+        """
         if self.waiting:
             hidden = torch.cat([rows for rows, *_ in self.waiting])
             weight = torch.cat([weights for _, weights, *_ in self.waiting])
@@ -99,10 +111,11 @@ class DepthLoss:
 
 
 def is_single_matrix(output: RunningOutput) -> bool:
-    """Whether logits are one matrix times a hidden state, which `cross_entropy` takes.
+    """Return whether logits are one matrix times a hidden state, so that `cross_entropy` applies.
 
     Raises:
-        ValueError: under ZeRO-3, which holds no whole matrix and would need all ranks to call the head equally often.
+        ValueError: Training runs under ZeRO-3, where no process holds the whole matrix and all processes would have to
+            call the head equally often.
     """
     if hasattr(output.head.linear.weight, "ds_id"):
         raise ValueError("training under ZeRO-3 is not supported; use FSDP2 or ZeRO-2")
@@ -110,16 +123,16 @@ def is_single_matrix(output: RunningOutput) -> bool:
 
 
 def cross_entropy(head: Head, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted sum (float32, differentiable) and each token's cross-entropy [N] (float32, not differentiable).
+    """Return the weighted sum (float32, differentiable) and the cross-entropy [N] of each token (float32, detached).
 
-    `CHUNK` tokens at a time: logits, their softmax and the gradients, all within the forward, so that the head runs
-    once and no [N, V] is kept.
+    The forward computes logits, their softmax and the gradients for `CHUNK` tokens at a time. So the head runs once and
+    no [N, V] is kept.
 
     Args:
-        head: a single matrix without bias or soft-cap.
-        hidden: [N, D], summed over the passes so far.
-        target: [N] token ids.
-        weight: [N] float32.
+        head: A head that is one matrix.
+        hidden: Hidden states [N, D], summed over the passes so far.
+        target: Token ids [N].
+        weight: Weights [N] float32.
     """
     grad, scale = torch.is_grad_enabled(), head.scale / head.divide
     return _LinearCrossEntropy.apply(hidden, head.linear.weight, target, weight, scale, grad)
@@ -128,13 +141,15 @@ def cross_entropy(head: Head, hidden: Tensor, target: Tensor, weight: Tensor) ->
 def replayed_cross_entropy(
     output: RunningOutput, tokens: Tensor, target: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy`, for any head: `CHUNK` tokens at a time, the head run again in the backward.
+    """Return the same as `cross_entropy`, for any head. The backward runs the head again, `CHUNK` tokens at a time.
 
     Args:
-        output: accumulated over the passes so far.
-        tokens: [N] flat indices.
+        output: Sum of the passes so far.
+        tokens: Flat indices [N].
+        target: Token ids [N].
+        weight: Weights [N] float32.
     """
-    now = output.so_far()  # the backward must not see later passes
+    now = output.so_far()  # the backward must not include later passes
 
     def chunk(tokens: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         each = F.cross_entropy(now.logits(tokens).float(), target, reduction="none")
@@ -146,19 +161,19 @@ def replayed_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `scale * hidden @ matrix.T`, gradients computed along with it."""
+    """Cross-entropy of `scale * hidden @ matrix.T`, with its gradients computed in the forward."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, matrix: Tensor, target: Tensor, weight: Tensor, scale: float, grad: bool
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], matrix [V, D], target [N], weight [N] -> weighted sum, each [N]; `grad`: gradients too"""
+        """Return the weighted sum and each cross-entropy [N] of hidden [N, D], matrix [V, D], target and weight [N]."""
         device = hidden.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrix.dtype
         w, target, weight = matrix.to(low), target.to(hidden.device), weight.to(hidden.device)
         each = torch.empty(len(hidden), device=hidden.device)
         to_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
-        # Summed over chunks in float32: bfloat16 would lose the small ones.
+        # Summed over chunks in float32, because bfloat16 loses small terms.
         wanted = grad and ctx.needs_input_grad[1]
         to_matrix = torch.zeros_like(matrix, dtype=torch.float32) if wanted else None
         with torch.autocast(device, enabled=False):
@@ -202,15 +217,15 @@ def decider_loss(
     pos_weight: float | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy of "runs another pass", normalised once.
+    """Return the binary cross-entropy of the decisions, method.md (11), divided once.
 
     Args:
-        continue_logits: [B, T, M - 1]; nan where the policy was not asked.
-        target: [B, T, M - 1] bool, whether the token should go on after that depth.
-        asked: [B, T, M - 1] bool, the decisions that count: supervised tokens only, never prompt tokens.
-        weight: [B, T, M - 1] float32, importance of each decision; 1 by default.
-        pos_weight: weight of the decisions to go on; 1 by default.
-        num_items_in_batch: divide by this; by default by the number of decisions that count.
+        continue_logits: Continue logits [B, T, M - 1]; nan where the policy did not decide.
+        target: Whether [B, T, M - 1] bool the token should take another pass after that depth.
+        asked: Decisions [B, T, M - 1] bool that count: those of supervised tokens, never of prompt tokens.
+        weight: Weight [B, T, M - 1] float32 of each decision; 1 by default.
+        pos_weight: Weight of the decisions whose target is True; 1 by default.
+        num_items_in_batch: Divisor. None: the number of decisions that count.
     """
     asked = asked & ~continue_logits.isnan()
     positive = None if pos_weight is None else continue_logits.new_tensor(pos_weight)

@@ -1,20 +1,19 @@
-"""Duo-causal masks: who sees which key at depth >= 2.
+"""Duo-causal masks, method.md (7): which keys a query attends to at depth >= 2.
 
 Shapes: R rows of a pass, N queries, W deeper slots, n depth-1 slots, S = W + n keys.
 
-Depth 1 needs nothing from here: it is the base's own causal attention over depth-1 keys. A deeper query sees a key
-iff
+At depth 1 the base runs its own causal attention over the depth-1 keys. At depth >= 2 a query attends to a key if
 
     key position <= query position  and  key depth <= query depth          (`duo`, the paper)
-    ... where keys of depth >= 2 must also have the query's own position   (`own`)
-    ... and there are no others                                            (`blind`: a control that reads no text)
+    ... and a key of depth >= 2 also has the query's position              (`own`)
+    ... and the key has depth >= 2                                         (`blind`: a control that reads no text)
 
-and a sliding window or chunk of the base applies to positions, as it does at depth 1.
+A sliding window or chunk of the base applies to the positions, as at depth 1.
 
-Positions alone do not order the keys of a row into which several documents are packed, since each document counts its
-positions from 0. So tokens carry an *order key*: position + `DOCUMENT` * number of the document in the row. Comparing
-order keys gives causality, and the quotient by `DOCUMENT` is the document. With one document per row, which is the
-usual case, order keys are the positions.
+Several documents packed into one row each count positions from 0, so positions do not order the keys of the row. The
+*order key* of a token does: position + `DOCUMENT` * number of the document in the row. Comparing order keys with `<=`
+gives causality, and the quotient by `DOCUMENT` is the document. With one document per row, the usual case, order keys
+are the positions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .compat import TAKE_MASKS, AttentionByDepth, attention_of
 
 DOCUMENT = 2**32
-NEVER = 2**62  # order key of a slot that nobody may see: no query reaches it; exact as a float, as padding needs
+NEVER = 2**62  # order key of an invisible slot, larger than that of every query; exact as a float, for padding
 
 
 def depth_masks(
@@ -42,21 +41,21 @@ def depth_masks(
     dtype: torch.dtype,
     documents: bool = False,
 ) -> Any:
-    """Ready masks over the keys [deeper slots | depth-1 slots].
+    """Return ready masks over the keys [deeper slots | depth-1 slots].
 
     Args:
-        config: text configuration of the base.
-        depth: of the queries, >= 2.
-        query: [R, N] order keys.
-        deep: [R, W] order keys of the deeper slots, `NEVER` where empty.
-        deep_depths: [R, W] depths of the deeper slots.
-        base: [R, n] order keys of the depth-1 slots, `NEVER` at padding.
+        config: Text configuration of the base.
+        depth: Depth of the queries, >= 2.
+        query: Order keys [R, N] of the queries.
+        deep: Order keys [R, W] of the deeper slots, `NEVER` where empty.
+        deep_depths: Depths [R, W] of the deeper slots.
+        base: Order keys [R, n] of the depth-1 slots, `NEVER` at padding.
         attention: `duo`, `own` or `blind`.
-        dtype: of the activations, for float masks.
-        documents: rows may hold several documents.
+        dtype: Type of the activations, for float masks.
+        documents: Whether rows may hold several documents.
 
     Returns:
-        [R, 1, N, S] (or a `BlockMask`), or a dict of them by layer type where the base's layers differ.
+        A mask [R, 1, N, S] (or a `BlockMask`), or a dict of masks by layer type where the base's layers differ.
     """
     q = query[:, :, None]  # [R, N, 1]
     visible_deep = deep[:, None] <= q if attention == "duo" else deep[:, None] == q
@@ -67,7 +66,7 @@ def depth_masks(
 
 
 def document_masks(config: PreTrainedConfig, order_keys: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
-    """Ready masks of depth 1 for rows that hold several documents: order_keys [B, T], valid [B, T] bool."""
+    """Return ready masks of depth 1 for rows with several documents, from order_keys [B, T] and valid [B, T] bool."""
     q, key = order_keys[:, :, None], torch.where(valid, order_keys, NEVER)[:, None]
     return ready_masks(config, q, key, key <= q, dtype, documents=True)
 
@@ -80,8 +79,16 @@ def ready_masks(
     dtype: torch.dtype,
     documents: bool,
 ) -> Any:
-    """Restrict `visible` [R, N, S] to the document and to what each layer type reaches, from the order keys of queries
-    [R, N, 1] and keys [R, 1, S], and put it into the form the base takes."""
+    """Return ready masks: `visible` restricted to the document and to the reach of each layer type.
+
+    Args:
+        config: Text configuration of the base.
+        q: Order keys [R, N, 1] of the queries.
+        key: Order keys [R, 1, S] of the keys.
+        visible: Mask [R, N, S] bool.
+        dtype: Type of the activations, for float masks.
+        documents: Whether rows may hold several documents.
+    """
     if documents:
         visible = visible & (q // DOCUMENT == key // DOCUMENT)
         q, key = q % DOCUMENT, key % DOCUMENT
@@ -96,7 +103,7 @@ def ready_masks(
 
 
 def uniform_layer_type(config: PreTrainedConfig) -> str:
-    """The attention pattern of a base whose layers are all alike (it has no `layer_types`)."""
+    """Return the attention pattern of a base without `layer_types`, whose layers are all alike."""
     if getattr(config, "sliding_window", None) is not None:
         return "sliding_attention"
     if getattr(config, "attention_chunk_size", None) is not None:
@@ -105,7 +112,7 @@ def uniform_layer_type(config: PreTrainedConfig) -> str:
 
 
 def within_reach(config: PreTrainedConfig, layer_type: str, query: Tensor, key: Tensor) -> Tensor | bool:
-    """Which key positions a layer of this type reaches from which query positions, apart from causality."""
+    """Return which key positions are in the window or chunk of which query positions, apart from causality."""
     if layer_type == "sliding_attention":
         return query - key < config.sliding_window
     if layer_type == "chunked_attention":
@@ -114,7 +121,7 @@ def within_reach(config: PreTrainedConfig, layer_type: str, query: Tensor, key: 
 
 
 def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """visible [R, N, S] bool in the form that the base's attention implementation takes."""
+    """Return `visible` [R, N, S] bool in the form of the base's attention implementation."""
     implementation = attention_of(config)
     if implementation == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -129,12 +136,19 @@ def encode_mask(visible: Tensor, config: PreTrainedConfig, dtype: torch.dtype) -
 
 
 def take_ready_masks(decoder: PreTrainedModel) -> None:
-    """Let a base with a kernel that knows causal attention only, as flash kernels, take ready masks at depth >= 2: its
-    attention modules use SDPA there. Depth 1 stays on the stock kernel, and nobody else's model changes."""
+    """Make a base whose kernel applies causal attention only (flash kernels) take ready masks at depth >= 2.
+
+    Its attention modules use SDPA there, and the stock kernel at depth 1. No other model changes.
+
+    Raises:
+        ValueError: The base has attention sinks, which SDPA does not have.
+    """
     if attention_of(decoder.config) in TAKE_MASKS:
         return
     if any(getattr(module, "sinks", None) is not None for module in decoder.modules()):
-        raise ValueError(f"attention sinks at depth >= 2 need eager attention, not {attention_of(decoder.config)}")
+        raise ValueError(
+            f"attention sinks need attn_implementation='eager' at depth >= 2, not {attention_of(decoder.config)!r}"
+        )
     for module in decoder.modules():
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel):

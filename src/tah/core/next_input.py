@@ -1,6 +1,6 @@
-"""The paper's next input: embeddings weighted by the probabilities of the best tokens so far.
+"""The paper's next input, method.md (4): token embeddings weighted by the probabilities of the best tokens so far.
 
-Shapes: M tokens that run the next pass, k = mix_topk, D width, V vocabulary.
+Shapes: M tokens that run the next pass, k = mix_topk, n tokens of a part of them, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ ROWS = 64  # tokens mixed at a time
 
 
 def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> Tensor:
-    """Softmax over the highest accumulated logits of each token, times their embedding rows: [M] -> [M, D].
+    """Return next inputs [M, D]: the softmax over the k largest logits so far, times the embeddings of these k tokens.
 
-    While training, the gradient of a head that is one matrix and of a plain embedding touches those rows only;
-    autograd would make several dense [V, D] of it.
+    With gradients, if the head is one matrix and the embedding is plain, the backward touches only the rows of the k
+    tokens. Autograd would make several dense [V, D].
 
     Args:
-        total: what the passes of the tokens add up to so far.
-        tokens: [M] flat indices.
-        embed: the base's input embedding.
+        total: Sum of the passes so far.
+        tokens: Flat indices [M].
+        embed: Input embedding of the base.
     """
     sparse = torch.is_grad_enabled() and total.head.is_single_matrix and is_plain(embed)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
@@ -42,18 +42,18 @@ def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> T
 
 
 def weighted(weights: Tensor, rows: Tensor) -> Tensor:
-    """[n, k], [n, k, D] -> [n, D]"""
+    """Return the sums [n, D] of `rows` [n, k, D], weighted by `weights` [n, k]."""
     return torch.einsum("nk,nkd->nd", weights.to(rows.device), rows.float()).to(rows.dtype)
 
 
 def is_plain(embed: nn.Module) -> bool:
-    """Whether a call is a look-up in one matrix that is here (not sharded, not offloaded) and nothing else."""
+    """Return whether `embed` only looks up rows of one matrix that is neither sharded nor offloaded."""
     here = type(embed.weight) is nn.Parameter and not is_offloaded(embed)
     return type(embed) is nn.Embedding and embed.max_norm is None and here
 
 
 class _Mix(torch.autograd.Function):
-    """`weights` = softmax of scale * hidden @ matrix[ids].T, output = weights @ table[ids]."""
+    """The mix (4) with a sparse backward: softmax(scale * hidden @ matrix[ids].T) @ table[ids]."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ class _Mix(torch.autograd.Function):
         scale: float,
         padding: int | None,
     ) -> Tensor:
-        """hidden [M, D], matrix and table [V, D], weights and ids [M, k] -> [M, D]"""
+        """Return the mix [M, D] of hidden [M, D], matrix and table [V, D], weights and ids [M, k]."""
         ctx.save_for_backward(hidden, matrix, table, weights, ids)
         ctx.scale, ctx.padding, ctx.tied = scale, padding, matrix is table
         mixed = [_weighted_rows(weights[part], table, ids[part]) for part in _parts(len(ids))]
@@ -90,7 +90,7 @@ class _Mix(torch.autograd.Function):
             if to_matrix is not None:
                 _add_to_rows(to_matrix, best, to_z, h)
             if to_table is not None:
-                w = w if ctx.padding is None else w.masked_fill(best == ctx.padding, 0)  # as nn.Embedding has it
+                w = w if ctx.padding is None else w.masked_fill(best == ctx.padding, 0)  # as in nn.Embedding
                 _add_to_rows(to_table, best, w, g)
         if ctx.tied:
             to_matrix = None
@@ -100,14 +100,14 @@ class _Mix(torch.autograd.Function):
 
 
 def _dots_with_rows(x: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
-    """Products of x [n, D] with the rows `ids` [n, k] of matrix [V, D]: [n, k] float32"""
+    """Return the products [n, k] float32 of x [n, D] with the rows `ids` [n, k] of matrix [V, D]."""
     if fast.is_small(matrix, ids):
         return (x @ matrix.float().T).gather(1, ids)
     return torch.einsum("nkd,nd->nk", matrix[ids].float(), x)
 
 
 def _weighted_rows(weights: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
-    """Sums of the rows `ids` [n, k] of matrix [V, D], weighted [n, k]: [n, D] float32"""
+    """Return the sums [n, D] float32 of the rows `ids` [n, k] of matrix [V, D], weighted by `weights` [n, k]."""
     if fast.is_small(matrix, ids):
         return fast.spread(weights, ids, len(matrix)) @ matrix.float()
     if fast.sums_rows(matrix):
@@ -116,7 +116,7 @@ def _weighted_rows(weights: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
 
 
 def _add_to_rows(total: Tensor, ids: Tensor, weights: Tensor, x: Tensor) -> None:
-    """Add x [n, D], weighted [n, k], to the rows `ids` [n, k] of total [V, D] float32."""
+    """Add x [n, D], weighted by `weights` [n, k], to the rows `ids` [n, k] of total [V, D] float32."""
     if fast.is_small(total, ids):
         total.addmm_(fast.spread(weights, ids, len(total)).T, x)
     else:
@@ -124,10 +124,10 @@ def _add_to_rows(total: Tensor, ids: Tensor, weights: Tensor, x: Tensor) -> None
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """For sums in float32: bfloat16 would lose the small ones."""
+    """Return float32 zeros like `like` for a sum: bfloat16 loses small terms."""
     return torch.zeros_like(like, dtype=torch.float32)
 
 
 def _parts(count: int) -> list[slice]:
-    """`ROWS` tokens at a time: the rows of their best are [ROWS, k, D]."""
+    """Return slices of `ROWS` tokens, so that the gathered embeddings [ROWS, k, D] stay small."""
     return [slice(start, start + ROWS) for start in range(0, count, ROWS)]

@@ -1,6 +1,6 @@
 """Chosen tokens of a batch as rows packed left, and back.
 
-Shapes: B batch, T tokens, M chosen tokens, R rows that have one, P packed columns, H heads, K head width, D width.
+Shapes: B batch, T tokens, M chosen tokens, R rows with at least one, P packed columns, H heads, K head width, D width.
 A token is named by its flat index b * T + t.
 """
 
@@ -16,22 +16,22 @@ from torch import Tensor
 class Packed:
     """Chosen tokens of some rows, packed left: [R, P] columns, of which `valid` ones hold a token.
 
-    The rest repeat their row's first token: they compute something finite that nobody reads.
+    The other entries repeat the first token of their row, so that their result is finite. It is not used.
     """
 
-    rows: Tensor  # [R] batch rows that have a chosen token
-    columns: Tensor  # [R, P] column that each packed token has in the [B, T] input
+    rows: Tensor  # [R] batch rows with a chosen token
+    columns: Tensor  # [R, P] column of each packed token in the [B, T] input
     valid: Tensor  # [R, P] bool
-    full: bool  # every entry is valid
+    full: bool  # whether every entry is valid
     batch_row: Tensor  # [M] batch row of each chosen token
     packed_column: Tensor  # [M] its column among the packed tokens of its row: 0, 1, ...
 
 
 def pack(tokens: Tensor, length: int) -> Packed:
-    """Lay sorted flat indices [M] of a [B, T] input (T = `length`) out as rows packed left."""
+    """Return the layout of sorted flat indices [M] of a [B, T] input (T = `length`) as rows packed left."""
     batch_row, source = tokens // length, tokens % length
     rows, index, counts = torch.unique_consecutive(batch_row, return_inverse=True, return_counts=True)
-    first = counts.cumsum(0) - counts  # [R] where each row's tokens begin
+    first = counts.cumsum(0) - counts  # [R] index of each row's first token
     packed_column = torch.arange(len(tokens), device=tokens.device) - first[index]
     width = int(counts.max())
     columns = source[first][:, None].repeat(1, width)  # padding repeats the row's first token
@@ -41,7 +41,7 @@ def pack(tokens: Tensor, length: int) -> Packed:
 
 
 def lay_out(x: Tensor, packed: Packed) -> Tensor:
-    """[M, D] -> [R, P, D], zero at padding."""
+    """Return x [M, D] as packed rows [R, P, D], zero at padding."""
     if packed.full:
         return x.view(*packed.valid.shape, -1)
     rows = x.new_zeros(*packed.valid.shape, x.shape[-1])
@@ -50,6 +50,6 @@ def lay_out(x: Tensor, packed: Packed) -> Tensor:
 
 
 def unpack(x: Tensor, packed: Packed) -> Tensor:
-    """[R, H, P, K] -> [M, H, K], the packed tokens without the padding."""
+    """Return the packed tokens of x [R, H, P, K] without the padding, [M, H, K]."""
     x = x.transpose(1, 2)  # [R, P, H, K]
     return x.flatten(0, 1) if packed.full else x[packed.valid.to(x.device)]
