@@ -825,7 +825,7 @@ def test_what_is_refused(pupil, tmp_path, capsys, words, message):
 
 
 def test_more_passes_than_the_checkpoint_has_are_refused(wild):
-    with pytest.raises(ValueError, match=f"^max_depth=4: {wild.source} has max_depth=3; give at most that$"):
+    with pytest.raises(ValueError, match=f"^max_depth=4 must be at most 3, the max_depth of {wild.source}$"):
         TaHLM(wild, max_depth=4)
 
 

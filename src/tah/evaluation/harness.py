@@ -118,7 +118,7 @@ class TaHLM(HFLM):
         session, self.oracle = self.session, None
         rule, most = session.rule(rule), session.model.config.max_depth
         if int(rule.max_depth or most) > most and not session.wrapped:
-            raise ValueError(f"max_depth={rule.max_depth}: {session.source} has max_depth={most}; give at most that")
+            raise ValueError(f"max_depth={rule.max_depth} must be at most {most}, the max_depth of {session.source}")
         if rule.policy == "oracle":
             if self.reference is None:
                 raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
