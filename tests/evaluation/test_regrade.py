@@ -180,7 +180,7 @@ def test_a_run_without_answers_is_left_as_it_is(copy):
     for name in ("results.json", "results.md"):
         (copy / name).unlink()
     found = regrade(copy)
-    assert found["results"] is None and as_text(found).startswith("Nothing was graded again.")
+    assert found["results"] is None and as_text(found).startswith("No answer was graded again.")
     assert (copy / "run.json").is_file() and (copy / "questions").is_dir()
 
 
@@ -235,6 +235,6 @@ def test_the_command(copy, capsys):
     assert run(["eval", "regrade", str(copy)]) == 2
     assert "gsm8k.jsonl is damaged" in capsys.readouterr().err
     assert run(["eval", "regrade", str(copy.parent / "nothing")]) == 2
-    assert "has no evaluation" in capsys.readouterr().err and not (copy.parent / "nothing").exists()
+    assert "no evaluation (no run.json)" in capsys.readouterr().err and not (copy.parent / "nothing").exists()
     assert run(["eval", "regrade", str(copy), "--data", "amc23=x"]) == 2
     assert "amc23 is not among the tasks gsm8k, arc_e" in capsys.readouterr().err

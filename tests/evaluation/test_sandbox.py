@@ -324,7 +324,7 @@ print(sandbox.run("import os, time\\nfor _ in range(99):\\n    if not os.fork():
 
 def test_refused_where_there_is_no_isolation(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"bwrap is missing: install it \(apt-get install bubblewrap"):
+    with pytest.raises(ValueError, match=r"needs bwrap: install it \(apt-get install bubblewrap"):
         Sandbox().run("print(1)")
     for name in ("bwrap", "setpriv", "prlimit"):
         (tmp_path / name).write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
@@ -627,7 +627,7 @@ def test_tests_that_cannot_be_graded_are_named(sandbox):
             grade_code({"task_id": "Test/7", "entry_point": "f", "test": test}, "def f(x): return 1", sandbox)
     for item, reason in (
         ({"task_id": "Test/8"}, "Test/8 has no tests: give test"),
-        ({"task_id": "Test/9", "base_input": []}, "take the Hub's evalplus/humanevalplus"),
+        ({"task_id": "Test/9", "base_input": []}, "use the Hub's evalplus/humanevalplus"),
         ({"entry_point": "f", "inputs": [[1]], "expected": []}, "1 inputs and 0 expected"),
     ):
         with pytest.raises(ValueError, match=reason):

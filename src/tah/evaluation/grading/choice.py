@@ -168,7 +168,7 @@ def option_lines(text: str) -> list[tuple[int, str]]:
 
 
 def is_listed(text: str, at: int) -> bool:
-    """Return whether the line at this place is in a list of options: a neighbouring line has the neighbouring letter."""
+    """Return whether this line is in a list of options: a neighbouring line has the neighbouring letter."""
     if at and text[at - 1] != "\n":
         return False
     first = max(0, at - 400)
