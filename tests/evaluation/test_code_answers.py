@@ -540,7 +540,7 @@ def test_replies_are_cut_where_they_are_read():
     link = Link(Pipe(b'["error", ["ValueError", "' + b"x" * 900_000 + b'"]]\n'), Pipe())
     with pytest.raises(ValueError) as raised:
         link.ask("f", [1], {})
-    assert len(str(link.said(raised.value))) < 400
+    assert len(str(link.message_of(raised.value))) < 400
 
 
 # --- No verdict is forged by what stands behind the function, or around it

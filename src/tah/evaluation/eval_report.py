@@ -129,7 +129,7 @@ def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
 
 
 def _costs(samples: Samples) -> dict[str, Any]:
-    """What the answers of a task took."""
+    """Return depth, iterated share, tokens, seconds and cost of the answers of a task."""
     names = ("prompt_tokens", "tokens", "finished", "depths", "iterated", "passes", "seconds")
     total = {name: sum(line[name] for line in samples.lines.values()) for name in names}
     answers = len(samples.lines)

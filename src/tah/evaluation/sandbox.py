@@ -125,9 +125,9 @@ class Sandbox:
             box = self._start("print(6 * 7)", _file(b""), subprocess.PIPE)
             outcome = self._watch([box])[0]
             if (outcome.status, outcome.stdout) != ("ok", "42\n"):
-                said = (outcome.stderr.strip().splitlines() or [f"status {outcome.status}"])[-1]
+                message = (outcome.stderr.strip().splitlines() or [f"status {outcome.status}"])[-1]
                 raise ValueError(
-                    f"the sandbox does not start here ({said}): it needs bubblewrap 0.7 or newer and the right to make "
+                    f"the sandbox does not start here ({message}): it needs bubblewrap 0.7 or newer and the right to make "
                     "name spaces, which containers (without --privileged) and AppArmor may deny; "
                     "allow it or leave out the code benchmarks"
                 )

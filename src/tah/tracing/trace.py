@@ -239,12 +239,12 @@ def _hash(*parts: bytes) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def _max_length(model: TaHForCausalLM, asked: int | None) -> int:
+def _max_length(model: TaHForCausalLM, requested: int | None) -> int:
     config = model.config.get_text_config(decoder=True)
     known = [getattr(config, "max_position_embeddings", None), stable_positions(config)]
     limit = min((value for value in known if value is not None), default=None)
-    if asked is None:
+    if requested is None:
         return LONGEST if limit is None else min(LONGEST, limit)
-    if asked < 2 or (limit is not None and asked > limit):
-        raise ValueError(f"max_length={asked} must be at least 2" + (f" and at most {limit}" if limit else ""))
-    return asked
+    if requested < 2 or (limit is not None and requested > limit):
+        raise ValueError(f"max_length={requested} must be at least 2" + (f" and at most {limit}" if limit else ""))
+    return requested

@@ -110,7 +110,7 @@ def binds(statement: _ast.stmt, name: str) -> bool:
 
 
 def finish(
-    statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None, tell: int | None = None
+    statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None, progress: int | None = None
 ) -> None:
     """Run the statements after the function under test. Statements that fail or exit are left out.
 
@@ -119,14 +119,14 @@ def finish(
         futures: `__future__` flags of the answer.
         scope: Names of the answer.
         entry: Name of the function under test.
-        tell: Pipe to which the number of each statement is written before it runs.
+        progress: Pipe to which the number of each statement is written before it runs.
 
     Raises:
         BaseException: Exception of a statement that should redefine the function under test.
     """
     for number, statement in enumerate(statements):
-        if tell is not None:
-            os.write(tell, b"%d\n" % number)
+        if progress is not None:
+            os.write(progress, b"%d\n" % number)
         try:
             run(statement, scope, futures)
         except BaseException:
@@ -151,22 +151,22 @@ def go_on(
         BaseException: As in `finish`; RuntimeError if the statement that is left out should redefine the function.
     """
     for _ in range(ATTEMPTS):
-        news, tell = os.pipe()
+        updates, progress = os.pipe()
         try:
             child = os.fork()
         except OSError:  # the limit of processes is reached
             return finish(statements, futures, scope, entry)
         if not child:
-            os.close(news)
+            os.close(updates)
             try:
-                finish(statements, futures, scope, entry, tell)
+                finish(statements, futures, scope, entry, progress)
             finally:
-                os.write(tell, b"done\n")
-                os.close(tell)
+                os.write(progress, b"done\n")
+                os.close(progress)
             return
-        os.close(tell)
-        at = watch(news, time.monotonic() + patience)
-        os.close(news)
+        os.close(progress)
+        at = watch(updates, time.monotonic() + patience)
+        os.close(updates)
         if at is None:
             for pipe in pipes:
                 pipe.close()
@@ -181,17 +181,17 @@ def go_on(
     finish(kept, futures, scope, entry)
 
 
-def watch(news: int, deadline: float) -> int | None:
+def watch(updates: int, deadline: float) -> int | None:
     """Return the number of the statement at which a child ended or hangs; None if it ran all statements."""
-    said = b""
-    while select.select([news], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        heard = os.read(news, 4096)
-        said = (said + heard)[-100:]
-        if said.endswith(b"done\n"):
+    received = b""
+    while select.select([updates], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(updates, 4096)
+        received = (received + chunk)[-100:]
+        if received.endswith(b"done\n"):
             return None
-        if not heard:
+        if not chunk:
             break
-    numbers = [line for line in said.split(b"\n") if line.isdigit()]
+    numbers = [line for line in received.split(b"\n") if line.isdigit()]
     return int(numbers[-1][-9:]) if numbers else 0
 
 

@@ -106,7 +106,7 @@ class Link:
         self.raised[id(error)] = (error, f"{name}: {message}")
         return error
 
-    def said(self, error: BaseException) -> str | None:
+    def message_of(self, error: BaseException) -> str | None:
         """Return the message of an exception of the answer; None for another exception."""
         return self.raised[id(error)][1] if id(error) in self.raised else None
 
@@ -114,7 +114,7 @@ class Link:
 def judge(prompt: str, tests: str, entry: str | None, reference: str) -> None:
     """Run the tests, and write the result to standard error as JSON: [status, reason, calls]."""
     link = Link(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
-    said = os.fdopen(os.dup(2), "w")
+    report = os.fdopen(os.dup(2), "w")
     for stream in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     if hasattr(sys, "set_int_max_str_digits"):
@@ -130,14 +130,14 @@ def judge(prompt: str, tests: str, entry: str | None, reference: str) -> None:
         status, reason = verdict(error, tests, link)
     if link.failed is not None:
         status, reason = verdict(link.failed, tests, link)
-    said.write(json.dumps([status, reason, link.count]))
-    said.flush()
+    report.write(json.dumps([status, reason, link.count]))
+    report.flush()
     os._exit(0)
 
 
 def verdict(error: BaseException, tests: str, link: Link) -> tuple[str, str]:
     """Return status and reason for the exception that ended the tests."""
-    own = link.said(error)
+    own = link.message_of(error)
     if own is not None:
         return "memory" if isinstance(error, MemoryError) else "error", own
     if isinstance(error, Lost):
