@@ -127,8 +127,8 @@ class Sandbox:
             if (outcome.status, outcome.stdout) != ("ok", "42\n"):
                 message = (outcome.stderr.strip().splitlines() or [f"status {outcome.status}"])[-1]
                 raise ValueError(
-                    f"the sandbox does not start here ({message}): it needs bubblewrap 0.7 or newer and the right to make "
-                    "name spaces, which containers (without --privileged) and AppArmor may deny; "
+                    f"the sandbox does not start here ({message}): it needs bubblewrap 0.7 or newer and the right to "
+                    "make name spaces, which containers (without --privileged) and AppArmor may deny; "
                     "allow it or leave out the code benchmarks"
                 )
             self._checked = True
