@@ -244,7 +244,7 @@ def test_serve_gets_the_converted_checkpoint(hub: Path, monkeypatch: pytest.Monk
 def test_tune_leaves_the_cache_alone(hub: Path, original: Path) -> None:
     for source in (NAME, str(original)):
         before = contents(find(source)[0])
-        with pytest.raises(ValueError, match="so it stays as it is: copy .*, then tune that directory"):
+        with pytest.raises(ValueError, match="which tah tune does not change: copy .*, then tune the copy"):
             check_tunable(source)
         assert contents(find(source)[0]) == before
 
