@@ -226,7 +226,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], hub: Path, original: Path,
     found = json.loads(works(capsys, "inspect", source, "--json"))
     assert found["kind"] == "tah" and found["base"]["family"] == "qwen3" and found["decider"]["kind"] == "mlp"
     (tmp_path / "text.txt").write_text("Six times seven is 42.")
-    assert "Who iterates" in works(capsys, "trace", source, tmp_path / "text.txt")
+    assert "## Policies" in works(capsys, "trace", source, tmp_path / "text.txt")
     assert "not a plain base model" in fails(capsys, "inspect", tmp_path / "by_hand", "--against", source)
     shutil.rmtree(tmp_path / "by_hand")
     works(capsys, "convert", source, tmp_path / "by_hand")
@@ -244,7 +244,7 @@ def test_serve_gets_the_converted_checkpoint(hub: Path, monkeypatch: pytest.Monk
 def test_tune_leaves_the_cache_alone(hub: Path, original: Path) -> None:
     for source in (NAME, str(original)):
         before = contents(find(source)[0])
-        with pytest.raises(ValueError, match="so it stays as it is: copy .*, then tune that directory"):
+        with pytest.raises(ValueError, match="which tah tune does not change: copy .*, then tune the copy"):
             check_tunable(source)
         assert contents(find(source)[0]) == before
 

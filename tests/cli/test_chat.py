@@ -102,7 +102,7 @@ def test_an_evaluation_with_such_a_template(capsys, tmp_path, changed, template)
     words = ("--tasks", "gsm8k", "--policy", "never", "--max-new-tokens", 2, "-o", "out")
     words = (changed(template, positions=512), *words, "--data", questions(tmp_path / "q.jsonl", "2 + 2"))
     code, out, err = said(capsys, "eval", *words)
-    assert (code, out) == (2, "") and "cannot write a question" in err.splitlines()[-1] and "--raw" in err
+    assert (code, out) == (2, "") and "cannot format a question" in err.splitlines()[-1] and "--raw" in err
     assert said(capsys, "eval", *words, "--raw")[0] == 0
 
 

@@ -374,7 +374,7 @@ def read_questions(path, kind):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("choice", {"answer": 0}, r"answer 0 is not one of the letters ABC; a number might count from 0 or from 1"),
+        ("choice", {"answer": 0}, r"answer 0 is not one of the letters ABC; a number could count from 0 or from 1"),
         ("choice", {"answer": 1}, "answer 1 is not one of the letters ABC; "),
         ("choice", {"answer": 1.0}, "answer 1.0 is not one of the letters ABC; "),
         ("choice", {"answer": True}, "answer True is not one of the letters ABC; "),
@@ -389,14 +389,14 @@ def read_questions(path, kind):
         ("choice", {"answer": "x" * 500}, r"answer 'x*\.\.\. is not one of"),
         ("choice", {"choices": ["a"]}, "choices must be a list of 2 to 10"),
         ("choice", {"choices": {"text": ["a", "b"]}}, "choices must be a list of 2 to 10"),
-        ("choice", {"choices": ["a", None]}, "choice None is neither a text nor a number"),
-        ("choice", {"choices": ["a", ["b"]]}, r"choice \['b'\] is neither a text nor a number"),
-        ("choice", {"question": ["a"]}, r"question \['a'\] is no text"),
-        ("math", {"question": {"text": "a"}}, r"question \{'text': 'a'\} is no text"),
-        ("code", {"prompt": 7}, "prompt 7 is no text"),
-        ("code", {"test_list": "assert f()"}, "test_list 'assert f.*' is no list of texts"),
-        ("code", {"test_imports": [1]}, r"test_imports \[1\] is no list of texts"),
-        ("code", {"entry_point": ["f"]}, r"entry_point \['f'\] is no text"),
+        ("choice", {"choices": ["a", None]}, "choice None is neither a string nor a number"),
+        ("choice", {"choices": ["a", ["b"]]}, r"choice \['b'\] is neither a string nor a number"),
+        ("choice", {"question": ["a"]}, r"question \['a'\] is not a string"),
+        ("math", {"question": {"text": "a"}}, r"question \{'text': 'a'\} is not a string"),
+        ("code", {"prompt": 7}, "prompt 7 is not a string"),
+        ("code", {"test_list": "assert f()"}, "test_list 'assert f.*' is not a list of strings"),
+        ("code", {"test_imports": [1]}, r"test_imports \[1\] is not a list of strings"),
+        ("code", {"entry_point": ["f"]}, r"entry_point \['f'\] is not a string"),
     ],
 )
 def test_questions_that_do_not_fit_are_named_by_line(kind, change, message, tmp_path):
@@ -420,7 +420,7 @@ def test_questions_that_fit(kind, tmp_path):
         (found,) = read_questions(path, kind)
         assert {name: found[name] for name in row} == row
     path.write_bytes(json.dumps(row).encode("utf-16"))
-    with pytest.raises(ValueError, match="line 1 is not UTF-8; one question a line"):
+    with pytest.raises(ValueError, match="line 1 is not UTF-8; write one question per line"):
         read_questions(path, kind)
     path.write_text(DEEP)
     with pytest.raises(ValueError, match=f"line 1 {TOO}"):
@@ -521,7 +521,7 @@ def try_questions(path, content, kind):
         read_questions(path, kind)
     except ValueError as error:
         one_line(error)
-        assert str(path) in str(error) or "is the id of two questions" in str(error)
+        assert str(path) in str(error) or "two questions have the id" in str(error)
 
 
 def lines(rows):

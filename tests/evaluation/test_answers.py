@@ -617,8 +617,8 @@ def test_no_answer_makes_the_grader_fail(content):
         ("east", "The answer is west.", "wrong", "west", "compared as text"),
         ("18", "She has 17.", "wrong", "17", None),
         ("18", "I do not know.", "unparsed", None, None),
-        ("5", "\\boxed{9^{9^{9^9}}}", "wrong", "9^{9^{9^9}}", "comparing took more than 5 s"),
-        ("5", "\\boxed{((((9!)!)!)!)!}", "wrong", "((((9!)!)!)!)!", "comparing took more than 5 s"),
+        ("5", "\\boxed{9^{9^{9^9}}}", "wrong", "9^{9^{9^9}}", "the comparison took more than 5 s"),
+        ("5", "\\boxed{((((9!)!)!)!)!}", "wrong", "((((9!)!)!)!)!", "the comparison took more than 5 s"),
     ],
 )
 def test_a_verdict_says_what_was_found_and_why(gold, text, grade, extracted, reason):
@@ -632,7 +632,7 @@ def test_the_time_limit_holds_where_a_list_is_read_too():
         "print(judge_math('1,234', r'\\boxed{9^{9^{9}}}, \\boxed{\\text{foo}}').reason)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.strip() == "comparing took more than 5 s"
+    assert done.stdout.strip() == "the comparison took more than 5 s"
 
 
 def test_a_right_answer_that_took_too_long_is_read_again(monkeypatch):

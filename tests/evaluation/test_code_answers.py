@@ -156,7 +156,7 @@ MISSING = [  # and what makes the function fail although it stands outside it
     "def add(a, b):\n    return a + b\n\ndef add(a, b):\n    return 0",
     "def add(a, b):\n    return a + b\n\nadd = add(1, 2)",
     "def add(a, b):\n    return a + b\n\nclass add:\n    pass",
-    # what was to define it anew, and fails
+    # a statement that should redefine it, and fails
     RIGHT + "add: object = undefined",
     RIGHT + "add += 1",
     RIGHT + "add, z = undefined",
@@ -282,7 +282,7 @@ def test_what_defines_something_else_may_fail():
 
 
 @real
-def test_what_defines_the_function_anew_counts_where_it_does_not_end():
+def test_a_redefinition_that_does_not_end_counts():
     """Or where so much does not end that little else is run."""
     never = "import os\nos._exit(0)\n"
     answers = [RIGHT + "while True: add = max", RIGHT + "import os\nadd = os._exit(0)", RIGHT + never * 4 + "add = max"]
@@ -540,7 +540,7 @@ def test_replies_are_cut_where_they_are_read():
     link = Link(Pipe(b'["error", ["ValueError", "' + b"x" * 900_000 + b'"]]\n'), Pipe())
     with pytest.raises(ValueError) as raised:
         link.ask("f", [1], {})
-    assert len(str(link.said(raised.value))) < 400
+    assert len(str(link.message_of(raised.value))) < 400
 
 
 # --- No verdict is forged by what stands behind the function, or around it

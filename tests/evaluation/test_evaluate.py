@@ -289,7 +289,7 @@ def test_a_letter_or_none(text, letter):
 
 
 def test_an_unreadable_right_answer_is_named():
-    with pytest.raises(ValueError, match="line 3: the answer '}' cannot be read as mathematics"):
+    with pytest.raises(ValueError, match="line 3: the answer '}' cannot be parsed as mathematics"):
         rows.check({"question": "q", "answer": "}"}, "math", "line 3")
 
 
@@ -333,7 +333,7 @@ def test_an_item_whose_tests_cannot_be_run_is_counted(pupil, tmp_path):
     (row,) = found["results"]
     assert row["untestable"] == ["odd"] and row["answers"] == row["questions"] == 3
     assert [line["verdict"] for line in lines_of(tmp_path / "run")["samples/never/mbpp_plus.jsonl"]][-1] == "untestable"
-    assert "never on mbpp_plus: the tests of odd cannot be run in the sandbox; answers" in as_markdown(found)
+    assert "never on mbpp_plus: the tests of odd cannot run in the sandbox, so answers" in as_markdown(found)
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------
@@ -402,11 +402,11 @@ def test_rows_of_the_hub():
             r"line 2 has half of a surrogate pair, '.ud800', which is no text",
         ),
         ('{"question": "", "answer": "1"}', "line 2 has no 'question'"),
-        ('{"question": "q", "answer": true}', "line 2: answer True is neither a text nor a number"),
-        ('{"question": "q", "answer": NaN}', "line 2: answer nan is neither a text nor a number"),
-        ('{"question": "q", "answer": ["1"]}', r"line 2: answer \['1'\] is neither a text nor a number"),
-        ('{"id": null, "question": "q", "answer": "1"}', "line 2: id None is neither a text nor an integer"),
-        ('{"id": ["x"], "question": "q", "answer": "1"}', r"line 2: id \['x'\] is neither a text nor an integer"),
+        ('{"question": "q", "answer": true}', "line 2: answer True is neither a string nor a number"),
+        ('{"question": "q", "answer": NaN}', "line 2: answer nan is neither a string nor a number"),
+        ('{"question": "q", "answer": ["1"]}', r"line 2: answer \['1'\] is neither a string nor a number"),
+        ('{"id": null, "question": "q", "answer": "1"}', "line 2: id None is neither a string nor an integer"),
+        ('{"id": ["x"], "question": "q", "answer": "1"}', r"line 2: id \['x'\] is neither a string nor an integer"),
     ],
 )
 def test_a_bad_line_of_data_is_named(tmp_path, line, message):
@@ -490,7 +490,7 @@ def test_resumed_equals_uninterrupted(pupil, done, tmp_path):
     progress.console = Console(file=shown, width=100)
     again = go(pupil, directory, progress=progress)
     assert lines_of(directory) == lines_of(whole)
-    assert progress.lines == [f"{broken}: the last line was cut short and is answered again"]
+    assert progress.lines == [f"{broken}: the last line is incomplete, so its question is answered again"]
     tasks = ("gsm8k, never: 10 of 10", "arc_e, never: 6 of 6", "gsm8k, random: 10 of 10", "arc_e, random: 6 of 6")
     assert shown.getvalue().splitlines() == [f"{task} answers" for task in tasks]
     for before, after in zip(results["results"], again["results"], strict=True):
@@ -515,10 +515,10 @@ def test_another_evaluation_in_the_same_place_is_refused(pupil, wild, done, tmp_
         go(pupil, directory, sampling=Sampling(seed=5, max_new_tokens=24, temperature=0.7))
     with pytest.raises(ValueError, match=r"limit=None \(now 2\), tasks.gsm8k.questions=5 \(now 2\)"):
         go(pupil, directory, limit=2)
-    with pytest.raises(ValueError, match="holds an evaluation with weights"):
+    with pytest.raises(ValueError, match="has an evaluation with weights"):
         evaluate(wild, ["gsm8k"], directory, data={"gsm8k": ITEMS / "math.jsonl"}, sampling=SHORT)
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
+    with pytest.raises(ValueError, match="is not empty and has no evaluation"):
         go(pupil, tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         go(pupil, tmp_path / "mine.txt")
@@ -585,7 +585,7 @@ def test_a_refused_evaluation_leaves_nothing(wild, tmp_path):
 
 def test_reading_a_trainings_directory_says_so(tmp_path):
     (tmp_path / "run.json").write_text('{"recipe": "tiny"}')
-    with pytest.raises(ValueError, match="holds no evaluation .its run.json is another's"):
+    with pytest.raises(ValueError, match="has no evaluation .its run.json is not of tah eval"):
         compare(str(tmp_path), str(tmp_path))
 
 
@@ -624,7 +624,7 @@ def test_an_unknown_option_is_refused(wild):
 def test_changed_prompts_are_noticed(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "run")
     samples = Samples(tmp_path / "run", "never", "gsm8k", ["pencils"])
-    with pytest.raises(ValueError, match="question pencils was asked with another prompt"):
+    with pytest.raises(ValueError, match="question pencils was answered with another prompt"):
         samples.find(Asked("tah_gsm8k", 0, 0, "something else", {}))
 
 
@@ -738,9 +738,9 @@ def test_runs_that_cannot_be_compared(done, tmp_path):
         compare(str(directory), altered("tasks", tasks={"amc23": {}}))
     with pytest.raises(ValueError, match="has no policy 'nver'; it has never, random"):
         compare(f"{directory}:nver", str(directory))
-    with pytest.raises(ValueError, match="name one, as"):
+    with pytest.raises(ValueError, match="choose one, as"):
         compare(str(directory), altered("policies", rule__policy=["always"]))
-    with pytest.raises(ValueError, match="holds no evaluation"):
+    with pytest.raises(ValueError, match="has no evaluation"):
         compare(str(directory), str(tmp_path / "nothing"))
     unfinished = Path(altered("short"))
     path = unfinished / "samples" / "never" / "gsm8k.jsonl"
@@ -794,14 +794,14 @@ def test_the_command(pupil, tmp_path, capsys):
         (["--tasks", "gsm8"], "unknown task 'gsm8'; did you mean gsm8k? choose from nine, aime25, "),
         (["--tasks", ","], "no tasks; give --tasks nine or names"),
         (["--tasks", "gsm8k", "--policy", "alway"], "unknown policy 'alway'; did you mean always?"),
-        (["--tasks", "gsm8k", "--policy", "oracle"], "policy oracle needs a model that knows better: give --reference"),
+        (["--tasks", "gsm8k", "--policy", "oracle"], "policy oracle needs a reference model: give --reference"),
         (["--tasks", "gsm8k", "--data", "gsm8k"], "--data gsm8k must be TASK=FILE"),
         (["--tasks", "gsm8k", "--data", "gsm9k=x"], "--data gsm9k=...: gsm9k is not among the tasks gsm8k"),
         (
             ["--tasks", "humaneval_plus"],
-            "humaneval_plus: runs programs that the model writes; give --allow-code-execution",
+            "humaneval_plus runs programs that the model writes; give --allow-code-execution",
         ),
-        (["--tasks", "gsm8k", "--greedy", "--samples", "2"], "samples=2 at temperature 0 would all be alike"),
+        (["--tasks", "gsm8k", "--greedy", "--samples", "2"], "samples=2 at temperature 0 would be identical"),
         (["--tasks", "gsm8k", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p 0.5 has no meaning"),
         (
             ["--tasks", "gsm8k", "--backend", "vlm"],
@@ -825,7 +825,7 @@ def test_what_is_refused(pupil, tmp_path, capsys, words, message):
 
 
 def test_more_passes_than_the_checkpoint_has_are_refused(wild):
-    with pytest.raises(ValueError, match=f"^max_depth=4: {wild.source} has max_depth=3; give at most that$"):
+    with pytest.raises(ValueError, match=f"^max_depth=4 must be at most 3, the max_depth of {wild.source}$"):
         TaHLM(wild, max_depth=4)
 
 
@@ -851,7 +851,7 @@ def test_no_chat_template(pupil, tmp_path, capsys):
         "4",
     ]
     status, said = command(capsys, *words, "-o", tmp_path / "run")
-    assert status == 2 and "has no chat template; give --raw to ask without one" in said
+    assert status == 2 and "has no chat template; give --raw to evaluate without one" in said
     status, _ = command(capsys, *words, "--raw", "-o", tmp_path / "run")
     assert status == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["template"] == "none"
@@ -860,7 +860,7 @@ def test_no_chat_template(pupil, tmp_path, capsys):
 def test_no_sandbox(pupil, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     status, said = command(capsys, pupil, "--tasks", "mbpp_plus", "--allow-code-execution", "-o", tmp_path / "run")
-    assert status == 2 and "bwrap is missing: install it" in said
+    assert status == 2 and "needs bwrap: install it" in said
 
 
 @boxed

@@ -992,10 +992,10 @@ def test_ten_choices(text, letter):
 def test_a_verdict_says_what_was_found():
     assert judge_choice("C", "The answer is C.", 4).extracted == "C"
     assert judge_choice("C", "The answer is B.", 4).extracted == "B"
-    assert judge_choice("C", "A or C", 4).reason == "it names several letters"
-    assert judge_choice("C", "a cat", 4).reason == "it settles on no letter"
+    assert judge_choice("C", "A or C", 4).reason == "it states several letters"
+    assert judge_choice("C", "a cat", 4).reason == "it states no letter"
     beyond = judge_choice("C", "\\boxed{E}", 4)
-    assert (beyond.grade, beyond.reason) == ("unparsed", "there is no choice E: the last is D")
+    assert (beyond.grade, beyond.reason) == ("unparsed", "there is no choice E: the last one is D")
     assert judge_choice("C", "<think>\\boxed{C}", 4).grade == "unparsed"
 
 

@@ -72,7 +72,7 @@ def test_what_the_paper_draws():
     overridden = Sampling(samples=2, seed=7, temperature=1.0)
     assert overridden.under(PAPER, "aime25").samples == 2 and overridden.under(PAPER).seed == 7
     with pytest.raises(
-        ValueError, match=r"samples=8 \(protocol paper, task amc23\) at temperature 0 would all be alike"
+        ValueError, match=r"samples=8 \(protocol paper, task amc23\) at temperature 0 would be identical"
     ):
         build(["gsm8k", "amc23"], FILES, Sampling(temperature=0.0), PAPER)
     assert build(["amc23"], FILES, Sampling(temperature=0.0, samples=1), PAPER)["amc23"].config.repeats == 1
@@ -117,12 +117,12 @@ def test_a_run_records_its_protocol(pupil, paper, tmp_path):
     assert run["protocol"] == "paper" and run["sampling"]["seed"] == 42
     assert run["overrides"]["samples"] == 2 and run["overrides"]["temperature"] == 0.7
     assert run["overrides"]["data"].keys() == {"gsm8k", "arc_e"} and run["ours"] == {"arc_e": "prompt"}
-    assert notes == ["protocol paper: not published, so decided by ours: prompt (arc_e)"]
+    assert notes == ["protocol paper: not published, so tah chose it: prompt (arc_e)"]
     assert "Protocol paper: avg@2, T 0.7" in as_markdown(found)
-    given = "Given beside the protocol: samples 2, temperature 0.7, max_new_tokens 24, data gsm8k="
+    given = "Options that override the protocol: samples 2, temperature 0.7, max_new_tokens 24, data gsm8k="
     assert given in as_markdown(found)
-    assert "Not published, so decided by ours: prompt (arc_e)." in as_markdown(found)
-    with pytest.raises(ValueError, match=r"holds an evaluation with protocol='paper' \(now 'default'\)"):
+    assert "Not published, so tah chose it: prompt (arc_e)." in as_markdown(found)
+    with pytest.raises(ValueError, match=r"has an evaluation with protocol='paper' \(now 'default'\)"):
         go(pupil, directory)
     with pytest.raises(ValueError, match="unknown protocol 'papers'; did you mean paper. choose from default, paper"):
         go(pupil, tmp_path / "new", protocol="papers")

@@ -133,11 +133,11 @@ def test_an_old_run_is_brought_up_to_date(copy, done):
     other = copy.with_name("other.jsonl")
     other.write_text('{"question": "q", "answer": "1"}\n')
     assert summarize(copy)["grader"] == "1"
-    with pytest.raises(ValueError, match=r"versions 1 and 2 \(math-verify .*\) of the grader; give tah eval regrade"):
+    with pytest.raises(ValueError, match=r"versions 1 and 2 \(math-verify .*\) of the grader; run tah eval regrade"):
         compare(str(copy), str(done))
     with pytest.raises(ValueError, match="openai/gsm8k cannot be loaded"):
         regrade(copy)
-    with pytest.raises(ValueError, match="does not hold the questions of gsm8k that were answered; give --data"):
+    with pytest.raises(ValueError, match="does not have the questions of gsm8k that were answered; give --data"):
         regrade(copy, data={"gsm8k": other})
     data = {"gsm8k": ITEMS / "math.jsonl", "arc_e": ITEMS / "choice.jsonl"}
     found = regrade(copy, data=data)
@@ -152,7 +152,7 @@ def test_nothing_is_graded_before_all_questions_are_there(copy):
     before = lines_of(copy)
     other = copy.with_name("other.jsonl")
     other.write_text('{"question": "q", "choices": ["a", "b"], "answer": "A"}\n')
-    with pytest.raises(ValueError, match="does not hold the questions of arc_e"):
+    with pytest.raises(ValueError, match="does not have the questions of arc_e"):
         regrade(copy, data={"gsm8k": ITEMS / "math.jsonl", "arc_e": other})
     assert lines_of(copy) == before
 
@@ -180,7 +180,7 @@ def test_a_run_without_answers_is_left_as_it_is(copy):
     for name in ("results.json", "results.md"):
         (copy / name).unlink()
     found = regrade(copy)
-    assert found["results"] is None and as_text(found).startswith("Nothing was graded again.")
+    assert found["results"] is None and as_text(found).startswith("No answer was graded again.")
     assert (copy / "run.json").is_file() and (copy / "questions").is_dir()
 
 
@@ -196,7 +196,7 @@ def test_a_run_of_two_graders_is_refused(copy):
     path = copy / "samples" / "never" / "gsm8k.jsonl"
     lines = [json.loads(line) | {"grader": "1"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"was graded by the versions 1 and 2 .*; give tah eval regrade"):
+    with pytest.raises(ValueError, match=r"was graded by the versions 1 and 2 .*; run tah eval regrade"):
         summarize(copy)
     assert regrade(copy)["results"]["grader"] == grader()
 
@@ -213,7 +213,7 @@ def test_an_unfinished_run_keeps_its_open_tasks(copy, pupil, done):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = regrade(copy)
     assert found["results"] is None and len(found["changes"]) == 3 and "is not finished" in as_text(found)
-    assert "random on arc_e: 5 of 6 answers are there; left as it is" in as_text(found)
+    assert "random on arc_e: not graded, because only 5 of 6 answers exist" in as_text(found)
     go(pupil, copy)
     assert lines_of(copy) == lines_of(done)
 
@@ -235,6 +235,6 @@ def test_the_command(copy, capsys):
     assert run(["eval", "regrade", str(copy)]) == 2
     assert "gsm8k.jsonl is damaged" in capsys.readouterr().err
     assert run(["eval", "regrade", str(copy.parent / "nothing")]) == 2
-    assert "holds no evaluation" in capsys.readouterr().err and not (copy.parent / "nothing").exists()
+    assert "no evaluation (no run.json)" in capsys.readouterr().err and not (copy.parent / "nothing").exists()
     assert run(["eval", "regrade", str(copy), "--data", "amc23=x"]) == 2
     assert "amc23 is not among the tasks gsm8k, arc_e" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_drawn_answers_resumed_equal_uninterrupted(model, tmp_path):
     path.write_text("".join(kept[3:6]).replace('"verdict":"wrong"', '"verdict":null') + kept[7][:90])
     progress = Notes()
     again = go(model, tmp_path / "cut", "vllm", sampling=DRAWN, policies=["decider"], progress=progress)
-    assert progress.lines == [f"{path}: the last line was cut short and is answered again"]
+    assert progress.lines == [f"{path}: the last line is incomplete, so its question is answered again"]
     assert lines_of(tmp_path / "cut") == lines
     for one, other in zip(whole["results"], again["results"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
@@ -118,10 +118,14 @@ def test_what_vllm_cannot_do(model, tmp_path, capsys):
         json.dumps({"eos_token_id": 2, "num_beams": 1, "no_repeat_ngram_size": 3})
     )
     for asked, more, message in (
-        (str(biased), [], "has no_repeat_ngram_size=3, which vLLM is not told; leave it out, or use"),
-        (model, ["--policy", "never,oracle", "--reference", model], "policy oracle needs its reference to read along"),
-        (model, ["--device", "cuda"], "device 'cuda': vLLM runs on what it was built for"),
-        (str(tmp_path / "base"), ["--max-new-tokens", "8"], "is a plain base model; --backend vllm needs a TaH"),
+        (str(biased), [], "has no_repeat_ngram_size=3, which is not passed to vLLM; remove the entry, or use"),
+        (
+            model,
+            ["--policy", "never,oracle", "--reference", model],
+            "policy oracle runs a reference model on every token",
+        ),
+        (model, ["--device", "cuda"], "device 'cuda': vLLM uses the device it was built for"),
+        (str(tmp_path / "base"), ["--max-new-tokens", "8"], "is a base model; --backend vllm needs a TaH"),
     ):
         assert run(["eval", asked, *words, *more]) == 2
         assert message in capsys.readouterr().err

@@ -305,12 +305,12 @@ def test_unfinished_and_damaged_traces(capsys, files, here):
     Path("hole.jsonl").write_bytes(b"\n".join([*lines[:2], lines[2][:100], *lines[3:]]))
     assert "hole.jsonl: line 3 is damaged" in fails(capsys, "report", "hole.jsonl")
     Path("header.jsonl").write_bytes(lines[0] + b"\n")
-    assert "holds no tokens yet" in fails(capsys, "report", "header.jsonl")
+    assert "has no tokens yet" in fails(capsys, "report", "header.jsonl")
 
 
 def test_mistakes_are_named(capsys, files, here):
     Path("text.txt").write_text("hello")
-    assert "text.txt is no trace" in fails(capsys, "report", "text.txt")
+    assert "text.txt is not a trace" in fails(capsys, "report", "text.txt")
     assert "trace none.jsonl does not exist; make one: tah trace" in fails(capsys, "report", "none.jsonl")
     assert "at most two" in fails(capsys, "report", *[files["own"]] * 3)
     assert "directory no/such of no/such/page.html does not exist" in fails(
@@ -417,12 +417,12 @@ def test_browser_counts_as_the_statistics_do(show, files, name):
 
     assert counted(page)[:4] == expected(stats["policies"]["own policy"])
     page.get_by_label("Threshold as a number").fill("0.5")
-    assert page.get_by_label("Who iterates").input_value() == "decider"
+    assert page.get_by_label("Policy").input_value() == "decider"
     assert counted(page)[:4] == expected(stats["policies"]["decider"])
-    page.get_by_label("Who iterates").select_option("oracle")
+    page.get_by_label("Policy").select_option("oracle")
     assert counted(page)[:4] == expected(stats["policies"]["oracle"])
     before = page.locator("svg .now").get_attribute("cx")
-    page.get_by_label("Who iterates").select_option("confidence")
+    page.get_by_label("Policy").select_option("confidence")
     page.get_by_label("Threshold as a number").fill("0.7")
     assert counted(page)[:4] == expected(stats["policies"]["confidence"])
     assert page.locator("svg .now").get_attribute("cx") != before

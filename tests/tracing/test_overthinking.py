@@ -145,11 +145,11 @@ def test_compare_is_paired():
     same = compare(one, one)["difference"]["own policy"]["loss"]
     assert (same["low"], same["high"]) == (0.0, 0.0)
     with pytest.raises(
-        ValueError, match="the first trace .made. and the second trace .made. were traced with different tokenizers"
+        ValueError, match="the first trace .made. and the second trace .made. have different tokenizers"
     ):
         compare(one, made(RANK, PROB, texts=TEXTS, tokenizer="u"))
     other = made(RANK, PROB, texts=[0] * 4 + [1] * 6)
-    with pytest.raises(ValueError, match="row 0 is another text"):
+    with pytest.raises(ValueError, match="row 0 is not the same text"):
         compare(one, other)
     with pytest.raises(ValueError, match="no text in common"):
         compare(one, made(RANK, PROB, texts=[5] * 10))

@@ -60,7 +60,7 @@ def test_text_is_itself_in_a_heading_and_in_a_table(text: str) -> None:
     html = rendered(as_markdown(report(text)))
     heading = html.split("<h1>")[1].split("</h1>")[0]
     assert unescape(heading) == f"{shown(text)} on {shown(text)}".strip()
-    policy = html.split("<h2>Who iterates</h2>")[1].split("<td>")[1].split("</td>")[0]
+    policy = html.split("<h2>Policies</h2>")[1].split("<td>")[1].split("</td>")[0]
     assert unescape(policy) == shown(text).strip()
 
 

@@ -201,7 +201,7 @@ def test_a_model_that_is_not_finite_is_refused(words):
 
 
 def test_more_passes_than_the_model_has_are_refused(words):
-    with pytest.raises(ValueError, match="^max_depth=4: the model has max_depth=3; give at most that$"):
+    with pytest.raises(ValueError, match="^max_depth=4 must be at most 3, the max_depth of the model$"):
         trace(model_of(), words, rows(), max_depth=4)
 
 
@@ -210,7 +210,7 @@ def test_a_model_of_one_pass(words):
     stats = statistics(trace(model, words, rows(), run_policy=True))
     assert len(stats["depths"]) == 1 and stats["passes"] == [] and stats["curves"] == {}
     assert stats["policies"]["own policy"]["accuracy"] == stats["policies"]["never"]["accuracy"]
-    assert "## Who iterates" in as_markdown(stats)
+    assert "## Policies" in as_markdown(stats)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_texts_are_split_or_cut(tiny_base, tmp_path):
     assert [(text.row, text.part, len(text.ids)) for text in texts] == [(0, 0, 28)]
     assert dropped == {"cut at max_length": 1, "no assistant tokens": 1}
     assert not texts[0].supervised[:20].any() and texts[0].supervised[-1]
-    with pytest.raises(ValueError, match="nothing to trace in the 1 rows of one: no assistant tokens"):
+    with pytest.raises(ValueError, match="no row to trace among the 1 rows of one: no assistant tokens"):
         texts_of([{"text": ""}], tokenizer, 10, "one")
 
 
@@ -277,11 +277,15 @@ def test_trace_refuses(capsys, checkpoint, tiny_base):
     )
     assert "there is no such file" in fails(capsys, "trace", model, "./none.jsonl")
     for name, content, message in (
-        ("empty.txt", "", "is empty: it has no text"),
+        ("empty.txt", "", "empty.txt has no text"),
         ("empty.jsonl", "", "is empty: it has no rows"),
-        ("one.jsonl", '{"text": ""}\n', "nothing to trace in the 1 rows of one.jsonl: no assistant tokens"),
+        ("one.jsonl", '{"text": ""}\n', "no row to trace among the 1 rows of one.jsonl: no assistant tokens"),
         ("form.jsonl", '{"words": "a"}\n', "has the columns words; needed: messages"),
-        ("page.pdf", "%PDF", "a .pdf file is not one of .jsonl, .json, .parquet, .csv, .txt, .md"),
+        (
+            "page.pdf",
+            "%PDF",
+            "the file suffix .pdf is not supported; use one of .jsonl, .json, .parquet, .csv, .txt, .md",
+        ),
         (
             "cut.jsonl",
             '{"text": "a"}\n{"text": "b',
@@ -303,7 +307,7 @@ def test_trace_refuses(capsys, checkpoint, tiny_base):
         capsys, "trace", model, "page.txt", "--max-length", "65"
     )
     Path("trace.jsonl").write_text("something else\n")
-    assert "trace.jsonl is no trace" in fails(capsys, "trace", model, "page.txt", "-o", "trace.jsonl")
+    assert "trace.jsonl is not a trace" in fails(capsys, "trace", model, "page.txt", "-o", "trace.jsonl")
     for path in checkpoint.glob("*token*"):
         path.unlink()
     assert "has no usable tokenizer" in fails(capsys, "trace", model, "page.txt")

@@ -82,14 +82,14 @@ def test_damaged_files_are_named(words, tmp_path, monkeypatch):
     for broken in (lines[2][:50] + "\n", "12\n", lines[2].replace('"depth":[', '"depth":[1,')):
         refuses("".join([*lines[:2], broken, *lines[3:]]), "trace.jsonl: line 3 is damaged")
         refuses("".join([*lines[:2], broken, *lines[3:]]), "trace.jsonl: line 3 is damaged", load=False)
-    refuses("hello\n", "trace.jsonl is no trace")
-    refuses("hello\n", "trace.jsonl is no trace", load=False)
+    refuses("hello\n", "trace.jsonl is not a trace")
+    refuses("hello\n", "trace.jsonl is not a trace", load=False)
     refuses(lines[0].replace('"tah_trace":1', '"tah_trace":9') + lines[1], "of format 9; this version reads 1")
     other = lines[0].replace('"threshold":0.5', '"threshold":0.7')
     refuses(other + lines[1], r"other settings: threshold=0.7 \(now 0.5\)", load=False)
     sure = lines[0].replace('"policy":"decider"', '"policy":"confidence"').replace('"confidence_measure":null,', "")
-    refuses(sure + lines[1], "does not say how its policy measured confidence")
-    with pytest.raises(ValueError, match="is a directory; give the trace a file name"):
+    refuses(sure + lines[1], "has no confidence_measure of its policy")
+    with pytest.raises(ValueError, match="is a directory: give a file name"):
         trace(model, words, rows(), tmp_path)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         load_trace(tmp_path / "none")

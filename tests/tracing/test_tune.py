@@ -32,7 +32,7 @@ def test_tune_chooses_the_threshold():
     assert tune(coarse, "loss")["loss"] == pytest.approx(
         min(statistics(coarse, samples=0)["curves"]["decider"]["loss"])
     )
-    with pytest.raises(ValueError, match="has no decider to tune"):
+    with pytest.raises(ValueError, match="does not contain the score 'decider'"):
         tune(made([[1], [0]], [[0.2], [0.4]]), "loss")
     for target in ("share=2", "share=", "share", "shares=0.1", "less", "share=nan"):
         with pytest.raises(ValueError, match=f"target '{target}' is not one of loss, share=X"):
@@ -73,7 +73,7 @@ def test_tune_refuses(capsys, checkpoint, tiny_base):
     assert "target 'share=7' is not one of" in fails(capsys, "tune", checkpoint, "page.txt", "--target", "share=7")
     assert "is not a TaH checkpoint" in fails(capsys, "tune", tiny_base, "page.txt", "--target", "loss")
     in_the_box = (FOLLOW / "config.json").read_bytes()
-    assert "follow-tah is no directory of yours" in fails(capsys, "tune", "follow-tah", "page.txt", "--target", "loss")
+    assert "follow-tah is not a local directory" in fails(capsys, "tune", "follow-tah", "page.txt", "--target", "loss")
     assert (FOLLOW / "config.json").read_bytes() == in_the_box
     config = checkpoint / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"policy": "always"}))

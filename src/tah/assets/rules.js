@@ -1,27 +1,28 @@
-// The depth lens, first part: the data, the tokens that a rule iterates, and those that a filter chooses.
+// The depth lens, part 1: the data, the tokens that a policy iterates, and the tokens that a filter selects.
 //
 // T tokens, N predictions, M depths, k alternatives. `at[i]` is the prediction of token i, -1 for the first of a text.
 // Columns of a trace are flat: [M, N] is column[d * N + p], [M, N, k] is column[(d * N + p) * k + j].
-// The parts are one module: rules.js, text.js, token.js. Nothing is fetched; text from models only becomes textContent.
+// The parts rules.js, text.js and token.js are joined into one module. It fetches nothing, and sets text from models
+// only as textContent.
 const TYPES = { Uint8Array, Uint16Array, Uint32Array, Float32Array };
-const AROUND = 12; // tokens of context that a filter leaves on either side
-const TINY = 1e-38; // probabilities below count as this, as in tah.tracing.trace_file
+const AROUND = 12; // tokens of context that a filter shows on each side
+const TINY = 1e-38; // lower bound of a probability in a loss, as in tah.tracing.trace_file
 const OUTCOMES = ["kept right", "kept wrong", "corrected", "broken"];
 const RULES = {
-  own: "as it ran",
+  own: "as run",
   decider: "decider above …",
   confidence: "1 − top probability above …",
   entropy: "1 − exp(−entropy) above …",
   oracle: "oracle: depth 1 is wrong",
 };
-const SCORES = { decider: "the decider", confidence: "1 − top probability", entropy: "1 − exp(−entropy)" };
+const SCORES = { decider: "decider's probability", confidence: "1 − top probability", entropy: "1 − exp(−entropy)" };
 const FILTERS = { // title, meaning, bit of `flags`
   all: ["All", "every token", 1],
   iterated: ["Iterated", "tokens that took more than one pass", 2],
-  corrected: ["Corrected", "wrong after depth 1, right in the end", 4],
-  broken: ["Broken", "right after depth 1, wrong in the end", 8],
+  corrected: ["Corrected", "wrong after depth 1, right after the last pass", 4],
+  broken: ["Broken", "right after depth 1, wrong after the last pass", 8],
   hard: ["Hard", "wrong after depth 1", 16],
-  differ: ["Differ", "A and B end in another depth or outcome", 32],
+  differ: ["Differ", "depth or outcome differs between A and B", 32],
 };
 
 const $ = (id) => document.getElementById(id);
@@ -45,8 +46,8 @@ const traces = data.traces.map((trace) => ({
 }));
 const panes = traces.map((trace, number) => makePane(trace, number));
 const state = { filter: "all", colour: "depth", token: -1, pinned: false };
-const flags = new Uint8Array(N); // which filters choose a prediction, in any pane; 0 where it does not count
-const seen = new Uint8Array(T).fill(2); // 2: chosen by the filter, 1: beside such a token, 0: hidden
+const flags = new Uint8Array(N); // the filters that select a prediction in any pane; 0 if it does not count
+const seen = new Uint8Array(T).fill(2); // 2: selected by the filter, 1: context of a selected token, 0: hidden
 
 function column([type, packed]) {
   const text = atob(packed), bytes = new Uint8Array(text.length);
@@ -60,20 +61,20 @@ function makePane(trace, number) {
   const pane = { trace, number, mark: "AB"[number], rule: "own", threshold: trace.decider_threshold };
   pane.depth = new Uint8Array(N);
   pane.outcome = new Uint8Array(N);
-  pane.shade = new Float32Array(N); // probability of going on after depth 1
+  pane.shade = new Float32Array(N); // continue probability after depth 1
   pane.spans = [];
   pane.named = [];
   return pane;
 }
 
-/** Probability of going on after depth d + 1 (d from 0), under a score. */
+/** Returns a function of (d, p): the continue probability of prediction p after depth d + 1, by a score. */
 function scoreOf(trace, score) {
   if (score === "decider") return (d, p) => trace.decider[d * N + p];
   if (score === "entropy") return (d, p) => -Math.expm1(-trace.entropy[d * N + p]);
   return (d, p) => 1 - trace.max_prob[d * N + p];
 }
 
-/** The score that shades tokens, and the threshold that parts them: the rule's, or the nearest there is to one. */
+/** Returns the score that shades tokens and its threshold: those of the chosen policy, or else those of the trace. */
 function shading(pane) {
   const { trace, rule } = pane;
   if (rule !== "own" && rule !== "oracle") return [rule, pane.threshold];
@@ -81,7 +82,7 @@ function shading(pane) {
   return [trace.score, trace.decider ? trace.decider_threshold : 0.5];
 }
 
-/** The tokens that iterate under the pane's rule, their outcomes, and the numbers above the text. */
+/** Computes the depth and outcome of every token under the policy of a pane, and the numbers above the text. */
 function decide(pane) {
   const { trace, rule, threshold, depth, outcome, shade } = pane, M = trace.max_depth;
   const [name] = shading(pane), score = M > 1 ? scoreOf(trace, name) : () => 0;

@@ -1,26 +1,26 @@
-// The depth lens, second part: the text in its colours, the rules above it and their numbers.
+// The depth lens, part 2: the coloured text, the policies above it, and their numbers.
 
 const COLOURS = {
-  depth: ["Depth", "how many passes, and how near to the next"],
-  gain: ["Gain", "what all passes do, or would do, to the loss"],
+  depth: ["Depth", "number of passes; a stronger shade means a higher continue probability"],
+  gain: ["Gain", "change of the loss if the token takes all passes"],
 };
-const SAMPLES = { // of the legend: classes, meaning
-  depth: [["", "one pass"], ["l2", "more probable to go on"], ["l3", "nearly went on"], ["d2", "two passes"],
-          ["d2 l2", "two, surely"], ["d3", "three"], ["d4", "more"], ["d2 c", "corrected"], ["d2 b", "broken"],
-          ["u", "given, not counted"]],
-  gain: [["g3", "loss falls by more than 2 nats"], ["g2", "0.5"], ["g1", "0.05"], ["g4", "rises by 0.05"],
-         ["g5", "0.5"], ["g6", "2 nats, from depth 1 to the last"]],
+const SAMPLES = { // entries of the legend: CSS classes, meaning
+  depth: [["", "one pass"], ["l2", "one pass, over half the threshold"], ["l3", "one pass, near the threshold"],
+          ["d2", "two passes"], ["d2 l2", "two passes, high probability"], ["d3", "three"], ["d4", "more"],
+          ["d2 c", "corrected"], ["d2 b", "broken"], ["u", "not supervised"]],
+  gain: [["g3", "loss falls by more than 2 nats"], ["g2", "0.5"], ["g1", "0.05"], ["g4", "rises by more than 0.05"],
+         ["g5", "0.5"], ["g6", "2 nats, from depth 1 to the last depth"]],
 };
 
 // -- text ------------------------------------------------------------------------------------------------------
 
-/** A piece of text without what would steer the page: controls, and characters that reorder their surroundings. */
+/** Returns a text with control characters, and characters that reorder other text, replaced by visible ones. */
 function plain(text) {
   return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]/g, (c) =>
     c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "�");
 }
 
-/** The same with its spaces and line ends to be seen. */
+/** Returns the same with visible spaces and line ends. */
 const visible = (text) => plain(text).replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "(empty)";
 
 function element(tag, name, ...inside) {
@@ -39,7 +39,7 @@ const rows = data.rows.map((row, text) => {
   return made;
 });
 
-/** A pane's tokens, in blocks that end at line ends: the browser lays out only those in sight. */
+/** Adds the tokens of a pane, in blocks that end at line ends. The browser lays out only the blocks in view. */
 function fill(pane) {
   pane.cells = rows.map((row, text) => {
     const cell = element("div", `cell ${pane.mark}`);
@@ -66,11 +66,11 @@ function fill(pane) {
   });
 }
 
-/** A token's classes: what it is, how deep, how near to going on, what came of it, what the filter makes of it. */
+/** Returns the CSS classes of a token: kind, filter, depth, nearness to the threshold, outcome. */
 function classes(pane, i, threshold) {
   const p = at[i], kind = kinds[pieces[i]];
   if (!seen[i]) {
-    const gap = i + 1 < start[textOf[i] + 1] && seen[i + 1]; // the last one of those left out
+    const gap = i + 1 < start[textOf[i] + 1] && seen[i + 1]; // the last hidden token before a shown one
     return gap ? (leads(i) ? "t o s" : "t o") : "t h";
   }
   let name = `t${kind}${seen[i] === 1 ? " x" : ""}`;
@@ -88,13 +88,13 @@ function classes(pane, i, threshold) {
   return name + (pane.outcome[p] === 2 ? " c" : pane.outcome[p] === 3 ? " b" : "");
 }
 
-/** Nothing of the text is shown before token i. */
+/** Returns whether no token of the text is shown before token i. */
 function leads(i) {
   for (let j = i - 1; j >= start[textOf[i]]; j--) if (seen[j]) return false;
   return true;
 }
 
-/** By how much all passes lower or raise the loss. */
+/** Returns the CSS class of the change of the loss from depth 1 to the last depth. */
 function gain(trace, p) {
   const last = (trace.max_depth - 1) * N + p;
   const gained = Math.log(Math.max(trace.prob[last], TINY)) - Math.log(Math.max(trace.prob[p], TINY));
@@ -104,7 +104,7 @@ function gain(trace, p) {
 
 let painting = 0;
 
-/** The rows in sight first, the others a few thousand tokens at a time: a moving slider never waits for all. */
+/** Paints the rows in view first, and the others a few thousand tokens per frame: a moving slider does not wait. */
 function paint() {
   const mine = ++painting, left = [];
   rows.forEach((row, text) => {
@@ -160,7 +160,7 @@ function controls(pane) {
     option.value = name;
     rule.append(option);
   }
-  rule.setAttribute("aria-label", `Who iterates${traces.length > 1 || panes.length > 1 ? ` in ${pane.mark}` : ""}`);
+  rule.setAttribute("aria-label", `Policy${traces.length > 1 || panes.length > 1 ? ` in ${pane.mark}` : ""}`);
   const slider = document.createElement("input"), field = document.createElement("input");
   Object.assign(slider, { type: "range", min: 0, max: 1, step: 0.001 });
   Object.assign(field, { type: "number", min: 0, max: 1, step: 0.001 });
@@ -177,7 +177,7 @@ function controls(pane) {
   field.addEventListener("input", () => set(field.valueAsNumber));
   choose.append(element("b", `mark ${pane.mark}`, pane.mark), rule, slider, field);
   pane.numbers = element("dl", "numbers");
-  const why = "Approximate: deeper passes read each other, and these outputs are of a run where every token iterated.";
+  const why = "Approximate: deeper passes attend to each other, and in the run of these outputs every token took all passes.";
   pane.about = element("p", "about", why);
   box.append(choose, pane.numbers, pane.about);
   Object.assign(pane, { box, rule_: rule, slider, field });
@@ -207,7 +207,7 @@ function report(pane) {
   mark(pane);
 }
 
-/** The ring on the chart of accuracy against compute: on that of its trace, and of A where both panes show one. */
+/** Moves the ring on the chart of accuracy against compute. If both panes show one trace, the ring is that of A. */
 function mark(pane) {
   const ring = document.querySelector(`.now[data-mark="${pane.trace.mark}"]`);
   if (!ring || (traces.length === 1 && pane.number > 0)) return;

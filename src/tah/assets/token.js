@@ -1,4 +1,4 @@
-// The depth lens, third part: the details of one token, and how to move from one to another.
+// The depth lens, part 3: the details of one token, and the movement from token to token.
 
 // -- one token -------------------------------------------------------------------------------------------------
 
@@ -8,8 +8,8 @@ function describe(i) {
   const place = `text ${data.rows[textOf[i]]}, token ${i - start[textOf[i]] + 1} · id ${ids[i]}`;
   box.classList.remove("off");
   box.replaceChildren(close, element("h3", "", visible(data.strings[pieces[i]])), element("p", "facts", place));
-  if (p < 0) return box.append(element("p", "", "The first token of a text: nothing predicts it."));
-  if (!supervised[p]) box.append(element("p", "facts", "Given, not the model's to say: it does not count."));
+  if (p < 0) return box.append(element("p", "", "The first token of a text is not predicted."));
+  if (!supervised[p]) box.append(element("p", "facts", "This token is not supervised, so it does not count."));
   const of = shown();
   for (const pane of of) box.append(aspects(pane, p, of.length > 1));
 }
@@ -25,13 +25,13 @@ function aspects(pane, p, several) {
   made.append(head, passes);
   made.append(numbers(pane, p, d));
   const notes = [];
-  if (trace.max_depth > 1) notes.push(`Goes on above ${+threshold.toPrecision(4)} of ${SCORES[score]}.`);
-  if (trace.final_rank && d > 1) notes.push("Depths are of a run where every token iterated.");
+  if (trace.max_depth > 1) notes.push(`Iterates if ${SCORES[score]} > ${+threshold.toPrecision(4)}.`);
+  if (trace.final_rank && d > 1) notes.push("The depths are from a run where every token took all passes.");
   made.append(element("small", "", notes.join(" ")));
   return made;
 }
 
-/** What each depth makes of the true token, and what the model did where that differs. */
+/** Returns the table of the true token at each depth, with a column of the model's own run where that can differ. */
 function numbers(pane, p, d) {
   const { trace } = pane, M = trace.max_depth, ran = pane.rule === "own" && trace.final_rank && d > 1;
   const depths = [...Array(M).keys()], table = element("table", "facts2");
@@ -39,7 +39,7 @@ function numbers(pane, p, d) {
     const values = [...depths.map(value), ...(ran ? [last] : [])];
     table.append(element("tr", "", element("th", "", title), ...values.map((each) => element("td", "num", each))));
   };
-  line("depth", (depth) => String(depth + 1), "as it ran");
+  line("depth", (depth) => String(depth + 1), "as run");
   line("true token", (depth) => small(trace.prob[depth * N + p]), ran && small(trace.final_prob[p]));
   const place = (rank) => (rank + 1).toLocaleString("en");
   line("its rank", (depth) => place(trace.rank[depth * N + p]), ran && place(trace.final_rank[p]));
@@ -48,18 +48,18 @@ function numbers(pane, p, d) {
   if (ran) line("first choice", (depth) => first(trace.top[(depth * N + p) * trace.top_k]), first(trace.final[p]));
   line("entropy, nats", (depth) => trace.entropy[depth * N + p].toFixed(2), "");
   const goProb = (depth) => (depth + 1 < M ? trace.decider[depth * N + p].toFixed(4) : "");
-  if (trace.decider) line("decider: go on", goProb, "");
+  if (trace.decider) line("decider's probability", goProb, "");
   return table;
 }
 
-/** A probability as a number; where it was rounded to nothing, what it is less than. */
+/** Formats a probability. One that was rounded to 0 is shown as less than the smallest number. */
 function small(prob, least = "1e-38") {
   if (prob >= 0.0001) return prob.toFixed(4);
   return prob > 0 ? prob.toPrecision(1) : `<${least}`;
 }
 const loss = (prob) => (-Math.log(Math.max(prob, TINY))).toFixed(3);
 
-/** The most probable tokens after a pass, and the true one if it is not among them. */
+/** Returns the list of the most probable tokens after a pass, with the true token added if it is not among them. */
 function onePass(trace, p, d, ran) {
   const k = trace.top_k, here = d * N + p, rank = trace.rank[here], list = element("ol", "tops");
   const entry = (text, value, right) => {
@@ -69,7 +69,7 @@ function onePass(trace, p, d, ran) {
     list.append(element("li", right ? "true" : "", bar, element("span", "", text), number));
   };
   for (let j = 0; j < k; j++) {
-    const right = j === rank, rounded = trace.top_probs[here * k + j] / 1e4; // what is right is known to more digits
+    const right = j === rank, rounded = trace.top_probs[here * k + j] / 1e4; // the true one has more digits
     entry(visible(data.strings[trace.top[here * k + j]]), right ? trace.prob[here] : rounded, right);
   }
   if (rank >= k) entry(`rank ${(rank + 1).toLocaleString("en")}`, trace.prob[here], true);
@@ -79,8 +79,8 @@ function onePass(trace, p, d, ran) {
 function hint() {
   const box = $("details");
   box.classList.add("off");
-  const how = "Point at a token, tap it, or move with the arrow keys: what the model made of it appears here.";
-  box.replaceChildren(element("p", "empty", how, " n jumps to the next broken token, ? shows all keys."));
+  const how = "Point at a token, tap it, or use the arrow keys. The predictions for the token are shown here.";
+  box.replaceChildren(element("p", "empty", how, " Press n for the next broken token and ? for all keys."));
 }
 
 function point(i, on) {
@@ -116,14 +116,14 @@ function go(i) {
   reveal(i);
 }
 
-/** The next token that passes a test, onwards from the current one. */
+/** Returns the next shown token that passes a test, or -1. A negative step searches backwards. */
 function find(step, test) {
   const from = state.token < 0 && step < 0 ? T - 1 : state.token + step;
   for (let i = from; i >= 0 && i < T; i += step) if (seen[i] && test(i)) return i;
   return -1;
 }
 
-/** The token nearest across, on the line above or below. */
+/** Returns the horizontally nearest token on the line above or below, or -1. */
 function line(step) {
   const span = (i) => shown()[0].spans[i].getBoundingClientRect();
   const here = span(state.token), middle = (here.left + here.right) / 2;
@@ -156,7 +156,7 @@ $("text").addEventListener("click", (event) => {
   event.target.focus({ preventScroll: true });
 });
 
-/** Two panes or one: of two traces, or of one trace under two rules. */
+/** Shows two panes (two traces, or one trace under two policies) or one pane. */
 function side(on) {
   if (on && panes.length === 1) {
     const second = makePane(traces[0], 1);
@@ -226,6 +226,6 @@ $("panes").append(controls(panes[0]));
 fill(panes[0]);
 makeButtons();
 $("text").append(...rows);
-$("compare").disabled = traces.length < 2 && traces[0].max_depth < 2; // nothing to choose
+$("compare").disabled = traces.length < 2 && traces[0].max_depth < 2; // one depth: all policies are the same
 side(traces.length > 1);
 performance.mark("interactive");

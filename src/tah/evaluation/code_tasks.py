@@ -1,19 +1,20 @@
-"""Grading of code benchmarks: HumanEval, HumanEval+, MBPP and MBPP+ items, with the verdict out of the answer's reach.
+"""Grading of HumanEval, HumanEval+, MBPP and MBPP+ items. An answer cannot reach the verdict.
 
-Two sandboxes per answer. One holds the answer and does nothing but call its functions and send back what they return,
-as JSON. The other holds the item's tests, in which the function under test is a stand-in that asks the first sandbox.
-So every assertion is evaluated where the answer is not: it cannot see an expected value, patch a comparison, print a
-verdict or end the process that gives one. Only plain values come back (numbers, texts, lists, tuples, sets, dicts ...);
-an object of any other kind comes back as a handle that equals nothing and can only be handed to the answer again.
-None of this runs in our process, which reads one JSON line from the tests' side.
+Each answer uses two sandboxes. The first one runs the answer: it calls the answer's functions and sends their results
+back as JSON. The second one runs the item's tests, in which the function under test is a stand-in that calls the first
+sandbox. Every assertion therefore runs where the answer is not. The answer cannot read an expected value, patch a
+comparison, print a verdict, or end the process that gives the verdict. Only plain values come back (numbers, strings,
+lists, tuples, sets, dicts ...). Any other object comes back as a handle, which equals nothing and can only be passed to
+the answer again. Neither sandbox runs code in this process, which reads one JSON line from the tests.
 
-What an answer can still do: recognise the inputs of a public benchmark and return values learnt by heart (no sandbox
-helps against that), pass tests that are themselves too weak, and break out through a hole in the kernel (`sandbox.py`).
-Not measured as in-process graders do: changes an answer makes to its arguments (tests that look at their own list after
-the call see it unchanged), and numpy arrays (they come back as handles; numpy numbers as numbers). Tests that hand the
-answer a function or an object of their own are refused, not run where the answer could forge their verdict.
+An answer can still recognise the inputs of a public benchmark and return memorised values (no sandbox prevents that),
+pass tests that are too weak, and escape through a vulnerability of the kernel (`sandbox.py`).
 
-Statements behind the function under test that fail, exit or do not end do not fail it (`code_answer.py`).
+Two results differ from those of in-process graders. Changes that an answer makes to its arguments are not visible to
+the tests. numpy arrays come back as handles (numpy numbers as numbers). Tests that pass a function or an object of
+their own to the answer are untestable, because the answer could forge their verdict.
+
+Statements after the function under test that fail, exit or do not end do not make an answer wrong (`code_answer.py`).
 """
 
 from __future__ import annotations
@@ -36,25 +37,30 @@ from .sandbox import Sandbox
 
 CodeStatus = Literal["passed", "wrong", "error", "timeout", "memory", "crashed", "killed", "no code", "untestable"]
 
-REASON = 600  # characters of a verdict's reason
+REASON = 600  # maximum length of a reason in characters
 PYTHON = ("", "py", "py3", "python", "python3")  # languages of fenced blocks that may be the answer
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})([\w+-]*)(?:[ \t:{][^`]*)?$")  # indentation, fence, language
 INVISIBLE = re.compile("^[\ufeff\u200b\u2060]+", re.MULTILINE)
-# Remarks and texts in quotes, each as a whole; a docstring that its line does not close has no group "closed".
+# A comment or a string literal as a whole. A docstring that does not end on its line has no group "closed".
 QUOTED = re.compile(
     r"#.*|(?P<quote>\"{3}|'{3})(?:\\.|(?!(?P=quote)).)*(?P<closed>(?P=quote))?|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?"
 )
-# How a program or the rest of one may begin.
+# Possible beginnings of a program, or of the rest of one.
 CODE = re.compile(r"[ \t]+\S|(?:async )?def |class |import |from \w+ import |@\w|\w+ *(?::[^=]+)?=[^=]")
 
 
 @dataclass(frozen=True)
 class CodeVerdict:
-    """Of one answer: how it went, in one line why, calls of its functions, seconds by the clock.
+    """The verdict on one answer.
 
-    `status`: "passed", "wrong" (a test does not hold), "error" (the answer raised), "timeout", "memory", "crashed" (its
-    process ended), "killed" (SIGKILL, or too much output), "no code" (nothing in the text to run), "untestable" (the
-    item's tests cannot be run, of `grade_all` only). `reason` has at most `REASON` characters.
+    Args:
+        passed: Whether all tests passed.
+        status: `passed`, `wrong` (a test failed), `error` (the answer raised an exception), `timeout`, `memory`,
+            `crashed` (its process ended), `killed` (SIGKILL, or too much output), `no code` (the text has no program),
+            or `untestable` (the tests of the item cannot run; only from `grade_all`).
+        reason: Reason in one line, at most `REASON` characters.
+        calls: Number of calls of the answer's functions.
+        seconds: Wall-clock time.
     """
 
     passed: bool
@@ -65,17 +71,22 @@ class CodeVerdict:
 
 
 class Untestable(ValueError):
-    """The fault is the item's: its tests cannot be run here."""
+    """The tests of an item cannot run here."""
 
 
 def extract_code(text: str, entry_point: str | None = None) -> str:
-    """The program in an answer: the last fenced block, of those that define `entry_point` if any does.
+    """Return the program in an answer: the last fenced block that defines `entry_point`, or else the last block.
 
-    Thoughts up to `</think>` are dropped. A block that is not closed goes to the end. Text that begins with code and
-    then closes a block is the continuation of a block opened in the prompt. Text without any fence is returned as it
-    is, indentation included, since it may continue the prompt's function; a remark before a definition of `entry_point`
-    is left out. What comes after the code is cut where it is run. A fence in a docstring closes nothing, and marks
-    without width at the beginning of a line, such as the byte order mark, are left out.
+    The rules:
+
+    - Thoughts up to `</think>` are dropped.
+    - A block that is not closed extends to the end.
+    - Text that begins with code and then closes a block continues a block that the prompt opened.
+    - Text without a fence is returned unchanged, with its indentation, because it may continue the function of the
+      prompt. If it defines `entry_point`, lines before the code are left out.
+    - Text after the code is not removed here, but when the program runs.
+    - A fence in a docstring closes nothing.
+    - Zero-width characters at the beginning of a line, such as the byte order mark, are left out.
     """
     text = INVISIBLE.sub("", after_thoughts(text))
     blocks, rest = _blocks(text.splitlines())
@@ -93,12 +104,12 @@ def _begins_with_code(lines: Iterable[str]) -> bool:
 
 
 def _blocks(whole: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The fenced blocks of a text by their languages, and the lines behind the last of them."""
+    """Return the fenced blocks of a text with their languages, and the lines after the last block."""
     blocks: list[tuple[str, str]] = []
     lines: list[str] = []
     opened: tuple[str, str, str] | None = None  # indentation, fence, language
     continued = _begins_with_code(whole)
-    end = -1  # of a docstring: the number of the line that closes it
+    end = -1  # number of the line that closes the current docstring
     for number, line in enumerate(whole):
         fence = FENCE.match(line) if number > end else None
         if not fence and number > end and (opened or (continued and not blocks)):
@@ -113,7 +124,7 @@ def _blocks(whole: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
         else:
             if opened:
                 blocks.append((opened[2], "\n".join(lines)))
-            elif not blocks and not fence[3] and _begins_with_code(lines):  # it was opened in the prompt
+            elif not blocks and not fence[3] and _begins_with_code(lines):  # the prompt opened this block
                 blocks.append(("", "\n".join(lines)))
                 opened = ("", "", "")
             opened = None if opened and not fence[3] else (fence[1], fence[2], fence[3].lower())
@@ -122,9 +133,9 @@ def _blocks(whole: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _last_line(line: str, lines: Sequence[str], fence: str) -> str | None:
-    """The code before a fence that closes a block at the end of the block's last line.
+    """Return the code of a line that ends with a fence which closes the block.
 
-    None where the line does not end so, and for a remark or a text in quotes that ends so.
+    None if the line does not end with a fence, or if that fence is in a comment or a string.
     """
     code = line.rstrip().removesuffix(fence).rstrip()
     if code == line.rstrip() or not code.strip(f" \t{fence[0]}") or code.count(fence) % 2 or "#" in code:
@@ -134,10 +145,10 @@ def _last_line(line: str, lines: Sequence[str], fence: str) -> str | None:
 
 
 def _docstring(lines: Sequence[str], number: int, margin: str) -> int:
-    """Number of the line that closes the docstring which this line opens, or this number where it opens none.
+    """Return the number of the line that closes the docstring of line `number`, or `number` if it opens none.
 
-    A docstring has no fence that stands further left than itself, and none that begins a block in a language at the
-    margin of the code: where there is one before its end, the code is broken.
+    A fence further left than the docstring, or one with a language at the margin of the code, ends the code before the
+    docstring is closed. The code is then broken, and the docstring counts as not opened.
     """
     opened = [text["quote"] for text in QUOTED.finditer(lines[number]) if text["quote"] and not text["closed"]]
     if not opened:
@@ -153,25 +164,26 @@ def _docstring(lines: Sequence[str], number: int, margin: str) -> int:
 
 
 def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> CodeVerdict:
-    """Grade the text of an answer.
+    """Return the verdict on an answer.
 
     Args:
-        item: as on the Hub: `prompt`, `entry_point` and `test` (HumanEval, evalplus/humanevalplus), `test` and `code`
-            (evalplus/mbppplus), `test_list`, `test_imports` (MBPP); or our own `entry_point`, `inputs` (a list of
-            argument lists), `expected` and `atol`, where lists and tuples are equal and floats nearly so.
-        answer: a chat answer with fenced code, or the continuation of `prompt`.
-        sandbox: where it runs.
+        item: Item as on the Hub: `prompt`, `entry_point` and `test` (HumanEval, evalplus/humanevalplus), `test` and
+            `code` (evalplus/mbppplus), `test_list` and `test_imports` (MBPP). Or an item with `entry_point`, `inputs`
+            (a list of argument lists), `expected` and `atol`, where a list equals a tuple of the same values and
+            floats are compared with a tolerance.
+        answer: Chat answer with fenced code, or continuation of `prompt`.
+        sandbox: Sandbox that runs the programs.
 
     Raises:
-        Untestable: The item's tests cannot be graded; the message names the item and the reason.
-        ValueError: No isolation here.
+        Untestable: The tests of the item cannot run. The message names the item and the reason.
+        ValueError: The sandbox does not work on this machine.
         OSError: The sandbox failed to start for this answer.
     """
     entry, tests = entry_point_of(item), _tests(item)
     code = extract_code(answer, entry)
     if not code.strip():
         return CodeVerdict(False, "no code", "the answer has no code", 0, 0.0)
-    # The prompt of HumanEval is code: imports, helpers and the head of the function, complete without a body.
+    # The prompt of HumanEval is code: imports, helpers, and the function without its body. It compiles by itself.
     prompt = str(item.get("prompt", "")) if item.get("entry_point") else ""
     least = 0
     if prompt and (code.lstrip("\r\n")[:1].isspace() or not _defines(code, str(entry))):
@@ -182,7 +194,7 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> CodeVe
         f"{_program(code_values, code_judge)}\n{asked}\n", f"{_program(code_values, code_answer)}\n{serving}\n"
     )
     for outcome in (judged, answered):
-        # Neither program leaves standard error open, so that only the sandbox can have written this.
+        # Both programs close standard error, so only the sandbox can have written this.
         if outcome.stderr.startswith(("bwrap: ", "prlimit: ", "setpriv: ")):
             raise OSError(f"the sandbox failed: {outcome.stderr.strip().splitlines()[-1][:REASON]}")
     if judged.status != "ok" or not judged.stderr:
@@ -191,7 +203,7 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> CodeVe
     kind, reason, calls = json.loads(judged.stderr)
     reason = " ".join("".join(letter if letter.isprintable() else " " for letter in str(reason)[:REASON]).split())
     if kind == "untestable":
-        raise Untestable(f"{item.get('task_id', 'an item')}: its tests cannot be graded: {reason}")
+        raise Untestable(f"{item.get('task_id', 'an item')}: its tests cannot run: {reason}")
     if kind == "lost":
         kind = "crashed" if answered.status == "ok" else answered.status
     return CodeVerdict(kind == "passed", kind, reason, calls, judged.seconds)
@@ -200,34 +212,46 @@ def grade_code(item: Mapping[str, Any], answer: str, sandbox: Sandbox) -> CodeVe
 def grade_all(
     items: Sequence[Mapping[str, Any]], answers: Sequence[str], sandbox: Sandbox, workers: int | None = None
 ) -> Iterator[CodeVerdict]:
-    """Grade answer i to item i, several at a time; verdicts come in the order of the items, each when it is known.
+    """Yield the verdict on answer i to item i, in order. Several answers are graded in parallel.
+
+    Args:
+        items: Items, as in `grade_code`.
+        answers: Answers, one per item.
+        sandbox: Sandbox that runs the programs.
+        workers: Number of answers graded in parallel; by default the number of cores, at most 8.
 
     Raises:
-        ValueError: Not as many answers as items, or no isolation here.
+        ValueError: The numbers of answers and items differ, or the sandbox does not work on this machine.
         OSError: The sandbox failed to start.
     """
 
     def grade(item: Mapping[str, Any], answer: str) -> CodeVerdict:
         try:
             return grade_code(item, answer, sandbox)
-        except Untestable as error:  # the others are graded all the same
+        except Untestable as error:  # the other items are still graded
             return CodeVerdict(False, "untestable", str(error), 0, 0.0)
 
     if len(items) != len(answers):
-        raise ValueError(f"{len(items)} items and {len(answers)} answers: give one answer for each item")
+        raise ValueError(f"{len(items)} items and {len(answers)} answers: give one answer per item")
     sandbox.check()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(grade, items, answers)
 
 
 def _defines(code: str, name: str) -> bool:
-    """Whether a name is defined at the left margin. By its looks: to parse a model's text may crash the interpreter."""
+    """Return whether a text defines a name at the left margin.
+
+    This uses a regular expression, because parsing the text of a model can crash the interpreter.
+    """
     name = re.escape(name)
     return re.search(rf"^(?:(?:async )?def {name}\b|class {name}\b|{name}\s*[:=](?!=))", code, re.MULTILINE) is not None
 
 
 def entry_point_of(item: Mapping[str, Any]) -> str | None:
-    """The function under test; for MBPP, which does not name it, the one of the reference solution that tests use."""
+    """Return the name of the function under test.
+
+    MBPP does not have it. There it is the last function of the reference solution that the tests use.
+    """
     if item.get("entry_point"):
         return str(item["entry_point"])
     tests = _tests(item)
@@ -236,16 +260,16 @@ def entry_point_of(item: Mapping[str, Any]) -> str | None:
 
 
 def _tests(item: Mapping[str, Any]) -> str:
-    """The item's tests as a program.
+    """Return the tests of an item as a program.
 
     Raises:
-        Untestable: It has none of a known kind.
+        Untestable: The item has no tests in a supported form.
     """
     name = item.get("task_id", "an item")
     if "inputs" in item and "expected" in item:
         inputs, expected, atol = item["inputs"], item["expected"], float(item.get("atol") or 0)
         if len(inputs) != len(expected):
-            raise Untestable(f"{name}: {len(inputs)} inputs and {len(expected)} expected: give one for each")
+            raise Untestable(f"{name}: {len(inputs)} inputs and {len(expected)} expected values: give one per input")
         cases = f"for given, wanted in zip({list(inputs)!r}, {list(expected)!r}):"
         check = f"    assert alike({item['entry_point']}(*given), wanted, {atol!r}), (given, wanted)"
         return "\n".join(["from math import inf, nan", inspect.getsource(code_values.alike), cases, check])
@@ -253,14 +277,15 @@ def _tests(item: Mapping[str, Any]) -> str:
         return str(item["test"])
     if item.get("test_list"):
         return "\n".join([*item.get("test_imports", []), str(item.get("test_setup_code", "")), *item["test_list"]])
-    hint = " (evalplus' own files: take the Hub's evalplus/humanevalplus or mbppplus)" if "base_input" in item else ""
-    raise Untestable(f"{name}: no tests: give test, test_list, or inputs and expected{hint}")
+    hint = " (this is a file of EvalPlus: use the Hub's evalplus/humanevalplus or mbppplus)"
+    hint = hint if "base_input" in item else ""
+    raise Untestable(f"{name} has no tests: give test, test_list, or inputs and expected{hint}")
 
 
 @functools.cache
 def _program(*modules: ModuleType) -> str:
-    """The source of modules as one text; a call at its end makes it a program."""
+    """Return the source of modules as one text. The caller appends a function call to make it a program."""
     lines = "\n".join(map(inspect.getsource, modules)).splitlines()
-    # In a sandbox there is no package to import from, and a program has its future imports at its beginning.
+    # The sandbox does not have this package, and future imports must be at the beginning of a program.
     lines = [line for line in lines if not line.startswith(("from __future__ import", "from .code_values import"))]
     return "\n".join(["from __future__ import annotations", *lines])

@@ -1,13 +1,13 @@
-"""What an evaluation leaves in its directory, and how it is read back.
+"""Reading and writing the files of an evaluation directory.
 
-    run.json                      what was asked: model, data, protocol; and versions
-    samples/POLICY/TASK.jsonl     an answer a line, appended batch by batch; verdicts are added when a task is done
-    questions/TASK.jsonl          the questions with their right answers or tests, so that answers can be graded again
-    results.json, results.md      made from the samples
+    run.json                      settings (model, data, protocol) and versions
+    samples/POLICY/TASK.jsonl     one answer per line, appended by batch; verdicts are added when the task is finished
+    questions/TASK.jsonl          questions with their right answers or tests, so that answers can be graded again
+    results.json, results.md      computed from the samples
 
-A line has `policy`, `task`, `question` (its id), `number`, `sample`, `prompt` (a hash), `verdict` (null until it is
-graded), the fields of [`Generated`] (text, token counts, depths, seconds), and from when it is graded those of
-[`Graded`]: gold, extracted, reason and grader. Answers to lm-eval's own tasks are not graded here.
+A line of samples has `policy`, `task`, `question` (its id), `number`, `sample`, `prompt` (a hash), `verdict` (null
+until the answer is graded), and the fields of `Generated` (text, token counts, depths, seconds). A graded line also has
+the fields of `Graded`: gold, extracted, reason and grader. Answers to lm-eval's own tasks are not graded here.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ..files import differences, write_atomically
 from ..progress import Work
 
 LOCK = ".lock"
-# Entries of run.json that may differ when a run is continued. `overrides` and `ours` only name what `sampling` and
-# `tasks` hold.
+# Entries of run.json that may differ when a run is continued. `overrides` and `ours` only repeat values of `sampling`
+# and `tasks`.
 FACTS = ("tah", "model", "versions", "batch_size", "device", "started", "overrides", "ours")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer that is wanted: the sample-th to a question, by its number in the task's data."""
+    """A request for one answer: sample number `sample` of the question `number` of the task's data."""
 
     task: str
     number: int
@@ -46,17 +46,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class Generated:
-    """An answer and what it cost.
+    """An answer and its cost.
 
     Args:
-        text: without prompt and special tokens; with thoughts, and the <think> or code block that the prompt opened.
-        prompt_tokens: of the prompt.
-        tokens: produced, an end token included.
-        finished: it ended by itself, not at the limit.
-        depths: passes that predicting the `tokens` took together.
-        iterated: how many of them took more than one.
-        passes: of all tokens that ran, those of the prompt included; the last one produced never ran.
-        seconds: its share of its batch's time.
+        text: Text without prompt and special tokens, with the thoughts, and with the `<think>` or code block that the
+            prompt opened.
+        prompt_tokens: Number of tokens of the prompt.
+        tokens: Number of generated tokens, with the end token.
+        finished: Whether the answer ended before the limit.
+        depths: Total number of passes that predicted the generated tokens.
+        iterated: Number of generated tokens whose prediction took more than one pass.
+        passes: Total number of passes of all input tokens, with those of the prompt. The last generated token is never
+            an input.
+        seconds: Share of the time of the batch.
     """
 
     text: str
@@ -73,44 +75,48 @@ class Generated:
 
 
 def open_run(directory: Path, settings: dict[str, Any]) -> None:
-    """Begin a run, or continue the one that is there; within `alone`.
+    """Begin a run in a directory, or check that the run there has the same settings. Call it inside `alone`.
 
     Raises:
-        ValueError: it holds something else, or a run with other settings; says which.
+        ValueError: The directory has other files, or a run with other settings. The message names them.
     """
     path = directory / "run.json"
     if not path.exists():
         if any(entry.suffix != ".tmp" and entry.name != LOCK for entry in directory.iterdir()):
-            raise ValueError(f"{directory} is not empty and holds no evaluation; choose another directory")
+            raise ValueError(f"{directory} is not empty and has no evaluation; choose another directory")
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     before, after = read_run(directory), json.loads(json.dumps(settings))
-    unknown = () if "dtype" in before else ("dtype",)  # older runs did not record it
+    unknown = () if "dtype" in before else ("dtype",)  # older runs do not have it
     if differs := differences(before, after, without=(*FACTS, *unknown)):
-        raise ValueError(f"{directory} holds an evaluation with {differs}; give the same, or another directory")
+        raise ValueError(
+            f"{directory} has an evaluation with {differs}; give the same settings, or choose another directory"
+        )
 
 
 @contextmanager
 def alone(directory: Path, tidy: bool = True) -> Iterator[None]:
-    """Keep other processes out of a run's directory, which is made if need be.
+    """Lock the directory of a run against other processes. The directory is made if it does not exist.
 
     Args:
-        directory: of the run.
-        tidy: remove a run in which there is no answer to keep.
+        directory: Directory of the run.
+        tidy: Whether to remove a run without answers at the end.
 
     Raises:
-        ValueError: another one is in it, or it cannot be written to.
+        ValueError: Another process has the lock, or the directory cannot be written to.
     """
     if directory.is_file():
-        raise ValueError(f"{directory} is a file; give a directory for the results")
+        raise ValueError(f"{directory} is a file; choose a directory for the results")
     fresh, lock = not directory.exists(), FileLock(directory / LOCK)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another process evaluates into {directory}; wait for it or choose another") from None
+        raise ValueError(
+            f"another process evaluates into {directory}; wait for it, or choose another directory"
+        ) from None
     except OSError as error:
-        raise ValueError(f"{directory} cannot be written to ({error.strerror}); choose another") from error
+        raise ValueError(f"{directory} cannot be written to ({error.strerror}); choose another directory") from error
     try:
         yield
     finally:
@@ -124,21 +130,23 @@ def alone(directory: Path, tidy: bool = True) -> Iterator[None]:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """`run.json` of an evaluation.
+    """Return the content of the `run.json` of an evaluation.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: The file does not exist, or is damaged.
     """
     path = directory / "run.json"
     if not path.is_file():
-        raise ValueError(f"{directory} holds no evaluation (no run.json); give the -o directory of tah eval")
+        raise ValueError(f"{directory} has no evaluation (no run.json); give the -o directory of tah eval")
     try:
         found = json.loads(path.read_text("utf-8"))
         if "tah" not in found:
-            raise ValueError(f"{directory} holds no evaluation (its run.json is another's); give a tah eval directory")
+            raise ValueError(
+                f"{directory} has no evaluation (its run.json is not of tah eval); give the -o directory of tah eval"
+            )
         if found["tah"] != 1:
             raise ValueError(f"{path} has format {found['tah']}; this version reads 1")
-        for facts in found["tasks"].values():  # runs from before there were protocols
+        for facts in found["tasks"].values():  # runs of versions without protocols
             facts.setdefault("samples", found["sampling"]["samples"])
         return {"backend": "transformers", "protocol": "default", "overrides": {}, "ours": {}} | found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
@@ -151,21 +159,21 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 class Samples:
-    """The answers of one policy to one task, in a file that grows.
+    """The answers of one policy to one task, in a file to which answers are appended.
 
     Args:
-        directory: of the run.
-        policy: its name.
-        task: its name.
-        ids: of the questions, by number.
+        directory: Directory of the run.
+        policy: Name of the policy.
+        task: Name of the task.
+        ids: Ids of the questions, by number.
 
     Attributes:
-        repaired: what was wrong with the file, in a line.
-        scores: the file for the metrics of one of lm-eval's own tasks.
-        work: counts new answers.
+        repaired: Note about an incomplete last line, or None.
+        scores: Path of the metrics, for a task of lm-eval.
+        work: Progress counter of new answers.
 
     Raises:
-        ValueError: a line other than the last is damaged.
+        ValueError: A line before the last is damaged.
     """
 
     def __init__(self, directory: Path, policy: str, task: str, ids: Sequence[str] = ()) -> None:
@@ -174,14 +182,14 @@ class Samples:
         self.policy, self.task, self.ids = policy, task, ids
         self.work: Work | None = None
         self.repaired: str | None = None
-        self.size: int | None = None  # of the whole lines, where something follows them
+        self.size: int | None = None  # bytes of the complete lines; None if no incomplete line follows them
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # by number and sample
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        *lines, rest = content.split(b"\n")  # what follows the last newline was interrupted
+        *lines, rest = content.split(b"\n")  # `rest` is an incomplete line, or empty
         size = len(content) - len(rest)
         for at, line in enumerate(lines, 1):
             try:
@@ -192,30 +200,30 @@ class Samples:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if at < len(lines):
                     raise ValueError(
-                        f"{self.path} line {at} is damaged ({type(error).__name__}); delete that line to have it "
-                        "answered again"
+                        f"{self.path} line {at} is damaged ({type(error).__name__}); delete that line, and tah eval "
+                        "answers its question again"
                     ) from error
                 size -= len(line) + 1
         if size < len(content):
-            self.repaired = f"{self.path}: the last line was cut short and is answered again"
+            self.repaired = f"{self.path}: the last line is incomplete, so its question is answered again"
             self.size = size
 
     def find(self, asked: Asked) -> Generated | None:
-        """The answer, if it is there.
+        """Return the answer to a request, or None if the file does not have it.
 
         Raises:
-            ValueError: it was given to another prompt.
+            ValueError: The answer belongs to another prompt.
         """
         line = self.lines.get((asked.number, asked.sample))
         if line is not None and line["prompt"] != _hash(asked.prompt):
             raise ValueError(
-                f"{self.path}: question {line['question']} was asked with another prompt (chat template or tokenizer "
-                "changed); choose another directory"
+                f"{self.path}: question {line['question']} was answered with another prompt (the chat template or the "
+                "tokenizer has changed); choose another directory"
             )
         return None if line is None else _generated(line)
 
     def add(self, answers: Sequence[tuple[Asked, Generated]]) -> None:
-        """Append answers. A crash leaves a last line that is cut short at most, and that is repaired."""
+        """Append answers. After a crash at most the last line is incomplete, and the next run repairs it."""
         text = ""
         for asked, answer in answers:
             line = {
@@ -243,16 +251,19 @@ class Samples:
 
     @property
     def graders(self) -> set[str]:
-        """The versions of the grader that gave the verdicts."""
+        """Versions of the grader of all verdicts."""
         return {line.get("grader", "1") for line in self.lines.values() if line["verdict"] is not None}
 
     def graded(self, answers: int) -> bool:
-        """Whether so many are there and graded."""
+        """Return whether the file has exactly this number of graded answers."""
         return sum(line["verdict"] is not None for line in self.lines.values()) == answers
 
     def grade(self, graded: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
-        """Write down the fields of `Graded` for the samples of each question, by number; the lines are in their order
-        then."""
+        """Add the fields of `Graded` to the answers, and sort the lines by question and sample.
+
+        Args:
+            graded: Fields of each sample of a question, by the question's number.
+        """
         for (number, sample), line in self.lines.items():
             line.update(graded[number][sample])
         self.lines = dict(sorted(self.lines.items()))
@@ -260,21 +271,21 @@ class Samples:
 
 
 def facts_of_data(questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What tells the questions of a task from others: their number and a hash."""
+    """Return the number and a hash of the questions of a task."""
     text = json.dumps(questions, sort_keys=True, default=str)
     return {"questions": len(questions), "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def write_questions(directory: Path, task: str, questions: Iterable[Mapping[str, Any]]) -> None:
-    """Keep the questions of a task beside the answers."""
+    """Write the questions of a task into the directory of a run."""
     write_atomically(directory / "questions" / f"{task}.jsonl", "".join(map(_line, questions)))
 
 
 def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
-    """The questions that were kept; None in a run of before they were.
+    """Return the questions of a task from the directory of a run; None for a run of a version that did not keep them.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: The file is damaged.
     """
     path = directory / "questions" / f"{task}.jsonl"
     if not path.is_file():
@@ -282,7 +293,7 @@ def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
     try:
         return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give the data again") from error
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give --data again") from error
 
 
 def _generated(line: Mapping[str, Any]) -> Generated:

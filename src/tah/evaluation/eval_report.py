@@ -1,7 +1,7 @@
-"""Results of an evaluation from its samples, as JSON and markdown, and two evaluations compared.
+"""The results of an evaluation as JSON and Markdown, and the comparison of two evaluations.
 
-Shapes: N answers of K questions to a task, S bootstrap samples (`resample.py`). Questions are drawn, not answers: the
-samples of a question depend on each other.
+Shapes: N answers to K questions of a task, S bootstrap samples (`stats/bootstrap.py`). The bootstrap draws questions,
+not answers, because the samples of one question depend on each other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from ..names import STOCK_TASK
 from ..stats.bootstrap import Estimate, Resampled
 from .eval_files import Samples, read_run
 
-PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # of the sampling; seeds may differ
+PROTOCOL = ("temperature", "top_p", "top_k", "max_new_tokens")  # sampling fields that must be equal; seeds may differ
 LEGEND = (
-    "Accuracy in % with the 95 % bootstrap interval over questions (exact where all are alike); unparsed: answers in "
-    "which none was found, counted as wrong; cut off: answers that reached the limit; cost: forward passes, prompt "
-    "included, per pass of the base."
+    "Accuracy is in %, with the 95 % bootstrap interval over questions (the exact binomial interval if all answers are "
+    "right or all are wrong). Unparsed answers contain no answer that the grader finds; they count as wrong. Cut-off "
+    "answers reached the token limit. Cost is the number of forward passes, with those of the prompt, divided by the "
+    "passes of the base."
 )
 
 
@@ -40,10 +41,11 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def summarize(directory: str | Path) -> dict[str, Any]:
-    """Results by policy and task, from the samples.
+    """Return the results of an evaluation by policy and task.
 
     Raises:
-        ValueError: an evaluation is not there, not finished, or damaged.
+        ValueError: There is no evaluation, it is not finished, a file is damaged, or verdicts are of several versions
+            of the grader.
     """
     directory = Path(directory)
     run = read_run(directory)
@@ -73,7 +75,7 @@ def summarize(directory: str | Path) -> dict[str, Any]:
             averages.append(_average(policy, drawn, [row for row in rows if row["policy"] == policy]))
     if len(graders) > 1:
         raise ValueError(
-            f"{directory} was graded by the versions {' and '.join(sorted(graders))}; give tah eval regrade {directory}"
+            f"{directory} was graded by the versions {' and '.join(sorted(graders))}; run tah eval regrade {directory}"
         )
     grader = next(iter(graders), None)
     return run | {"grader": grader, "results": rows, "average": averages, "lm_eval": stock}
@@ -85,10 +87,10 @@ def _check_finished(samples: Samples, facts: Mapping[str, Any]) -> None:
 
 
 def write_results(directory: Path) -> dict[str, Any]:
-    """Make `results.json` and `results.md` from the samples.
+    """Compute the results, write `results.json` and `results.md`, and return the results.
 
     Raises:
-        ValueError: as `summarize`.
+        ValueError: As in `summarize`.
     """
     results = summarize(directory)
     write_atomically(directory / "results.json", json.dumps(results, indent=2) + "\n")
@@ -97,7 +99,7 @@ def write_results(directory: Path) -> dict[str, Any]:
 
 
 def bounded(accuracy: Estimate, questions: int) -> Estimate:
-    """Where all answers are right, or all wrong, a bootstrap has no width: the exact binomial bounds instead."""
+    """Return an accuracy with exact binomial bounds if it is 0 or 1, where a bootstrap interval has no width."""
     bound = 1 - 0.025 ** (1 / questions)
     if accuracy["value"] == 0:
         return accuracy | {"low": 0.0, "high": bound}
@@ -105,7 +107,10 @@ def bounded(accuracy: Estimate, questions: int) -> Estimate:
 
 
 def widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> Estimate:
-    """A macro average, to whose width tasks whose answers are all alike add nothing: their exact bounds are added."""
+    """Return a macro average whose interval also includes the exact bounds of tasks with an accuracy of 0 or 1.
+
+    Such tasks add nothing to the width of a bootstrap interval.
+    """
     alike = [its for its in tasks if its["value"] in (0, 1)]
     found: dict[str, Any] = dict(average)
     if len(alike) == len(tasks):
@@ -117,14 +122,14 @@ def widened(average: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> E
 
 
 def _right(samples: Samples, seed: int) -> tuple[Resampled, np.ndarray]:
-    """Draws of a task's questions, and [N] 1 where the answer is right, in the order of the questions."""
+    """Return the bootstrap samples of a task's questions, and 1.0 for each right answer, `[N]`, by question."""
     lines = [samples.lines[key] for key in sorted(samples.lines)]
     questions = np.array([line["number"] for line in lines])
     return Resampled(questions, seed=seed), np.array([line["verdict"] == "right" for line in lines], np.float64)
 
 
 def _costs(samples: Samples) -> dict[str, Any]:
-    """What the answers of a task took."""
+    """Return depth, iterated share, tokens, seconds and cost of the answers of a task."""
     names = ("prompt_tokens", "tokens", "finished", "depths", "iterated", "passes", "seconds")
     total = {name: sum(line[name] for line in samples.lines.values()) for name in names}
     answers = len(samples.lines)
@@ -137,7 +142,7 @@ def _costs(samples: Samples) -> dict[str, Any]:
         "tokens": total["tokens"],
         "prompt_tokens": total["prompt_tokens"],
         "seconds": total["seconds"],
-        # The last token of an answer never runs, in the base as here.
+        # The last token of an answer is never an input, neither here nor in the base.
         "cost": total["passes"] / (total["prompt_tokens"] + total["tokens"] - answers),
     }
 
@@ -145,7 +150,7 @@ def _costs(samples: Samples) -> dict[str, Any]:
 def _average(
     policy: str, drawn: Sequence[tuple[Resampled, np.ndarray]], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Macro average over tasks: each counts the same."""
+    """Return the macro average of a policy: every task has the same weight."""
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("mean_depth", "iterated_share", "cost")}
     sums = {name: sum(row[name] for row in rows) for name in ("unparsed", "cut_off", "tokens", "seconds")}
     accuracy = widened(macro(drawn), [row["accuracy"] for row in rows])
@@ -153,13 +158,13 @@ def _average(
 
 
 def macro(drawn: Sequence[tuple[Resampled, np.ndarray]]) -> Estimate:
-    """Mean over tasks of statistics [S], whose questions are drawn independently."""
+    """Return the mean over tasks of statistics [S]. The questions of each task are drawn independently."""
     widest = max((resampled for resampled, _ in drawn), key=lambda resampled: len(resampled.names))
     return widest.estimate(np.mean([values for _, values in drawn], axis=0))
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """A table by policy and task."""
+    """Return the results as a Markdown table by policy and task."""
     sampling = results["sampling"]
     greedy = sampling["temperature"] < 1e-3
     drawn = "greedy" if greedy else "T {temperature}, top-p {top_p}, top-k {top_k}".format(**sampling)
@@ -169,7 +174,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     graded = f", grader {results['grader']}" if results["grader"] else ""
     lines = [
         f"# {results['model']}\n\nProtocol {results['protocol']}: {averaged}, {drawn}, at most "
-        f"{sampling['max_new_tokens']} tokens, seed {sampling['seed']}, template {results['template']}, by "
+        f"{sampling['max_new_tokens']} tokens, seed {sampling['seed']}, template {results['template']}, backend "
         f"{results['backend']}{graded}.",
         "",
     ]
@@ -177,9 +182,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         files = ", ".join(f"{task}={path}" for task, path in results["overrides"].get("data", {}).items())
         overrides = results["overrides"] | ({"data": files} if files else {})
         given = ", ".join(f"{name} {value}" for name, value in overrides.items())
-        lines += [f"Given beside the protocol: {given}.", ""]
+        lines += [f"Options that override the protocol: {given}.", ""]
     if results["ours"]:
-        lines += [f"Not published, so decided by ours: {named_gaps(results['ours'])}.", ""]
+        lines += [f"Not published, so tah chose it: {named_gaps(results['ours'])}.", ""]
     if results["results"]:
         rows = [*results["results"], *({"task": "average", "questions": ""} | row for row in results["average"])]
         names = ("policy", "task", "questions")
@@ -191,7 +196,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         for row in results["results"]:
             if row["untestable"]:
                 named = ", ".join(row["untestable"])
-                why = "cannot be run in the sandbox; answers to them count as wrong"
+                why = "cannot run in the sandbox, so answers to them count as wrong"
                 lines.append(f"\n{row['policy']} on {row['task']}: the tests of {named} {why}.")
     for row in results["lm_eval"]:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
@@ -201,7 +206,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 
 def named_gaps(ours: Mapping[str, str]) -> str:
-    """`Protocol.ours` as text: what, and of which tasks."""
+    """Return `Protocol.ours` as text: each unpublished setting, with its tasks."""
     tasks: dict[str, list[str]] = {}
     for name, what in ours.items():
         tasks.setdefault(what, []).append(name)
@@ -212,13 +217,15 @@ def named_gaps(ours: Mapping[str, str]) -> str:
 
 
 def compare(a: str, b: str) -> dict[str, Any]:
-    """B minus A over the same questions, by task, with paired bootstrap intervals.
+    """Return B minus A over the same questions, by task, with paired bootstrap intervals.
 
     Args:
-        a, b: directories of evaluations; `DIRECTORY:POLICY` for one policy of several.
+        a: Directory of evaluation A, or `DIRECTORY:POLICY` for one of its policies.
+        b: Directory of evaluation B, likewise.
 
     Raises:
-        ValueError: they have no task in common, or differ in data or protocol; the message names the difference.
+        ValueError: A and B have no task in common, or differ in data, protocol or grader. The message names the
+            difference.
     """
     (first, run_a, policies_a), (second, run_b, policies_b) = _opened(a), _opened(b)
     names = [name for name in run_a["tasks"] if name in run_b["tasks"] and not name.startswith(STOCK_TASK)]
@@ -239,13 +246,15 @@ def compare(a: str, b: str) -> dict[str, Any]:
     if len(policies_a) == len(policies_b) == 1:
         pairs = [(policies_a[0], policies_b[0])]
     elif not (pairs := [(policy, policy) for policy in policies_a if policy in policies_b]):
-        raise ValueError(f"{a} has {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: name one, as {a}:POLICY")
+        raise ValueError(
+            f"{a} has the policies {', '.join(policies_a)}, {b} has {', '.join(policies_b)}: choose one, as {a}:POLICY"
+        )
     found = [_compared(first, second, pair, {name: run_a["tasks"][name] for name in names}) for pair in pairs]
     return {"a": a, "b": b, "comparisons": found, "left_out": sorted(set(alone))}
 
 
 def _opened(name: str) -> tuple[Path, dict[str, Any], list[str]]:
-    """Directory, run.json, and policies of DIRECTORY or DIRECTORY:POLICY."""
+    """Return the directory, the content of run.json and the policies of DIRECTORY or DIRECTORY:POLICY."""
     directory, colon, policy = name.rpartition(":")
     if not colon or Path(name).is_dir():
         directory, policy = name, ""
@@ -257,7 +266,7 @@ def _opened(name: str) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def _compared(first: Path, second: Path, pair: tuple[str, str], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Two policies; `tasks`: the facts of each task."""
+    """Return the comparison of two policies over `tasks`, whose values are the entries of run.json."""
     rows: list[dict[str, Any]] = []
     drawn: list[tuple[Resampled, np.ndarray]] = []
     graders: set[str] = set()
@@ -268,8 +277,8 @@ def _compared(first: Path, second: Path, pair: tuple[str, str], tasks: Mapping[s
             graders |= samples.graders
         if len(graders) > 1:
             raise ValueError(
-                f"{first} and {second} were graded by the versions {' and '.join(sorted(graders))} of the grader; give "
-                "tah eval regrade to those that are older"
+                f"{first} and {second} were graded by the versions {' and '.join(sorted(graders))} of the grader; run "
+                "tah eval regrade on the older one"
             )
         resampled, before = _right(one, seed=len(drawn))
         _, after = _right(two, seed=len(drawn))
@@ -283,7 +292,7 @@ def _compared(first: Path, second: Path, pair: tuple[str, str], tasks: Mapping[s
 
 
 def compared_markdown(found: Mapping[str, Any]) -> str:
-    """A table for each pair of policies."""
+    """Return a Markdown table for each pair of policies."""
     lines = []
     for pair in found["comparisons"]:
         lines += [f"A: {found['a']} ({pair['policy_a']}), B: {found['b']} ({pair['policy_b']})", ""]
@@ -293,7 +302,7 @@ def compared_markdown(found: Mapping[str, Any]) -> str:
             for row in (*pair["tasks"], pair["average"])
         )
         lines += [table(["task", "questions", "A", "B", "B - A", "cost A", "cost B"], cells, words=1), ""]
-    lines.append("Differences in percentage points with 95 % paired bootstrap intervals over questions.")
+    lines.append("Differences are in percentage points, with 95 % paired bootstrap intervals over questions.")
     if found["left_out"]:
-        lines.append(f"In one of them only, or lm-eval's own: {', '.join(found['left_out'])}.")
+        lines.append(f"Left out (in one evaluation only, or a task of lm-eval): {', '.join(found['left_out'])}.")
     return "\n".join(lines) + "\n"

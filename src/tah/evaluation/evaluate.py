@@ -1,7 +1,7 @@
 """`tah eval`: benchmarks on lm-evaluation-harness, with several policies over the same checkpoint, resumable.
 
-lm-eval builds the prompts, asks for answers and calls the graders; this module chooses tasks and settings, keeps every
-answer in a file (`eval_files.py`) and makes the results from those files (`eval_report.py`).
+lm-eval builds the prompts, requests the answers and calls the graders. This module chooses tasks and settings, keeps
+every answer in a file (`eval_files.py`), and computes the results from those files (`eval_report.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .sandbox import Sandbox
 from .tasks import CODE
 from .vllm_backend import ServedLM
 
-from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, which says what to install
+from lm_eval import evaluate as run_evaluator  # isort: skip  # after harness.py, whose error names the packages to install
 
 LIBRARIES = ("torch", "transformers", "lm_eval", "math_verify")
 
@@ -49,26 +49,26 @@ def evaluate(
     progress: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate a model; continues what `output` holds of the same evaluation.
+    """Evaluate a model on tasks, and return the results. An unfinished evaluation in `output` is continued.
 
         evaluate("DIR", ["gsm8k"], "runs/c", policies=["never", "decider"], sampling=Sampling(samples=4))
 
     Args:
-        model: directory, hub id, `smollm2`, or an open session.
-        tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
-        output: directory for answers and results.
-        policies: who iterates, one after the other; the model's own by default.
-        threshold: iterate above this probability; the model's own by default.
-        max_depth: most passes a token may take; the model's own by default.
-        progress: gets each task's answers, and what the user should know.
-        options: the other fields of [`Request`], by name; None is the default.
+        model: Path of a checkpoint directory, Hub id, name of a bundled model, or open session.
+        tasks: Names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for a task of lm-eval.
+        output: Directory of the answers and results.
+        policies: Names of policies. Each one answers all tasks. By default the policy of the checkpoint.
+        threshold: Threshold of the policies; by default that of the checkpoint.
+        max_depth: Maximum number of passes per token; by default that of the checkpoint.
+        progress: Reporter of each task's answers and of notes to the user.
+        options: Other fields of `Request`, by name. None is the default.
 
     Returns:
-        what `results.json` holds: `results` by policy and task, `average` by policy, and the settings.
+        Content of `results.json`: `results` by policy and task, `average` by policy, and the settings.
 
     Raises:
-        ValueError: a setting, a file or the model is not usable; the message says what to do.
-        ImportError: vLLM is asked for, and not installed.
+        ValueError: A setting, a file or the model cannot be used. The message names a solution.
+        ImportError: The backend is vLLM, which is not installed.
     """
     asked = tuple(Rule(policy, threshold, max_depth) for policy in dict.fromkeys(policies or (None,)))
     given = {name: value for name, value in options.items() if value is not None}
@@ -84,21 +84,21 @@ def evaluate(
         with closing(_harness(request, session, built, progress)) as lm:
             shared = [str(rule.policy) for rule in request.rules if rule.policy in ("decider", "confidence")]
             if len(shared) > 1:
-                common = f"the threshold {lm.rule.threshold:.4g}, though their scales differ"
-                progress.note(f"{' and '.join(shared)} share {common}")
+                common = f"the threshold {lm.rule.threshold:.4g}, although their probabilities are not comparable"
+                progress.note(f"{' and '.join(shared)} both use {common}")
             settings = _settings(request, lm, built)
             if gaps := settings["ours"]:
-                progress.note(f"protocol {request.protocol}: not published, so decided by ours: {named_gaps(gaps)}")
+                progress.note(f"protocol {request.protocol}: not published, so tah chose it: {named_gaps(gaps)}")
             with alone(Path(output)):
                 _answer_all(request, lm, built, settings, progress)
     return write_results(Path(output))
 
 
 def _open(request: Request, progress: Reporter) -> Session:
-    """The model of a request.
+    """Return the session of a request.
 
     Raises:
-        ValueError: it has no chat template to ask with.
+        ValueError: The model has no chat template, and the request is not `raw`.
     """
     session = request.model
     if isinstance(session, str):
@@ -107,25 +107,25 @@ def _open(request: Request, progress: Reporter) -> Session:
             session, dtype=request.dtype, device=request.device, as_saved=as_saved, progress=progress
         )
     if not request.raw and not session.tokenizer.chat_template:
-        raise ValueError(f"{session.source} has no chat template; give --raw to ask without one")
+        raise ValueError(f"{session.source} has no chat template; give --raw to evaluate without one")
     return session
 
 
 def _harness(request: Request, session: Session, built: Mapping[str, Any], progress: Reporter) -> TaHLM:
-    """lm-eval's model for a request.
+    """Return the model that lm-eval evaluates.
 
     Raises:
-        ValueError: the backend, or the model, cannot do what is asked for.
+        ValueError: The backend or the model does not support the request.
     """
     options = request.rules[0].arguments() | {
         "seed": request.drawing.seed,
-        "add_bos_token": None if request.raw else False,  # a chat template writes it where it belongs
+        "add_bos_token": None if request.raw else False,  # a chat template adds it itself
     }
     if request.backend == "vllm":
         for name, task in built.items():
             if task.OUTPUT_TYPE != "generate_until":
                 raise ValueError(
-                    f"{name} compares likelihoods, which --backend vllm does not compute; leave out --backend"
+                    f"{name} compares likelihoods, which --backend vllm does not compute; use --backend transformers"
                 )
         return ServedLM(session, rules=request.rules, batch_size=request.batch_size, engine=request.engine, **options)
     if request.reference is not None:
@@ -138,7 +138,7 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
 def _answer_all(
     request: Request, lm: TaHLM, built: Mapping[str, Any], settings: dict[str, Any], progress: Reporter
 ) -> None:
-    """Every task under every policy, but what is there already."""
+    """Answer every task with every policy. Answers that the directory already has are not computed again."""
     output, limit = Path(request.output), request.limit
     open_run(output, settings)
     for rule, (name, task) in itertools.product(request.rules, built.items()):
@@ -159,14 +159,14 @@ def _answer_all(
 
 
 def answer_task(lm: TaHLM, task: Any, samples: Samples, *, limit: int | None = None, raw: bool = False) -> None:
-    """Answer and grade one task through lm-eval's evaluator.
+    """Answer and grade one task with lm-eval's evaluator.
 
     Args:
-        lm: with the policy to answer with.
-        task: of lm-eval.
-        samples: where the answers are kept; the metrics of one of lm-eval's own tasks go beside them.
-        limit: only the first so many questions.
-        raw: without the chat template.
+        lm: Model, set to the policy that answers.
+        task: Task object of lm-eval.
+        samples: File of the answers. The metrics of lm-eval's own tasks are written next to it.
+        limit: Maximum number of questions, from the first.
+        raw: Whether to leave out the chat template.
     """
     stock = samples.task.startswith(STOCK_TASK)
     lm.log, lm.think_end_token = samples, "</think>" if stock else None
@@ -176,7 +176,7 @@ def answer_task(lm: TaHLM, task: Any, samples: Samples, *, limit: int | None = N
         limit=limit,
         apply_chat_template=not raw,
         bootstrap_iters=1000 if stock else 0,
-        confirm_run_unsafe_code=not stock,  # a request for our own is refused where it is not allowed
+        confirm_run_unsafe_code=not stock,  # for our tasks, `Request` has already checked allow_code_execution
     )
     if stock:
         write_atomically(samples.scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
@@ -185,10 +185,10 @@ def answer_task(lm: TaHLM, task: Any, samples: Samples, *, limit: int | None = N
 
 
 def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str, Any]:
-    """What is evaluated, for `run.json`.
+    """Return the content of `run.json`: everything that determines the answers, and versions.
 
     Raises:
-        ValueError: the model cannot follow one of the policies.
+        ValueError: The model does not support one of the policies.
     """
     for rule in request.rules:
         lm.use(rule)
@@ -226,8 +226,8 @@ def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str
 
 
 def _facts(task: Any, limit: int | None) -> dict[str, Any]:
-    """What decides a task: its data and its prompt."""
-    prompt = task.config.doc_to_text  # a function, in some of lm-eval's own, has no name that stays the same
+    """Return what defines a task: its data, its prompt and its number of samples."""
+    prompt = task.config.doc_to_text  # some tasks of lm-eval have a function, which has no stable hash
     if isinstance(prompt, str) and task.config.gen_prefix:
         prompt += task.config.gen_prefix
     return facts_of_data(list(task.eval_docs)[:limit]) | {

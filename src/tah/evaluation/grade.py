@@ -1,4 +1,4 @@
-"""Grading of answers to a question of any kind, with what each verdict rests on."""
+"""Grading of answers to questions of any kind, with the reason of each verdict."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .sandbox import Sandbox
 
 Kind = Literal["math", "choice", "code"]
 
-# Rises with every change that can change a verdict. 1 graded the answers whose lines name no grader.
+# Raise this number with every change that can change a verdict. Version 1 graded the answers that name no grader.
 GRADER = 2
 sandbox = functools.cache(Sandbox)
-LONGEST_GOLD = 2000  # characters; the tests of a program may have megabytes, and are in the file of the questions
+LONGEST_GOLD = 2000  # characters; tests of a program may have megabytes, and the file of the questions has them too
 
 
 @dataclass(frozen=True)
 class Graded:
-    """The grade of one answer, and what is needed to see why.
+    """The grade of one answer, with its reason.
 
     Args:
-        verdict: right, wrong, unparsed or untestable.
-        gold: the right answer; of a program its tests, of which the beginning is kept.
-        extracted: what was found in the answer and compared; None where nothing was found.
-        reason: one line, where the verdict does not follow from `extracted` beside `gold`.
-        grader: the version of the grader, see `grader`.
+        verdict: `right`, `wrong`, `unparsed` or `untestable`.
+        gold: Right answer. For a program the beginning of its tests.
+        extracted: Part of the answer that was compared; None if the grader found none.
+        reason: Reason in one line; None if the verdict follows from `extracted` and `gold`.
+        grader: Version of the grader, from `grader()`.
     """
 
     verdict: Grade
@@ -43,20 +43,20 @@ class Graded:
 
 @functools.cache
 def grader() -> str:
-    """The version of the grader; results of two versions are not compared."""
+    """Return the version of the grader. Results of two versions cannot be compared."""
     return f"{GRADER} (math-verify {version('math-verify')})"
 
 
 def grade(kind: Kind, row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
-    """Grade answers to a question.
+    """Yield the grade of each answer to a question.
 
     Args:
-        kind: of the question.
-        row: the question, as `tah.evaluation.tasks.rows.load` returns it.
-        texts: the answers, with their thoughts.
+        kind: Kind of the question.
+        row: Question, as `tah.evaluation.tasks.rows.load` returns it.
+        texts: Answers, with their thoughts.
 
     Raises:
-        ValueError: a program cannot be run in a sandbox here.
+        ValueError: The question is a code task, and this machine has no sandbox.
     """
     if kind == "code":
         yield from _programs(row, texts)
@@ -70,7 +70,7 @@ def grade(kind: Kind, row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[
 def _programs(row: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Graded]:
     grades: dict[str, Grade] = {"passed": "right", "no code": "unparsed", "untestable": "untestable"}
     gold = row["test"] or "\n".join(row["test_list"])
-    row = {"task_id": row.get("id", "an item")} | dict(row)  # what reasons call it
+    row = {"task_id": row.get("id", "an item")} | dict(row)  # the name of the item in reasons
     for text, found in zip(texts, grade_all([row] * len(texts), texts, sandbox()), strict=True):
         code = extract_code(text, entry_point_of(row)).strip("\n") or None
         reason = found.reason if found.status in ("passed", "wrong") else f"{found.status}: {found.reason}"

@@ -1,14 +1,14 @@
-"""A TaH model for lm-evaluation-harness: `--model tah`, and what `tah eval` hands to its evaluator.
+"""A TaH model for lm-evaluation-harness: `--model tah`, and the model that `tah eval` passes to its evaluator.
 
 Shapes: B rows of a batch, P tokens of the padded prompts, S = P + produced tokens, T tokens of a forward, V vocabulary.
 
-lm-eval has no plug-ins, so from its own command line this module must be imported first:
+lm-eval has no plug-ins. To use the model from lm-eval's command line, import this module first:
 
     python -c "import tah.evaluation.harness, lm_eval.__main__ as m; m.cli_evaluate()" run --model tah \\
         --model_args pretrained=DIR,policy=decider --tasks hellaswag
 
-Our tasks are found there with `--include_path` and the directory `tasks` beside this file, under names that begin with
-`tah_`.
+With `--include_path` and the path of the directory `tasks` next to this file, lm-eval also finds our tasks. Their names
+begin with `tah_`.
 """
 
 from __future__ import annotations
@@ -45,31 +45,33 @@ except ImportError as error:
     raise ImportError("evaluation needs more packages: pip install 'tah[eval]'") from error
 
 
-# What a prompt may end with that belongs to the answer: the thoughts that a chat template opens, the block of code that
-# a protocol opens. Without it an answer could not be read.
+# Ends of a prompt that belong to the answer: a chat template opens the thoughts, and a protocol opens a code block.
+# Without its opening, an answer could not be parsed.
 OPENINGS = ("<think>", "```python\n")
 
 
 @register_model("tah")
 class TaHLM(HFLM):
-    """A TaH checkpoint, or a base wrapped on the fly, as lm-eval's model.
+    """A TaH checkpoint, or a base model wrapped when it is loaded, as lm-eval's model.
 
-    An answer depends on the question, the number of the sample and the seed, and not on the batch it was computed in or
-    on what was asked before (to rounding: a batch of another size rounds otherwise).
+    An answer depends on the question, the sample number and the seed. It does not depend on the other answers of its
+    batch or on earlier batches, except for rounding: a batch of another size is rounded differently.
 
     Args:
-        pretrained: directory, hub id, `smollm2`, or an open session.
-        policy: who iterates; the model's by default. `oracle` needs a reference.
-        threshold: iterate above this probability; the model's by default.
-        max_depth: most passes a token may take; the model's by default.
-        seed: of the sampling.
-        reference: for `oracle`: the model whose first choice counts as right.
-        batch_size: questions at a time.
-        log: keeps the answers; what it holds is not generated again.
-        options: of lm-eval's `HFLM`.
+        pretrained: Path of a checkpoint directory, Hub id, name of a bundled model, or open session.
+        policy: Name of a policy; by default that of the checkpoint. `oracle` needs a reference.
+        threshold: Threshold of the policy; by default that of the checkpoint.
+        max_depth: Maximum number of passes per token; by default that of the checkpoint.
+        seed: Random seed of the sampling.
+        reference: Reference model of `oracle`. Its first choice counts as right.
+        dtype: Precision; `auto` as in `Request`.
+        device: Device; by default `auto` as in `Request`.
+        batch_size: Number of questions computed together.
+        log: File of the answers. An answer that it has is not generated again.
+        options: Options of lm-eval's `HFLM`.
 
     Raises:
-        ValueError: the model cannot be loaded or does not fit its reference.
+        ValueError: The model cannot be loaded, or does not have the tokenizer of its reference.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class TaHLM(HFLM):
         template = session.tokenizer.chat_template
         thinking = {"enable_thinking": True} if "enable_thinking" in str(template or "") else {}
         positions = getattr(session.model.config.get_text_config(), "max_position_embeddings", None)
-        # lm-eval looks for it at the top of the config only, and otherwise takes 2048
+        # lm-eval reads this only at the top level of a config, and otherwise assumes 2048
         options.setdefault("max_length", positions)
         super().__init__(
             pretrained=session.model,
@@ -109,19 +111,19 @@ class TaHLM(HFLM):
         self.use(Rule(policy, threshold, max_depth))
 
     def use(self, rule: Rule) -> None:
-        """Answer with this rule from now on.
+        """Set the rule of the following answers.
 
         Raises:
-            ValueError: more passes than the checkpoint has; `oracle` without a reference, or one with another
-                tokenizer; `decider` without a trained one.
+            ValueError: `max_depth` is larger than that of the checkpoint; `oracle` has no reference, or one with
+                another tokenizer; or the checkpoint has no trained decider for `decider`.
         """
         session, self.oracle = self.session, None
         rule, most = session.rule(rule), session.model.config.max_depth
         if int(rule.max_depth or most) > most and not session.wrapped:
-            raise ValueError(f"max_depth={rule.max_depth}: {session.source} has max_depth={most}; give at most that")
+            raise ValueError(f"max_depth={rule.max_depth} must be at most {most}, the max_depth of {session.source}")
         if rule.policy == "oracle":
             if self.reference is None:
-                raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
+                raise ValueError("policy oracle needs a reference model: give --reference MODEL")
             check_reference(self.reference.model, session.tokenizer, self.reference.tokenizer, 1)
             self.oracle = ReferenceOracle(self.reference)
         self.rule = replace(rule, policy=self.oracle or rule.policy)
@@ -129,18 +131,18 @@ class TaHLM(HFLM):
             raise ValueError(f"{session.source} has no trained decider; give another policy, such as confidence")
 
     def close(self) -> None:
-        """Give back what was taken for answering: nothing here, an engine's memory in `vllm_backend.py`."""
+        """Free resources. There are none here; in `vllm_backend.py` the memory of the engine."""
 
-    # -- what lm-eval asks for ---------------------------------------------------------------------------------------
+    # -- methods that lm-eval calls ----------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers to lm-eval's requests, in their order; a request with `repeats` comes that many times.
+        """Return the answers to lm-eval's requests, in order. A task with `repeats` has several requests per question.
 
-        Batches are the same whatever the log holds: a batch of which some answers are missing runs whole, so that a
-        resumed run rounds as an uninterrupted one.
+        Batches do not depend on the log: if one answer of a batch is missing, the whole batch runs. A resumed run
+        therefore has the rounding of an uninterrupted one.
 
         Raises:
-            ValueError: a prompt leaves too few of the model's positions for the answer.
+            ValueError: A prompt leaves too few positions of the model for the answer.
         """
         seen: Counter[tuple[str, int]] = Counter()
         wanted = []
@@ -157,12 +159,12 @@ class TaHLM(HFLM):
         return found
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
-        """Answers that are wanted in the same way, some at a time."""
+        """Yield batches of answers that have the same options."""
         for start in range(0, len(asked), self.batch_size):
             yield asked[start : start + self.batch_size]
 
     def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
-        """From the log, or generated and logged."""
+        """Return the answers of a batch. They are read from the log, or generated and added to it."""
         logged = [self.log.find(asked) if self.log else None for asked in batch]
         if all(logged):
             return [answer for answer in logged if answer]
@@ -172,27 +174,30 @@ class TaHLM(HFLM):
         return [old or new for old, new in zip(logged, answers, strict=True)]
 
     def cut_text(self, asked: Asked, answer: Generated) -> str:
-        """What lm-eval's filters get: up to the first stop string, without thoughts if there is a `think_end_token`."""
+        """Return the text for lm-eval's filters, up to the first stop string.
+
+        If there is a `think_end_token`, the text has no thoughts.
+        """
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
         stop = normalize_gen_kwargs(asked.options, self.max_gen_toks)["until"]
         return postprocess_generated_text(answer.text, stop, think)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A question as the model's chat template writes it.
+        """Return a question formatted by the model's chat template.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: The template raises an error.
         """
         try:
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
-        except Exception as error:  # whatever a template of others runs into
+        except Exception as error:  # a template is code of others and can raise anything
             raise ValueError(
-                f"the chat template of {self.session.source} cannot write a question ({first_line(error)[:200]}); "
-                "--raw asks without one"
+                f"the chat template of {self.session.source} cannot format a question ({first_line(error)[:200]}); "
+                "give --raw to evaluate without a template"
             ) from error
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V], for lm-eval's tasks that compare likelihoods."""
+        """Return the logits `[B, T, V]`, for tasks of lm-eval that compare likelihoods."""
         self._checked(inps)
         self._begin(torch.ones_like(inps) if attn_mask is None else attn_mask)
         with torch.no_grad():
@@ -228,26 +233,38 @@ class TaHLM(HFLM):
         return [self._generated(*row, limit, seconds) for row in rows]
 
     def _wishes(self, asked: Mapping[str, Any]) -> tuple[list[str], int, dict[str, Any] | None]:
-        """Stop strings, most tokens, and how to sample: temperature, top_p and top_k, or None for the most probable.
+        """Return the stop strings, the maximum number of tokens, and the sampling options of a request.
+
+        The sampling options are temperature, top_p and top_k, or None for greedy decoding.
 
         Raises:
-            ValueError: an option of lm-eval's that is not supported.
+            ValueError: An option of lm-eval is not supported.
         """
-        options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # leaves out `use_cache` and the like
+        options = normalize_gen_kwargs(dict(asked), self.max_gen_toks)  # drops `use_cache` and similar options
         stop, limit = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
         sampled = options.pop("do_sample")
         warping = {"temperature": options.pop("temperature", 1.0), "top_p": options.pop("top_p", 1.0)}
         warping["top_k"] = options.pop("top_k", 0)
         if options:
-            raise ValueError(f"generation option {', '.join(options)}: only temperature, top_p and top_k are known")
+            raise ValueError(f"generation option {', '.join(options)}: only temperature, top_p and top_k are supported")
         return stop, limit, warping if sampled else None
 
     def _generated(
         self, asked: Asked, ids: list[int], depth_count: Tensor, mask: Tensor, length: int, limit: int, seconds: float
     ) -> Generated:
-        """One row: produced tokens [S - P], passes [S] by input token, mask of the prompt [P]."""
+        """Return the answer of one row of a batch.
+
+        Args:
+            asked: Request of the answer.
+            ids: Generated tokens, `[S - P]`.
+            depth_count: Passes of each input token, `[S]`.
+            mask: Mask of the prompt, `[P]`.
+            length: Number of generated tokens, or 0 if the answer reached the limit.
+            limit: Maximum number of tokens.
+            seconds: Share of the time of the batch.
+        """
         P, tokens = len(mask), length or limit
-        depths = depth_count[P - 1 : P - 1 + tokens]  # passes of the token before are what predicting one took
+        depths = depth_count[P - 1 : P - 1 + tokens]  # a token is predicted by the passes of the token before it
         prompt = asked.prompt.rstrip()
         opened = next((words for words in OPENINGS if prompt.endswith(words.rstrip())), "")
         return Generated(
@@ -262,25 +279,25 @@ class TaHLM(HFLM):
         )
 
     def _begin(self, mask: Tensor) -> None:
-        """A new batch, with prompts where `mask` [B, P] is set."""
+        """Begin a batch with prompts where `mask` [B, P] is set."""
         if self.oracle is not None:
             self.oracle.begin(mask)
 
     def _checked(self, ids: Tensor) -> Tensor:
-        """The same, where the model has an embedding for every token."""
-        why = f"{self.session.source} comes with another model's tokenizer"
+        """Return `ids`, after a check that the model has an embedding for every token."""
+        why = f"the tokenizer of {self.session.source} belongs to another model"
         check_ids([int(ids.max())], self.model, "a question", why)
         return ids
 
     def _pad(self) -> int:
-        """A token to fill rows with: the tokenizer's, or any other where that was added without an embedding."""
+        """Return the padding token: the tokenizer's, or 0 if the model has no embedding for it."""
         size = self.model.get_input_embeddings().weight.shape[0]
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None and pad < size else 0
 
     def _seed(self, asked: Asked) -> int:
         text = f"{self.seed} {asked.task} {asked.sample} {asked.prompt}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1  # torch takes 63 bits
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1  # a seed of torch has 63 bits
 
     def _end_tokens(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
@@ -296,28 +313,29 @@ class TaHLM(HFLM):
             length = self.tok_batch_encode([asked.prompt])[0].shape[1]
             if length >= positions:
                 raise ValueError(
-                    f"question {asked.number} of {asked.task} has {length} tokens, the model only {positions} "
-                    "positions; leave it out of the data"
+                    f"question {asked.number} of {asked.task} has {length} tokens, but the model has only {positions} "
+                    "positions; leave the question out of the data"
                 )
             if length + limit > positions:
                 raise ValueError(
-                    f"question {asked.number} of {asked.task} has {length} tokens, and its answer may have {limit}: "
-                    f"more than the model's {positions} positions; lower --max-new-tokens"
+                    f"question {asked.number} of {asked.task} has {length} tokens and its answer may have {limit}, but "
+                    f"the model has only {positions} positions; lower --max-new-tokens"
                 )
 
 
 class ReferenceOracle(Policy):
-    """Iterates on the hard tokens: those where the model's first choice is not the reference's on the same text.
+    """Iterates on hard tokens: those where the model's first choice after depth 1 differs from the reference model's.
 
-    Hard tokens take all passes. The reference reads along with its own cache, so `begin` is called before each batch.
+    Hard tokens take all passes. The reference model reads the same text with its own cache, so call `begin` before each
+    batch.
     """
 
     def __init__(self, reference: Session) -> None:
         self.reference = reference.model
-        self.rule = Rule("never" if reference.wrapped else None)  # a wrapped base is itself
+        self.rule = Rule("never" if reference.wrapped else None)  # a wrapped base runs as the base model
 
     def begin(self, mask: Tensor) -> None:
-        """A new batch whose prompts are where `mask` [B, P] is set."""
+        """Begin a batch with prompts where `mask` [B, P] is set."""
         self.cache, self.mask, self.fresh = DuoCache(), mask.bool(), True
 
     def __call__(self, state: DepthState) -> Tensor:
@@ -328,7 +346,7 @@ class ReferenceOracle(Policy):
 
     @torch.no_grad()
     def _choices(self, state: DepthState) -> Tensor:
-        """[N] the reference's most probable next tokens, for the tokens of this forward."""
+        """Return the reference's most probable next token for each token of this forward, `[N]`."""
         assert state.input_ids is not None
         new = self.mask if self.fresh else self.mask.new_ones(len(self.mask), 1)  # [B, T]
         if not self.fresh:
@@ -336,25 +354,28 @@ class ReferenceOracle(Policy):
         self.fresh = False
         ids = torch.zeros(new.shape, dtype=torch.long, device=new.device).masked_scatter(new, state.input_ids)
         ids, start, found = ids.to(self.reference.device), self.mask.shape[1] - new.shape[1], []
-        for part in ids.split(CHUNK, dim=1):  # of a long prompt, so that no [B, P, V] exists
+        for part in ids.split(CHUNK, dim=1):  # a long prompt in chunks, so that logits [B, P, V] never exist
             start += part.shape[1]
             given = {"attention_mask": self.mask[:, :start].long(), CACHE: self.cache, "use_cache": True}
             found.append(self.reference(part, **given, **self.rule.arguments()).logits.argmax(-1))
         return torch.cat(found, dim=1)[new]
 
 
-# -- the rows of a batch do not disturb each other: own random numbers, own ends ------------------------------------
+# -- each row of a batch has its own random numbers and its own end ---------------------------------------------------
 
 
 class SampleByRow(LogitsProcessor):
-    """Draws the next token of each row with that row's own random numbers: its neighbours do not matter.
+    """Samples the next token of each row with random numbers of that row, so other rows have no influence.
 
-    It leaves a single token possible, and `generate` takes that.
+    All tokens but the sampled one get the score -inf, so `generate` takes that token.
 
     Args:
-        seeds: [B].
-        prompt: tokens of the padded prompts.
-        steps: most tokens to draw.
+        seeds: Random seed of each row, `[B]`.
+        prompt: Number of tokens of the padded prompts.
+        steps: Maximum number of tokens to sample.
+        temperature: Temperature.
+        top_p: Cumulative probability of the candidates; 1 keeps all.
+        top_k: Number of candidates; 0 keeps all.
     """
 
     def __init__(
@@ -373,16 +394,18 @@ class SampleByRow(LogitsProcessor):
         mass = self.warpers(input_ids, scores).float().softmax(-1).cumsum(-1)  # [B, V]
         whole = mass[:, -1:].clone()
         draw = self.draws[:, input_ids.shape[1] - self.prompt, None].to(mass.device) * whole
-        last = (mass < whole).sum(1, keepdim=True)  # the last token with any probability: rounding leads no further
+        last = (mass < whole).sum(
+            1, keepdim=True
+        )  # last token with a probability > 0: rounding must not select a later one
         chosen = torch.searchsorted(mass, draw, right=True).minimum(last)
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
 
 
 class RowEnds(StoppingCriteria):
-    """Ends each row at an end token or a stop string, and remembers how long it was.
+    """Ends each row at an end token or a stop string, and records its length.
 
     Attributes:
-        lengths: [B] tokens produced, the end included; 0 while a row goes on.
+        lengths: Number of generated tokens of each row with its end token, `[B]`; 0 while the row is unfinished.
     """
 
     def __init__(self, rows: int, prompt: int, ends: Sequence[int], stop: StopStringCriteria | None) -> None:

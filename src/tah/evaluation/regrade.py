@@ -1,4 +1,4 @@
-"""`tah eval regrade`: kept answers graded again, without a model."""
+"""`tah eval regrade`: grade the stored answers of an evaluation again, without a model."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ def regrade(
     allow_code_execution: bool = False,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Grade the answers of an evaluation again, with the present grader; the answers themselves stay as they are.
+    """Grade the answers of an evaluation again with the installed grader. The answers do not change.
 
     Args:
-        directory: of the evaluation.
-        data: JSONL files by task, for a run that did not keep its questions and did not take them from the Hub.
-        allow_code_execution: needed for the code benchmarks; the programs run in a sandbox.
-        progress: gets the answers of each task.
+        directory: Directory of the evaluation.
+        data: JSONL files by task. They are needed only for a run that did not keep its questions and whose questions
+            are not from the Hub.
+        allow_code_execution: Whether to run programs, in a sandbox. Code benchmarks need it.
+        progress: Reporter of each task's answers.
 
     Returns:
-        `grader`: its version; `changes`: for each policy and task the number of answers, and how many verdicts changed
-        from what to what; `left`: those that are not finished, which `tah eval` grades; `results`: what `results.json`
-        holds, or None where the evaluation is not finished.
+        `grader`: version of the grader. `changes`: number of answers by policy and task, and of verdicts that changed,
+        by old and new verdict. `left`: unfinished tasks, which `tah eval` grades. `results`: content of
+        `results.json`, or None if the evaluation is not finished.
 
     Raises:
-        ValueError: there is no evaluation, it is in use, or its questions are not to be had; says what to do.
+        ValueError: There is no evaluation, another process uses it, or its questions are not available. The message
+            names a solution.
     """
     directory = Path(directory)
     run = read_run(directory)
@@ -56,7 +58,9 @@ def regrade(
     changes: list[dict[str, Any]] = []
     left: list[dict[str, Any]] = []
     with alone(directory, tidy=False), quiet():
-        questions = {name: _questions(directory, run, name, files) for name in names}  # before any verdict is changed
+        questions = {
+            name: _questions(directory, run, name, files) for name in names
+        }  # fails before any verdict changes
         for name, policy in itertools.product(names, policies):
             samples, of = Samples(directory, policy, name), tasks[name]["questions"] * tasks[name]["samples"]
             found: dict[str, Any] = {"policy": policy, "task": name, "answers": len(samples.lines)}
@@ -65,7 +69,7 @@ def regrade(
                 continue
             with progress.work(f"{name}, {policy}", of, "answers") as work:
                 changes.append(found | {"changed": _regrade(samples, questions[name], work)})
-        # lm-eval scores its own tasks; that is not done again
+        # lm-eval grades its own tasks, so they are not graded again
         stock = [Samples(directory, *its).scores for its in itertools.product(policies, tasks.keys() - set(names))]
         finished = not left and all(scores.is_file() for scores in stock)
         results = write_results(directory) if finished else None
@@ -73,10 +77,10 @@ def regrade(
 
 
 def _questions(directory: Path, run: Mapping[str, Any], name: str, files: Mapping[str, str]) -> list[Mapping[str, Any]]:
-    """The questions of a task: those that were kept, else those of the file or of the Hub.
+    """Return the questions of a task, from a given file, else from the run's directory, else from the Hub.
 
     Raises:
-        ValueError: they cannot be had, or are not those that were answered.
+        ValueError: The questions are not available, or are not those that were answered.
     """
     facts, kept = run["tasks"][name], None if name in files else read_questions(directory, name)
     if kept is None:
@@ -86,14 +90,14 @@ def _questions(directory: Path, run: Mapping[str, Any], name: str, files: Mappin
         found = kept
     if not facts_of_data(found).items() <= facts.items():
         source = files.get(name, f"questions/{name}.jsonl" if kept is not None else "the Hub's data")
-        raise ValueError(f"{directory}: {source} does not hold the questions of {name} that were answered; give --data")
+        raise ValueError(f"{directory}: {source} does not have the questions of {name} that were answered; give --data")
     if kept is None:
         write_questions(directory, name, found)
     return found
 
 
 def _regrade(samples: Samples, questions: list[Mapping[str, Any]], work: Work) -> dict[str, int]:
-    """Grade a file of answers again; counts of `old -> new` verdicts that differ."""
+    """Grade a file of answers again, and return the counts of verdicts that changed, by `old -> new`."""
     before = {key: line["verdict"] for key, line in sorted(samples.lines.items())}
     graded = {}
     for number, keys in itertools.groupby(before, key=lambda key: key[0]):
@@ -106,17 +110,17 @@ def _regrade(samples: Samples, questions: list[Mapping[str, Any]], work: Work) -
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """A line for each policy and task."""
+    """Return the result of `regrade` as text, one line per policy and task."""
     lines = (
-        [f"Graded by version {found['grader']} of the grader:"] if found["changes"] else ["Nothing was graded again."]
+        [f"Graded by version {found['grader']} of the grader:"] if found["changes"] else ["No answer was graded again."]
     )
     for its in found["changes"]:
         changed = ", ".join(f"{count} {how}" for how, count in sorted(its["changed"].items())) or "no verdict changed"
         lines.append(f"{its['policy']} on {its['task']}, {its['answers']} answers: {changed}")
     for its in found["left"]:
         lines.append(
-            f"{its['policy']} on {its['task']}: {its['answers']} of {its['of']} answers are there; left as it is"
+            f"{its['policy']} on {its['task']}: not graded, because only {its['answers']} of {its['of']} answers exist"
         )
     if found["results"] is None:
-        lines.append("The evaluation is not finished, so results.json is not written: run the same tah eval again.")
+        lines.append("The evaluation is not finished, so results.json is not written. Run the same tah eval again.")
     return "\n".join(lines) + "\n"

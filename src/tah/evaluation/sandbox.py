@@ -1,14 +1,16 @@
-"""Python programs nobody vouches for, run in isolation: bubblewrap, an unprivileged user inside, a system-call filter.
+"""Runs untrusted Python programs in isolation: bubblewrap, an unprivileged user, a system-call filter.
 
-What a program in the sandbox has: Python's standard library (and numpy, where installed), `/usr` read-only, a private
-`/tmp` of 64 MB, an empty home, its own process, IPC and host name space, a loopback network with nobody else on it.
-What it has not: the network, files of the machine or of its user (`/etc`, `/home`, `/root`, `/proc` and `/sys` are not
-there), the environment of this process, capabilities, ways to get some. Limits of memory, processor time, processes,
-file size and open files hold for root too, because the program never runs as root: where this process is root, the
-program gets a user number of its own, so that not even two sandboxes share a count.
+A program in the sandbox has Python's standard library (and numpy, if installed), `/usr` read-only, a private `/tmp` of
+64 MiB, an empty home, its own process, IPC and host name spaces, and a loopback network without other hosts.
 
-What is left: the kernel is shared, and a hole in it is a hole in the sandbox. A program may slow the machine down by
-what the limits allow, and empty files in `/tmp` take kernel memory up to the kernel's own limit of files there.
+It does not have the network, files of the machine or of its user (`/etc`, `/home`, `/root`, `/proc` and `/sys` do not
+exist), the environment of this process, capabilities, or a way to get them.
+
+Memory, processor time, processes, file size and open files are limited. The limits also hold if this process is root:
+each program then runs under a user id of its own, so two sandboxes do not share a count of processes.
+
+Remaining risks: the kernel is shared, so a vulnerability of the kernel is one of the sandbox. A program can slow down
+the machine within its limits. Empty files in `/tmp` take kernel memory, up to the kernel's limit of files there.
 """
 
 from __future__ import annotations
@@ -34,21 +36,22 @@ from typing import Literal
 
 Status = Literal["ok", "timeout", "memory", "crashed", "killed"]
 
-CLOCK = 3.0  # seconds by the clock for each second of processor time: what sleeps must end, what waits for a core not
-TEMPORARY = 64 << 20  # bytes in /tmp
-FILE = 16 << 20  # bytes in one file
-OUTPUT = 1 << 20  # bytes on standard output, and as many on standard error
+# Wall-clock seconds per second of processor time. It ends a program that sleeps, but not one that waits for a core.
+CLOCK = 3.0
+TEMPORARY = 64 << 20  # size of /tmp in bytes
+FILE = 16 << 20  # maximum size of a file in bytes
+OUTPUT = 1 << 20  # maximum bytes on standard output, and on standard error
 OPEN_FILES = 64
-GRACE = 2.0  # seconds for the answering program of a pair to notice that nobody asks any more
-LOOK = 0.2  # seconds between two looks at the memory of the whole sandbox
-ASKING_MB = 4096  # for the asking program of a pair, which may hold many tests
-USERS = 61184  # systemd's range for users that are made up on the spot: nobody owns a file or a process with them
+GRACE = 2.0  # seconds for the answering program of a pair to end after the asking program has ended
+LOOK = 0.2  # seconds between two checks of the memory of a sandbox
+ASKING_MB = 4096  # memory limit in MiB of the asking program of a pair, which may have many tests
+USERS = 61184  # start of systemd's range of dynamic user ids, which own no files or processes
 USERS_COUNT = 4000
-_users = itertools.count(os.getpid() * 16)  # so that two processes at a time hardly ever take the same
+_users = itertools.count(os.getpid() * 16)  # different starts, so that two processes rarely use the same id
 PROGRAM = "/run/program.py"
-INSTALL = "install it (apt-get install bubblewrap util-linux) or leave the code benchmarks out"
-# System calls refused, as (x86-64, AArch64): those that make name spaces and mounts, look into other processes, or take
-# memory that no limit counts. The namespace flags of clone and the families of socket are looked at one by one.
+INSTALL = "install it (apt-get install bubblewrap util-linux) or leave out the code benchmarks"
+# Forbidden system calls, as (x86-64, AArch64): they make name spaces and mounts, read other processes, or use memory
+# that no limit counts. For clone the filter checks the name space flags, for socket the address family.
 REFUSED = {
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
     "fsopen": (430, 430), "fsmount": (432, 432), "open_tree": (428, 428), "move_mount": (429, 429),
@@ -59,16 +62,20 @@ REFUSED = {
 }  # fmt: skip
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 NAMESPACES = 0x7E020000  # CLONE_NEWNS | CGROUP | UTS | IPC | USER | PID | NET
-FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: the others, such as AF_VSOCK, do not end at a network name space
+FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; a network name space does not isolate others, such as AF_VSOCK
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended.
+    """The result of a program.
 
-    `status`: "ok" (exit code 0), "timeout", "memory", "crashed" (another exit code or a signal), "killed" (too much
-    output, or SIGKILL from within). Output is cut at 1 MiB. `seconds` are by the clock, start of the sandbox included.
+    Args:
+        status: `ok` (exit code 0), `timeout`, `memory`, `crashed` (another exit code or a signal), or `killed` (too
+            much output, or SIGKILL from inside).
+        stdout: Standard output, at most 1 MiB.
+        stderr: Standard error, at most 1 MiB.
+        seconds: Wall-clock time, with the start of the sandbox.
     """
 
     status: Status
@@ -78,13 +85,13 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs Python programs in isolation. One object serves any number of threads.
+    """Runs Python programs in isolation. Several threads may use one object.
 
     Args:
-        memory_mb: address space of each process, and memory in use by all of a sandbox together, in MiB.
-        seconds: processor time of each process; a run ends after three times as many seconds by the clock.
-        processes: processes and threads at a time.
-        packages: top-level packages of this environment that programs may import, where they are installed.
+        memory_mb: Maximum address space of each process, and maximum memory of all processes of a sandbox, in MiB.
+        seconds: Maximum processor time of each process. A run ends after three times this wall-clock time.
+        processes: Maximum number of processes and threads at a time.
+        packages: Top-level packages of this environment that programs may import, if they are installed.
 
     Raises:
         ValueError: A limit is not positive.
@@ -95,54 +102,55 @@ class Sandbox:
     ) -> None:
         for name, value in (("memory_mb", memory_mb), ("seconds", seconds), ("processes", processes)):
             if not value > 0:
-                raise ValueError(f"{name}={value} is not a limit: give a positive number")
+                raise ValueError(f"{name}={value} must be a positive number")
         self.memory_mb, self.seconds, self.processes, self.packages = memory_mb, seconds, processes, tuple(packages)
         self._lock = threading.Lock()
         self._checked = False
 
     def check(self) -> None:
-        """Try the sandbox once.
+        """Check once that the sandbox works on this machine.
 
         Raises:
-            ValueError: No isolation on this machine: what is missing, and what to do.
+            ValueError: It does not. The message names the missing part and a solution.
         """
         with self._lock:
             if self._checked:
                 return
             if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
                 where = f"{platform.system()} on {platform.machine()}"
-                raise ValueError(f"no sandbox for {where}: grade code on Linux, x86_64 or aarch64")
+                raise ValueError(f"the sandbox does not support {where}: grade code on Linux, x86_64 or aarch64")
             for program in ("bwrap", "prlimit", "setpriv"):
                 if shutil.which(program) is None:
-                    raise ValueError(f"model answers are run in a sandbox only, and {program} is missing: {INSTALL}")
+                    raise ValueError(f"programs of a model run only in a sandbox, which needs {program}: {INSTALL}")
             box = self._start("print(6 * 7)", _file(b""), subprocess.PIPE)
             outcome = self._watch([box])[0]
             if (outcome.status, outcome.stdout) != ("ok", "42\n"):
-                said = (outcome.stderr.strip().splitlines() or [f"status {outcome.status}"])[-1]
+                message = (outcome.stderr.strip().splitlines() or [f"status {outcome.status}"])[-1]
                 raise ValueError(
-                    f"the sandbox does not start here ({said}): it needs bubblewrap 0.7 or newer and the right to make "
-                    "name spaces, which containers (without --privileged) and AppArmor may take away; "
-                    "give it back or leave the code benchmarks out"
+                    f"the sandbox does not start here ({message}): it needs bubblewrap 0.7 or newer and the right to "
+                    "make name spaces, which containers (without --privileged) and AppArmor may deny; "
+                    "allow it or leave out the code benchmarks"
                 )
             self._checked = True
 
     def run(self, program: str, stdin: str = "") -> Outcome:
-        """Run `program` as a script and wait for it.
+        """Run `program` as a script, and return its result.
 
         Raises:
-            ValueError: No isolation on this machine.
+            ValueError: The sandbox does not work on this machine.
         """
         self.check()
         given = _file(stdin.encode("utf-8", "replace"))
         return self._watch([self._start(program, given, subprocess.PIPE)])[0]
 
     def pair(self, asking: str, answering: str) -> tuple[Outcome, Outcome]:
-        """Run two programs in a sandbox each, the output of one joined to the input of the other; ends with `asking`.
+        """Run two programs in separate sandboxes, and return their results when `asking` has ended.
 
-        Each sees of the other only the bytes it sends. What they say to us is their standard error.
+        The standard output of each program is the standard input of the other. They share nothing else. Both report to
+        this process on standard error.
 
         Raises:
-            ValueError: No isolation on this machine.
+            ValueError: The sandbox does not work on this machine.
         """
         self.check()
         questions, ask = os.pipe()
@@ -159,7 +167,7 @@ class Sandbox:
         return first, second
 
     def _start(self, program: str, stdin: int, stdout: int, asks: bool = False) -> _Box:
-        """A sandbox with `program` in it; the two descriptors are closed on this side."""
+        """Start a sandbox with `program`. The two file descriptors are closed in this process."""
         memory_mb = max(ASKING_MB, self.memory_mb) if asks else self.memory_mb
         seconds = max(1, round(self.seconds * (CLOCK if asks else 1)))
         files = [_file(program.encode("utf-8", "replace")), _file(system_call_filter(platform.machine()))]
@@ -170,20 +178,20 @@ class Sandbox:
                 os.close(file)
 
     def _command(self, program: int, calls: int, memory_mb: int, seconds: int) -> list[str]:
-        """The command line: bubblewrap, in it the limits, in them (from root) another user, then Python."""
+        """Return the command line: bubblewrap, then the limits, then (if this is root) another user, then Python."""
         python, mounts = _python()
         for name, source in _packages(self.packages):
             mounts += ["--ro-bind", str(source), f"/packages/{name}"]
         variables = {"PATH": "/usr/bin:/bin", "HOME": "/home", "LANG": "C.UTF-8", "PYTHONPATH": "/packages"}
         variables |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
         variables |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        variables["LD_LIBRARY_PATH"] = str(Path(python).parent.parent / "lib")  # there is no /etc/ld.so.cache
+        variables["LD_LIBRARY_PATH"] = str(Path(python).parent.parent / "lib")  # the sandbox has no /etc/ld.so.cache
         command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         command += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"]
         for name, value in variables.items():
             command += ["--setenv", name, value]
         command += ["--dev", "/dev", "--remount-ro", "/dev"]
-        for directory in ("/home", "/packages", "/run"):  # bubblewrap would make them for its own user only
+        for directory in ("/home", "/packages", "/run"):  # by default only bubblewrap's user could read them
             command += ["--perms", "0755", "--dir", directory]
         command += mounts
         command += ["--perms", "1777", "--size", str(TEMPORARY), "--tmpfs", "/tmp", "--chdir", "/tmp"]
@@ -193,7 +201,7 @@ class Sandbox:
         limits += [f"--fsize={FILE}", f"--nofile={OPEN_FILES}", "--core=0"]
         inside = ["prlimit", *limits, "--"]
         if os.geteuid() == 0:
-            # A user name space made by root would keep root's number, for which the limit of processes does not hold.
+            # In a user name space made by root, the user would keep root's id, which has no limit of processes.
             user = str(USERS + next(_users) % USERS_COUNT)
             command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             inside += ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--inh-caps=-all"]
@@ -202,7 +210,7 @@ class Sandbox:
         return [*command, "--", *inside, python, "-s", "-S", PROGRAM]
 
     def _watch(self, boxes: list[_Box]) -> list[Outcome]:
-        """Wait for the first of them, within the limits; the others then have a moment to end by themselves."""
+        """Wait for the first box within the limits, then at most `GRACE` seconds for each other one."""
         deadline = time.monotonic() + self.seconds * CLOCK
         look = 0.0
         try:
@@ -234,7 +242,7 @@ class Sandbox:
 
 
 class _Box:
-    """A running sandbox: the process of bubblewrap, with which everything inside dies."""
+    """A running sandbox. The end of the bubblewrap process ends all processes inside."""
 
     def __init__(self, command: list[str], stdin: int, stdout: int, files: list[int], memory_mb: int) -> None:
         self.memory_mb = memory_mb
@@ -247,7 +255,7 @@ class _Box:
         self.output = {stream.fileno(): bytearray() for stream in (self.process.stdout, self.process.stderr) if stream}
 
     def read(self, stream: int) -> bool:
-        """Take what is there; False at the end."""
+        """Read available output of a stream, and return False at its end."""
         data = os.read(stream, 1 << 16)
         room = OUTPUT - len(self.output[stream])
         self.output[stream] += data[:room]
@@ -256,17 +264,17 @@ class _Box:
         return bool(data)
 
     def weigh(self) -> None:
-        """End it where its processes together take more memory than it may."""
+        """End the sandbox if its processes together use more memory than allowed."""
         if self.process.poll() is None and _resident(self.process.pid) > self.memory_mb << 20:
             self.end("memory")
 
     def wait(self, seconds: float) -> None:
-        """For its end, but not longer."""
+        """Wait for the end of the sandbox, at most this time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
     def end(self, status: Status) -> None:
-        """Kill it where it still runs, because of `status`."""
+        """Kill the sandbox if it still runs, and record `status` as the reason."""
         if self.process.poll() is None:
             self.stopped = status
             self.process.kill()
@@ -274,7 +282,7 @@ class _Box:
         self.ended = self.ended or time.monotonic()
 
     def outcome(self) -> Outcome:
-        """Of a sandbox that has ended. Reads what is left in the pipes: nobody writes there any more."""
+        """Return the result of a sandbox that has ended, after reading the rest of its output."""
         for stream in self.output:
             while len(self.output[stream]) < OUTPUT and self.read(stream):
                 pass
@@ -288,7 +296,7 @@ class _Box:
 
 
 def _status(code: int, stderr: str) -> Status:
-    """Of an exit code as bubblewrap passes it on: 128 and the number of the signal, where there was one."""
+    """Return the status of an exit code of bubblewrap, which is 128 + the number of a signal if there was one."""
     if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
         return "timeout" if code == 128 + signal.SIGXCPU else "killed"
     if code and (stderr.strip().splitlines() or [""])[-1].startswith("MemoryError"):
@@ -297,7 +305,7 @@ def _status(code: int, stderr: str) -> Status:
 
 
 def _file(content: bytes) -> int:
-    """Descriptor of an unnamed file with this content, at its beginning."""
+    """Return the descriptor of an unnamed file with this content, positioned at its beginning."""
     file = os.memfd_create("tah")
     with os.fdopen(os.dup(file), "wb") as writing:
         writing.write(content)
@@ -306,7 +314,7 @@ def _file(content: bytes) -> int:
 
 
 def _python() -> tuple[str, list[str]]:
-    """Path of this Python (not of its virtual environment) in the sandbox, and the mounts it and the system need."""
+    """Return the path of this Python in the sandbox (without its virtual environment), and the mounts that it needs."""
     mounts = ["--ro-bind", "/usr", "/usr"]
     for path in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64")):
         if path.is_symlink():
@@ -321,7 +329,7 @@ def _python() -> tuple[str, list[str]]:
 
 
 def _packages(names: Sequence[str]) -> list[tuple[str, Path]]:
-    """Directories of installed packages, and of the libraries that wheels put beside them."""
+    """Return the directories of installed packages, and of the `.libs` directories of their wheels."""
     found = []
     for name in names:
         spec = importlib.util.find_spec(name)
@@ -332,7 +340,7 @@ def _packages(names: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of memory in use by a process and its descendants (pages they share count for each)."""
+    """Return the resident memory of a process and its descendants in bytes. Shared pages count several times."""
     total, pids = 0, [pid]
     while pids:
         process = Path(f"/proc/{pids.pop()}")
@@ -340,13 +348,17 @@ def _resident(pid: int) -> int:
             total += int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
             for task in (process / "task").iterdir():
                 pids += map(int, (task / "children").read_text().split())
-        except OSError:  # ended in between
+        except OSError:  # the process has ended
             continue
     return total
 
 
 def system_call_filter(machine: str) -> bytes:
-    """The refusals above as a classic BPF program for `bwrap --seccomp`; `machine` as the kernel calls it."""
+    """Return the filter of forbidden system calls as a classic BPF program for `bwrap --seccomp`.
+
+    Args:
+        machine: The kernel's name of the architecture, a key of `ARCHITECTURES`.
+    """
     column, architecture = ARCHITECTURES[machine]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
@@ -354,7 +366,10 @@ def system_call_filter(machine: str) -> bytes:
     program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # the x32 calls of x86-64
     for numbers in REFUSED.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse | errno.EPERM)]
-    program += [(equal, 0, 1, CLONE3[column]), (give, 0, 0, refuse | errno.ENOSYS)]  # libraries then use clone
+    program += [
+        (equal, 0, 1, CLONE3[column]),
+        (give, 0, 0, refuse | errno.ENOSYS),
+    ]  # with ENOSYS, libraries use clone instead
     program += [(equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (any_bit, 0, 1, NAMESPACES)]
     program += [(give, 0, 0, refuse | errno.EPERM), (give, 0, 0, allow)]
     program += [(equal, 0, len(FAMILIES) + 2, SOCKET[column]), (load, 0, 0, 16)]

@@ -1,8 +1,7 @@
-"""`tah eval --backend vllm`: the harness's model with its answers from vLLM, through our plugin (`tah/vllm`).
+"""`tah eval --backend vllm`: lm-eval's model with answers from vLLM and the plugin of this package (`tah/vllm`).
 
-Prompts, stop strings, seeds, logs and counts are those of [`TaHLM`]; only who computes an answer is another. All
-questions of a task go to the engine at once, which batches them as it sees fit, and each answer is logged when it is
-finished.
+Prompts, stop strings, seeds, logs and counts are those of `TaHLM`; only the computation of an answer differs. The
+engine gets all questions of a task at once and makes its own batches. Each answer is logged when it is finished.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from ..vllm.launch import IN_PROCESS
 from .eval_files import Asked, Generated
 from .harness import TaHLM
 
-ROOMY = ("always", "random")  # policies whose depth-2 keys may need more room than the plugin plans for a decider's
-# Entries of generation_config.json that change the answers of greedy `generate` and that vLLM does not get, unless they
-# have these values, which change nothing.
+ROOMY = ("always", "random")  # policies whose depth-2 keys may need more memory than the plugin reserves by default
+# Entries of generation_config.json that change the answers of greedy `generate` but are not passed to vLLM. With the
+# value given here an entry has no effect.
 NOT_HANDED_OVER: dict[str, Any] = {
     "bad_words_ids": None, "begin_suppress_tokens": None, "constraints": None, "dola_layers": None,
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "exponential_decay_length_penalty": None,
@@ -38,17 +37,17 @@ NOT_HANDED_OVER: dict[str, Any] = {
 
 
 class ServedLM(TaHLM):
-    """A TaH checkpoint on vLLM, as lm-eval's model. The engine starts with the first answer that is not logged.
+    """A TaH checkpoint on vLLM, as lm-eval's model. The engine starts at the first answer that is not in the log.
 
     Args:
-        session: of a checkpoint. Its weights are dropped when the engine starts, which loads its own.
-        rules: that will be asked for; their policies decide how much room depth 2 gets.
-        batch_size: most answers at a time; vLLM's own choice by default.
-        engine: more options of `vllm.LLM`.
-        options: of `TaHLM`.
+        session: Session of a checkpoint. Its weights are freed when the engine starts, because vLLM loads its own.
+        rules: Rules of the evaluation. Their policies determine the memory for depth 2.
+        batch_size: Maximum number of answers computed together; by default vLLM's choice.
+        engine: More options of `vllm.LLM`.
+        options: Options of `TaHLM`.
 
     Raises:
-        ValueError: the session is of a plain base model, or of one whose generation_config.json vLLM would not follow.
+        ValueError: The session is of a base model, or `generation_config.json` has an entry that vLLM would not apply.
     """
 
     def __init__(
@@ -61,19 +60,19 @@ class ServedLM(TaHLM):
         **options: Any,
     ) -> None:
         if session.wrapped:
-            raise ValueError(f"{session.source} is a plain base model; --backend vllm needs a TaH checkpoint")
+            raise ValueError(f"{session.source} is a base model; --backend vllm needs a TaH checkpoint")
         for name, neutral in NOT_HANDED_OVER.items():
             value = getattr(session.model.generation_config, name, None)
             if value not in (None, neutral):
                 raise ValueError(
-                    f"generation_config.json of {session.source} has {name}={value!r}, which vLLM is not told; "
-                    "leave it out, or use --backend transformers"
+                    f"generation_config.json of {session.source} has {name}={value!r}, which is not passed to vLLM; "
+                    "remove the entry, or use --backend transformers"
                 )
         super().__init__(session, batch_size=1, **options)
         self.engine_options: dict[str, Any] = {
             "model": find(session.source)[0],
             "dtype": str(session.model.dtype).removeprefix("torch."),
-            "max_model_len": -1,  # as many as the memory for the cache holds
+            "max_model_len": -1,  # the longest sequence that fits into the memory of the cache
             "disable_log_stats": True,
         }
         if batch_size is not None:
@@ -84,10 +83,10 @@ class ServedLM(TaHLM):
 
     @functools.cached_property
     def llm(self) -> Any:
-        """The engine, `vllm.LLM`.
+        """The engine, a `vllm.LLM`.
 
         Raises:
-            ValueError: it does not take such a checkpoint.
+            ValueError: The plugin does not support this checkpoint.
         """
         from ..vllm.requests import DEPTHS_SERVED
 
@@ -104,7 +103,7 @@ class ServedLM(TaHLM):
 
             self.session.model.to("meta")
             return LLM(**self.engine_options, hf_overrides={"max_depth": depth})
-        except ValidationError as error:  # a ValueError of the plugin's, in a page of pydantic's
+        except ValidationError as error:  # pydantic wraps a ValueError of the plugin in a long text
             raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
         finally:
             for name, value in before.items():
@@ -113,18 +112,18 @@ class ServedLM(TaHLM):
                     os.environ[name] = value
 
     def close(self) -> None:
-        """Give back the engine's memory."""
+        """Free the memory of the engine."""
         if self.__dict__.pop("llm", None) is not None:
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:
-        """All at once: the engine makes its own."""
+        """Yield all requests as one batch: the engine makes its own batches."""
         yield asked
 
     def answer_batch(self, batch: Sequence[Asked]) -> list[Generated]:
-        """From the log, or from the engine and logged as they come."""
+        """Return the answers of a batch, from the log or from the engine. New answers are logged as they finish."""
         answers = [self.log.find(asked) if self.log else None for asked in batch]
         missing = [at for at, answer in enumerate(answers) if answer is None]
         for finished in self._finished([batch[at] for at in missing]) if missing else ():
@@ -135,7 +134,7 @@ class ServedLM(TaHLM):
         return [answer for answer in answers if answer]
 
     def _finished(self, batch: Sequence[Asked]) -> Iterator[list[tuple[int, Generated]]]:
-        """Answers by index, as they are finished; together they took the time that is shared out among them."""
+        """Yield answers with their index as they finish. Answers that finish together share the time since the last."""
         stop, limit, warping = self._wishes(batch[0].options)
         prompts = [self.tok_batch_encode([asked.prompt])[0][0].tolist() for asked in batch]
         self._check_room(max(map(len, prompts)) + limit)
@@ -148,7 +147,10 @@ class ServedLM(TaHLM):
                 done: list[tuple[int, Generated]] = []
                 for out in engine.step():
                     at, answer = int(out.request_id), out.outputs[0]
-                    ids, depths = list(answer.token_ids), answer.routed_experts.tolist()  # of prompt and answer
+                    ids, depths = (
+                        list(answer.token_ids),
+                        answer.routed_experts.tolist(),
+                    )  # of prompt and answer together
                     if len(depths) != len(prompts[at]) + len(ids) - 1:
                         raise RuntimeError(f"vLLM gave {len(depths)} depths for {len(prompts[at])} + {len(ids)} tokens")
                     mask = torch.ones(len(prompts[at]), dtype=torch.bool)
@@ -162,19 +164,19 @@ class ServedLM(TaHLM):
             engine.abort_request([str(at) for at in range(len(batch))])
 
     def _ask(self, at: int, prompt: list[int], **options: Any) -> None:
-        """Hand the engine a request with the running policy; it comes back under the number `at`."""
+        """Pass a request with the current rule to the engine. The output has `at` as its id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # Stop strings may be special tokens; the text is not used.
+        # Special tokens are kept, because a stop string may be one. The text itself is not used.
         shown = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_special_tokens": False}
         options = {"temperature": 0.0, **shown, **options}
         params = SamplingParams(extra_args=self.rule.arguments(), **options)
         self.llm.llm_engine.add_request(str(at), {"prompt_token_ids": prompt}, params)
 
     def _drawing(self, asked: Asked, warping: Mapping[str, Any] | None) -> dict[str, Any]:
-        """How a token is chosen, and where an answer ends, as options of vLLM."""
-        penalty = self.model.generation_config.repetition_penalty  # which `generate` follows too
+        """Return the sampling options and end tokens of an answer, as options of vLLM."""
+        penalty = self.model.generation_config.repetition_penalty  # `generate` applies it too
         options = {"stop_token_ids": self._end_tokens(), "repetition_penalty": penalty or 1.0}
         return options if warping is None else options | {"seed": self._seed(asked)} | dict(warping)
 
@@ -182,6 +184,6 @@ class ServedLM(TaHLM):
         room = self.llm.llm_engine.model_config.max_model_len
         if tokens > room:
             raise ValueError(
-                f"vLLM's cache has room for {room} tokens, and a question with its answer may have {tokens}: give it "
-                "more (VLLM_CPU_KVCACHE_SPACE=8 for 8 GiB) or lower --max-new-tokens"
+                f"vLLM's cache has room for {room} tokens, but a question with its answer may have {tokens}: give it "
+                "more memory (VLLM_CPU_KVCACHE_SPACE=8 for 8 GiB) or lower --max-new-tokens"
             )

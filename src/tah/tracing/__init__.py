@@ -1,2 +1,4 @@
-"""What each pass predicts for every token of some texts: traces, their statistics, thresholds, and the depth lens.
-Start at `trace.py`."""
+"""Traces (what each pass predicts for every token of some texts), their statistics, threshold tuning, the depth lens.
+
+Start at `trace.py`.
+"""

@@ -1,4 +1,4 @@
-"""The charts of a report: `overthinking.statistics` drawn, for its page and as PNG for papers and slides."""
+"""The charts of a report: `overthinking.statistics` drawn as SVG for the page, and as PNG for papers and slides."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ SCORES = {
     "confidence": ("1 \u2212 top probability", COLOURS["blue"]),
     "entropy": ("entropy", COLOURS["violet"]),
 }
-CHANGES = {"corrected": ("wrong ones corrected", COLOURS["teal"]), "broken": ("right ones broken", COLOURS["crimson"])}
+CHANGES = {"corrected": ("corrected, of wrong", COLOURS["teal"]), "broken": ("broken, of right", COLOURS["crimson"])}
 FOUND = {"wrong": ("wrong after depth 1", COLOURS["blue"]), "gain": ("gains from a pass", COLOURS["teal"])}
 POINTS = {"never": "v", "always": "^", "own policy": "o", "oracle": "*", "hindsight": "P"}  # policies, their markers
 LEVEL: dict[str, Any] = {"color": COLOURS["soft"], "linestyle": "--", "linewidth": 1}
-BARS, LONGEST = 12, 15  # tokens most often iterated; letters of one
+BARS, LONGEST = 12, 15  # maximum number of tokens in the chart of iterated tokens; maximum length of a token there
 
 
 class Chart(NamedTuple):
-    name: str  # of its file
+    name: str  # file name without suffix
     title: str
     figure: Figure
 
 
 @styled()
 def save_charts(stats: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
-    """Files accuracy.png, loss.png, passes.png, compute.png and calibration.png, as far as there is something to show.
+    """Write the charts as PNG files and return their paths.
+
+    The files are accuracy.png, loss.png, passes.png, compute.png and calibration.png. A chart without data is left out.
 
     Args:
-        stats: of one trace, or of two: the files of the second are named accuracy-B.png, ...
-        directory: for the files; made if needed.
+        stats: Statistics of one or two traces. The files of the second trace are named accuracy-B.png, ...
+        directory: Directory of the files; made if it does not exist.
 
     Raises:
-        OSError: a file cannot be written; names it.
+        OSError: A file cannot be written. The message names it.
     """
     written = []
     for its, suffix in zip(stats, ("", "-B"), strict=False):
         for chart in (*_of_all([("A", its)]), *_of_one(its)):
-            if chart.name != "iterated":  # its tokens may be of any script; a page has the fonts for them
+            if chart.name != "iterated":  # its tokens may be of any script, for which a browser has the fonts
                 written.append(directory / f"{chart.name}{suffix}.png")
                 write_atomically(written[-1], as_png(chart.figure))
     return written
@@ -56,7 +58,10 @@ def save_charts(stats: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
 
 @styled()
 def page_charts(named: Named) -> list[dict[str, Any]]:
-    """The charts of a page in order: name, title and svg; mark and stats of its trace, where it is of one."""
+    """Return the charts of the page in order.
+
+    Each has a name, a title and the svg. A chart of one trace also has the mark and the statistics of that trace.
+    """
     charts = [{**chart._asdict(), "svg": as_svg(chart.figure, chart.title)} for chart in _of_all(named)]
     for mark, stats in named:
         for chart in _of_one(stats):
@@ -68,7 +73,7 @@ def page_charts(named: Named) -> list[dict[str, Any]]:
 
 
 def _of_all(named: Named) -> Iterator[Chart]:
-    yield Chart("accuracy", "Accuracy after each depth", _depths(named, "accuracy", "first choice is right", "{:.2%}"))
+    yield Chart("accuracy", "Accuracy after each depth", _depths(named, "accuracy", "accuracy", "{:.2%}"))
     yield Chart("loss", "Loss after each depth", _depths(named, "loss", "loss (nats)", "{:.4f}"))
     if any(stats["passes"] for _, stats in named):
         yield Chart("passes", "Tokens corrected and broken", _passes(named))
@@ -87,18 +92,18 @@ def _of_one(stats: dict[str, Any]) -> Iterator[Chart]:
 
 
 def _depths(named: Named, what: str, title: str, form: str) -> Figure:
-    """Accuracy or loss after each depth, if every token runs it."""
+    """Draw accuracy or loss after each depth, if every token reaches it."""
     figure, axes = new_chart()
     for number, (mark, stats) in enumerate(named):
         rows = [row[what] for row in stats["depths"]]
-        side = 2 * number - len(named) + 1  # of two traces the first is on the left
+        side = 2 * number - len(named) + 1  # the points of the first of two traces are on the left
         at = [row["depth"] + 0.04 * side for row in stats["depths"]]
         values = [row["value"] for row in rows]
         axes.errorbar(at, values, _errors(rows), marker="o", capsize=4, color=MARKS[mark], label=mark)
         for x, value in zip(at, values, strict=True):
             _write(axes, form.format(value), x, value, *((-8, "right") if side < 0 else (8, "left")))
     most = max(len(stats["depths"]) for _, stats in named)
-    axes.set(xlabel="depth, if every token runs it", ylabel=title, xlim=(0.5, most + 0.5), xticks=range(1, most + 1))
+    axes.set(xlabel="depth of every token", ylabel=title, xlim=(0.5, most + 0.5), xticks=range(1, most + 1))
     axes.margins(y=0.15)
     if what == "accuracy":
         axes.yaxis.set_major_formatter(_percent)
@@ -108,7 +113,7 @@ def _depths(named: Named, what: str, title: str, form: str) -> Figure:
 
 
 def _passes(named: Named) -> Figure:
-    """Wrong tokens that deeper passes correct, and right ones that they break, each as a share of its own kind."""
+    """Draw the share of wrong tokens that deeper passes correct, and the share of right tokens that they break."""
     figure, axes = new_chart()
     passes = [(mark, row) for mark, stats in named for row in stats["passes"]]
     for side, (name, (title, colour)) in zip((-0.2, 0.2), CHANGES.items(), strict=True):
@@ -122,7 +127,7 @@ def _passes(named: Named) -> Figure:
             _write(axes, f"{row['value']:.2%}", x, row["high"] or row["value"], 0, "center")
     names = [f"{mark}, {row['depth']}" if len(named) > 1 else str(row["depth"]) for mark, row in passes]
     axes.set_xticks(range(len(passes)), names)
-    axes.set(xlabel="up to depth", ylabel="share of them")
+    axes.set(xlabel="up to depth", ylabel="share")
     axes.margins(y=0.15)
     axes.yaxis.set_major_formatter(_percent)
     axes.legend()
@@ -130,7 +135,7 @@ def _passes(named: Named) -> Figure:
 
 
 def _compute(stats: dict[str, Any]) -> Figure:
-    """Accuracy against mean depth: a curve for each score, by its threshold, and points for policies without one."""
+    """Draw accuracy against mean depth: a curve per score (by threshold), and a point per policy without a score."""
     figure, axes = new_chart()
     for at, (name, its) in enumerate(stats["curves"].items()):
         title, colour = SCORES[name]
@@ -143,14 +148,14 @@ def _compute(stats: dict[str, Any]) -> Figure:
         row = policies[name]
         x, y = row["mean_depth"]["value"], row["accuracy"]["value"]
         axes.plot(x, y, marker, color=COLOURS["amber" if name == "own policy" else "ink"], label=name)
-    axes.set(xlabel="passes per token", ylabel="first choice is right")
+    axes.set(xlabel="passes per token", ylabel="accuracy")
     axes.yaxis.set_major_formatter(_percent)
     axes.legend(fontsize="x-small")
     return figure
 
 
 def _ring(figure: Figure, mark: str) -> str:
-    """A circle that the page's script moves to the rule chosen there, with the scale of the chart around it."""
+    """Return a circle with the scale of the chart. The script of the page moves it to the policy chosen there."""
     (axes,), top = figure.axes, figure.bbox.height
     (x0, x1), (y0, y1), box = axes.get_xlim(), axes.get_ylim(), axes.get_window_extent()
     scale = " ".join(f"{v:.6g}" for v in (x0, x1, y0, y1, box.x0, top - box.y0, box.x1, top - box.y1))
@@ -158,19 +163,19 @@ def _ring(figure: Figure, mark: str) -> str:
 
 
 def _calibration(found: dict[str, Any]) -> Figure:
-    """Of the tokens that the decider gave a probability, how many were wrong, or gain from a pass."""
+    """Draw, by the decider's probability, the share of tokens that are wrong and the share that gain from a pass."""
     figure, axes = new_chart()
     axes.plot([0, 1], [0, 1], **LEVEL)
     for name, (title, colour) in FOUND.items():
         bins = found[name]["calibration"]
         axes.plot([b["said"] for b in bins], [b["was"] for b in bins], marker="o", color=colour, label=title)
-    axes.set(xlabel="decider's probability of going on", ylabel="share where that is so")
+    axes.set(xlabel="decider's continue probability", ylabel="share of tokens")
     axes.legend()
     return figure
 
 
 def _iterated(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The tokens most often iterated, as bars from the left."""
+    """Draw the tokens most often iterated as horizontal bars."""
     figure, axes = new_chart(height=0.5 + 0.29 * len(rows))
     bars = axes.barh(range(len(rows)), [row["iterated"] for row in rows], color=COLOURS["amber"])
     axes.bar_label(bars, [f"{row['iterated']:.1%} of {row['count']:,}" for row in rows], padding=5, fontsize="small")
@@ -184,12 +189,12 @@ def _iterated(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def visible(text: str) -> str:
-    """A token with its spaces and line ends to be seen, and nothing that reorders the text around it."""
+    """Return a token with visible spaces and line ends, and with characters escaped that would reorder other text."""
     return "".join("\u2423" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _write(axes: Axes, text: str, x: float, y: float, away: int, anchor: Literal["left", "center", "right"]) -> None:
-    """A number above a point, and so many points to its right."""
+    """Write a number above a point of the chart, `away` points to its right."""
     place: dict[str, Any] = {"xytext": (away, 5), "textcoords": "offset points"}
     axes.annotate(text, (x, y), ha=anchor, fontsize="small", color=COLOURS["ink"], **place)
 
@@ -199,7 +204,7 @@ def _percent(value: float, _: float) -> str:
 
 
 def _errors(rows: Sequence[Estimate]) -> list[list[float]] | None:
-    """How far intervals reach below and above; None where one is unknown."""
+    """Return the lengths of the intervals below and above their values; None if an interval is unknown."""
     if any(row["low"] is None or row["high"] is None for row in rows):
         return None
     below = [max(0.0, row["value"] - row["low"]) for row in rows]  # type: ignore[operator]

@@ -1,11 +1,11 @@
-"""`tah report`: traces as one HTML page to look at, the depth lens. The page needs no server and asks for nothing.
+"""`tah report`: the depth lens, one HTML page of one or two traces. It needs no server and loads nothing.
 
-Shapes: K texts shown, T tokens of all of them, N = T - K predictions (a text's first token is not predicted),
+Shapes: K texts shown, T tokens of all of them, N = T - K predictions (the first token of a text is not predicted),
 M = max_depth, k = top_k.
 
-The numbers are in the page column by column: little-endian bytes in base64, in one JSON block that rules.js reads. The
-tables and charts are of whole traces and are written here; what depends on a threshold is computed in the page, of the
-texts that it shows.
+The page contains the numbers as columns: little-endian bytes in base64, in one JSON block that rules.js reads. Tables
+and charts are of whole traces and are made here. Everything that depends on a threshold is computed in the page, from
+the texts that it shows.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from .tables import difference_table, tables_of
 from .trace_file import Trace, TracedText, check_comparable
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SCRIPTS = ("rules.js", "text.js", "token.js")  # one module, in this order
-SHOWN = 50_000  # tokens; a page of more is slow to open and larger than mail takes
-INTEGERS = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4"}  # by size; the names are JavaScript's
+SCRIPTS = ("rules.js", "text.js", "token.js")  # joined into one module, in this order
+SHOWN = 50_000  # tokens; a larger page opens slowly and is too large for e-mail
+INTEGERS = {"Uint8Array": "<u1", "Uint16Array": "<u2", "Uint32Array": "<u4"}  # JavaScript's types, smallest first
 
 try:
     import jinja2
 except ImportError as error:
-    raise ImportError("a report needs more packages: pip install 'tah[report]'") from error
+    raise ImportError("tah report needs more packages: pip install 'tah[report]'") from error
 
 
 def write_lens(
     traces: Sequence[Trace], output: str | Path, *, shown: int = SHOWN, every: bool = False
 ) -> list[dict[str, Any]]:
-    """Write the page, whole or not at all, and return the statistics of each trace.
+    """Write the page and return the statistics of each trace. The write is atomic.
 
     Args:
-        traces: one, or two of the same texts.
-        output: file to write; an older one is replaced.
-        shown: most tokens to show. The tables and charts are of all.
-        every: count all tokens, not only those the model is to say.
+        traces: One trace, or two of the same texts.
+        output: Path of the page. An existing file is replaced.
+        shown: Maximum number of tokens to show. Tables and charts are of all tokens.
+        every: Whether all tokens count, not only supervised ones.
 
     Raises:
-        ValueError: the traces cannot be compared, or hold no tokens.
-        OSError: the file cannot be written.
+        ValueError: The traces cannot be compared, or have no tokens.
+        OSError: The file cannot be written.
     """
     if len(traces) == 2:
         check_comparable(*traces)
@@ -75,17 +75,17 @@ def write_lens(
         tables=[tables_of(its) for its in stats],
         charts=page_charts(named),
     )
-    write_atomically(output, page.encode("utf-8", "replace"))  # half of a surrogate pair cannot be written
+    write_atomically(output, page.encode("utf-8", "replace"))  # UTF-8 has no encoding of a lone surrogate
     return stats
 
 
 def _allowed(source: str) -> str:
-    """What a content security policy calls an inline script or style that may run."""
+    """Return the entry of a content security policy that allows this inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
 def _as_json(value: Any) -> str:
-    """JSON that can neither end a script element nor begin anything else in HTML."""
+    """Return JSON with `<`, `>` and `&` escaped, so that it can stand in a script element."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -94,16 +94,16 @@ def _as_json(value: Any) -> str:
 
 
 def _data(traces: Sequence[Trace], shown: int, every: bool) -> dict[str, Any]:
-    """The texts that all traces have, as many as fit in `shown` tokens but at least one, and what is known of each.
+    """Return the data of the page: the texts that all traces have, up to `shown` tokens but at least one text.
 
-    `texts` and `strings` are the same for all traces; `traces[i]` has the columns [N], [M, N] or [M, N, k] of one.
+    Texts and strings are the same for all traces. `traces[i]` has the columns [N], [M, N] or [M, N, k] of trace i.
     """
     common = set.intersection(*({text.key for text in trace.texts} for trace in traces))
     chosen = [[text for text in trace.texts if text.key in common] for trace in traces]
     reached = np.cumsum([len(text.ids) for text in chosen[0]])
     count = max(1, int(np.searchsorted(reached, shown, side="right")))
     chosen = [texts[:count] for texts in chosen]
-    strings: dict[str, int] = {}  # and their places
+    strings: dict[str, int] = {}  # index of each string
     texts = chosen[0]
     supervised = np.concatenate([text.supervised | every for text in texts])
     pieces = [strings.setdefault(piece, len(strings)) for text in texts for piece in text.pieces]
@@ -127,7 +127,7 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int])
         return np.concatenate([getattr(text, name) for text in texts], axis=min(1, getattr(texts[0], name).ndim - 1))
 
     def places(name: str) -> np.ndarray:
-        """Of the strings of tokens."""
+        """Return the index in `strings` of each token's text."""
         ids, inverse = np.unique(joined(name), return_inverse=True)
         found = [strings.setdefault(trace.string(token), len(strings)) for token in ids]
         return np.array(found)[inverse.ravel()]
@@ -153,14 +153,17 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int])
 
 
 def _own_score(header: Mapping[str, Any]) -> str:
-    """What the trace's policy went by, or the best there is to shade its tokens with."""
+    """Return the score of the trace's policy, or else the best available score to shade tokens by."""
     if header["policy"] == "confidence":
         return "entropy" if header["confidence_measure"] == "entropy" else "confidence"
     return "decider" if header["decider"] else "confidence"
 
 
 def _packed(values: np.ndarray) -> list[str]:
-    """Its type in JavaScript and its bytes: floats with 32 bits, whole numbers with as few as hold all of them."""
+    """Return the JavaScript type of a column, and its bytes in base64.
+
+    Floats have 32 bits. Integers have the smallest size that can hold all values.
+    """
     if values.dtype.kind == "f":
         kind, style = "Float32Array", "<f4"
     else:

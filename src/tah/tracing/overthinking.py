@@ -1,25 +1,25 @@
-"""What a second pass corrects and what it breaks, by policy: statistics of a trace, without the model.
+"""Statistics of a trace: what passes correct and break, by policy. They need no model.
 
 Shapes: N tokens, M = max_depth, S samples (`stats/bootstrap.py`: entry 0 is the data itself), P points of a curve.
 
-*Wrong* and *right* are the first choice after depth 1, *iterated* is more than one pass. A pass *corrects* a wrong
-token and *breaks* a right one. Every policy is evaluated by the outputs of the trace, where every token ran all passes.
-That is exact for attention "own" and "blind". For "duo" it is an approximation, but for `never`, `always` and the
-policy that was run.
+A token is *right* or *wrong* by the first choice after depth 1. It is *iterated* if it takes more than one pass. A pass
+*corrects* a wrong token and *breaks* a right one. Every policy is evaluated from the outputs of a trace, in which every
+token ran all passes. That is exact for attention "own" and "blind". For "duo" it is exact only for `never`, `always`
+and the policy that was run, and an approximation for all others.
 
 The policies:
 
-    own policy          what the model did under its policy and threshold
+    own policy          the passes that the model ran under its policy and threshold
     decider, confidence, entropy    tokens above a threshold: decider's probability, 1 - top probability, nats
-    random, confidence, entropy (equal share)   as many tokens as the decider (or else the own policy) chose
-    oracle              all passes where depth 1 is wrong (the paper's)
-    hindsight           all passes where that lowers the loss
-    second choice       where depth 1 is wrong, its second choice and no pass: a control, since being iterated by an
-                        oracle reveals to a model that its first choice is wrong
+    random, confidence, entropy (equal share)   as many tokens as the decider iterates (without one: the own policy)
+    oracle              all passes where depth 1 is wrong (as in the paper)
+    hindsight           all passes where they lower the loss
+    second choice       no pass; where depth 1 is wrong, its second choice counts. A control for the oracle: a model can
+                        learn that a token which an oracle iterates has a wrong first choice
 
-A score gives, after every pass but the last, the probability of going on: the decider's, 1 - the probability of the
-first choice, or the entropy, of which the policy `confidence` makes 1 - exp(-entropy). A token reaches a depth where
-the least of its scores so far exceeds the threshold.
+A score is a continue probability after every pass but the last: the decider's; 1 - the probability of the first choice;
+or 1 - exp(-entropy), as in the policy `confidence` with the entropy measure. A token reaches a depth if the least of
+its scores so far exceeds the threshold (method.md (3)).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from ..stats.threshold import Decisions, quality, threshold_for_share
 from .trace_file import Tokens, Trace, check_comparable, loss_of
 
 CONFIDENCE, ENTROPY = 0.7, 0.3  # thresholds of the untrained policies: 1 - top probability, nats
-GAIN = 0.05  # nats; a token is worth a pass that lowers its loss by more
-LITTLE = 1e-3  # nats; a loss that changes by less has not changed
-POINTS = 101  # of a curve
-RANKED = 200  # samples for AUROC and average precision
+GAIN = 0.05  # nats; a token gains from a pass that lowers its loss by more
+LITTLE = 1e-3  # nats; a smaller change of the loss counts as none
+POINTS = 101  # number of points of a curve
+RANKED = 200  # number of samples for AUROC and average precision
 COMPARED = ("never", "always", "own policy")
 EQUAL_SHARE = " (equal share)"
 
 
 @dataclass
 class View:
-    """The tokens of a trace as columns, and the draws of its texts."""
+    """The tokens of a trace as columns, and the bootstrap samples of its texts."""
 
     tokens: Tokens
     draw: Resampled
@@ -52,12 +52,12 @@ class View:
     loss: np.ndarray  # [M, N] nats
 
     def mean(self, values: np.ndarray, weight: np.ndarray | None = None) -> Estimate:
-        """Mean of `values` [N], and its interval."""
+        """Return the mean of `values` [N], with its interval."""
         return self.draw.estimate(self.draw.mean(values, weight))
 
     @property
     def scores(self) -> dict[str, np.ndarray]:
-        """[M - 1, N] of each score after every pass but the last; a probability of going on, in [0, 1]."""
+        """Continue probabilities `[M - 1, N]` of each score, after every pass but the last; empty if M is 1."""
         scores = {
             "confidence": 1 - self.tokens.max_prob[:-1].astype(np.float64),
             "entropy": of_nats(self.tokens.entropy[:-1].astype(np.float64)),
@@ -67,7 +67,7 @@ class View:
         return scores if len(self.right) > 1 else {}
 
     def outcome(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each token is right, and its loss, [N] each, under `never`, `always` or the own policy."""
+        """Return whether each token is right (0.0 or 1.0) and its loss, `[N]` each, under one of `COMPARED`."""
         if name == "own policy":
             return (self.tokens.final_rank == 0).astype(np.float64), loss_of(self.tokens.final_prob)
         at = 0 if name == "never" else -1
@@ -75,24 +75,29 @@ class View:
 
 
 def view_of(trace: Trace, every: bool = False, samples: int = 1000, seed: int = 0, level: float = 0.95) -> View:
-    """Supervised tokens of a trace, or `every` token."""
+    """Return the view of the supervised tokens of a trace, or of `every` token."""
     tokens = trace.tokens(every)
     draw = Resampled(tokens.text, samples, seed, level)
     return View(tokens, draw, (tokens.rank == 0).astype(np.float64), loss_of(tokens.prob))
 
 
 def of_nats(entropy: Any) -> Any:
-    """Entropy as the probability of going on that the policy `confidence` makes of it."""
+    """Return the continue probability of an entropy in nats, as in the policy `confidence`."""
     return -np.expm1(-entropy)
 
 
 def to_nats(probability: float) -> float:
-    """And back; some 35 nats for a probability of 1."""
+    """Return the entropy in nats of a continue probability: the inverse of `of_nats`. About 35 nats for 1."""
     return float(-np.log1p(-min(probability, 1 - 1e-15)))
 
 
 def depths(least: np.ndarray, threshold: float) -> np.ndarray:
-    """Passes [N] of tokens whose least probabilities of going on so far are [M - 1, N]."""
+    """Return the number of passes of each token, `[N]`.
+
+    Args:
+        least: Least continue probability of each token so far, by pass, `[M - 1, N]`.
+        threshold: Threshold of the policy.
+    """
     return 1 + (least > threshold).sum(0)
 
 
@@ -107,16 +112,18 @@ def statistics(
     top: int = 20,
     least: int | None = None,
 ) -> dict[str, Any]:
-    """All statistics, ready for JSON; an estimate is {"value", "low", "high"}.
+    """Return all statistics of a trace as JSON values. An estimate is `{"value", "low", "high"}`.
 
     Args:
-        threshold: of the decider; the trace's by default.
-        every: all tokens, not only the supervised ones.
-        samples: draws of texts for the intervals.
-        seed: of the draws.
-        level: share of the draws within an interval.
-        top: how many of the tokens most often iterated.
-        least: times a token must occur to be among them; by default once per 1,000 tokens, 2 to 10 times.
+        trace: Trace to evaluate.
+        threshold: Threshold of the decider; by default that of the trace.
+        every: Whether all tokens count, not only supervised ones.
+        samples: Number of bootstrap samples of texts.
+        seed: Random seed of the bootstrap.
+        level: Confidence level of the intervals.
+        top: Number of tokens in the list of those most often iterated.
+        least: Minimum number of occurrences of a token in that list. By default one per 1,000 tokens, but at least 2
+            and at most 10.
     """
     view = view_of(trace, every, samples, seed, level)
     threshold = float(trace.header["decider_threshold"]) if threshold is None else threshold
@@ -144,10 +151,12 @@ def statistics(
 
 
 def compare(one: Trace, other: Trace, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
-    """Accuracy and loss of another trace less those of one, over the texts that both have, with paired intervals.
+    """Return the accuracy and loss of `other` minus those of `one`, with paired intervals.
+
+    Only texts that are in both traces count.
 
     Raises:
-        ValueError: they have other tokens, or no text in common.
+        ValueError: The tokens of a text differ, or no text is in both traces.
     """
     check_comparable(one, other)
     keys = {text.key for text in one.texts} & {text.key for text in other.texts}
@@ -166,7 +175,7 @@ def compare(one: Trace, other: Trace, *, samples: int = 1000, seed: int = 0, lev
 
 
 def _change(view: View, d: int) -> dict[str, Any]:
-    """What the passes up to depth d + 1 do to depth 1."""
+    """Return how the outputs after depth d + 1 differ from those after depth 1."""
     before, after, gained = view.right[0], view.right[d], view.loss[0] - view.loss[d]
     corrected, broken = view.draw.mean(after, 1 - before), view.draw.mean(1 - after, before)
     estimate = view.draw.estimate
@@ -221,12 +230,12 @@ def _policies(view: View, thresholds: dict[str, float]) -> dict[str, dict[str, A
 
 
 def _one_hot(depth: np.ndarray, M: int) -> np.ndarray:
-    """[N] -> [M, N]"""
+    """Return depths [N] as 0.0 and 1.0, [M, N]."""
     return (np.arange(1, M + 1)[:, None] == depth).astype(np.float64)
 
 
 def _policy(view: View, share: np.ndarray) -> dict[str, Any]:
-    """A policy by the probability [M, N] that it runs each token so many passes."""
+    """Return the row of a policy, given the probability [M, N] with which each token takes d passes."""
     deep_right = (share[1:] * view.right[1:]).sum(0)
     depth = (share * np.arange(1, len(share) + 1)[:, None]).sum(0)
     return _row(view, 1 - share[0], deep_right, (share * view.loss).sum(0), depth)
@@ -235,7 +244,15 @@ def _policy(view: View, share: np.ndarray) -> dict[str, Any]:
 def _row(
     view: View, iterated: np.ndarray, deep_right: np.ndarray, loss: np.ndarray | None, depth: np.ndarray
 ) -> dict[str, Any]:
-    """A policy by the probabilities [N] that a token iterates, and that it does and ends up right."""
+    """Return the row of a policy.
+
+    Args:
+        view: Tokens to evaluate.
+        iterated: Probability that each token iterates, `[N]`.
+        deep_right: Probability that each token iterates and is then right, `[N]`.
+        loss: Loss of each token, `[N]`.
+        depth: Number of passes of each token, `[N]`.
+    """
     total, estimate = view.draw.total, view.draw.estimate
     right, wrong = view.right[0], 1 - view.right[0]
     fixed, broke = total(wrong * deep_right), total(right * (iterated - deep_right))
@@ -260,7 +277,7 @@ def _row(
 
 
 def _iterated(trace: Trace, tokens: Tokens, top: int, least: int | None) -> list[dict[str, Any]]:
-    """The tokens whose predictions most often took more than one pass under the trace's policy."""
+    """Return the tokens that iterate most often under the policy of the trace."""
     least = min(max(len(tokens.target) // 1000, 2), 10) if least is None else least
     ids, inverse = np.unique(tokens.target, return_inverse=True)
     count = np.bincount(inverse)
@@ -276,7 +293,7 @@ def _iterated(trace: Trace, tokens: Tokens, top: int, least: int | None) -> list
 
 
 def _ranking(view: View, name: str, score: np.ndarray, threshold: float) -> dict[str, Any]:
-    """How well a score finds tokens that are wrong after depth 1, and those that the second pass helps."""
+    """Return how well a score finds tokens that are wrong after depth 1, and tokens that gain from the second pass."""
     found: dict[str, Any] = {}
     for label, wanted in {"wrong": view.right[0] == 0, "gain": view.loss[0] - view.loss[1] > GAIN}.items():
         auroc, precision = ranking(score[0], wanted, view.draw.text, view.draw.weights[: RANKED + 1])
@@ -292,22 +309,23 @@ def _ranking(view: View, name: str, score: np.ndarray, threshold: float) -> dict
 
 
 def _curve(view: View, name: str, score: np.ndarray) -> dict[str, list[Any]]:
-    """Accuracy and loss against the share of iterated tokens, by threshold, from no token to every token.
+    """Return accuracy and loss against the iterated share, from no token to every token.
 
-    A token reaches a depth where the least of its probabilities so far exceeds the threshold, so each (token, depth)
-    is one event, and a threshold takes a prefix of the events in falling order.
+    Each (token, depth) is one event: a token reaches a depth if its least probability so far exceeds the threshold.
+    A threshold therefore selects a prefix of the events, sorted by falling probability.
     """
     least, N = np.minimum.accumulate(score), score.shape[1]
     order = np.argsort(-least.ravel(), kind="stable")
     falling = least.ravel()[order]
     ends = np.concatenate([[0], np.flatnonzero(falling[1:] != falling[:-1]) + 1, [len(falling)]])
     wanted = np.linspace(0, len(falling), POINTS)
-    cuts = np.unique(ends[np.minimum(np.searchsorted(ends, wanted), len(ends) - 1)])  # [P]; never between equals
-    segment = np.searchsorted(cuts, np.arange(len(falling)), side="right")  # of each event, 1..P - 1
+    # [P]; a cut never separates events of equal probability
+    cuts = np.unique(ends[np.minimum(np.searchsorted(ends, wanted), len(ends) - 1)])
+    segment = np.searchsorted(cuts, np.arange(len(falling)), side="right")  # segment of each event, 1..P - 1
     text, K, P = view.draw.text[order % N], len(view.draw.names), len(cuts)
 
     def along(start: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Mean [S, P] at every point, from [N] values at depth 1 and [M - 1, N] changes."""
+        """Return the mean at every point, `[S, P]`, from values at depth 1 [N] and their changes by pass [M - 1, N]."""
         sums = np.bincount(text * P + segment, steps.ravel()[order], K * P).reshape(K, P)
         sums[:, 0] = np.bincount(view.draw.text, start, K)
         counts = view.draw.weights @ np.bincount(view.draw.text, minlength=K)
@@ -319,7 +337,7 @@ def _curve(view: View, name: str, score: np.ndarray) -> dict[str, list[Any]]:
     below = np.concatenate([falling[cuts[1:-1]], [0.0]])
     thresholds: list[float | None] = [float(falling[0]), *((falling[cuts[1:] - 1] + below) / 2).tolist()]
     if falling[-1] <= 0:
-        thresholds[-1] = None  # no threshold lets a probability of 0 go on
+        thresholds[-1] = None  # a threshold is at least 0 and the comparison strict, so probability 0 never iterates
     intervals = [view.draw.estimate(accuracy[:, point]) for point in range(P)]
     return {
         "threshold": [t if t is None or name != "entropy" else to_nats(t) for t in thresholds],

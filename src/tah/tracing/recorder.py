@@ -1,4 +1,4 @@
-"""A policy that captures what every pass predicts for the true next token, and which tokens another policy iterates.
+"""A policy that captures what every pass predicts for the true next token, and which tokens a rule iterates.
 
 Shapes: N predictions of a batch (position t predicts token t + 1), n of them active or in a chunk, V vocabulary,
 M = max_depth, k = top_k.
@@ -19,17 +19,19 @@ from ..policy import BoundRule, DepthState, Policy
 
 
 class Recorder(Policy):
-    """Captures a forward: asks a rule, and scores what every pass predicts.
+    """Evaluates a rule during a forward, and scores what every pass predicts.
 
-    The forward must be given max_depth M + 1: all tokens stop at M, and only there is pass M seen.
+    Call the model with max_depth M + 1. A policy is called after every pass but the last, so this is the way to capture
+    pass M. The recorder stops all tokens at M.
 
     Args:
-        rule: the rule to ask.
-        target: [N] true next tokens of the real tokens, in order.
+        rule: Rule that decides which tokens iterate.
+        target: True next token of each token that is not padding, in order, `[N]`.
         most: M.
-        top_k: most probable tokens to keep.
-        decider: asked as well.
-        follow: tokens iterate as the rule decides, and depth 1 is not captured; by default all run all passes.
+        top_k: Number of most probable tokens to keep.
+        decider: Decider whose probabilities are captured too.
+        follow: Whether tokens iterate as the rule decides. Depth 1 is then not captured. By default every token runs
+            all passes.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Recorder(Policy):
         self.layers = tuple(sorted({*getattr(rule.policy, "layers", ()), *getattr(decider, "layers", ())}))
         self.active = torch.arange(len(target), device=target.device)  # tokens that run the pass
         self.depth = torch.ones_like(target)  # [N] passes under the rule
-        self.passes: list[tuple[Tensor, Tensor]] = []  # the active tokens [n], and their scores [n, 3 + 2k]: rank,
-        # probability and entropy, ids and probabilities of the most probable tokens (ids are exact below 2^24)
-        self.go_prob: list[Tensor] = []  # [N] by depth: the decider's probability of going on
-        self._chunks: list[Tensor] = []  # scores of this pass
+        # Per pass: the active tokens [n], and their scores [n, 3 + 2k]. The columns of the scores are rank,
+        # probability, entropy, and the ids and probabilities of the most probable tokens. As float32, ids are exact
+        # below 2^24.
+        self.passes: list[tuple[Tensor, Tensor]] = []
+        self.go_prob: list[Tensor] = []  # per pass: the decider's continue probabilities [N]
+        self._chunks: list[Tensor] = []  # scores of the current pass
 
     def __call__(self, state: DepthState) -> Tensor:
-        """Whether the active tokens go on, [..] bool."""
+        """Return whether each active token takes another pass, `[n]` bool."""
         self._chunks, capture = [], not self.follow or state.depth > 1
         if capture:
             state = replace(state, map_logits=partial(self._map_and_capture, state))
@@ -54,7 +58,7 @@ class Recorder(Policy):
         if state.depth < self.most:
             go = self._ask(state)
         if capture:
-            if not self._chunks:  # the rule did not read the logits
+            if not self._chunks:  # the rule did not read the logits, so nothing has been scored yet
                 state.map_logits(lambda logits: logits[:, 0])
             self.passes.append((self.active, torch.cat(self._chunks).to(self.target.device)))
         if not self.follow:
@@ -68,11 +72,11 @@ class Recorder(Policy):
         logits, go = self.rule.decide(state, row=torch.zeros_like(self.active))
         if self.decider is not None:
             decided = logits if self.rule.policy is self.decider else self.decider(state)
-            self.go_prob.append(decided.sigmoid().float().to(self.target.device))  # as the rule compares it
+            self.go_prob.append(decided.sigmoid().float().to(self.target.device))  # the number that the rule compares
         return go
 
     def _map_and_capture(self, state: DepthState, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
-        """`map_logits(f)`; the first time it also scores the same logits, so that the head runs once."""
+        """Return `map_logits(f)`. The first call also scores the same logits, so the head runs once per pass."""
         if self._chunks:
             return state.map_logits(f, ahead=ahead)
 
@@ -81,7 +85,7 @@ class Recorder(Policy):
             scores = score_targets(logits, self.target[self.active[start : start + len(logits)]], self.top_k)
             numbers = torch.stack([scores.rank.float(), scores.prob, scores.entropy], dim=1)
             self._chunks.append(torch.cat([numbers, scores.top_ids.float(), scores.top_prob], dim=1))
-            return f(logits)  # which may overwrite them
+            return f(logits)  # after the scores, since f may overwrite the logits
 
         all_go_on = not self.follow and state.depth < self.most
         return state.map_logits(score_then_map, ahead=ahead or all_go_on)

@@ -1,4 +1,7 @@
-"""The statistics of a trace as tables, for its page and as Markdown. Text from models, data and traces stays text."""
+"""The statistics of a trace as tables, for the page of `tah report` and as Markdown.
+
+Text from models, data and traces is escaped, so that it is shown as text.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import Any, NamedTuple
 from ..markdown import estimate, table
 from ..stats.bootstrap import Estimate
 
-MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is none
-LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # which GitHub turns into links on its own
+MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word has no effect
+LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # GitHub makes links of these
 CHANGES = {
-    "wrong ones corrected": "corrected",
-    "right ones broken": "broken",
+    "corrected, of wrong": "corrected",
+    "broken, of right": "broken",
     "break-even precision": "break_even_precision",
     "loss falls": "improved",
     "loss rises": "worsened",
@@ -20,17 +23,17 @@ CHANGES = {
 POLICIES = {
     "iterated": "iterated",
     "accuracy": "accuracy",
-    "over never": "gain",
+    "gain over never": "gain",
     "loss": "loss",
     "precision": "precision",
-    "break-even": "break_even_precision",
-    "second choice there": "second_choice",
+    "break-even precision": "break_even_precision",
+    "accuracy by second choice": "second_choice",
 }
 
 
 class Cell(NamedTuple):
-    text: str  # any
-    more: str = ""  # ours: an interval, a threshold
+    text: str  # may come from a model or a file, so it is escaped
+    more: str = ""  # an interval or a threshold: made here, so it is not escaped
 
 
 class Table(NamedTuple):
@@ -41,7 +44,7 @@ class Table(NamedTuple):
 
 
 def tables_of(stats: dict[str, Any]) -> list[Table]:
-    """`overthinking.statistics` as tables, as far as there is something to show."""
+    """Return the tables of `overthinking.statistics`. A table without rows is left out."""
     depths = [[Cell(str(row["depth"])), _percent(row["accuracy"]), _nats(row["loss"])] for row in stats["depths"]]
     passes = [[Cell(str(row["depth"])), *(_percent(row[key]) for key in CHANGES.values())] for row in stats["passes"]]
     policies = []
@@ -61,12 +64,12 @@ def tables_of(stats: dict[str, Any]) -> list[Table]:
     ]
     over = ", ".join(f"{''.join(_percent(gap))} {name}" for name, gap in stats["headroom"].items())
     tables = [
-        Table("After each pass, if every token runs it", ["depth", "accuracy", "loss"], depths),
-        Table("What deeper passes change", ["up to depth", *CHANGES], passes),
-        Table("Who iterates", ["policy", *POLICIES], policies, f"Headroom of the oracle: {over}."),
+        Table("After each depth, if every token reaches it", ["depth", "accuracy", "loss"], depths),
+        Table("Changes by deeper passes", ["up to depth", *CHANGES], passes),
+        Table("Policies", ["policy", *POLICIES], policies, f"Headroom of the oracle: {over}."),
         Table(
-            "How well scores find wrong tokens, and tokens that gain",
-            ["score", "finds", "AUROC", "average precision", "share of such tokens"],
+            "Scores as detectors of wrong tokens and of tokens that gain",
+            ["score", "detects", "AUROC", "average precision", "share of such tokens"],
             scores,
         ),
     ]
@@ -74,13 +77,13 @@ def tables_of(stats: dict[str, Any]) -> list[Table]:
 
 
 def difference_table(found: dict[str, Any]) -> Table:
-    """`overthinking.compare` as a table."""
+    """Return the table of `overthinking.compare`."""
     rows = [[Cell(name), _percent(row["accuracy"]), _nats(row["loss"])] for name, row in found["difference"].items()]
-    return Table("", ["policy", "accuracy, B less A", "loss, B less A"], rows)
+    return Table("", ["policy", "accuracy, B minus A", "loss, B minus A"], rows)
 
 
 def as_markdown(stats: dict[str, Any]) -> str:
-    """`overthinking.statistics` as a page of tables."""
+    """Return the tables of `overthinking.statistics` as a Markdown page."""
     about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
     measure = f" ({_plain(about['confidence_measure'])})" if about.get("confidence_measure") else ""
     model, data, policy = (_plain(about[name]) for name in ("model", "data", "policy"))
@@ -88,14 +91,17 @@ def as_markdown(stats: dict[str, Any]) -> str:
         f"# {model} on {data}",
         "",
         f"{stats['tokens']:,} {counted} of {stats['texts']:,} texts, at most {about['max_depth']} passes, policy "
-        f"{policy}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by drawing texts.",
+        f"{policy}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by a bootstrap over texts.",
     ]
     if stats["missing_texts"]:
-        lines += ["", f"Unfinished: {stats['missing_texts']:,} texts are missing."]
+        lines += ["", f"The trace is unfinished: {stats['missing_texts']:,} texts are missing."]
     if not stats["exact"]:
         exact = "never, always and own policy" if about["final"] == "run" else "never and always"
-        why = f'Deeper passes read each other (attention "duo"): all but {exact} are approximated by outputs of a run'
-        lines += ["", f"{why} where every token iterated."]
+        lines += [
+            "",
+            f'With attention "duo" deeper passes attend to each other, so only {exact} are exact. The other rows are '
+            "approximations from a run in which every token took all passes.",
+        ]
     for each in tables_of(stats):
         rows = [[f"{_plain(cell.text)}{cell.more}" for cell in row] for row in each.rows]
         lines += _section(each.title, each.columns, rows) + (["", _plain(each.below)] if each.below else [])
@@ -118,12 +124,12 @@ def _nats(found: Estimate | None) -> Cell:
 
 
 def _plain(text: Any) -> str:
-    """Any text as itself, on one line: what Markdown or HTML would interpret is escaped."""
+    """Return a text on one line, with the characters that Markdown or HTML interprets escaped."""
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
     shown = MARKS.sub(lambda mark: "&lt;" if mark[0] == "<" else "&amp;" if mark[0] == "&" else f"\\{mark[0]}", shown)
     return LINKS.sub(lambda link: f"{link[0][:-1]}\\{link[0][-1]}", shown)
 
 
 def _code(text: str) -> str:
-    """Any text in a cell of a table, as code."""
+    """Return a text as code in a cell of a Markdown table."""
     return "`" + (repr(text)[1:-1].replace("|", "\\|").replace("`", "'") or "(empty)") + "`"

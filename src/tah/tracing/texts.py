@@ -1,6 +1,6 @@
-"""The texts that are traced: rows of data as tokens, cut or split to a length.
+"""The texts of a trace: rows of data as tokens, cut or split at a maximum length.
 
-T: tokens of a text.
+Shapes: T tokens of a text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..names import DATA_FILES, TEXT_FILES
 
 @dataclass
 class Text:
-    """A text, or a part of one, to be traced."""
+    """A text, or one part of a long text."""
 
     row: int
     part: int
@@ -33,15 +33,21 @@ class Text:
 
 
 def read_rows(source: str, split: str = "train", limit: int | None = None) -> Sequence[Mapping[str, Any]]:
-    """Rows as `data.load_rows` reads them, or one row with the contents of a .txt or .md file.
+    """Return the rows of a data source. A `.txt` or `.md` file is one row with its content as text.
+
+    Args:
+        source: Path or Hub id, as in `data.load_rows`.
+        split: Dataset split.
+        limit: Maximum number of rows.
 
     Raises:
-        ValueError: there is no such source, or nothing in it.
+        ValueError: The source does not exist, cannot be read, or is empty.
     """
     path = Path(source)
     if path.is_file() and path.suffix not in (*DATA_FILES, *TEXT_FILES):
-        kind, known = path.suffix or "nameless", ", ".join((*DATA_FILES, *TEXT_FILES))
-        raise ValueError(f"data {source!r} cannot be read: a {kind} file is not one of {known}")
+        known = ", ".join((*DATA_FILES, *TEXT_FILES))
+        suffix = f"the file suffix {path.suffix}" if path.suffix else "a file without a suffix"
+        raise ValueError(f"data {source!r} cannot be read: {suffix} is not supported; use one of {known}")
     if path.suffix not in TEXT_FILES or not path.is_file():
         return load_rows(source, split, limit=limit)
     try:
@@ -52,20 +58,26 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> Se
         line = 1 + error.object[: error.start].count(b"\n")
         raise ValueError(f"data {source!r} cannot be read: line {line} is not UTF-8") from error
     if not text.strip():
-        raise ValueError(f"{source} is empty: it has no text")
+        raise ValueError(f"{source} has no text")
     return [{"text": text}]
 
 
 def texts_of(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int, source: str = "the data"
 ) -> tuple[list[Text], Counter[str]]:
-    """Texts of at most `max_length` tokens, and how many rows were left out or cut, by reason.
+    """Return texts of at most `max_length` tokens, and the number of rows that were left out or cut, by reason.
 
-    A plain text that is longer goes on in further parts; other rows end there, since a part of a conversation would
-    lack the turns before it.
+    A longer plain text is split into parts. A longer conversation is cut, because a later part of it would lack the
+    turns before that part.
+
+    Args:
+        rows: Rows in one of the forms of `data.load_rows`.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens of a text or part.
+        source: Name of the data in messages.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: No row has a token to predict.
     """
     form, texts, dropped = form_of(list(rows[0]), source), list[Text](), Counter[str]()
     for number in range(len(rows)):
@@ -89,14 +101,14 @@ def texts_of(
     if not texts:
         why = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
         raise ValueError(
-            f"nothing to trace in the {len(rows)} rows of {source}: {why}; a text needs two tokens, the second of them "
-            "the model's to say"
+            f"no row to trace among the {len(rows)} rows of {source}: {why}; a text needs at least two tokens, of "
+            "which one after the first is supervised"
         )
     return texts, dropped
 
 
 def _is_encoded(row: Mapping[str, Any]) -> bool:
-    """Whether the row holds a list of token ids and as long a list of truth values."""
+    """Return whether a row has a list of token ids and a list of booleans of the same length."""
     ids, supervised = row["input_ids"], row["supervised"]
     if not isinstance(ids, list) or not isinstance(supervised, list) or len(ids) != len(supervised):
         return False

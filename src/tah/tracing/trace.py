@@ -1,11 +1,11 @@
-"""`tah trace`: run every token of some texts at every depth, and capture what each pass predicts.
+"""`tah trace`: run every token of some texts at every depth, and record what each pass predicts.
 
 Shapes: B texts of a batch, T tokens, N predictions of a batch (position t predicts token t + 1), V vocabulary,
 M = max_depth, k = top_k.
 
-Every token runs all depths, so that any policy can be evaluated afterwards (`overthinking.py`). With attention "own" or
-"blind" nothing a token computes depends on which other tokens iterate, and the outcome of a policy can be derived
-exactly. With "duo" it does depend on them, so a second forward follows the policy itself.
+Every token runs all depths, so `overthinking.py` can evaluate any policy from the trace. With attention "own" or
+"blind" the output of a token does not depend on which other tokens iterate, so the outcome of a policy is exact. With
+"duo" it does depend on them (method.md (7)), so a second forward follows the policy.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ from .recorder import Recorder
 from .texts import Text, texts_of
 from .trace_file import VERSION, Trace, TracedText, TraceFile
 
-LONGEST = 2048  # tokens of a text, unless the model or the user sets another limit
+LONGEST = 2048  # default maximum number of tokens of a text
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """What to trace, and how.
+    """Settings of a trace.
 
     Args:
-        rule: whose passes and outputs are captured as the model's own; the configured policy by default. `oracle` here
-            runs all passes where depth 1 is wrong. `max_depth` is M; threshold and max_depth are one number each.
-        run_policy: run a second forward that follows the policy. By default only with attention "duo"; elsewhere its
-            outcome can be derived from the first forward.
-        data: name of the data, for the header and for messages.
-        model: name of the model; by default where it was loaded from.
-        max_length: most tokens of a text; as many as the model has positions, at most 2048, by default.
-        limit: most texts, parts of a long one included.
-        top_k: most probable tokens to keep for each pass.
-        tokens_per_batch: most tokens of a forward, padding included; a longer text runs alone.
+        rule: Rule whose depths and outputs the trace records as `own policy`; by default the policy of the model's
+            config. `oracle` runs all passes where depth 1 is wrong. `max_depth` is M. `threshold` and `max_depth` are
+            one number each, not one per row.
+        run_policy: Whether to run a second forward that follows the policy. By default only with attention "duo". For
+            other attention the first forward gives the same outcome.
+        data: Name of the data in the header and in messages.
+        model: Name of the model in the header; by default the path or id that it was loaded from.
+        max_length: Maximum number of tokens of a text; by default the number of positions of the model, at most 2048.
+        limit: Maximum number of texts. Each part of a long text counts as one.
+        top_k: Number of most probable tokens to keep per pass.
+        tokens_per_batch: Maximum number of tokens of a forward, padding included. A longer text runs alone.
     """
 
     rule: Rule = Rule()
@@ -75,18 +76,20 @@ def trace(
     *,
     progress: Reporter = SILENT,
 ) -> Trace:
-    """Trace texts, teacher-forced.
+    """Return a trace of texts. The model reads the true tokens (teacher forcing).
 
         tah.trace(model, tokenizer, [{"text": "..."}], request=TraceRequest(Rule("confidence", 0.7)))
 
     Args:
-        rows: in one of the forms of `data.load_rows`; `texts.read_rows` reads them from a file.
-        output: file that grows while tracing; an unfinished one is continued.
-        request: settings; the defaults of [`TraceRequest`] where there is none.
-        progress: where to report the texts that are done.
+        model: Model to trace.
+        tokenizer: Its tokenizer.
+        rows: Rows in one of the forms of `data.load_rows`. `texts.read_rows` reads them from a file.
+        output: Path of the trace file. Each batch is appended to it. An unfinished file is continued.
+        request: Settings; by default those of `TraceRequest()`.
+        progress: Reporter of finished texts.
 
     Raises:
-        ValueError: nothing to trace, settings out of range, or `output` holds something else.
+        ValueError: No row can be traced, a setting is out of range, or `output` is another file or another trace.
     """
     request = request or TraceRequest()
     tracer = _Tracer(model, tokenizer, request)
@@ -98,7 +101,7 @@ def trace(
     with evaluating(model), progress.work("tracing", len(texts), "texts", len(finished)) as work:
         for batch in batches([len(text.ids) - 1 for text in texts], request.tokens_per_batch):
             todo = {texts[at].key for at in batch} - finished
-            if todo:  # the whole batch, so that a continued trace rounds as an uninterrupted one
+            if todo:  # run the whole batch, so that a continued trace has the rounding of an uninterrupted one
                 traced = [text for text in tracer.trace([texts[at] for at in batch]) if text.key in todo]
                 file.add(traced, partial(strings_of, tokenizer))
                 work.advance(len(traced), sum(len(text.ids) - 1 for text in traced))
@@ -106,7 +109,7 @@ def trace(
 
 
 class _Tracer:
-    """A request checked against a model; traces batches of texts."""
+    """Traces batches of texts. Checks the request against the model when it is made."""
 
     def __init__(self, model: TaHForCausalLM, tokenizer: Any, request: TraceRequest) -> None:
         config, rule = model.config, request.rule.completed(model.config)
@@ -117,7 +120,7 @@ class _Tracer:
         self.threshold, self.max_depth = rule.threshold, rule.max_depth
         if self.max_depth > config.max_depth:
             known = config.max_depth
-            raise ValueError(f"max_depth={self.max_depth}: the model has max_depth={known}; give at most that")
+            raise ValueError(f"max_depth={self.max_depth} must be at most {known}, the max_depth of the model")
         size = config.get_text_config(decoder=True).vocab_size
         if not 1 <= request.top_k <= size:
             raise ValueError(f"top_k={request.top_k} must be at least 1 and at most {size}, the size of the vocabulary")
@@ -128,7 +131,7 @@ class _Tracer:
         self.run_policy = self.duo if request.run_policy is None else request.run_policy
 
     def header(self, texts: Sequence[Text], left_out: Mapping[str, int]) -> dict[str, Any]:
-        """What is traced, as the first line of the file has it."""
+        """Return the header of the trace: the first line of its file."""
         model, config = self.model, self.model.config
         return {
             "tah_trace": VERSION,
@@ -156,9 +159,9 @@ class _Tracer:
 
     @torch.no_grad()
     def trace(self, texts: Sequence[Text]) -> Iterator[TracedText]:
-        """One batch of texts, padded on the right."""
+        """Yield the trace of each text of a batch. The batch is padded on the right."""
         M, k = self.max_depth, self.request.top_k
-        lengths = [len(text.ids) - 1 for text in texts]  # nothing known follows the last token
+        lengths = [len(text.ids) - 1 for text in texts]  # the last token has no true next token
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [B, T]
         ids = torch.zeros(mask.shape, dtype=torch.int64)
         ids[mask] = torch.from_numpy(np.concatenate([text.ids[:-1] for text in texts]))
@@ -210,19 +213,19 @@ class _Tracer:
         device = self.model.device
         on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
         no_logits = torch.empty(0, dtype=torch.int64, device=device)
-        depth = self.max_depth + 1  # so that the recorder is asked after pass M, too
+        depth = self.max_depth + 1  # a policy is called after every pass but the last; the recorder needs pass M too
         self.model(**on_device, policy=recorder, max_depth=depth, logits_to_keep=no_logits, use_cache=False)
 
 
 def _pieces(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    """[T] what each token adds to the text."""
+    """Return what each token adds to the text, `[T]`."""
     pieces = Pieces(partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     found = [pieces.add(int(token)) for token in ids]
     return [*found[:-1], found[-1] + pieces.flush()]
 
 
 def strings_of(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """Text of each token by itself; the tokenizer's own name of one that is part of a character."""
+    """Return the text of each token id by itself. Part of a character has the tokenizer's own name of the token."""
 
     def string(token: int) -> str:
         text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -236,12 +239,12 @@ def _hash(*parts: bytes) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def _max_length(model: TaHForCausalLM, asked: int | None) -> int:
+def _max_length(model: TaHForCausalLM, requested: int | None) -> int:
     config = model.config.get_text_config(decoder=True)
     known = [getattr(config, "max_position_embeddings", None), stable_positions(config)]
     limit = min((value for value in known if value is not None), default=None)
-    if asked is None:
+    if requested is None:
         return LONGEST if limit is None else min(LONGEST, limit)
-    if asked < 2 or (limit is not None and asked > limit):
-        raise ValueError(f"max_length={asked} must be at least 2" + (f" and at most {limit}" if limit else ""))
-    return asked
+    if requested < 2 or (limit is not None and requested > limit):
+        raise ValueError(f"max_length={requested} must be at least 2" + (f" and at most {limit}" if limit else ""))
+    return requested

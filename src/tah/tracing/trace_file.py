@@ -3,19 +3,19 @@
 Shapes: T tokens of a text, n = T - 1 predictions (position t predicts token t + 1), M = max_depth, k = top_k,
 N predictions of all texts together.
 
-The file is JSON lines. The first names what was traced; each other one is a text:
+The file is JSON lines. The first line is the header: model, data, settings. Every other line is one text:
 
-    row, part      its number in the data; where long texts are cut into parts, which of them
-    ids, pieces    [T] tokens, and what each adds to the text (empty where a character needs more tokens)
-    supervised     [n] 1 where the predicted token is the model's to say; left out where all are
+    row, part      index of the row in the data; index of the part of a long text
+    ids, pieces    [T] tokens, and what each adds to the text (empty until all tokens of a character are there)
+    supervised     [n] 1 where the predicted token is supervised; missing if all are
     passes         M times {rank, prob: of the true next token; entropy: nats; max: highest probability;
                    top, top4: n * k ids and their probabilities in 1/10000, most probable first}
-    decider        M - 1 times [n], the decider's probability of going on, where the model has one
+    decider        M - 1 times [n], the decider's continue probability; missing without a decider
     depth          [n] passes under the policy of the trace
-    final          {rank, prob, top} of those with depth > 1, where that differs from `passes`
-    strings        text of token ids that no earlier line has
+    final          {rank, prob, top} of the predictions with depth > 1; missing if `passes` has the same values
+    strings        text of the token ids that no earlier line has
 
-Lines are appended whole, a batch at a time, so a killed run loses its last batch at most.
+Each batch is appended as whole lines, so a killed run loses at most its last batch.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ import numpy as np
 from ..files import differences, write_atomically
 
 VERSION = 1
-ABOUT = ("model", "data", "versions")  # entries of the header that may differ in the run that continues a trace
+ABOUT = ("model", "data", "versions")  # header entries that may differ when a trace is continued
 DIGITS = {"rank": "%d", "prob": "%.5g", "entropy": "%.4g", "max": "%.6g", "top": "%d", "top4": "%d"}
-TINY = 1e-38  # probabilities below count as this: a loss is 87.5 nats at most
+TINY = 1e-38  # lower bound of a probability in a loss, which is therefore at most 87.5 nats
 Key = tuple[int, int]  # (row, part)
 
 
 @dataclass
 class TracedText:
-    """A text, and what each pass predicts where every token runs all of them."""
+    """A text, and what each pass predicts if every token runs all passes."""
 
     row: int
     part: int
@@ -54,10 +54,10 @@ class TracedText:
     top_ids: np.ndarray  # [M, n, k]
     top_probs: np.ndarray  # [M, n, k], rounded to 1/10000
     depth: np.ndarray  # [n] passes under the trace's policy
-    final_rank: np.ndarray  # [n] after the passes it took under the policy
-    final_prob: np.ndarray  # [n]
-    final_top: np.ndarray  # [n] first choice
-    decider: np.ndarray | None = None  # [M - 1, n] probability of going on
+    final_rank: np.ndarray  # [n] as `rank`, after the passes that the token took under the policy
+    final_prob: np.ndarray  # [n] as `prob`, likewise
+    final_top: np.ndarray  # [n] first choice, likewise
+    decider: np.ndarray | None = None  # [M - 1, n] continue probability
 
     @property
     def key(self) -> Key:
@@ -66,7 +66,7 @@ class TracedText:
 
 @dataclass
 class Tokens:
-    """Columns of a trace: N predictions of all texts one after the other."""
+    """The predictions of all texts of a trace, concatenated, as columns. The fields are those of `TracedText`."""
 
     text: np.ndarray  # [N] index into `Trace.texts`
     target: np.ndarray  # [N] true next token
@@ -85,9 +85,9 @@ class Trace:
     """Traced texts in the order of the data.
 
     Args:
-        header: what was traced, with what: model, tokenizer, data, max_depth, attention, policy, threshold, ...
-        texts: those that are done.
-        strings: text of every token id that occurs, also as an alternative.
+        header: First line of the file: model, tokenizer, data, max_depth, attention, policy, threshold, ...
+        texts: Finished texts.
+        strings: Text of every token id that occurs in a text or among the most probable tokens.
     """
 
     header: dict[str, Any]
@@ -100,21 +100,21 @@ class Trace:
 
     @property
     def missing(self) -> int:
-        """How many texts an unfinished trace lacks."""
+        """Number of texts that an unfinished trace lacks."""
         return int(self.header["texts"]) - len(self.texts)
 
     def string(self, token: int) -> str:
         return self.strings.get(int(token), f"<{int(token)}>")
 
     def tokens(self, every: bool = False) -> Tokens:
-        """All predictions of supervised tokens, or of `every` token.
+        """Return the predictions of supervised tokens, or of `every` token.
 
         Raises:
-            ValueError: there are none.
+            ValueError: There are none.
         """
         kept = [(number, text, text.supervised | every) for number, text in enumerate(self.texts)]
         if not any(chosen.any() for _, _, chosen in kept):
-            raise ValueError(f"the trace of {self.header['data']} holds no tokens yet; run it again to continue it")
+            raise ValueError(f"the trace of {self.header['data']} has no tokens yet: run tah trace again to continue")
 
         def column(name: str) -> np.ndarray:
             return np.concatenate([getattr(text, name)[..., chosen] for _, text, chosen in kept], axis=-1)
@@ -129,21 +129,25 @@ class Trace:
 
 
 def check_comparable(one: Trace, other: Trace) -> None:
-    """Raises `ValueError` unless both traces have the same tokens for the same texts."""
+    """Check that two traces have the same tokens for the texts that both have.
+
+    Raises:
+        ValueError: The tokenizers or a text differ, or no text is in both.
+    """
     names = [f"{which} trace ({trace.header['model']})" for which, trace in (("the first", one), ("the second", other))]
     if one.header["tokenizer"] != other.header["tokenizer"]:
-        raise ValueError(f"{names[0]} and {names[1]} were traced with different tokenizers: they cannot be compared")
+        raise ValueError(f"{names[0]} and {names[1]} have different tokenizers, so they cannot be compared")
     texts = {text.key: text for text in one.texts}
     shared = [(text, texts[text.key]) for text in other.texts if text.key in texts]
     if not shared:
         raise ValueError(f"{names[0]} and {names[1]} have no text in common")
     for text, its in shared:
         if not (np.array_equal(text.ids, its.ids) and np.array_equal(text.supervised, its.supervised)):
-            raise ValueError(f"row {text.row} is another text in {names[0]} than in {names[1]}")
+            raise ValueError(f"row {text.row} is not the same text in {names[0]} and in {names[1]}")
 
 
 def loss_of(prob: np.ndarray) -> np.ndarray:
-    """Cross-entropy in nats of the probability of the true token."""
+    """Return the cross-entropy in nats of the probability of the true token."""
     return -np.log(np.maximum(prob.astype(np.float64), TINY))
 
 
@@ -151,11 +155,12 @@ def loss_of(prob: np.ndarray) -> np.ndarray:
 
 
 def as_line(text: TracedText, strings: Mapping[int, str], exact: bool) -> str:
-    """A text as a line of the file, newline included.
+    """Return a text as a line of the file, with the newline.
 
     Args:
-        strings: of the token ids that no earlier line has.
-        exact: the outcome under the policy is that of `passes` at `depth`, so `final` is left out.
+        text: Text to write.
+        strings: Text of each token id that no earlier line has.
+        exact: Whether the outcome under the policy is that of `passes` at `depth`. `final` is then left out.
     """
     passes = [
         _columns(
@@ -172,7 +177,7 @@ def as_line(text: TracedText, strings: Mapping[int, str], exact: bool) -> str:
     if not text.supervised.all():
         parts.append(f'"supervised":{_numbers("%d", text.supervised)}')
     parts.append(f'"passes":[{",".join(passes)}]')
-    if text.decider is not None:  # all digits of a float32: a threshold must part the tokens as it did in the model
+    if text.decider is not None:  # all digits of a float32, so that a threshold selects the same tokens as in the model
         parts.append(f'"decider":[{",".join(_numbers("%.9g", go_prob) for go_prob in text.decider)}]')
     parts.append(f'"depth":{_numbers("%d", text.depth)}')
     if not exact:
@@ -184,10 +189,10 @@ def as_line(text: TracedText, strings: Mapping[int, str], exact: bool) -> str:
 
 
 def parse_line(line: str | bytes, header: Mapping[str, Any]) -> tuple[TracedText, dict[int, str]]:
-    """A text from its line, and the strings of token ids.
+    """Return the text of a line, and the strings of token ids.
 
     Raises:
-        ValueError: it is no such line.
+        ValueError: The line is not a text of a trace with this header.
     """
     try:
         return _parse(json.loads(line), header["max_depth"], header["top_k"])
@@ -246,29 +251,29 @@ def _plain(value: Any) -> str:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """A trace, finished or not; a last line that was interrupted is left out.
+    """Return the trace of a file, finished or not. An incomplete last line is ignored.
 
     Raises:
-        ValueError: it is no trace, or a line before the last is damaged.
+        ValueError: The file is not a trace, or a line before the last is damaged.
     """
     return _read(Path(path))[0]
 
 
 def _read(path: Path) -> tuple[Trace, int]:
-    """A trace, and how many bytes of its file are whole lines."""
+    """Return the trace of a file, and the size of its complete lines in bytes."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"trace {path} cannot be read: {error.strerror}") from error
-    *lines, rest = content.split(b"\n")  # whatever follows the last newline was interrupted
+    *lines, rest = content.split(b"\n")  # `rest` is an incomplete line, or empty
     try:
         header = json.loads(lines[0])
         if header["tah_trace"] != VERSION:
             raise ValueError(f"{path} is a trace of format {header['tah_trace']}; this version reads {VERSION}")
     except (UnicodeDecodeError, json.JSONDecodeError, IndexError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no trace: its first line is not the header that tah trace writes") from error
+        raise ValueError(f"{path} is not a trace: its first line is not a header of tah trace") from error
     if header.get("policy") == "confidence" and "confidence_measure" not in header:
-        raise ValueError(f"{path} does not say how its policy measured confidence; trace again into another file")
+        raise ValueError(f"{path} has no confidence_measure of its policy: trace again into another file")
     texts: dict[Key, TracedText] = {}
     strings: dict[int, str] = {}
     size = len(content) - len(rest)
@@ -279,28 +284,28 @@ def _read(path: Path) -> tuple[Trace, int]:
             if number == len(lines):
                 size -= len(line) + 1
                 break
-            raise ValueError(f"{path}: line {number} is damaged ({error}); trace again into another file") from error
+            raise ValueError(f"{path}: line {number} is damaged ({error}): trace again into another file") from error
         texts.setdefault(text.key, text)
         strings |= named
     return Trace(header, sorted(texts.values(), key=lambda text: text.key), strings), size
 
 
 class TraceFile:
-    """A trace that grows line by line.
+    """A trace that is written line by line.
 
     Args:
-        path: a new file, or the unfinished trace of the same request, which is continued; None: nothing is kept.
-        header: what is traced.
+        path: Path of a new file, or of an unfinished trace of the same request, which is continued. None: no file.
+        header: Header of the trace.
 
     Raises:
-        ValueError: the file is something else, or a trace of something else.
+        ValueError: `path` is a directory, not a trace, or a trace with other settings.
     """
 
     def __init__(self, path: str | Path | None, header: dict[str, Any]) -> None:
         self.path, self.header = None if path is None else Path(path), header
         self.trace = Trace(header, [])
         if self.path is not None and self.path.is_dir():
-            raise ValueError(f"{self.path} is a directory; give the trace a file name, like {self.path}/trace.jsonl")
+            raise ValueError(f"{self.path} is a directory: give a file name, for example {self.path}/trace.jsonl")
         if self.path is not None and self.path.exists() and self.path.stat().st_size:
             self._continue(self.path)
         elif self.path is not None:
@@ -309,7 +314,7 @@ class TraceFile:
     def _continue(self, path: Path) -> None:
         self.trace, size = _read(path)
         if differs := differences(self.trace.header, json.loads(_plain(self.header)), without=ABOUT):
-            raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file or delete it")
+            raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file, or delete it")
         os.truncate(path, size)
 
     def add(self, texts: Sequence[TracedText], strings_of: Callable[[list[int]], dict[int, str]]) -> None:
@@ -319,7 +324,7 @@ class TraceFile:
             used = {*text.ids.tolist(), *text.top_ids.ravel().tolist(), *text.final_top.tolist()}
             new = strings_of(sorted(used - self.trace.strings.keys()))
             lines.append(as_line(text, new, exact=self.header["final"] != "run"))
-            kept, _ = parse_line(lines[-1], self.header)  # rounded as in the file
+            kept, _ = parse_line(lines[-1], self.header)  # with the rounding of the file
             self.trace.texts.append(kept)
             self.trace.strings |= new
         if self.path is not None:
@@ -329,6 +334,6 @@ class TraceFile:
                 os.fsync(file.fileno())
 
     def finish(self) -> Trace:
-        """The trace, in the order of the data."""
+        """Return the trace, sorted by the order of the data."""
         self.trace.texts.sort(key=lambda text: text.key)
         return self.trace

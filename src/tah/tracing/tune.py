@@ -1,4 +1,4 @@
-"""`tah tune`: choose a threshold by a trace, and write it into a checkpoint."""
+"""`tah tune`: choose a threshold from a trace, and write it to the config of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,24 +20,30 @@ from .trace_file import Trace
 
 @dataclass
 class Tunable:
-    """A checkpoint whose policy has a threshold."""
+    """A checkpoint whose policy has a threshold.
 
-    path: Path  # its config.json
-    score: str  # as in `overthinking.View.scores`
+    Attributes:
+        path: Its `config.json`.
+        score: Name of the score that the policy compares with the threshold: a key of `overthinking.View.scores`.
+    """
+
+    path: Path
+    score: str
 
 
 def check_tunable(model: str) -> Tunable:
-    """What there is to tune in a checkpoint.
+    """Return the config file and the score of a checkpoint whose threshold can be tuned.
 
     Raises:
-        ValueError: it is no TaH checkpoint in a directory, or its policy has no threshold.
+        ValueError: `model` is not the directory of a TaH checkpoint, its policy has no threshold, or its `max_depth`
+            is 1.
     """
     path, kind = find(model)
     if kind != "tah":
-        raise ValueError(f"{model} is not a TaH checkpoint: it has no threshold to write to")
+        raise ValueError(f"{model} is not a TaH checkpoint, so it has no threshold to tune")
     if not Path(model).is_dir() or not Path(path).samefile(model):
-        what = "in the authors' layout" if Path(model).is_dir() else "no directory of yours"
-        raise ValueError(f"{model} is {what}, so it stays as it is: copy {path}, then tune that directory")
+        what = "an original checkpoint of the authors" if Path(model).is_dir() else "not a local directory"
+        raise ValueError(f"{model} is {what}, which tah tune does not change: copy {path}, then tune the copy")
     config = TaHConfig.from_pretrained(path)
     score = config.policy
     if score == "confidence":
@@ -45,28 +51,30 @@ def check_tunable(model: str) -> Tunable:
     if score not in ("decider", "confidence", "entropy"):
         raise ValueError(f"{model} has the policy {config.policy!r}, which has no threshold")
     if config.max_depth < 2:
-        raise ValueError(f"{model} has max_depth=1: nothing iterates, whatever the threshold")
+        raise ValueError(f"{model} has max_depth=1: no token iterates at any threshold")
     return Tunable(Path(path) / "config.json", score)
 
 
 def tune(trace: Trace, target: str, score: str = "decider") -> dict[str, Any]:
-    """The threshold of a score that meets a target, and the outcome with it.
+    """Return the threshold of a score that meets a target, with the accuracy, loss and depth that it gives.
 
     Args:
-        target: `share=0.07`: this share of tokens iterates; `loss`: the mean loss is lowest.
-        score: `decider`, `confidence` or `entropy`, all as probabilities of going on.
+        trace: Trace whose supervised tokens count.
+        target: `share=0.07` for the threshold at which this share of tokens iterates; `loss` for the one with the
+            lowest mean loss.
+        score: `decider`, `confidence` or `entropy`. Each is a continue probability.
 
     Raises:
-        ValueError: not a target, or the trace has no such score.
+        ValueError: `target` is not valid, or the trace does not have this score.
     """
     share = parse_target(target)
     view = view_of(trace, samples=0)
     if score not in view.scores:
-        raise ValueError(f"the trace of {trace.header['model']} has no {score} to tune")
+        raise ValueError(f"the trace of {trace.header['model']} does not contain the score {score!r}")
     least = np.minimum.accumulate(view.scores[score])
     if share is not None:
         threshold = threshold_for_share(least[0], share)
-    else:  # reaching each depth is one decision, taken where the least probability so far exceeds the threshold
+    else:  # each (token, depth) is one decision: a token reaches a depth if its least probability so far > threshold
         one, two = view.loss[:-1].ravel(), view.loss[1:].ravel()
         threshold = threshold_for_loss(Decisions(least.ravel(), one > two, one, two))
     depth = depths(least, threshold)
@@ -83,7 +91,10 @@ def tune(trace: Trace, target: str, score: str = "decider") -> dict[str, Any]:
 
 
 def write_threshold(path: Path, threshold: float) -> float:
-    """Change the threshold in a config.json and nothing else, at once or not at all; returns the one before."""
+    """Set the threshold in a `config.json` and return the previous one.
+
+    All other entries stay. The write is atomic.
+    """
     config = json.loads(path.read_text("utf-8"))
     before = float(config.get("threshold", TaHConfig.threshold))
     write_atomically(path, json.dumps(config | {"threshold": threshold}, indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Answers as a grader reads them: letters, mathematical expressions, programs. `evaluation/answers.py` decides."""
+"""Parsing and comparing answers: letters, mathematical expressions, programs. `evaluation/answers.py` grades them."""

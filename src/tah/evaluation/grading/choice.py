@@ -1,14 +1,15 @@
-r"""Which letter an answer to a multiple-choice question settles on.
+r"""Grading of multiple-choice answers: finds the letter that a reply states.
 
-An answer settles on a letter by a statement: a box, "the answer is C", "C is correct", "I choose C", "therefore, C".
-The last statement counts, so that a model may correct itself. Without any statement the letter that the reply begins
-with counts ("C. 12", "(C) The mitochondria"), then one that its last line consists of, that something speaks for, or
-that the reply ends with.
+A statement is a box, "the answer is C", "C is correct", "I choose C" or "therefore, C". The last statement counts, so a
+model may correct itself. Without a statement, the first of these counts: the letter at the beginning of the reply
+("C. 12", "(C) The mitochondria"), a last line that is a letter, a letter for which an argument is given ("option B
+satisfies all conditions"), the letter at the end of the reply.
 
-A letter that is merely mentioned is no statement ("option A is wrong because ..."), a statement that names several
-letters settles on none ("A or C"), and neither the article "A" nor the pronoun "I" is a letter. Before anything is
-searched, the reply is rewritten without markup (`plain`), so that `**C**`, `\mathbf{C}` and `<answer>C</answer>` need
-no patterns of their own. The patterns look some 80 characters ahead at most: the time grows with the reply's length.
+A mentioned letter is not a statement ("option A is wrong because ..."). A statement with several letters ("A or C")
+gives no answer. The article "A" and the pronoun "I" are not letters.
+
+`plain` first removes the markup of the reply, so `**C**`, `\mathbf{C}` and `<answer>C</answer>` need no patterns. The
+patterns match at most about 80 characters, so the time is linear in the length of the reply.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LETTERS = "ABCDEFGHIJ"
 
 FULL_WIDTH = str.maketrans("：（）［］．，‑−", ":()[].,--")
 BREAKS = re.compile(r"\\\\|\\[,;:! ~]|\\q?quad\b|\\[hv]space\*?\{[^{}]{0,20}\}|~|&nbsp;|[^\S\n]")
-# A letter alone in bold, code, formulas, quotes or a command such as \mathbf: what is marked so is no article.
+# A single letter in bold, code, a formula, quotes or a command such as \mathbf. Such a letter is not an article.
 MARKED = re.compile(
     r"(?<![\w\\])(?:(?P<mark>\*{1,3}|_{1,3}|`{1,3}|\"|')[ (\[{<]{0,2}(?P<letter>[A-Za-z])[)\]}>]?[.:]?[)\]}>]?"
     r" ?(?P=mark)|\${1,2}[ (\[{]{0,2}(?P<formula>[A-Z])[ )\]}]{0,2}\.?\${1,2}|\\\( ?(?P<inline>[A-Z]) ?\\\))(?!\w)"
@@ -35,7 +36,7 @@ COMMANDS = re.compile(
     r"large|Large|displaystyle|mbox|hbox|checkmark)\b"
 )
 COMMAND = re.compile(r"\\(?:text|math|operatorname|emph|underline)[a-z]* ?\{ ?[(\[]?([A-Za-z])[)\]]?[.:]? ?\}")
-# "5\\text{ A}" is in ampere: what is not bold behind a number is no letter of its own, unless it is in parentheses.
+# "5\\text{ A}" is in ampere: after a number a letter that is not bold is a unit, unless it is in parentheses.
 UNIT = re.compile(r"(\d\}?) ?\\(?:text|textrm|mathrm|operatorname|mbox) ?\{ ?([A-Z]) ?\}")
 # A letter times a power or an index is a formula: "C e^{2t}", "$A x^2$".
 FACTOR = re.compile(r"(?<![\w\\])([A-J]) (?=[a-z][\^_]\{)|(?<=[$(])([A-J]) (?=[a-z][\^_(])")
@@ -47,7 +48,7 @@ HEAD = re.compile(r"^(?:[#>•+✅✓☑✔👉➡-]+\ufe0f? )+", re.MULTILINE)
 
 
 def plain(text: str) -> str:
-    """The text without markup: one space or line break between words, a marked letter in parentheses."""
+    """Return the text without markup: one space or line break between words, marked letters in parentheses."""
     text = BREAKS.sub(" ", text.translate(FULL_WIDTH))
     text = re.sub(" +", " ", text)
     text = TAGS.sub("\n", ANSWER_TAG.sub("\nAnswer: ", text)) if "<" in text else text
@@ -73,7 +74,7 @@ VERB = re.compile(
     r"gives?|"
     r"describes?|refers?|says?|states?|represents?|means|shows?|seems|contains?|involves?|incorrect|wrong|false|not)\b"
 )
-# After a bare "A" or "I", which may be an article or a pronoun, only what cannot follow these.
+# Text that can follow the letter "A" or "I", but not the article or the pronoun.
 JOINED = re.compile(
     r" (?:because|since|as|which|whereas|but|due to|according to|based on|while(?! ago)|and|or|in this case|here|"
     r"for (?:this|these|the following) reasons?|\((?!or |and )[^()\n]{1,80}\)[.!]?(?=\n|$)|not \(?[A-J]\b|[-–—] )|$"
@@ -81,7 +82,7 @@ JOINED = re.compile(
 FORMULA = re.compile(
     r" ?(?:[=+^_/<>|×÷·%&]|[-–]\w|\\(?:cup|cap|times|cdot|pm|to|in|l?eq?|ge?|ne|sub|sup|approx|sim)[a-z]*)|\("
 )
-# A letter that belongs to the name of something else: a kind of cells, a key in music, a genus, an author.
+# Names that begin with a letter: a kind of cells, a key in music, a genus, an author.
 NAME = re.compile(
     r"(?:B (?:cells?|lymphocytes?|vitamins?)|G proteins?|C (?:fib(?:er|re)s?|programs?)|[AI] bands?|H (?:bonds?|"
     r"zones?)|D loops?|F (?:tests?|statistics?|distributions?)|[A-G] (?:major|minor|flat|sharp)|A\. thaliana|"
@@ -97,16 +98,23 @@ OTHER = re.compile(
 
 
 class Letter(NamedTuple):
-    """A letter at a place in a text; `letter` is None for several at once."""
+    """A letter at a place in a text.
+
+    Attributes:
+        at: Start of the place.
+        end: End of the place.
+        letter: The letter; None for several letters.
+        firm: Whether the letter ends its line or sentence, or is marked as a label.
+    """
 
     at: int
     end: int
     letter: str | None
-    firm: bool  # it ends its line or sentence, or is marked as a label
+    firm: bool
 
 
 def letter_at(text: str, at: int) -> Letter | None:
-    """The letter that begins at this place, if it is meant as one; `text` is plain."""
+    """Return the letter at this place of a plain text; None if there is none, or if it is another word."""
     found = LETTER.match(text, at)
     if not found:
         return None
@@ -135,7 +143,7 @@ def letter_at(text: str, at: int) -> Letter | None:
 
 
 def joined_letter(rest: str) -> str | None:
-    """The letter that what follows a letter joins to it, as in "A or C"; the same letter in "B, option B"."""
+    """Return the second letter of "A or C", given the text after the first one. In "B, option B" it is the same."""
     found = OTHER.match(rest)
     if not found or (found["or"] is None and found["and"] is None):
         return None
@@ -143,24 +151,24 @@ def joined_letter(rest: str) -> str | None:
     if other in "AI" and re.match(r" [a-z]", after) and not re.match(r" (?:or|and|but|are|both)\b", after):
         return None  # "C, A large ...", "C, I think"
     if found["and"] == ";" and re.match(r" (?:and|or)", after):
-        return None  # a sentence of its own
+        return None  # a separate sentence
     alone = found["or"] is not None or re.match(r"$|\n| ?[.,;:)&/!?]| (?:or|and|are|both)\b", after)
     return str(other) if alone else None
 
 
 def sentence_before(text: str, at: int) -> str:
-    """The sentence up to a place, as far as 80 characters before it."""
+    """Return the sentence up to a place, at most 80 characters of it."""
     return re.split(r"[.!?;\n]", text[max(0, at - 80) : at])[-1]
 
 
 def option_lines(text: str) -> list[tuple[int, str]]:
-    """Places and letters of the lines that begin with a labelled letter, as options in a list do."""
+    """Return places and letters of the lines that begin with a labelled letter, like the options of a list."""
     lines = re.finditer(r"^(?:(?i:option|choice) )?[(\[]?([A-J])(?:[.):\]]|(?=\n|$| [-–—] ))(?!\w)", text, re.MULTILINE)
     return [(line.start(), line[1]) for line in lines]
 
 
 def is_listed(text: str, at: int) -> bool:
-    """Whether the line at this place is one of a list of options: a line beside it has the letter beside its own."""
+    """Return whether this line is in a list of options: a neighbouring line has the neighbouring letter."""
     if at and text[at - 1] != "\n":
         return False
     first = max(0, at - 400)
@@ -224,12 +232,12 @@ THOUGHT = re.compile(
     r"\b(?:th(?:ink|ought)|say|said|believe|argue|guess|assume|conclude|claim|suppose)\w*\b"
     r"(?!.*\b(?:but|however|so|therefore|thus|hence|yet|actually)\b)"
 )
-# Between two boxes that are one statement.
+# Text between two boxes of one statement.
 JOINS = re.compile(r"[,&/]|,? ?(?:(?:and/or|or|and|else|also|even|maybe|perhaps|possibly)(?: |$))+")
 
 
 def statements(text: str) -> Iterator[Letter]:
-    """Where a plain text states which letter is the answer, in any order."""
+    """Yield the statements of a plain text about the right letter, in any order."""
     for cue in _overlapping(SETTLES, text):
         found = letter_at(text, cue.end())
         if cue["several"]:
@@ -250,7 +258,7 @@ def statements(text: str) -> Iterator[Letter]:
 
 
 def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """Every match, those included that begin within another."""
+    """Yield every match, including those that begin within another one."""
     found = pattern.search(text)
     while found:
         yield found
@@ -258,7 +266,7 @@ def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]
 
 
 def _is_meant(text: str, cue: re.Match[str]) -> bool:
-    """Whether "C is correct" speaks of the option C, and is not denied or supposed."""
+    """Return whether "C is correct" is about the option C, and is neither denied nor supposed."""
     at = cue.start("letter")
     before = sentence_before(text, at)
     if not BEFORE_CORRECT.search(text[max(0, at - 12) : at]) or (cue["verb"] == "are" and cue["label"] is None):
@@ -272,7 +280,7 @@ def _is_meant(text: str, cue: re.Match[str]) -> bool:
 
 
 def _is_doubted(text: str, cue: re.Match[str], found: Letter) -> bool:
-    """Whether a statement is a supposition, what others think, or of another answer than the right one."""
+    """Return whether a statement is a supposition, an opinion of others, or about a wrong answer."""
     before = sentence_before(text, cue.start())
     if NO_ANSWER.search(before) or THOUGHT.search(before):
         return not re.search(
@@ -296,21 +304,21 @@ DENIED = re.compile(
     r"exclud\w+|reject\w*|unlike|except|than|instead|whereas|while|although|though|contrast|compar\w+|distractor|"
     r"other)\b|n['’]t\b"
 )
-# What speaks for the letter behind it, where there is no statement.
+# Without a statement: an argument for the letter after it.
 FOR = re.compile(
     r"(?i)(?:(?:^|[.!:;\n] ?)(?:(?:so|then|thus|therefore|finally|please),? )?(?:choose|select|pick) |"
     r"\b(?:looks|seems) like |\b(?:false|incorrect|untrue|inaccurate|wrong) (?:statement|sentence)(?: here)? is |"
     r"\bstatement (?:that|which) is (?:not true|not correct|false|incorrect|untrue) is |"
     r"\bthe (?:exception|odd one out) is )"
 )
-# The same for a letter before it.
+# An argument for the letter before it.
 FITS = re.compile(
     r"(?i:^|[.!?:;,\n] ?|\b(?:option|choice|statement|only|that|so|thus|hence|"
     r"therefore) )[(\[]?(?P<letter>[A-J])[)\]]? (?i:(?:alone |clearly |indeed )?(?:satisfies|fulfil?ls|meets|matches|"
     r"fits|agrees with|is consistent with) (?:this|these|that|those|all|both|every|each|our|my|the)\b|"
     r"is the (?:only )?(?:correct|right|true|false|incorrect|wrong) (?:one|statement|sentence)\b)"
 )
-# A result and an arrow to a letter; a lone capital before it would make it a reaction or a map ("A + B → C").
+# A result and an arrow to a letter. With a single capital before the arrow it is a reaction or a map ("A + B → C").
 ARROW = re.compile(
     r"^(?:(?:(?!(?<![\w'’])[A-Z](?![\w'’]))[^\n]){0,200}?"
     r"(?:→|⇒|[-=]+>|\\(?:[Rr]ight|[Ll]ongright)arrow|\\implies)|∴|\\therefore) ?\(?(?P<letter>[A-J])\)?[.!]?$",
@@ -325,7 +333,7 @@ BAD = re.compile(
 
 
 def without_statement(text: str) -> Letter | None:
-    """The letter that a text without statements begins with, is mentioned as matching, or ends with."""
+    """Return the letter of a text without a statement: at the beginning, with an argument, or at the end."""
     found = letter_at(text, 0)
     if found and found.firm and not is_listed(text, 0) and not re.search(r"[?]", text[found.end : found.end + 1]):
         return found
@@ -346,7 +354,7 @@ def without_statement(text: str) -> Letter | None:
 
 
 def letter_at_end(line: str) -> Letter | None:
-    """The letter at the end of a line that names no other and denies nothing."""
+    """Return the letter at the end of a line, if the line has no other letter and no denial."""
     found = LAST.search(line)
     letters = set(re.findall(r"\(([A-J])\)|\b(?i:option|choice) \(?([A-J])\b", line))
     if not found or DENIED.search(line) or len({one or other for one, other in letters}) > 1:
@@ -355,7 +363,7 @@ def letter_at_end(line: str) -> Letter | None:
 
 
 def _remarks(text: str) -> Iterator[Letter]:
-    """What speaks for a letter without a statement; nothing that is denied or limited in its sentence."""
+    """Yield letters with an argument for them, if the sentence does not deny or limit it."""
     cues = [(cue, letter_at(text, cue.end())) for cue in FOR.finditer(text)]
     for pattern in (FITS, ARROW):
         cues += [(cue, Letter(cue.start("letter"), cue.end(), cue["letter"], True)) for cue in pattern.finditer(text)]
@@ -367,7 +375,7 @@ def _remarks(text: str) -> Iterator[Letter]:
         if not any(words.search(part) for words in (DENIED, LIMITED) for part in (before, after)):
             yield found
     lines = option_lines(text)
-    # The remarks on the options in the lines of a list, without the options' letters.
+    # The remarks in a list of options, without the letters of the options.
     heads = [text[at : at + 200].split("\n", 1)[0] for at, _ in lines]
     said = [re.sub(r"(?i)^(?:option |choice )?\W?\w[^\w✓✅✔✗❌✘]*", "", line, count=1) for line in heads]
     good = [bool(GOOD.search(line.rstrip(" .!"))) and not BAD.search(line) for line in said]
@@ -381,31 +389,31 @@ def _remarks(text: str) -> Iterator[Letter]:
 
 
 def judge_choice(gold: str, text: str, choices: int) -> Verdict:
-    """Grade a letter.
+    """Return the verdict on a multiple-choice answer.
 
     Args:
-        gold: the right letter.
-        text: the whole answer.
-        choices: how many letters there are to choose from, beginning with A.
+        gold: Right letter.
+        text: Whole answer, with its thoughts.
+        choices: Number of choices, whose letters begin with A.
     """
     found = final_letter(after_thoughts(text))
     if found is None:
-        return Verdict("unparsed", None, "it settles on no letter")
+        return Verdict("unparsed", None, "it states no letter")
     if found.letter is None:
-        return Verdict("unparsed", None, "it names several letters")
+        return Verdict("unparsed", None, "it states several letters")
     if found.letter not in LETTERS[:choices]:
-        why = f"there is no choice {found.letter}: the last is {LETTERS[choices - 1]}"
+        why = f"there is no choice {found.letter}: the last one is {LETTERS[choices - 1]}"
         return Verdict("unparsed", found.letter, why)
     return Verdict("right" if found.letter == gold else "wrong", found.letter)
 
 
 def grade_choice(gold: str, text: str, choices: int) -> Grade:
-    """The grade of `judge_choice`."""
+    """Return the grade of `judge_choice`."""
     return judge_choice(gold, text, choices).grade
 
 
 def final_letter(text: str) -> Letter | None:
-    """The last statement of an answer, boxes included, else what it begins or ends with."""
+    """Return the letter of the last statement or box of an answer, or else that of `without_statement`."""
     pieces, at = [], 0
     last: Letter | None = None
     for box in boxes(text):
@@ -426,7 +434,7 @@ def _last_statement(text: str) -> Letter | None:
 
 
 def _letter_in_box(text: str) -> Letter | None:
-    """The letter in the content of a box: at its beginning, in a statement, at its end."""
+    """Return the letter in the content of a box: at its beginning, in a statement, or at its end."""
     found = letter_at(text, 0)
     if found and found.end < len(text) and re.match(r"[AI]\b(?![.):]) ?\d", text):
         found = None

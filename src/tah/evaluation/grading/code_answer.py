@@ -1,11 +1,11 @@
-"""What runs beside the answer, in a sandbox of `code_tasks.py`: `serve`.
+"""The program that runs an answer, in a sandbox of `code_tasks.py`: `serve`.
 
-The text of `code_values.py` and this file, with a call at its end, is the program of that sandbox. Everything here is
-within the answer's reach and nothing here decides on its grade.
+The program of this sandbox is the text of `code_values.py` and this file, with a call at the end. The answer can change
+everything here, so nothing here decides the grade.
 
-A program may go on behind the function under test: it tries it out, asks for input, exits. What fails or exits there is
-left out, as the benchmarks' own sanitizers do it, but what the function needs from there (helpers, imports, tables that
-a loop fills) is run. What stands before the function has to work, as in any program.
+A program may have statements after the function under test: it prints examples, reads input, exits. Statements there
+that fail or exit are left out, as in the sanitizers of the benchmarks. Statements that the function needs (helpers,
+imports, loops that fill a table) run. Statements before the function must work.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ import types
 
 from .code_values import WORDS, decode, encode, run
 
-TYPE_CHECKING = False  # typing takes longer to import than the rest together, and each answer pays for it twice
+TYPE_CHECKING = False  # importing typing takes longer than the rest together, twice per answer
 if TYPE_CHECKING:
     from typing import Any
 
-ATTEMPTS = 3  # at what follows the function under test, one statement that does not end being left out each time
-SCOPES = (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef, _ast.Lambda)  # names in these are their own
+ATTEMPTS = 3  # attempts to run the statements after the function; each attempt leaves out one that does not end
+SCOPES = (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef, _ast.Lambda)  # nodes with their own names
 DEFINITIONS = (_ast.FunctionDef, _ast.AsyncFunctionDef, _ast.ClassDef, _ast.Import, _ast.ImportFrom)
 FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-USES = ("print", "input", "exit", "quit", "help")  # calls that are left out behind the function under test
+USES = ("print", "input", "exit", "quit", "help")  # calls that are left out after the function under test
 
 
 def parsed(code: str, least: int) -> tuple[list[_ast.stmt], int]:
-    """The statements of a code and its `__future__` flags, which each of them is run with.
+    """Return the statements of a program and its `__future__` flags, with which each statement runs.
 
-    Of a code that is not Python as a whole it is the beginning that is, if that is longer than `least` lines: models
-    run out of tokens in the middle of a line, or add a remark. evalplus cuts answers in the same spirit.
+    If the whole text is not valid Python, the longest valid beginning of more than `least` lines counts: a model can
+    reach its token limit within a line, or add a remark. evalplus cuts answers in a similar way.
 
     Raises:
-        SyntaxError: No such beginning is Python.
+        SyntaxError: No such beginning is valid Python.
     """
     lines = code.splitlines()
 
     def statements(source: str) -> tuple[list[_ast.stmt], int]:
-        # This finds what parsing alone does not, such as a return outside a function.
+        # Compiling finds errors that parsing does not, such as a return outside a function.
         whole: types.CodeType = compile(source, "answer.py", "exec", dont_inherit=True)
         program: Any = compile(source, "answer.py", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
         return list(program.body), whole.co_flags & FUTURES
@@ -62,11 +62,11 @@ def parsed(code: str, least: int) -> tuple[list[_ast.stmt], int]:
 
 
 def define(statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None) -> list[_ast.stmt]:
-    """Run the statements up to the one that defines the function under test; gives back those behind it.
+    """Run the statements up to the one that defines the function under test, and return the others.
 
-    Without the name of that function, up to the first function.
+    Without the name of that function, the first function counts.
     """
-    stub = scope.get(entry) if entry else None  # HumanEval's prompt defines it without a body
+    stub = scope.get(entry) if entry else None  # the prompt of HumanEval defines the function without a body
     for number, statement in enumerate(statements):
         run(statement, scope, futures)
         if isinstance(statement, DEFINITIONS[:2]) if entry is None else scope.get(entry, stub) is not stub:
@@ -75,7 +75,7 @@ def define(statements: list[_ast.stmt], futures: int, scope: dict[str, Any], ent
 
 
 def only_uses(statement: _ast.stmt, entry: str | None) -> bool:
-    """Whether a statement behind the function under test only tries it, so that leaving it out changes nothing."""
+    """Return whether a statement after the function under test only uses it, so that it can be left out."""
     if isinstance(statement, _ast.If) and isinstance(statement.test, _ast.Compare):
         return getattr(statement.test.left, "id", None) == "__name__" and not statement.orelse
     if isinstance(statement, _ast.Expr):
@@ -86,7 +86,7 @@ def only_uses(statement: _ast.stmt, entry: str | None) -> bool:
 
 
 def binds(statement: _ast.stmt, name: str) -> bool:
-    """Whether a statement gives this name a value where it stands, wherever in it: not in the functions in it."""
+    """Return whether a statement assigns to a name, at any level of it except in functions inside it."""
     nodes: list[Any] = [statement]
     while nodes:
         node = nodes.pop()
@@ -95,7 +95,7 @@ def binds(statement: _ast.stmt, name: str) -> bool:
             bound = [node.asname or node.name.split(".")[0]]
         elif isinstance(node, _ast.Name):
             bound = [node.id] if isinstance(node.ctx, _ast.Store) else []
-        else:  # functions, classes, exceptions and patterns; a pattern for a dict has a `rest`
+        else:  # functions, classes, exceptions and patterns; a mapping pattern has a `rest`
             bound = [getattr(node, "name", None), getattr(node, "rest", None)]
         if name in bound:
             return True
@@ -110,23 +110,23 @@ def binds(statement: _ast.stmt, name: str) -> bool:
 
 
 def finish(
-    statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None, tell: int | None = None
+    statements: list[_ast.stmt], futures: int, scope: dict[str, Any], entry: str | None, progress: int | None = None
 ) -> None:
-    """Run what stands behind the function under test. What fails or exits there is left out, not the answer's failure.
+    """Run the statements after the function under test. Statements that fail or exit are left out.
 
     Args:
-        statements: of the answer.
-        futures: its `__future__` flags.
-        scope: where its names are.
-        entry: name of the function under test.
-        tell: a pipe for the number of each statement that is begun.
+        statements: Statements to run.
+        futures: `__future__` flags of the answer.
+        scope: Names of the answer.
+        entry: Name of the function under test.
+        progress: Pipe to which the number of each statement is written before it runs.
 
     Raises:
-        BaseException: of a statement that was to define the function under test anew.
+        BaseException: Exception of a statement that should redefine the function under test.
     """
     for number, statement in enumerate(statements):
-        if tell is not None:
-            os.write(tell, b"%d\n" % number)
+        if progress is not None:
+            os.write(progress, b"%d\n" % number)
         try:
             run(statement, scope, futures)
         except BaseException:
@@ -142,63 +142,68 @@ def go_on(
     patience: float,
     pipes: list[Any],
 ) -> None:
-    """`finish` in a child process, which returns and goes on as the answer; this process waits for it to end.
+    """Run `finish` in a child process, which returns and becomes the answer. This process waits for its end.
 
-    A statement that ends the child or takes longer than `patience` seconds is left out, and another child starts from
-    here. After so many attempts only definitions and imports are run, in this process.
+    If a statement ends the child or takes longer than `patience` seconds, it is left out and a new child starts. After
+    `ATTEMPTS` attempts, only definitions and imports run, in this process.
 
     Raises:
-        BaseException: as `finish`; a RuntimeError where that statement was to define the function under test anew.
+        BaseException: As in `finish`; RuntimeError if the statement that is left out should redefine the function.
     """
     for _ in range(ATTEMPTS):
-        news, tell = os.pipe()
+        updates, progress = os.pipe()
         try:
             child = os.fork()
-        except OSError:  # no more processes
+        except OSError:  # the limit of processes is reached
             return finish(statements, futures, scope, entry)
         if not child:
-            os.close(news)
+            os.close(updates)
             try:
-                finish(statements, futures, scope, entry, tell)
+                finish(statements, futures, scope, entry, progress)
             finally:
-                os.write(tell, b"done\n")
-                os.close(tell)
+                os.write(progress, b"done\n")
+                os.close(progress)
             return
-        os.close(tell)
-        at = watch(news, time.monotonic() + patience)
-        os.close(news)
+        os.close(progress)
+        at = watch(updates, time.monotonic() + patience)
+        os.close(updates)
         if at is None:
             for pipe in pipes:
                 pipe.close()
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            os._exit(code if code >= 0 else 128 - code)  # as a shell says it, and bubblewrap
+            os._exit(code if code >= 0 else 128 - code)  # the convention of shells and bubblewrap
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         if entry and any(binds(one, entry) for one in statements[at : at + 1]):
-            raise RuntimeError(f"the statement that defines {entry} anew does not end")
+            raise RuntimeError(f"the statement that redefines {entry} does not end")
         statements = statements[:at] + statements[at + 1 :]
     kept = [one for one in statements if isinstance(one, DEFINITIONS) or (entry and binds(one, entry))]
     finish(kept, futures, scope, entry)
 
 
-def watch(news: int, deadline: float) -> int | None:
-    """Number of the statement at which a child ended or stayed; None where it came to the end."""
-    said = b""
-    while select.select([news], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        heard = os.read(news, 4096)
-        said = (said + heard)[-100:]
-        if said.endswith(b"done\n"):
+def watch(updates: int, deadline: float) -> int | None:
+    """Return the number of the statement at which a child ended or hangs; None if it ran all statements."""
+    received = b""
+    while select.select([updates], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(updates, 4096)
+        received = (received + chunk)[-100:]
+        if received.endswith(b"done\n"):
             return None
-        if not heard:
+        if not chunk:
             break
-    numbers = [line for line in said.split(b"\n") if line.isdigit()]
+    numbers = [line for line in received.split(b"\n") if line.isdigit()]
     return int(numbers[-1][-9:]) if numbers else 0
 
 
 def serve(prompt: str, code: str, least: int, entry: str | None, patience: float) -> None:
-    """The answer's side: define it, then call what is asked for and send back what that returns or raises.
+    """Run an answer, then call its functions on request and send back their results or exceptions.
 
-    The first `least` lines of the code are not the answer's own.
+    Args:
+        prompt: Code of the prompt, which runs first.
+        code: Program of the answer.
+        least: Number of lines at the beginning of the program that belong to the prompt.
+        entry: Name of the function under test.
+        patience: Maximum time in seconds of the statements after the function.
     """
     calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     for stream in range(3):

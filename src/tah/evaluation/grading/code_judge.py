@@ -1,7 +1,7 @@
-"""What runs beside the tests, in a sandbox of `code_tasks.py`: `judge`.
+"""The program that runs the tests of an item, in a sandbox of `code_tasks.py`: `judge`.
 
-The text of `code_values.py` and this file, with a call at its end, is the program of that sandbox. An answer reaches
-nothing of it but the values that it sends.
+The program of this sandbox is the text of `code_values.py` and this file, with a call at the end. An answer can only
+send values to it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import types
 
 from .code_values import WORDS, decode, encode, run
 
-TYPE_CHECKING = False  # typing takes longer to import than the rest together, and each answer pays for it twice
+TYPE_CHECKING = False  # importing typing takes longer than the rest together, twice per answer
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-LINE = 16 << 20  # bytes in one returned value
+LINE = 16 << 20  # maximum size of one returned value in bytes
 
 
 class Lost(BaseException):
-    """The answer does not answer any more. Not an Exception, so that no test takes it for one of the answer's."""
+    """The process of the answer does not reply. Not an `Exception`, so that tests do not catch it as the answer's."""
 
 
 class Untestable(BaseException):
-    """The tests do something that cannot be graded from outside."""
+    """The tests do something that the stand-in does not support."""
 
 
 class Thing:
-    """Something the answer returned that is not plain: it equals only itself, and goes back as what it was."""
+    """A handle of an object that is not plain. It equals only itself, and the answer gets the object back."""
 
     def __init__(self, handle: list[Any]) -> None:
         self.handle = handle
@@ -43,19 +43,19 @@ class Thing:
 
 
 class Link:
-    """To the answer's side; `function(name)` is the stand-in for one of its functions."""
+    """Connection to the answer. `function(name)` returns the stand-in of one of its functions."""
 
     def __init__(self, replies: Any, calls: Any) -> None:
         self.replies, self.calls = replies, calls
         self.count = 0
-        self.failed: BaseException | None = None  # kept, in case the tests catch everything
+        self.failed: BaseException | None = None  # kept, because tests may catch every exception
         self.raised: dict[int, tuple[Exception, str]] = {}
 
     def function(self, name: str) -> Callable[..., Any]:
         return lambda *given, **named: self.ask(name, list(given), named)
 
     def ask(self, name: str, given: list[Any], named: dict[str, Any]) -> Any:
-        """Call that function there; returns what it returned or raises what it raised."""
+        """Call a function of the answer, and return its result or raise its exception."""
         self.count += 1
         try:
             kind, content = self.exchange([name, encode(given, self.send), encode(named, self.send)])
@@ -80,20 +80,21 @@ class Link:
             if kind == "value":
                 return kind, decode(content, Thing)
             name, message = content
-            return "error", [str(name)[:WORDS], str(message)[:WORDS]]  # it may have come past `serve`
+            return "error", [str(name)[:WORDS], str(message)[:WORDS]]  # the answer can write its own lines
         except Exception as error:
-            raise Lost(f"the answer sent something that is not a value ({type(error).__name__})") from None
+            raise Lost(f"the answer sent a line that is not a value ({type(error).__name__})") from None
 
     def send(self, value: Any) -> Any:
-        """What is not plain: only the answer's own things can go back."""
+        """Return the handle of a value that is not plain. Only objects of the answer can be sent to it."""
         if isinstance(value, Thing):
             return {"object": value.handle}
-        raise Untestable(f"they hand the answer a {type(value).__name__}, which cannot leave them")
+        raise Untestable(f"they pass a {type(value).__name__} to the answer, which the sandbox does not support")
 
     def error(self, name: str, message: str) -> Exception:
-        """What the answer raised, as far as it is built in: tests may expect it.
+        """Return an exception of the answer as the same built-in exception, which tests may expect.
 
-        Not what ends an iteration: `all(map(f, ...))` of the tests would take that for the end of their values.
+        An exception that ends an iteration becomes a RuntimeError. Otherwise `all(map(f, ...))` in tests would take it
+        for the end of their values.
         """
         kind: Any = getattr(builtins, name, None)
         if name in ("StopIteration", "StopAsyncIteration"):
@@ -105,15 +106,15 @@ class Link:
         self.raised[id(error)] = (error, f"{name}: {message}")
         return error
 
-    def said(self, error: BaseException) -> str | None:
-        """The answer's words, if this is an error of its own."""
+    def message_of(self, error: BaseException) -> str | None:
+        """Return the message of an exception of the answer; None for another exception."""
         return self.raised[id(error)][1] if id(error) in self.raised else None
 
 
 def judge(prompt: str, tests: str, entry: str | None, reference: str) -> None:
-    """The tests' side: run them and say on standard error how it went: [status, reason, calls]."""
+    """Run the tests, and write the result to standard error as JSON: [status, reason, calls]."""
     link = Link(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
-    said = os.fdopen(os.dup(2), "w")
+    report = os.fdopen(os.dup(2), "w")
     for stream in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), stream)
     if hasattr(sys, "set_int_max_str_digits"):
@@ -129,14 +130,14 @@ def judge(prompt: str, tests: str, entry: str | None, reference: str) -> None:
         status, reason = verdict(error, tests, link)
     if link.failed is not None:
         status, reason = verdict(link.failed, tests, link)
-    said.write(json.dumps([status, reason, link.count]))
-    said.flush()
+    report.write(json.dumps([status, reason, link.count]))
+    report.flush()
     os._exit(0)
 
 
 def verdict(error: BaseException, tests: str, link: Link) -> tuple[str, str]:
-    """Status and reason of what ended the tests."""
-    own = link.said(error)
+    """Return status and reason for the exception that ended the tests."""
+    own = link.message_of(error)
     if own is not None:
         return "memory" if isinstance(error, MemoryError) else "error", own
     if isinstance(error, Lost):
@@ -152,9 +153,10 @@ def verdict(error: BaseException, tests: str, link: Link) -> tuple[str, str]:
 
 
 def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
-    """What tests use without importing it: the imports of the reference solution, beside which they were written.
+    """Return names that tests use without importing them.
 
-    Without a reference that has them, modules whose attributes are used and names that printed values consist of.
+    They are the imports of the reference solution, for which the tests were written. For names that it does not
+    import: modules of the standard library whose attributes the tests use, `inf`, `nan`, and names of `collections`.
     """
     scope: dict[str, Any] = {}
     try:
@@ -166,7 +168,7 @@ def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
         if isinstance(statement, (_ast.Import, _ast.ImportFrom)):
             try:
                 run(statement, scope)
-            except ImportError:  # then the tests say what they miss
+            except ImportError:  # the tests then raise a NameError with the missing name
                 pass
     scope.pop("__builtins__", None)
     for name in names - scope.keys():
@@ -182,11 +184,11 @@ def imported(tests: str, reference: str, names: set[str]) -> dict[str, Any]:
 
 
 def run_tests(prompt: str, tests: str, entry: str | None, reference: str, link: Link) -> None:
-    """Run the tests, with stand-ins for all names that they use and nobody but the answer can have defined."""
+    """Run the tests, with a stand-in for each name that only the answer can define."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(prompt, "<prompt>", "exec", dont_inherit=True), scope)  # tests may use its helpers
-    except Exception:  # prose
+    except Exception:  # the prompt is not code
         pass
     program = compile(tests, "<tests>", "exec", dont_inherit=True)
     codes, names = [program], set()
@@ -195,7 +197,7 @@ def run_tests(prompt: str, tests: str, entry: str | None, reference: str, link: 
         names |= set(code.co_names)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     scope = imported(tests, reference, names - scope.keys()) | scope
-    for name in names - scope.keys() - set(dir(builtins)):  # names of attributes are among them, and do no harm
+    for name in names - scope.keys() - set(dir(builtins)):  # includes names of attributes, which is harmless
         scope[name] = link.function(name)
     if entry:
         scope[entry] = link.function(entry)

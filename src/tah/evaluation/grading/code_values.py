@@ -1,26 +1,29 @@
-"""What both sandboxes of `code_tasks.py` have: values as JSON, and values that are nearly equal.
+"""Code of both sandboxes of `code_tasks.py`: values as JSON, and comparison with a tolerance.
 
-The text of this file is the beginning of the programs in the sandboxes: standard library only, nothing of tah.
+The programs in the sandboxes begin with the text of this file, so it imports only the standard library.
 """
 
 from __future__ import annotations
 
-import _ast  # ast without its helpers: it is there already, and importing ast takes longer than all below
+import _ast  # built in; importing ast takes longer than the rest of this program
 import collections.abc
 import itertools
 
-TYPE_CHECKING = False  # typing takes longer to import than the rest together, and each answer pays for it twice
+TYPE_CHECKING = False  # importing typing takes longer than the rest together, twice per answer
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-ITEMS = 100_000  # values taken from an iterator before it counts as endless
-WORDS = 300  # characters of what an answer says about its errors
+ITEMS = 100_000  # maximum number of values of an iterator; a longer one is not a plain value
+WORDS = 300  # maximum length of an error message of an answer
 VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 
 
 def alike(got: Any, wanted: Any, atol: float) -> bool:
-    """Equal, or for floats nearly so; a list and a tuple of the same things are alike, since JSON has one of them."""
+    """Return whether two values are equal. Floats have a tolerance.
+
+    A list equals a tuple with the same values, because JSON has only one of them.
+    """
     if isinstance(wanted, (list, tuple)) and isinstance(got, (list, tuple)):
         return len(got) == len(wanted) and all(alike(one, other, atol) for one, other in zip(got, wanted, strict=True))
     if isinstance(wanted, dict) and isinstance(got, dict):
@@ -33,8 +36,8 @@ def alike(got: Any, wanted: Any, atol: float) -> bool:
 
 
 def encode(value: Any, other: Callable[[Any], Any]) -> Any:
-    """A value as JSON; what is not plain goes through `other`. Subclasses of plain types become the plain type."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python limits the length of decimal numbers
+    """Return a value as JSON. `other` converts values that are not plain. A subclass becomes its plain base type."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python limits the digits of a decimal number
         return {"int": hex(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -64,7 +67,7 @@ def encode(value: Any, other: Callable[[Any], Any]) -> Any:
 
 
 def decode(wire: Any, thing: Callable[[Any], Any]) -> Any:
-    """The value that `encode` made JSON of; `thing` for what was not plain. Fails on anything else."""
+    """Return the value of JSON from `encode`. `thing` converts values that are not plain. Other JSON is an error."""
     if isinstance(wire, list):
         return [decode(item, thing) for item in wire]
     if not isinstance(wire, dict):
@@ -91,15 +94,15 @@ def decode(wire: Any, thing: Callable[[Any], Any]) -> Any:
 
 
 def run(statement: _ast.stmt, scope: dict[str, Any], futures: int = 0) -> None:
-    """Run one statement of a program that has these `__future__` flags.
+    """Run one statement of a program.
 
     Args:
-        statement: the statement, as the parser gave it.
-        scope: the names that it may use, where those that it defines are put.
-        futures: the flags of its program, of which it has none by itself.
+        statement: Statement from the parser.
+        scope: Names that the statement may use. Its definitions are added.
+        futures: `__future__` flags of its program.
 
     Raises:
-        BaseException: What the statement raises.
+        BaseException: Any exception of the statement.
     """
-    # Without `dont_inherit` it would have the flags of this file, which leave annotations alone.
+    # Without `dont_inherit` the statement would have the flags of this file, which does not evaluate annotations.
     exec(compile(_ast.Module([statement], []), "answer.py", "exec", futures, dont_inherit=True), scope)

@@ -1,6 +1,7 @@
-"""Mathematics read by math-verify's parser and compared by its grader, with a guard before and after.
+"""Mathematics parsed by math-verify's parser and compared by its grader, with two more checks.
 
-Before: a text is read whole or not at all. After: what math-verify takes for equal only because it rounds is not.
+A text must be parsed completely, or it does not count as mathematics. Two expressions that math-verify finds equal only
+because of its rounding are not equal.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from sympy.core.relational import Relational
 from .notation import inner, sides, split_list
 from .values import coordinates, same_coordinates
 
-DECIMALS, DIGITS = 6, 15  # math-verify's own: floats are equal to so many decimals, expressions to so many digits
-DECIMAL = 5e-7  # the sixth decimal, rounded
-SMALL, TINY = 5e-3, 1e-5  # numbers below are compared by their size, for which math-verify's decimals are too few
+DECIMALS, DIGITS = 6, 15  # math-verify's defaults: decimals for floats, digits for expressions
+DECIMAL = 5e-7  # half of the sixth decimal
+SMALL, TINY = 5e-3, 1e-5  # smaller numbers have a relative tolerance, because six decimals are too coarse
 RELATIVE = 1e-6
-LONGEST = 2000  # characters; nothing longer is mathematics
-DEEPEST = 100  # brackets within each other
-NESTED = 5  # fractions; with more, they may be a continued fraction
+LONGEST = 2000  # characters; a longer text does not count as mathematics
+DEEPEST = 100  # maximum depth of nested brackets
+NESTED = 5  # number of fractions; with more, they may form a continued fraction
 NORMAL = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
-# What the parser or its normalization leaves out without a word
+# Notation that the parser or its normalization drops silently
 LEFT_OUT = re.compile(
     r"['\"`]|\\[lcvd]?dots\b|\.\.|\\prime\b|\\approx|\\sim\b|\\mid\b|\\bmod|\\pmod|\\mod\b|!!|\d\s*_|\)\s*_|:[^:]*:|[{}]\s*:\s*\w+[<>=]"
 )
@@ -40,12 +41,12 @@ GREEK = (
 TOKEN = re.compile(
     rf"\\text\{{(?P<word>[^{{}}]*[^{{}}\s][^{{}}]*)\}}|\\(?:begin|end)\{{\w+\*?\}}|\\(?P<greek>{GREEK})(?![a-zA-Z])|\\[a-zA-Z]+|(?P<number>\d+)|(?P<letter>[a-zA-Z])"
 )
-MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # as sympy prints them: the decimals of 283.293 are 293000000000
+MARK = re.compile(r"[a-zA-Z]+|\d{3}")  # three digits, because sympy prints the decimals of 283.293 as 293000000000
 SPARE = "qwkzvujpyrtsghbamnlcfdxo"
 TEXT = re.compile(r"\\text\{([^{}]*)\}")
 WORD = re.compile(r"[a-zA-Z]{2,}")
 SHORT_WORDS = ("no", "on", "if", "or", "so")
-Expression = Any  # sympy's Basic or one of its matrices, which are none
+Expression = Any  # sympy.Basic, or a matrix of sympy, which is not a Basic
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -53,12 +54,12 @@ Expression = Any  # sympy's Basic or one of its matrices, which are none
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, cased: bool = False, real: bool = True) -> Expression | None:
-    """A text as an expression; None where it cannot be read.
+    """Return a text as an expression; None if it cannot be parsed.
 
     Args:
-        text: one value of `dress`.
-        cased: R and r are two symbols.
-        real: symbols are real numbers.
+        text: Text of one value, as in `values.Value`.
+        cased: Whether R and r are two symbols.
+        real: Whether symbols are real numbers.
     """
     depths = itertools.accumulate((mark in "([{") - (mark in ")]}") for mark in text)
     if len(text) > LONGEST or LEFT_OUT.search(text) or max(depths, default=0) > DEEPEST or is_words(text):
@@ -76,12 +77,12 @@ def _parse(latex: str, cased: bool, real: bool, fold: bool = True) -> Expression
             return None
         found = found.xreplace({sympy.Symbol("i", real=False): sympy.I})
         return _folded(found) if fold and latex.count(r"\frac") > NESTED else found
-    except Exception:  # the parser's own are bare ones, and sympy's of any type
+    except Exception:  # the parser raises plain exceptions, and sympy any type
         return None
 
 
 def _folded(found: Expression) -> Expression:
-    """Fractions within fractions as one number: left open by the parser, they take sympy twice the time per level."""
+    """Return nested fractions as one number. Unevaluated, each level would double the time of sympy."""
     if not isinstance(found, (sympy.Add, sympy.Mul, sympy.Pow)):
         return found
     args = [_folded(arg) for arg in found.args]
@@ -93,7 +94,10 @@ def _folded(found: Expression) -> Expression:
 
 @functools.lru_cache(maxsize=4096)
 def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
-    """Whether `read` reads all of a text: with another number or symbol in one place it reads another expression."""
+    """Return whether `read` parses the whole text.
+
+    It does if replacing any number or symbol of the text changes the expression.
+    """
     found = read(text, cased, real)
     latex = normalize_latex(text, NORMAL)
     if found is None or re.fullmatch(r"[-+\d./\s]*", latex):
@@ -103,15 +107,15 @@ def is_whole(text: str, cased: bool = False, real: bool = True) -> bool:
     names = {name: next(spare, "k") for name in dict.fromkeys(token[0] for token in tokens if not token["number"])}
     primes = map(sympy.prime, itertools.count(60))
     marks = {token: names.get(token[0]) or str(next(primes)) for token in tokens}
-    # All at once first: an expression that shows each mark has read each token. What it does not show, as numbers that
-    # were added up and letters within a longer name, is looked for one by one.
+    # First replace all tokens at once: a token whose mark is in the expression was parsed. The other tokens, such as
+    # numbers that were added up and letters of a longer name, are replaced one by one.
     shown = _names(_parse(_with(latex, marks), cased, real, fold=False))
     hidden = [token for token, mark in marks.items() if mark not in shown]
     return all(_parse(_with(latex, {token: marks[token]}), cased, real) != found for token in hidden)
 
 
 def _names(found: Expression | None) -> set[str]:
-    """The numbers and names in an expression."""
+    """Return the numbers and names in an expression."""
     if found is None:
         return set()
     functions = {type(function).__name__ for function in found.atoms(sympy.Function)}
@@ -119,7 +123,7 @@ def _names(found: Expression | None) -> set[str]:
 
 
 def _with(latex: str, change: dict[re.Match[str], str]) -> str:
-    """The text with others in the places of some tokens."""
+    """Return the text with some tokens replaced."""
     parts, at = [], 0
     for token, instead in change.items():
         instead = rf"\text{{{instead}}}" if token["word"] else instead if instead.isdigit() else f" {instead} "
@@ -129,18 +133,18 @@ def _with(latex: str, change: dict[re.Match[str], str]) -> str:
 
 
 def is_words(text: str) -> bool:
-    """Whether it consists of words: for math-verify these are products of their letters, and `east` is `teas`."""
+    """Return whether a text consists of words. For math-verify a word is a product, so `east` would equal `teas`."""
     plain = TEXT.sub(r"\1", text)
     if "\\" in plain or not re.fullmatch(r"[a-zA-Z\s,.'()-]*", plain):
         return False
     return any(
         letters.lower() in SHORT_WORDS if len(letters) < 3 else "".join(sorted(letters)) not in ascii_lowercase
-        for letters in WORD.findall(plain)  # cab is a product, of a, b and c
+        for letters in WORD.findall(plain)  # cab is the product of a, b and c
     )
 
 
 def plain_text(text: str) -> str:
-    """What a text is compared by where it is no mathematics."""
+    """Return the form by which texts are compared that are not mathematics."""
     text = TEXT.sub(r"\1", text)
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])|[\s$]|\\ ", "", text)
     text = re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text)
@@ -151,14 +155,14 @@ def plain_text(text: str) -> str:
 
 
 def equal(gold: str, given: str) -> bool:
-    """Whether a value of the right answer and a value given are the same, as text or as mathematics."""
+    """Return whether a value of the right answer and a value of the reply are equal, as text or as mathematics."""
     if plain_text(gold) == plain_text(given):
         return True
     golds, givens = coordinates(gold, True), coordinates(given)
     if golds and givens:
         return same_coordinates(golds, givens, lambda one, other: equal(one.text, other.text))
     if (golds or givens) and any(inner(side, r"\{") is not None or len(split_list(side)) > 1 for side in (gold, given)):
-        return False  # a set is no tuple
+        return False  # a set is not a tuple
     if (inner(gold, "[") is None) != (inner(given, "[") is None) or _is_side(gold, given):
         return False
     cased = _two_cases(gold) or _two_cases(given)
@@ -170,7 +174,7 @@ def equal(gold: str, given: str) -> bool:
     return same(first, second) and is_whole(given, cased, real)
 
 
-# Left sides that are no name of the right side: `\nabla \cdot E`, `\dot{x}`, `\text{Yes, } x`
+# Left sides that are not a name of the right side: `\nabla \cdot E`, `\dot{x}`, `\text{Yes, } x`
 NO_NAME = re.compile(r"\\(?:nabla|partial|d?dot)(?![a-zA-Z])|\\text\{[^{}]*[^\w\s{}]")
 BARE = re.compile(
     r"(?!\\(?:pi|infty|emptyset)$|[ei]$)\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?|\\text\{(?:[a-zA-Z]_\w+|gama|Gama)\}"
@@ -178,7 +182,7 @@ BARE = re.compile(
 
 
 def _is_side(gold: str, given: str) -> bool:
-    """Whether the answer is a side of an equation that says more than a name's value, as `m=n` and `a=b=1` do."""
+    """Return whether the reply has only a side of an equation that is more than a named value, as `m=n` or `a=b=1`."""
     first, *others = sides(gold)
     if not others or len(sides(given)) > 1:
         return False
@@ -186,7 +190,7 @@ def _is_side(gold: str, given: str) -> bool:
 
 
 def _two_cases(text: str) -> bool:
-    r"""Whether a letter occurs in both cases, as in R-r or \omega-\Omega: then they are two."""
+    r"""Return whether a letter occurs in both cases, as in R-r or \omega-\Omega. They are then two symbols."""
     names = set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", re.sub(r"\\text\{[^{}]{2,}\}", "", text)))
     return any(
         name[-1].islower() and (name.upper() if len(name) == 1 else name[:2].upper() + name[2:]) in names
@@ -195,7 +199,7 @@ def _two_cases(text: str) -> bool:
 
 
 def same(gold: Expression, given: Expression) -> bool:
-    """Whether two expressions are equal, as math-verify says; numbers of any size are compared by their own size."""
+    """Return whether math-verify finds two expressions equal, with a tolerance that suits the size of numbers."""
     if isinstance(gold, sympy.MatrixBase) and isinstance(given, sympy.MatrixBase):
         return gold.shape == given.shape and all(map(same, gold.flat(), given.flat()))
     if isinstance(gold, sympy.Tuple) and isinstance(given, sympy.Tuple):
@@ -209,7 +213,7 @@ def same(gold: Expression, given: Expression) -> bool:
         return same(gold.rhs, given.rhs)
     try:
         found = sympy_expr_eq(gold, given, DECIMALS, DIGITS, allow_set_relation_comp=True)
-    except Exception:  # sympy's, of any type, where it cannot compare
+    except Exception:  # sympy raises any type if it cannot compare
         found = False
     if found and isinstance(gold, Relational) and isinstance(given, Relational):
         return _same_ends(gold, given)
@@ -220,16 +224,22 @@ def same(gold: Expression, given: Expression) -> bool:
 
 
 def _same_ends(gold: Relational, given: Relational) -> bool:
-    """Whether two inequalities that math-verify takes for equal have the same ends, however small."""
+    """Return whether two inequalities that math-verify finds equal have the same ends, also if these are small."""
     try:
         one, other = gold.as_set(), given.as_set()
-    except Exception:  # sympy's, of any type: of several unknowns, or not solved
+    except Exception:  # sympy raises any type, for several unknowns or unsolved inequalities
         return True
     return not (isinstance(one, sympy.Interval) and isinstance(other, sympy.Interval)) or same(one, other)
 
 
 def matched(gold: Sequence[Any], given: Sequence[Any], alike: Any) -> bool:
-    """Whether each of the one has its like among the others, in any order, and none is left over."""
+    """Return whether the two sequences have equal members, in any order.
+
+    Args:
+        gold: Members of the right answer.
+        given: Members of the reply.
+        alike: Function that compares two members.
+    """
     left = list(given)
     if len(gold) != len(left):
         return False
@@ -242,17 +252,17 @@ def matched(gold: Sequence[Any], given: Sequence[Any], alike: Any) -> bool:
 
 
 def _numbers(*sides: sympy.Expr) -> list[complex] | None:
-    """The sides as numbers, symbols at some fixed values; None where they have none."""
+    """Return the sides as numbers, with fixed values for symbols; None if a side has no number."""
     symbols = sorted(set().union(*(side.free_symbols for side in sides)), key=str)
     values = {symbol: sympy.Rational(17 + 6 * at, 11 + 2 * at) for at, symbol in enumerate(symbols)}
     try:
         return [complex(side.doit().subs(values).evalf(30)) for side in sides]
-    except Exception:  # no number: an unknown function, infinity
+    except Exception:  # not a number: an unknown function, infinity
         return None
 
 
 def _differ(gold: sympy.Expr, given: sympy.Expr) -> bool:
-    """Whether two sides that math-verify takes for equal differ by more than the rounding of what was written."""
+    """Return whether two sides that math-verify finds equal differ by more than the rounding of the written numbers."""
     if (values := _numbers(gold, given)) is None:
         return False
     size = max(map(abs, values))
@@ -267,7 +277,7 @@ def _differ(gold: sympy.Expr, given: sympy.Expr) -> bool:
 
 
 def _equal_floats(gold: sympy.Expr, given: sympy.Expr) -> bool:
-    """Whether they are one number, of which a side was written with a point, to six decimals or fifteen digits."""
+    """Return whether two numbers, of which one has a decimal point, are equal within `_tolerance`."""
     if gold.free_symbols | given.free_symbols or not (gold.has(sympy.Float) or given.has(sympy.Float)):
         return False
     values = _numbers(gold, given)
@@ -275,7 +285,7 @@ def _equal_floats(gold: sympy.Expr, given: sympy.Expr) -> bool:
 
 
 def _tolerance(size: float) -> float:
-    """How far two numbers of this size may be apart: less for small ones, of which six decimals say little."""
+    """Return the maximum difference of equal numbers of this size. It is smaller for small numbers."""
     return max(DECIMAL, 1e-14 * size) if size >= SMALL else (1e-4 if size >= TINY else RELATIVE) * size
 
 
@@ -283,7 +293,7 @@ def _tolerance(size: float) -> float:
 
 
 def region(text: str) -> sympy.Set | None:
-    """The numbers that inequalities or intervals describe, joined by "and" and "or"; None where there is none."""
+    """Return the set of numbers of inequalities or intervals, joined by "and" and "or"; None for other texts."""
     pieces = []
     for either in re.split(rf"{_joint('or')}|\\lor\b|\\vee\b", text):
         both = [_read_whole(part.strip(" ,")) for part in re.split(rf"{_joint('and')}|\\land\b|\\wedge\b", either)]
@@ -295,7 +305,7 @@ def region(text: str) -> sympy.Set | None:
             continue
         try:
             pieces.append(sympy.Intersection(*map(_as_set, both)))
-        except Exception:  # of any type, where there is no such set
+        except Exception:  # sympy raises any type if it cannot make the set
             return None
     return sympy.Union(*pieces)
 
@@ -309,7 +319,7 @@ def _read_whole(text: str) -> Expression | None:
 
 
 def _is_region(part: Expression | None) -> bool:
-    """Whether it is an interval, or several; not (1,2), which in a list is a pair."""
+    """Return whether an expression is one or several intervals. In a list, (1,2) is a pair, not an interval."""
     if isinstance(part, sympy.Interval) and part.is_open:
         return bool(part.start.is_infinite or part.end.is_infinite)
     return isinstance(part, (sympy.Interval, sympy.Union))
@@ -322,9 +332,9 @@ def _as_set(found: Expression | None) -> sympy.Set:
         return found.doit()
     if isinstance(found, (Relational, sympy.And)) and len(found.free_symbols) == 1:
         return found.as_set()
-    raise ValueError("no set")
+    raise ValueError("not a set")
 
 
 def unknowns(text: str) -> set[str]:
-    """The letters of inequalities."""
+    """Return the letters of inequalities."""
     return set(re.findall(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+|\b(?:or|and)\b", " ", text)))

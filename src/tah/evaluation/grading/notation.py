@@ -1,7 +1,7 @@
-r"""One way of writing for what has many: signs, spaces, labels and lists of a mathematical answer, as text.
+r"""Normalization of the notation of mathematical answers: signs, spaces, labels and lists.
 
-math-verify normalizes too, but takes off more than notation: `3t` loses its t as a unit, `x'` its prime. So it is done
-here, and math-verify gets bare mathematics.
+math-verify also normalizes, but it removes more than notation: `3t` loses its t as a unit, and `x'` its prime. This
+module therefore does it first, so that math-verify gets plain mathematics.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Rewrites = list[tuple[re.Pattern[str], Any]]
 
 
 def rewrites(*pairs: tuple[str, Any], flags: int = 0) -> Rewrites:
-    """What to replace by what, one after the other."""
+    """Return compiled replacements, which `rewritten` applies in order."""
     return [(re.compile(pattern, flags), to) for pattern, to in pairs]
 
 
 def rewritten(text: str, by: Rewrites) -> str:
-    """The text after all of them."""
+    """Return the text after all replacements."""
     for pattern, to in by:
         text = pattern.sub(to, text)
     return text
@@ -52,8 +52,8 @@ MACROS |= dict.fromkeys(("leqslant", "leqq", "le"), r"\leq ") | dict.fromkeys(("
 MACROS["varnothing"] = r"\emptyset "
 REWRITES = rewrites(
     (r"\\\$", r" \\dollars "),
-    (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # the marks around mathematics, and bold
-    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # the space between two rows of a matrix
+    (r"\$|(?<!\\)\\[()\[\]]|\*\*", ""),  # marks of mathematics and of bold text
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\"),  # space between two rows of a matrix
     (r"(?<!\\)\\!", ""),
     (r"[\"`]", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b|\\hspace\s*\{[^{}]*\}|[\n\t]", " "),
@@ -74,7 +74,7 @@ REWRITES = rewrites(
     (r"(?<![\\a-zA-Z])(sqrt|infty|pi)\b", r"\\\1 "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<=\d)i\b", " i"),
-    (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # not Euler's number
+    (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?!\w|\.\d)", r"\1 \\times 10^{\2}"),  # an exponent, not Euler's number
     *(
         (rf"(?<=\d) ?(?:(\\(?:text|mathrm)\s*\{{)\s*|\b){word}\b", rf" \\times 10^{{{power}}}\1")
         for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
@@ -86,14 +86,14 @@ REWRITES = rewrites(
      r"\s*\{?\s*(\w+)\s*\}?(?:\s*\))?", r"\\pmod{\1}"),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\s*\d\s*\}))?)"
      r"\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?", r"\1(\\frac{\2\\pi}{180})"),
-    (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # of a unit, twice where it has two powers
+    (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),  # power of a unit; applied twice for a unit with two powers
     (r"(\\text\{[^{}]*)\^\s*\{\s*(-?\d)\s*\}", r"\1^\2"),
     (r"\\text\{((?:[^a-zA-Z{}\\]|\b(?:and|or)\b)*)\}", r" \1 "),
 )  # fmt: skip
-# "70 000": three digits after each space, and no list of such
+# "70 000": three digits after each space, and not a list of such numbers
 SPACED = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d,]| ?/)")
 
-# \text{18 cm}^2, \text{A and C}: what is in there is more than words
+# \text{18 cm}^2, \text{A and C}: the content is more than words
 WHOLE_TEXT = re.compile(r"\s*\\text\{([^{}]*)\}\s*")
 LISTED = re.compile(r",\s|;|\b(?:and|or)\b")
 AMOUNT_IN_TEXT = re.compile(r"^\\text\{\s*((?:\\dollars)?\s*-?\d[\d.,/]*)(?=[\sa-zA-Z])\s*([^{}]*)\}")
@@ -111,7 +111,7 @@ LABEL = (
 )
 LABELS = rewrites(
     (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)*\s*:?\s*\}}\s*:?", ""),
-    (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # of a choice
+    (r"^(?:\\text\{\s*\((?-i:[A-E])\)\s*\}|\((?-i:[A-E])\)\s)\s*(?=[-\d\\])", ""),  # label of a choice
     (rf"^\\text\{{\s*{LABEL}(?:is|are|:|=)+\s*:?\s*", r"\\text{"),
     (rf"^{LABEL}(?:is|are|:|=)+\s*:?\s*", ""),
     (r"^(?:=|\\approx|\\text\{\s*(?:about|approximately|approx\.?)?\s*\}|(?:about|approximately)\b|[\s,;:])+", ""),
@@ -122,21 +122,21 @@ LABELS = rewrites(
 
 
 def _fraction(found: re.Match[str]) -> str:
-    r"""The repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
+    r"""Return a repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
     whole, before, period = found[1] + found[2], found[2], found[3] or found[4]
     below = (10 ** len(period) - 1) * 10 ** len(before)
     return rf"\frac{{{int(whole + period) - int(whole or 0)}}}{{{below}}}"
 
 
 def _listed(found: re.Match[str]) -> str:
-    """Equations below each other as a list; what else stands in rows, as the cases of a function, is left."""
+    """Return rows of equations as a list. Other rows, such as the cases of a function, stay unchanged."""
     rows = [row.replace("&", " ").strip(" ,;") for row in re.split(r"\\\\|\\newline", found[2])]
     rows = [row for row in rows if row]
     return ", ".join(rows) if all(len(sides(row)) == 2 and len(split_list(row)) == 1 for row in rows) else found[0]
 
 
 def normalized(text: str) -> str:
-    """The text of an answer, a value or several, with one way of writing for what has many."""
+    """Return the text of an answer, of one or several values, in canonical notation."""
     for box in reversed(boxes(text)):
         text = text[: box.start] + box.content + text[box.end :]
     text = text.translate(SIGNS)
@@ -152,7 +152,7 @@ def normalized(text: str) -> str:
 
 
 def without_labels(text: str) -> str:
-    """Without "Answer:" before it and a full stop after it."""
+    """Return the text without a label such as "Answer:" and without a full stop at the end."""
     return rewritten(text, LABELS)
 
 
@@ -171,9 +171,9 @@ CLOSING = {"(": ")", r"\{": r"\}", "[": "]"}
 
 
 def split_list(text: str) -> list[str]:
-    """The values of a list, or the one value: cut at commas and the like outside of brackets.
+    """Return the values of a list, split at separators outside of brackets.
 
-    A comma between thousands does not cut.
+    A comma between thousands does not split.
     """
     cuts, depth = [], 0
     for mark in MARK.finditer(text):
@@ -185,7 +185,7 @@ def split_list(text: str) -> list[str]:
             cuts.append(mark)
     thousands = {comma.end() - 1 for comma in THOUSANDS.finditer(text)} & {cut.start() for cut in cuts}
     tight = {cut.start() for cut in cuts if cut[0] == "," and not text[cut.end() : cut.end() + 1].isspace()}
-    if tight - thousands:  # 1,-2,300: its commas are those of a list
+    if tight - thousands:  # 1,-2,300: all its commas separate values
         thousands = set()
     parts, at = [], 0
     for cut in cuts:
@@ -193,12 +193,17 @@ def split_list(text: str) -> list[str]:
             parts.append(text[at : cut.start()])
             at = cut.end()
     whole = [part.strip() for part in [*parts, text[at:]]]
-    # A number without its thousands' commas; within brackets commas separate
+    # Numbers lose the commas between thousands; within brackets commas separate values
     return [part if BRACKET.search(part) else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", part) for part in whole if part]
 
 
 def inner(text: str, opening: str) -> str | None:
-    r"""What is between the brackets that enclose the whole text, if they do: `(`, `[` or `\{`."""
+    r"""Return the text between brackets that enclose the whole text; None if they do not.
+
+    Args:
+        text: Text to look at.
+        opening: Opening bracket: `(`, `[` or `\{`.
+    """
     closing = CLOSING[opening]
     if not (text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing)):
         return None
@@ -211,7 +216,7 @@ def inner(text: str, opening: str) -> str | None:
 
 
 def sides(text: str) -> list[str]:
-    """The sides of an equation, or the text itself: cut at `=` outside of brackets."""
+    """Return the sides of an equation, split at `=` outside of brackets. Another text is one side."""
     parts, at, depth = [], 0, 0
     for mark in re.finditer(rf"=|{MARK.pattern}", text):
         depth += (mark[0] in OPENS) - (mark[0] in CLOSES)
@@ -222,7 +227,10 @@ def sides(text: str) -> list[str]:
 
 
 def plus_and_minus(text: str) -> list[str]:
-    r"""The values that \pm stands for: two, or with \mp or several of \pm each choice."""
+    r"""Return the values of a text with \pm.
+
+    One \pm, or \pm with \mp, gives two values. Two \pm give four. A text with more than two \pm stays unchanged.
+    """
     if not (times := len(re.findall(r"\\pm(?![a-zA-Z])", text))) or times > 2:
         return [text]
     linked = bool(re.search(r"\\mp(?![a-zA-Z])", text))
@@ -236,7 +244,7 @@ def plus_and_minus(text: str) -> list[str]:
 
 
 def members(text: str) -> list[str]:
-    r"""The values of a normalized text: of a list, a set, or both signs of \pm."""
+    r"""Return the values of a normalized text: those of a list, of a set, and of both signs of \pm."""
     values: list[str] = []
     for part in split_list(text):
         part = VALUED.sub(r" \\in ", part).rpartition(r"\in ")[2].strip() if VALUED.search(part) else part

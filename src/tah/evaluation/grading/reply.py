@@ -1,4 +1,4 @@
-"""What a model's reply states in the end: its last box, a list of boxes, or "the answer is ..."; and its verdict."""
+"""The final statement of a model's reply: its last box, a list of boxes, or "the answer is ..."."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal
 Grade = Literal["right", "wrong", "unparsed", "untestable"]
 
 BRACE = re.compile(r"(?P<box>\\{1,2}(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)  # an escaped brace is text
-# What stands in a box that is only spoken of: "the answer in \boxed{}", "as \boxed{...}"
+# Content of a box that is only mentioned: "the answer in \boxed{}", "as \boxed{...}"
 PLACEHOLDER = re.compile(r"(?:[\s.?_~]|\\[,;:! ]|\\[lc]?dots\b|\\text\s*\{\s*\})*")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The grade of one reply, and what it rests on.
+    """The grade of one reply, with its reason.
 
     Args:
-        grade: `unparsed` where no answer can be found, `untestable` where the item's own tests cannot be run; both
-            count as not right.
-        extracted: the answer that was found in the reply, as text; None where none was found.
-        reason: why, in one line, where the grade does not follow from `extracted` beside the right answer.
+        grade: `right`, `wrong`, `unparsed` (the reply has no answer), or `untestable` (the tests of the item cannot
+            run). All but `right` count as not right.
+        extracted: Answer in the reply, as text; None if there is none.
+        reason: Reason in one line; None if the grade follows from `extracted` and the right answer.
     """
 
     grade: Grade
@@ -31,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Box:
-    r"""A `\boxed{content}` in a text: `text[start:end]` is the whole of it."""
+    r"""A `\boxed{content}` in a text, at `text[start:end]`."""
 
     start: int
     end: int
@@ -39,22 +39,23 @@ class Box:
 
 
 def after_thoughts(text: str) -> str:
-    """The reply without its thoughts; empty where the thoughts were not closed."""
+    """Return the reply without its thoughts; an empty string if the thoughts do not end."""
     text = text.rsplit("</think>", 1)[-1]
     return "" if "<think>" in text else text
 
 
 def boxes(text: str) -> list[Box]:
-    r"""The boxes of a text in their order, with braces nested to any depth; a box within a box is part of its content.
+    r"""Return the boxes of a text in order.
 
-    A box that is not closed is left out, and so is one that holds nothing (`\boxed{}`, `\boxed{...}`).
+    Braces may be nested to any depth. A box inside a box is part of its content. Boxes that are not closed or have no
+    content (`\boxed{}`, `\boxed{...}`) are left out.
     """
-    opened: list[tuple[int, int] | None] = []  # of each open brace: where its box and the box's content start
+    opened: list[tuple[int, int] | None] = []  # per open brace: start of its box and of the content, or None
     found: list[tuple[int, int, int, int]] = []
     for brace in BRACE.finditer(text):
         if brace[0] == "}":
             if opened and (box := opened.pop()):
-                while found and found[-1][0] > box[0]:  # each box is dropped once at most, so this stays linear
+                while found and found[-1][0] > box[0]:  # each box is dropped at most once, so the time is linear
                     found.pop()
                 found.append((*box, brace.start(), brace.end()))
         elif brace["box"]:
@@ -67,8 +68,8 @@ def boxes(text: str) -> list[Box]:
 
 # -- several boxes, and none -------------------------------------------------------------------------------------------
 
-# Between two boxes of one list: marks, "and", "x =", and words that only point. One alternative fits at each place, so
-# that this takes time in proportion to the text.
+# Text between two boxes of one list: punctuation, "and", "x =", and words without a statement. Only one alternative can
+# match at each place, so the time is linear in the length of the text.
 POINTING = (
     "and|or|also|as|well|both|either|the|other|another|one|first|second|third|next|last|is|are|solutions?|roots?|values?|numbers?|"
     "answers?|text|quad|qquad|mathrm|textbf|respectively|we|have|case|if|when|while|for|in"
@@ -81,11 +82,11 @@ LIST = re.compile(
 JOINED = re.compile(
     r"(?:,|;|\band\b|\bor\b)(?:[\s$({\[}*]|\\[,;:! (\[{]|\\text\b|\b[a-zA-Z](?:_\{?\w+\}?)?\s?=)*$", re.IGNORECASE
 )
-SEPARATE = re.compile(  # says more than a list would: a step, a doubt, another sentence
+SEPARATE = re.compile(  # more than a list has: a step, a doubt, another sentence
     r"[.!?:=]\s|\b(?:not|no|but|so|then|hence|thus|therefore|wrong|wait|which|gives|becomes|hmm|actually|rather|sorry|correct|mean|get)\b",
     re.IGNORECASE,
 )
-# After a doubt, what was boxed before is no longer said; nor after a conclusion, unless it is that of another part
+# A doubt withdraws the boxes before it. So does a conclusion, unless it is that of another part.
 DENIAL = re.compile(
     r"\b(?:instead|correction|corrected|wrong|mistake|mistaken|sorry|incorrect|rather|oops|not right|not correct|"
     r"misread|does(?:n't| not)|fails?|failed|invalid|extraneous|discard\w*|reject\w*|errors?|redo|upon|review\w*|"
@@ -106,7 +107,7 @@ ANOTHER = re.compile(
     r"\b(?:part|case|question|problem|second|third|other|another|larger|smaller|largest|smallest)\b|\([b-e]\)|\b[2-9]\.",
     re.IGNORECASE,
 )
-# Said behind a list: one of its members is left
+# Text after a list that leaves one of its members
 ONE_IS_LEFT = re.compile(
     r"(?<!\bthe )\bonly (?:the )?(?:first|second|third|last|former|latter|one|positive|negative|larger|smaller|"
     r"[$\\(]*[a-z]?\s?=?\s?-?\d+)(?![\d.])(?! (?:\w+ )?(?:solutions?|roots?|values?|numbers?)\b)",
@@ -114,18 +115,18 @@ ONE_IS_LEFT = re.compile(
 )
 MINUS_BEFORE = re.compile(r"(?:^|[\s$=(\[])-$|[$=(\[]\s*-\s?$")
 FACTOR_AFTER = re.compile(r"\s?\\pi(?![a-zA-Z])|_(?:\{\d+\}|\d+)|[xyz](?!\w)")
-FARTHEST = 200  # characters between two boxes of one list
+FARTHEST = 200  # maximum number of characters between two boxes of one list
 ANSWER = re.compile(
     r"\banswers?\b(?:[^.\n:]{0,40}?(?:\bis\b|\bare\b|:)|"
     r"\s+(?=(?:can|could|must|should|will|is|are) ?n['o]))[\s*]*([^\n]+)",
     re.IGNORECASE,
 )
-# "not 42, it is 43" says 43
+# "not 42, it is 43" states 43
 NOT_BUT = re.compile(
     r"^not\b[^,;]*?(?:[,;]\s*|\s(?=but\b|rather\b))(?:but|it is|it's|rather|instead)(?: rather)?\s+(?=\S)",
     re.IGNORECASE,
 )
-# A phrase that holds a number and does not say that this is the answer: "at least 5", "3 or 5", "10x"
+# A phrase with a number that is not the answer: "at least 5", "3 or 5", "10x"
 BOUND = re.compile(
     r"^[^\d\\]*(?:\b(?:not|cannot|least|most|more|less|fewer|greater|larger|"
     r"smaller|between|neither|either|whether|up to|over|under)\b|n't\b)",
@@ -141,17 +142,19 @@ NUMBER = re.compile(r"[$(\s]*(?:\\[(\[])?\s*(?:[a-zA-Z]\s?=\s?)?(?:-?[\d.]|\\(?!
 FORMULA = re.compile(r"[\w\s+\-*/^!.,$()\[\]{}\\]*", re.ASCII)
 LONG_NAME = re.compile(r"(?<!\\)\b[a-zA-Z]{2,}")
 SENTENCE = re.compile(r"[.!](?=\s|\*|$)")
-MOST = 64  # different boxes of one statement; a model that repeats itself may write one a thousand times
+MOST = 64  # maximum number of different boxes of one statement; equal boxes count once
 
 
 def final_boxes(text: str, found: list[Box]) -> list[list[str]]:
-    r"""The contents of the boxes that a reply may state in the end: of its last list, then of all since a correction.
+    r"""Return the contents of the boxes that can be the final statement of a reply.
 
-    `\boxed{1} or \boxed{2}` is a list; `\boxed{7}. Wait, no: \boxed{12}` ends in a list of one, and only that.
+    The first candidate is the last list of boxes. The second one has all boxes since the last correction, if these are
+    more. `\boxed{1} or \boxed{2}` is a list. `\boxed{7}. Wait, no: \boxed{12}` ends with a list of one box, the only
+    candidate.
 
     Args:
-        text: the reply without its thoughts.
-        found: its boxes, of which there is one at least.
+        text: Reply without its thoughts.
+        found: Boxes of the reply, at least one.
     """
     between = [text[one.end : other.start] for one, other in zip(found, found[1:], strict=False)]
     listed = since = len(found) - 1
@@ -161,32 +164,32 @@ def final_boxes(text: str, found: list[Box]) -> list[list[str]]:
         since -= 1
     spans = [found[listed:], found[since:]] if since < listed else [found[listed:]]
     if ONE_IS_LEFT.search(text[found[-1].end : found[-1].end + FARTHEST]):
-        spans = [span for span in spans if len(span) == 1]  # no list stands
+        spans = [span for span in spans if len(span) == 1]  # the reply withdraws all but one member of a list
     distinct = [list(dict.fromkeys(_with_neighbours(text, box) for box in span)) for span in spans]
     return [contents for contents in distinct if len(contents) <= MOST]
 
 
 def _with_neighbours(text: str, box: Box) -> str:
-    r"""The content of a box with the sign before it and the factor or base after it: `-\boxed{12}`, `\boxed{12}\pi`."""
+    r"""Return the content of a box with a sign before and a factor or base after it: `-\boxed{12}`, `\boxed{12}\pi`."""
     sign = "-" if MINUS_BEFORE.search(text[max(0, box.start - 4) : box.start]) else ""
     after = FACTOR_AFTER.match(text, box.end)
     return f"{sign}{box.content}{after[0] if after else ''}"
 
 
 def _is_list(between: str) -> bool:
-    """Whether two boxes with this between them are of one list."""
+    """Return whether two boxes with this text between them belong to one list."""
     joined = len(between) <= 40 and JOINED.search(between) and not SEPARATE.search(between)
     return len(between) <= FARTHEST and bool(joined or LIST.fullmatch(between))
 
 
 def _takes_back(between: str) -> bool:
-    """Whether the box before this text is no longer stated by the one behind it."""
+    """Return whether a text between two boxes withdraws the first box."""
     doubt = DENIAL.search(between) or (HESITATION.search(between) and not ADDITION.search(between))
     return bool(doubt or (CONCLUSION.search(between) and not ANOTHER.search(between)))
 
 
 def corrected_number(text: str) -> str | None:
-    """The number that "the answer is ..." gives after a doubt behind the last box; None without doubt or number."""
+    """Return the number of "the answer is ..." after a doubt that follows the last box; None if there is none."""
     doubt = DENIAL.search(text) or HESITATION.search(text)
     found = ANSWER.findall(text[doubt.end() :][-2000:]) if doubt else []
     phrase = REASON.sub("", _sentence(found[-1])) if found else ""
@@ -194,21 +197,23 @@ def corrected_number(text: str) -> str | None:
 
 
 def is_no_value(phrase: str) -> bool:
-    """Whether what follows "the answer is" denies, bounds or lists numbers, or is a formula instead of a number."""
+    """Return whether the phrase after "the answer is" denies, bounds or lists numbers, or is a formula."""
     letters = re.sub(r"\\[a-zA-Z]+", "", phrase)
     formula = FORMULA.fullmatch(letters) and not LONG_NAME.search(letters)
     return bool(BOUND.search(phrase) or SEVERAL.search(phrase) or formula)
 
 
 def _sentence(phrase: str) -> str:
-    """The first sentence."""
+    """Return the first sentence of a phrase, without "not ..., but"."""
     end = SENTENCE.search(phrase)
     return NOT_BUT.sub("", phrase[: end.start() if end else None].strip("* "))
 
 
 def answer_phrase(text: str) -> tuple[str | None, bool]:
-    """Of a reply without boxes: what follows the last "the answer is", or all of one short line; None without either.
-    And whether the reply speaks of an answer.
+    """Return the answer phrase of a reply without boxes, and whether it follows "the answer is".
+
+    The phrase follows the last "the answer is", or is the whole reply if that is one short line. None if neither is
+    there, or if numbers follow the phrase.
     """
     tail = text[-2000:].strip()
     if phrases := ANSWER.findall(tail):

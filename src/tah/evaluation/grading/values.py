@@ -1,6 +1,6 @@
 r"""One value of a mathematical answer: its unit, and its coordinates.
 
-A unit is what `5 km`, `\$18`, `90^\circ` and `12 apples` end or begin with; some letters only look like one.
+`5 km`, `\$18`, `90^\circ` and `12 apples` have a unit. Letters after other values can be symbols instead.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from string import ascii_lowercase
 
 from .notation import inner, rewrites, rewritten, split_list, without_labels
 
-# The numbers that a condition holds for: \{x \in \mathbb{R} \mid x>2\}
+# A set of numbers by a condition: \{x \in \mathbb{R} \mid x>2\}
 SET_OF = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\||:)(.*[<>=\\].*)\\\}")
-PLAIN = rewrites(  # as math-verify reads what was meant
+PLAIN = rewrites(  # forms that math-verify parses as intended
     (r"\\dollars", ""),
     (r"\\text\{\s*([a-zA-Z])\s*\}", r"\1"),
-    # What math-verify takes for functions and constants, as symbols
+    # Symbols that math-verify would parse as functions or constants
     (r"_\{?\s*\\(max|min)(?![a-zA-Z])\s*\}?|_\{\s*\\text\{\s*(\w+)\s*\}\s*\}", r"_{\1\2}"),
     (r"\\gamma(?![a-zA-Z])", r"\\text{gama}"),
     (r"\\Gamma(?![a-zA-Z])(?!\s*\()", r"\\text{Gama}"),
@@ -30,9 +30,9 @@ class Value:
     """One value of an answer.
 
     Args:
-        text: as it was written, without labels and full stops.
-        bare: without the unit; as `text` where there is none.
-        unit: in one way of writing; None where there is none.
+        text: Text of the value without labels and full stops.
+        bare: Text without the unit; equal to `text` if there is none.
+        unit: Unit in its canonical form; None if there is none.
     """
 
     text: str
@@ -41,11 +41,11 @@ class Value:
 
 
 def read_value(text: str, gold: bool = False) -> Value:
-    """Read one value of a normalized text.
+    """Parse one value of a normalized text.
 
     Args:
-        text: of the value, from `split_list`.
-        gold: it is the right answer, in which `5m` is a product; an answer's is taken for a product or metres.
+        text: Text of the value, from `split_list`.
+        gold: Whether it is the right answer. There `5m` is a product; in a reply it is a product or metres.
     """
     text = without_labels(text)
     if set_of := SET_OF.fullmatch(text):
@@ -68,20 +68,20 @@ NAMES = """
     dollar usd $, cent ¢, euro eur €, pence, rupee rs ₹, yen ¥, sq square, cu cubic, mph, kmh kmph kph, unit
 """
 UNITS = {name: names.split()[0] for names in NAMES.split(",") for name in names.split()}
-# Words that change a value or describe it: no units
+# Words that change or describe a value are not units
 NO_UNIT = re.compile(
     r"hundreds?|thousands?|[mbtr]+illions?|dozens?|half|halves|thirds?|quarters?|percent\w*|times|squared|cubed|mod|is|are|not|no|"
     r"st|nd|rd|th|all|any|odd|even|prime|base|plus|minus|over|of|to|in|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|lim|gcd|lcm|infinity|inf|"
     r"factorial|degrees?c|true|false|than|least|most|more|less|about|approximately|solutions?|root|mean|i|e|x|y|z|n|k"
 )
-# These describe it between two numbers, but not behind the only one: `18 \\text{ of them}`, `18 \\text{ times}`
+# Between two numbers these words describe the value, but not after a single number: `18 \\text{ of them}`
 BEHIND = ("of", "in", "times", "all", "over", "to", "and")
 POWER = r"\^\s*(?:\{\s*-?\d\s*\}|\d)"
-# What a unit in plain letters may follow: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
+# An amount before a unit in plain letters: `5 m`, `\frac{1}{2} hours`, `2\pi cm`, `3 \times 10^{8} m/s`
 AMOUNT = re.compile(
     r"(?:\\dollars|[-+\d.,/\s]|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\\pi|\\times|\\cdot|\^\s*\{[^{}]*\}|\^-?\d)+"
 )
-NUMBER_WITHIN = re.compile(r"(?<![\^\-{a-zA-Z\d.,])\d")  # another amount; `m^2`, `s^-1` and `cm2` hold none
+NUMBER_WITHIN = re.compile(r"(?<![\^\-{a-zA-Z\d.,])\d")  # another amount; `m^2`, `s^-1` and `cm2` have none
 SPOKEN = rf"\\text\{{[^{{}}]*\}}(?:{POWER})?"
 IN_TEXT = re.compile(
     rf"(?=\s*\\(?:text|frac))(?:{SPOKEN}|\\frac\{{\s*{SPOKEN}\s*\}}\{{\s*{SPOKEN}\s*\}}|{POWER}|\\cdot|\\circ|[/\s^·])+$"
@@ -90,7 +90,7 @@ IN_LETTERS = re.compile(rf"(?:(?<![a-zA-Z\\])(?=[a-zA-Z])|(?=\s+[a-zA-Z]))(?:[a-
 CURRENCY = re.compile(
     r"([-+]?)\s*(?:\\dollars|([€£¥₹])|(?:US|USD|Rs\.?)(?=\s*\d)|\\text\{\s*(?:US|USD|Rs\.?)\s*\}(?=\s*\d))\s*"
 )
-# Units that are written with signs, as \\text: in an answer, behind an amount. In a right answer they may be symbols
+# Units with signs, rewritten as \\text. This applies to replies, after an amount; in a right answer they can be symbols
 SIGNED = rewrites(
     (r"(?:\\text\{)?\s*([kMGm]?)\s*\}?\s*\\Omega\s*\}?$", r"\\text{\1ohm}"),
     (r"\\mu\s*(?:\\text\{\s*([a-zA-Z]+)\s*\}|([a-zA-Z]+))$", r"\\text{micro\1\2}"),
@@ -101,7 +101,10 @@ SIGNED = rewrites(
 
 
 def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
-    """A value and its unit, in one way of writing; None where it has none. In a right answer `5m` is a product."""
+    """Return a value without its unit, and the canonical form of the unit or None.
+
+    In a right answer (`gold`) `5m` is a product.
+    """
     if not gold:
         text = _spelled(text)
     if (sign := CURRENCY.match(text)) and re.search(r"\d", text):
@@ -127,7 +130,7 @@ def without_unit(text: str, gold: bool) -> tuple[str, str | None]:
 
 
 def _spelled(text: str) -> str:
-    """A value with its unit spelled out where that was written with a sign, as \\Omega."""
+    """Return a value with its unit spelled out if the unit has a sign such as \\Omega."""
     for pattern, to in SIGNED:
         found = pattern.search(text)
         if not found or not found.start() or not AMOUNT.fullmatch(text[: found.start()]):
@@ -138,7 +141,7 @@ def _spelled(text: str) -> str:
 
 
 def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
-    """Whether these words are a unit where nothing but letters says so."""
+    """Return whether words after an amount are a unit."""
     if spoken:  # in \\text; M is molar there
         return known or len(names[0]) > 1 or names == ["M"]
     if known:
@@ -149,14 +152,14 @@ def _is_unit(names: list[str], known: bool, spoken: bool, gold: bool) -> bool:
 
 
 def _follows(body: str, spoken: bool, known: bool, rest: str) -> bool:
-    """Whether a unit can follow this: an amount, and a space where the unit is a word that is not known."""
+    """Return whether a unit can follow this text: an amount, and a space if the unit is an unknown word."""
     if spoken:
         return bool(re.search(r"[\w)}\]]$|\\(?:pi|%)$", body)) and (known or bool(re.search(r"\d", body)))
     return bool(AMOUNT.fullmatch(body)) and (known or rest[0].isspace())
 
 
 def _name(name: str) -> str | None:
-    """The one name of a known unit."""
+    """Return the canonical name of a unit; None if it is unknown."""
     for form in (name, name.lower(), name.lower().removesuffix("s")):
         if form in UNITS and (len(name) > 2 or form == name):
             return UNITS[form]
@@ -164,9 +167,9 @@ def _name(name: str) -> str | None:
 
 
 def _unit(text: str) -> str:
-    """One way of writing a unit; `?` and its words where it is unknown, as apples are."""
+    """Return the canonical form of a unit; `?` and its words for an unknown one, such as apples."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace(r"\cdot", " ").replace(r"^\circ", " deg ")
-    text = text.replace("}{", "}/{")  # of a fraction
+    text = text.replace("}{", "}/{")  # numerator and denominator of a fraction
     text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", re.sub(r"\bper\b|/", " / ", text))
     tokens = re.findall(r"[a-zA-Z$€£¥₹¢°]+|\^-?\d|/", text)
     if any(token[0] not in "/^" and _name(token) is None for token in tokens):
@@ -192,7 +195,10 @@ def _unit(text: str) -> str:
 
 
 def same_unit(one: str | None, other: str | None) -> bool:
-    """Whether two units can belong to the same value: a missing one fits any, an unknown one any unknown."""
+    """Return whether two units can belong to equal values.
+
+    A missing unit fits every unit. An unknown unit fits every unknown unit.
+    """
     if one is None or other is None or one == other or "unit" in one or "unit" in other:
         return True
     return one.startswith("?") and other.startswith("?")
@@ -210,7 +216,7 @@ Coordinate = tuple[str | None, Value]
 
 
 def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
-    r"""The coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None where there are none."""
+    r"""Return the coordinates of `(1,2)`, of `(a,b)=(1,2)` with their names, or of a column; None for other texts."""
     if column := COLUMN.match(text):
         return [(None, read_value(part, gold)) for part in column[1].split(r"\\")]
     names: list[str | None] = []
@@ -225,7 +231,7 @@ def coordinates(text: str, gold: bool = False) -> list[Coordinate] | None:
 
 
 def named_values(values: Sequence[Value]) -> list[Coordinate]:
-    """Values of a list as coordinates, with the names they have."""
+    """Return the values of a list as coordinates, with their names if they have any."""
     named = ((NAME.match(value.text), value) for value in values)
     return [
         (re.sub(r"\s", "", name[1]), read_value(value.text[name.end() :])) if name else (None, value)
@@ -236,13 +242,13 @@ def named_values(values: Sequence[Value]) -> list[Coordinate]:
 def same_coordinates(
     gold: Sequence[Coordinate], given: Sequence[Coordinate], alike: Callable[[Value, Value], bool]
 ) -> bool:
-    """Whether two lists of coordinates are the same: by name where both have these names, else in their order."""
+    """Return whether two lists of coordinates are equal: by name if both have the same names, else in order."""
     if len(gold) != len(given):
         return False
     names, others = ([name for name, _ in side] for side in (gold, given))
     if None not in names and sorted(map(str, names)) == sorted(map(str, others)):
         given = [given[others.index(name)] for name in names]
-    elif {None} in (set(names), set(others)):  # x, y and z have an order of their own
+    elif {None} in (set(names), set(others)):  # x, y and z have a natural order
         gold, given = (
             sorted(side, key=lambda one: str(one[0])) if all(name in AXES for name, _ in side) else side
             for side in (gold, given)

@@ -1,6 +1,6 @@
-"""The benchmarks as tasks of lm-evaluation-harness: one YAML file each, our protocol (zero-shot, chat, boxed answers).
+"""The benchmarks as tasks of lm-evaluation-harness, one YAML file each (zero-shot, chat template, boxed answers).
 
-In lm-eval their names begin with `tah_`, so that its own tasks of the same benchmarks stay reachable beside them.
+In lm-eval their names begin with `tah_`, so that lm-eval's own tasks of the same benchmarks remain available.
 """
 
 from __future__ import annotations
@@ -8,5 +8,5 @@ from __future__ import annotations
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent
-PREFIX = "tah_"  # of our tasks in lm-eval
+PREFIX = "tah_"  # prefix of the names in lm-eval
 CODE = ("humaneval_plus", "mbpp_plus")

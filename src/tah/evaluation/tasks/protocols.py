@@ -1,8 +1,8 @@
-r"""What fixes an evaluation besides the model: the prompt, the sampling, the seed, the samples and the sources.
+r"""Protocols: the prompt, the sampling, the seed, the number of samples and the data sources of an evaluation.
 
-The grader is never part of a protocol. `default` is ours: one prompt for each kind of task, in the YAML files of this
-folder. `paper` follows what the authors of Think-at-Hard published about their evaluation; where they published
-nothing, `default` fills in, and `Protocol.ours` names it.
+The grader is not part of a protocol. `default` has one prompt for each kind of task, in the YAML files of this
+directory. `paper` has the settings that the authors of Think-at-Hard published. Settings that they did not publish are
+those of `default`, and `Protocol.ours` lists them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import CODE, rows
 
 @dataclass(frozen=True)
 class Source:
-    """Where the questions of a task come from, as `rows.load` takes it."""
+    """Data source of a task: arguments of `rows.load`."""
 
     hub: str
     split: str
@@ -27,15 +27,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the answers to a task are drawn.
+    """Sampling of the answers to a task.
 
     Args:
-        samples: answers to each question, whose mean counts (avg@k).
-        temperature: 0 takes the most probable token.
-        top_p: tokens are drawn from the most probable ones up to this mass.
-        top_k: and from at most so many; 0 means all.
-        max_new_tokens: where an answer is cut off.
-        seed: decides what is drawn, with the question and the number of the sample.
+        samples: Number of answers per question. Their mean accuracy counts (avg@k).
+        temperature: Temperature; 0 is greedy decoding.
+        top_p: Cumulative probability of the candidate tokens.
+        top_k: Number of candidate tokens; 0 means all.
+        max_new_tokens: Maximum number of tokens of an answer.
+        seed: Random seed. It is combined with the question and the sample number.
     """
 
     samples: int = 1
@@ -47,11 +47,11 @@ class Drawing:
 
     @property
     def greedy(self) -> bool:
-        """Whether only the most probable token is taken: this temperature is too small to divide by."""
+        """Whether decoding is greedy: the temperature is 0, or too small to divide by."""
         return self.temperature < 1e-3
 
     def options(self) -> dict[str, Any]:
-        """As lm-eval's `generation_kwargs`."""
+        """Return the sampling as `generation_kwargs` of lm-eval."""
         if self.greedy:
             return {"max_gen_toks": self.max_new_tokens, "do_sample": False, "temperature": 0.0}
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -64,12 +64,12 @@ class Protocol:
 
     Args:
         name: `default` or `paper`.
-        drawing: of the tasks that `samples` does not name.
-        samples: how many answers a question of a task gets, where it is more than one.
-        questions: templates of the user's turn by kind of task, where they are not those of the YAML files.
-        openings: templates of the words that begin the assistant's turn, by kind of task.
-        sources: of the questions by task, where they are not those of the YAML files.
-        unpublished: what the protocol leaves to `default`, by task.
+        drawing: Sampling. `samples` overrides its number of samples.
+        samples: Number of answers per question, by task, if it is not 1.
+        questions: Templates of the user's turn by kind of task; by default those of the YAML files.
+        openings: Templates of the beginning of the assistant's turn, by kind of task.
+        sources: Data sources by task; by default those of the YAML files.
+        unpublished: Settings that are not published, by task. `default` has them.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Protocol:
     unpublished: Mapping[str, str] = field(default_factory=dict)
 
     def ours(self, tasks: Mapping[str, Any]) -> dict[str, str]:
-        """What of these tasks the protocol does not fix, by task: `default` decides it."""
+        """Return the unpublished settings of these tasks, by task; empty for `default`."""
         stock = "prompt and metrics of lm-eval"
         left = {name: stock if name.startswith(STOCK_TASK) else self.unpublished.get(name) for name in tasks}
         return {name: what for name, what in left.items() if what and self.name != "default"}
@@ -89,7 +89,7 @@ class Protocol:
 
 DEFAULT = Protocol("default")
 
-# The instruction and the opening are EvalPlus' own (evalplus.codegen), which the authors' evaluation uses.
+# The instruction and the opening are those of EvalPlus (evalplus.codegen), which the authors' evaluation uses.
 PAPER = Protocol(
     "paper",
     drawing=Drawing(seed=42),

