@@ -226,7 +226,7 @@ def talk(capsys, monkeypatch, tiny_checkpoint):
 def test_chat_answers_and_obeys(talk):
     out = talk("hi", "/policy always", "/depth 3", "hi", "/threshold 0.25", "/reset", "/help", "/quit", "never read")
     assert out.count("tokens/s") == 2 and "mean depth 3.00" in out and "threshold 0.25" in out
-    assert "forgotten" in out and "/policy NAME" in out
+    assert "new conversation" in out and "/policy NAME" in out
 
 
 def test_chat_survives_bad_commands_and_long_conversations(talk):
