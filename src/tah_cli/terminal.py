@@ -65,10 +65,10 @@ class Painter:
         """Return the legend of the colours or brackets."""
         if not self.coloured:
             return Text("legend: plain = one pass, [two passes], [[three passes]]", style="dim")
-        parts = [("one pass", None), (" one, near threshold ", style_of(1, self.threshold, self.threshold))]
-        parts += [(" two, near threshold ", style_of(2, self.threshold, self.threshold))]
+        parts = [("one pass", None), (" one pass, near threshold ", style_of(1, self.threshold, self.threshold))]
+        parts += [(" two passes ", style_of(2, self.threshold, self.threshold))]
         parts += [
-            (" two, probability 1 ", style_of(2, 1.0, self.threshold)),
+            (" two, probability near 1 ", style_of(2, 1.0, self.threshold)),
             (" three ", style_of(3, 1.0, self.threshold)),
         ]
         line = Text.assemble(("legend: ", "dim"))
