@@ -101,9 +101,9 @@ def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, o
     entries, deep = slots.new_zeros(len(blocks), E), slots.new_full((len(blocks), E), N * block_size)
     entries[where, column], deep[where, column] = entry[where, at], at
     query = query[:, :, None]
-    see_deep = deep[:, None] == query if own else deep[:, None] <= query
-    seen = torch.cat([(place <= query), see_deep], dim=-1)
-    mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, float("-inf"))
+    deep_visible = deep[:, None] == query if own else deep[:, None] <= query
+    visible = torch.cat([(place <= query), deep_visible], dim=-1)
+    mask = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, float("-inf"))
     return Group(group, blocks, entries, mask[:, None, None])
 
 

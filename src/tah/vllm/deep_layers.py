@@ -46,10 +46,10 @@ class Adapter(nn.Module):
 
     def __init__(self, parts: dict[str, tuple[int, Share]], inputs: int, share: Share, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale, self.share, self.places, start = scale, share, {}, 0
+        self.scale, self.share, self.ranges, start = scale, share, {}, 0
         self.shares = {name: part for name, (_, part) in parts.items()}
         for number, (name, (width, _)) in enumerate(parts.items()):
-            self.places[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
+            self.ranges[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
             start += width
         self.A = nn.Parameter(torch.zeros(len(parts) * rank, inputs), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, start), requires_grad=False)  # transposed: faster for few tokens
@@ -62,7 +62,7 @@ class Adapter(nn.Module):
             matrix: `lora_A` or `lora_B`.
             weight: Whole matrix.
         """
-        low, out = self.places[part]
+        low, out = self.ranges[part]
         if matrix == "lora_A":
             self.A.data[low].copy_(self.share(weight, 1))
         else:
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         y = x @ self.A.t()  # one product for all parts, which have the same input
         if self.share.of > 1:
             y = tensor_model_parallel_all_reduce(y)
-        parts = [y[:, low] @ self.B[:, out] for low, out in self.places.values()]
+        parts = [y[:, low] @ self.B[:, out] for low, out in self.ranges.values()]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 

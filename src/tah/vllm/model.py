@@ -76,10 +76,8 @@ class TaHForCausalLM(nn.Module):
         self.options: dict[str, RequestOptions] = {}  # by request
         self.fresh: set[str] = set()  # requests of which no token has run
         self.request_ids: Callable[[], list[str]]  # returns the requests of the running step
-        self.silent: Callable[
-            [], Sequence[bool]
-        ]  # returns, at least for these, whether no token is sampled in this step
-        self.tell_prompts: Callable[[], Container[str]]  # returns the requests with prompt log-probabilities
+        self.unsampled: Callable[[], Sequence[bool]]  # whether each request samples no token in this step, or longer
+        self.prompt_logprobs: Callable[[], Container[str]]  # returns the requests with prompt log-probabilities
         self.report: StepReport | None = None  # report of the latest step to the scheduler
         self.pool: DeepPool | None = None
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
@@ -99,7 +97,7 @@ class TaHForCausalLM(nn.Module):
                 self.adapters.append(adapter)
                 self.adapted[number][name] = adapter
                 parent = f"base.model.layers.{number}.{name.rpartition('.')[0]}"
-                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.places}
+                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.ranges}
 
     @property
     def decoder(self) -> Any:
@@ -281,12 +279,12 @@ class TaHForCausalLM(nn.Module):
 
         vLLM reads the log-probabilities of a prompt's tokens in the step of these tokens, so they cannot be deferred.
         """
-        requests, with_prompt = self.request_ids(), self.tell_prompts()
+        requests, with_prompt = self.request_ids(), self.prompt_logprobs()
         return self.mixed and not any(requests[row] in with_prompt for row in batch.rows(index).unique().tolist())
 
     def _set_aside(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> None:
         """Defer the tokens `index` [M], with next inputs `embeds` [M, D], to the next step."""
-        requests, silent, size = self.request_ids(), self.silent(), self.block_size
+        requests, unsampled, size = self.request_ids(), self.unsampled(), self.block_size
         row = batch.rows(index)
         for number in row.unique().tolist():
             mine = index[row == number]
@@ -298,7 +296,7 @@ class TaHForCausalLM(nn.Module):
                 embeds[row == number],
                 batch.block_table[number, : -(-stop // size)].clone(),
                 stop // size * size if self.shares_prefixes else 0,
-                logits.hidden[last].clone() if int(mine[-1]) == last and not silent[number] else None,
+                logits.hidden[last].clone() if int(mine[-1]) == last and not unsampled[number] else None,
             )
 
     def _run_mixed(
@@ -314,7 +312,7 @@ class TaHForCausalLM(nn.Module):
         more = len(rows) - len(due)
         self._open(tokens, rows=rows, step=T)
         x = functional.pad(self.embed_input_ids(ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
-        places = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
+        all_positions = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
         wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
         again = torch.tensor(list(due.values()), dtype=torch.long)
         newest = [int(self.waiting.by_request[request].positions[-1]) for request in due]
@@ -323,7 +321,7 @@ class TaHForCausalLM(nn.Module):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
                     features[number] = (x if residual is None else x + residual)[:T]
-                x, residual = layer(places, x, residual)
+                x, residual = layer(all_positions, x, residual)
         hidden = self.decoder.norm(x, residual)[0][:T]
         if due:
             known = self.waiting.hidden()
@@ -387,5 +385,5 @@ class TaHForCausalLM(nn.Module):
 
     def _slots(self, blocks: list[int]) -> Tensor:
         """Return the physical slots of physical blocks."""
-        places = torch.arange(self.block_size)
-        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + places).flatten()
+        offsets = torch.arange(self.block_size)
+        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + offsets).flatten()

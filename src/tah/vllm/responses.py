@@ -31,7 +31,7 @@ class AnswerDepths:
     prompt: np.ndarray  # depths of the prompt's tokens except the last
     answer: np.ndarray  # depths of the tokens that predict the answer's tokens
 
-    def told(self, in_full: bool) -> dict[str, Any]:
+    def as_field(self, in_full: bool) -> dict[str, Any]:
         """Return the field `tah` of a choice; with `in_full`, including the depth of every token, the prompt first."""
         found: dict[str, Any] = counts([self.answer])
         return found | {"depths": [*self.prompt.tolist(), *self.answer.tolist()]} if in_full else found
@@ -69,11 +69,11 @@ class Answers:
 
         return listening()
 
-    def tell(self, response: dict[str, Any]) -> None:
+    def add_to(self, response: dict[str, Any]) -> None:
         """Add `tah` to the ended choices and to the usage of a response, or of a chunk of a stream."""
         for choice in response["choices"]:
             if choice.get("finish_reason") and choice["index"] in self.ended:
-                choice["tah"] = self.ended[choice["index"]].told(self.in_full)
+                choice["tah"] = self.ended[choice["index"]].as_field(self.in_full)
         if response.get("usage") and self.ended:
             prompts = [answer.prompt for number, answer in self.ended.items() if number % self.each == 0]
             found = counts([ended.answer for ended in self.ended.values()])
@@ -97,8 +97,8 @@ class TellDepths:
             listen(engine)
         answers = Answers()
         RUNNING.set(answers)
-        telling = scope["path"].endswith(PATHS)
-        return await self.app(scope, receive, Telling(send, answers) if telling else send)
+        adds_depths = scope["path"].endswith(PATHS)
+        return await self.app(scope, receive, ResponseSender(send, answers) if adds_depths else send)
 
 
 def listen(engine: Any) -> None:
@@ -116,7 +116,7 @@ def listen(engine: Any) -> None:
     engine.generate = generate
 
 
-class Telling:
+class ResponseSender:
     """Sender of a response that adds `tah`: to each event of a stream, or to a whole response at its end."""
 
     def __init__(self, send: Send, answers: Answers) -> None:
@@ -135,7 +135,7 @@ class Telling:
         elif message.get("more_body"):
             self.body += message.get("body", b"")
         else:
-            body = self._told(self.body + message.get("body", b""))
+            body = self._with_depths(self.body + message.get("body", b""))
             MutableHeaders(raw=self.start["headers"])["content-length"] = str(len(body))
             await self.send(self.start)
             await self.send(message | {"body": body})
@@ -144,12 +144,12 @@ class Telling:
     def _event(self, event: bytes) -> bytes:
         """Return an event of a stream, with `tah` if it ends a choice or has the usage."""
         if b'"finish_reason":"' in event or b'"choices":[],' in event:
-            return b"data: " + self._told(event.removeprefix(b"data: "))
+            return b"data: " + self._with_depths(event.removeprefix(b"data: "))
         return event
 
-    def _told(self, body: bytes) -> bytes:
+    def _with_depths(self, body: bytes) -> bytes:
         response = json.loads(body)
         if "choices" not in response:  # an error
             return body
-        self.answers.tell(response)
+        self.answers.add_to(response)
         return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()

@@ -34,8 +34,8 @@ class DepthCPUWorker(CPUWorker):
         model = self.model_runner.model
         model.prepare(self.share, self.model_config.max_model_len)
         model.request_ids = lambda: self.model_runner.input_batch.req_ids
-        model.silent = lambda: self.model_runner.discard_request_mask.np
-        model.tell_prompts = lambda: self.model_runner.num_prompt_logprobs
+        model.unsampled = lambda: self.model_runner.discard_request_mask.np
+        model.prompt_logprobs = lambda: self.model_runner.num_prompt_logprobs
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step, after the model has got its new, ended and preempted requests."""
@@ -62,11 +62,11 @@ class DepthCPUWorker(CPUWorker):
         their generators from vLLM.
         """
         model, batch = self.model_runner.model, self.model_runner.input_batch
-        silent = self.model_runner.discard_request_mask.np
+        unsampled = self.model_runner.discard_request_mask.np
         for request in model.report.deferred if model.report is not None else ():
             if request in batch.req_id_to_index:
-                silent[batch.req_id_to_index[request]] = True
-        kept = {row: batch.generators.pop(row) for row in list(batch.generators) if silent[row]}
+                unsampled[batch.req_id_to_index[request]] = True
+        kept = {row: batch.generators.pop(row) for row in list(batch.generators) if unsampled[row]}
         try:
             out = super().sample_tokens(grammar_output)
         finally:
