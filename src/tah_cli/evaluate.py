@@ -45,8 +45,8 @@ def evaluate(
         word(
             "protocol",
             words.PROTOCOLS,
-            "Prompt, sampling, seed, number of samples and sources: default, or paper (as its authors published "
-            "them). Other options override it.",
+            "Prompt, sampling, seed, number of samples and sources: default, or paper (the values that its "
+            "authors published). Other options override it.",
         ),
     ] = "default",
     samples: Annotated[

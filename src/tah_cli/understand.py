@@ -192,7 +192,7 @@ def _trace_of(path: Path) -> Path:
         BadParameter: There is no trace.
     """
     if not path.exists():
-        raise typer.BadParameter(f"trace {path} does not exist; write one: tah trace MODEL DATA -o {path}")
+        raise typer.BadParameter(f"trace {path} does not exist; make one: tah trace MODEL DATA -o {path}")
     if not path.is_dir():
         return path
     if (path / TRACE).is_file():
@@ -201,7 +201,7 @@ def _trace_of(path: Path) -> Path:
     model = path / steps[0] if steps else path if (path / "config.json").is_file() else "MODEL"
     test = path / "data" / "test.jsonl"
     data = test if test.is_file() else "DATA"
-    raise typer.BadParameter(f"{path} holds no {TRACE}; write one: tah trace {model} {data} -o {path / TRACE}")
+    raise typer.BadParameter(f"{path} holds no {TRACE}; make one: tah trace {model} {data} -o {path / TRACE}")
 
 
 def _make_directory(path: Path) -> None:
