@@ -40,7 +40,7 @@ def document() -> str:
     parts = [INTRODUCTION, "## tah\n", str(app.info.epilog), "", *options(group), ""]
     parts += [f"* [`tah {name}`](#tah-{name.replace(' ', '-')}): {first_line(verb)}" for name, verb in commands]
     for name, verb in commands:
-        arguments = " ".join(arg.metavar for arg in verb.params if arg.param_type_name == "argument")
+        arguments = " ".join(usage(arg) for arg in verb.params if arg.param_type_name == "argument")
         parts += [
             f"\n## tah {name}\n",
             f"```sh\ntah {name} {arguments}".rstrip() + "\n```\n",
@@ -49,6 +49,13 @@ def document() -> str:
         ]
         parts += options(verb)
     return "\n".join(parts) + "\n"
+
+
+def usage(argument: Any) -> str:
+    """Return an argument as in a usage line: `MODEL`, `[MODEL]` if it is optional, `[KEY=VALUE ...]` for several."""
+    several = " ..." if argument.nargs == -1 and not argument.metavar.endswith("...") else ""
+    name = argument.metavar + several
+    return name if argument.required else f"[{name}]"
 
 
 def first_line(verb: Any) -> str:

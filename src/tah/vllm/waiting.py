@@ -27,9 +27,7 @@ class Waiting:
     embeds: Tensor  # [M, D] next inputs, for depth 2
     blocks: Tensor  # [N] physical blocks of the request, up to the last of the tokens
     shared: int  # number of the request's tokens in full blocks, which the prefix cache may share
-    hidden: (
-        Tensor | None
-    )  # [D] final hidden state of depth 1, if the last of the tokens predicts the request's next token
+    hidden: Tensor | None  # [D] final hidden state of depth 1 of the last token, if that predicts the next token
 
     def part(self, tokens: slice, hidden: Tensor | None) -> Waiting:
         """Return a part of the tokens, with another `hidden`."""
