@@ -46,9 +46,7 @@ class DeepPool:
         self.keys = torch.zeros(layers, capacity, heads, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.entry_of_slot = torch.full((slots,), -1, dtype=torch.long, device=device)
-        self.unused = torch.arange(
-            capacity, device=device
-        )  # stack of free entries, of which the first `free` are valid
+        self.unused = torch.arange(capacity, device=device)  # stack, of which the first `free` entries are free
         self.free = capacity
 
     def release(self, slots: Tensor) -> Tensor:
