@@ -1,18 +1,27 @@
-"""One decoding step on a GPU, three ways, in plain PyTorch with CUDA graphs: what `auto` batching should choose there.
+"""Time one decoding step on a GPU in three variants, to choose the `auto` batching of GPUs.
 
     python benchmark/bench_gpu_step.py --output runs/bench-gpu-step
 
-Qwen3-1.7B's shape, random bfloat16 weights, rank-16 adapters, 1,024 tokens seen per request, batches of 1 to 256. For
-each batch the milliseconds of a **base** step, of a **deep** pass over the rows that iterate (next input from the top
-100 logits, adapter, keys of both depths), and of a **mixed** step, in which those rows run at depth 2 beside the rest.
-From them the cost per token, base = 1, at a share f of tokens that iterate:
+The steps are plain PyTorch with CUDA graphs. The model has the shape of Qwen3-1.7B, random bfloat16 weights and LoRA of
+rank 16. Each request has 1,024 tokens in its KV cache; batches are 1 to 256.
 
-    two_pass = (base + p * deep) / base         p = 1 - (1 - f)^batch: the steps in which any row iterates
-    mixed    = (1 + f) * (q * mixed + (1 - q) * base) / base            q: the same, of 1 + f steps a token
+| time (ms) | what runs |
+| --- | --- |
+| base | a step of the base |
+| deep | a second pass over the iterated rows: next input from the top 100 logits, LoRA, keys of both depths |
+| mixed | a step in which the iterated rows run at depth 2 beside the other rows at depth 1 |
 
-Steps are captured at their expected number of iterating rows. No scheduler and no sampler runs, and the deep rows' keys
-are gathered by copying, so these are the kernels' times and not a server's. It has run on CPUs at a tiny size only
-(tests/benchmarks/test_bench_gpu_step.py): nobody had a GPU yet.
+The cost per token relative to the base, at an iterated share f, is:
+
+    two_pass = (base + p * deep) / base
+    mixed    = (1 + f) * (q * mixed + (1 - q) * base) / base
+
+p = 1 - (1 - f)^batch is the share of steps with an iterated row. q is the same share for steps with 1 + f rows per
+token.
+
+A graph has the expected number of iterated rows. No scheduler and no sampler runs, and copies gather the keys of the
+deep rows. So the results are times of kernels, not of a server. The script has run only at a tiny size on CPUs
+(tests/benchmarks/test_bench_gpu_step.py), not on a GPU.
 
 Shapes: B rows, M of them at depth 2, D width, H key/value heads, G query heads per key/value head, K head width,
 S keys of depth 1 and E of depth 2 per row, V vocabulary.
@@ -37,11 +46,13 @@ from tah.benchmarks.measure import alternate, save, timed
 from tah.markdown import table
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SHARE = 0.07  # of the tokens iterate
+SHARE = 0.07  # iterated share of the tokens
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of a model, named as in the module's docstring."""
+
     layers: int
     D: int
     H: int
@@ -57,15 +68,15 @@ QWEN3 = Shape(layers=28, D=2048, H=8, G=2, K=128, inner=6144, V=151936)
 
 
 class Decoder:
-    """Weights, keys and the three steps.
+    """Weights, KV cache and the three steps.
 
     Args:
-        shape: of the model.
-        batch: B, at most.
-        seen: S.
-        deep: E.
-        dtype: of weights and keys.
-        device: where they are.
+        shape: Sizes of the model.
+        batch: Maximum number of rows, B.
+        seen: Keys of depth 1 per row, S.
+        deep: Keys of depth 2 per row, E.
+        dtype: Data type of weights and keys.
+        device: Device of weights and keys.
     """
 
     def __init__(self, shape: Shape, batch: int, seen: int, deep: int, dtype: torch.dtype, device: str) -> None:
@@ -82,27 +93,31 @@ class Decoder:
         self.A = [{name: draw(shape.rank, size[1]) for name, size in sizes.items()} for _ in range(shape.layers)]
         self.B = [{name: draw(size[0], shape.rank) for name, size in sizes.items()} for _ in range(shape.layers)]
         self.embedding = draw(shape.V, D)  # tied to the head
-        # Keys of depth 2 lie left of those of depth 1, so that both are one view. The last of each are the step's own.
+        # Keys of depth 2 are left of those of depth 1, so that one view has both. The last of each belong to the step.
         self.cache = [draw(2, batch, shape.H, deep + seen, shape.K) for _ in range(shape.layers)]
         angle = (seen - 1) / 1e6 ** (torch.arange(0, shape.K, 2, device=device) / shape.K)
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
     def base(self, x: Tensor) -> Tensor:
-        """Inputs [B, D] at depth 1 -> logits [B, V]."""
+        """Return logits [B, V] of inputs [B, D] at depth 1."""
         return self._head(self._layers(x, torch.arange(len(x), device=x.device), None))
 
     def again(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Logits [B, V] of depth 1 and the rows [M] that iterate -> theirs of depth 2 [M, V]."""
+        """Return logits [M, V] of depth 2, given the logits [B, V] of depth 1 and the iterated rows [M]."""
         own = torch.arange(len(rows), device=rows.device)
         return self._head(self._layers(self.next_input(logits[rows]), rows, own))
 
     def mixed(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [B, D], of depth 2 at `rows` [M] -> logits [B, V], and what as many rows would get as next input."""
+        """Run inputs [B, D], at depth 2 for `rows` [M] and at depth 1 for the others.
+
+        Returns:
+            Logits [B, V], and next inputs [M, D] of as many rows.
+        """
         logits = self._head(self._layers(x, torch.arange(len(x), device=x.device), rows))
         return logits, self.next_input(logits[rows])
 
     def next_input(self, logits: Tensor) -> Tensor:
-        """[M, V] -> [M, D]"""
+        """Return next inputs [M, D] of logits [M, V] (method.md (4))."""
         top, tokens = logits.topk(self.shape.topk)
         return torch.einsum("mk,mkd->md", top.float().softmax(-1), self.embedding[tokens].float()).to(logits.dtype)
 
@@ -113,7 +128,7 @@ class Decoder:
         return F.rms_norm(x, x.shape[-1:])
 
     def _layers(self, x: Tensor, rows: Tensor, deep: Tensor | None) -> Tensor:
-        """x [n, D] of the requests `rows` [n]; those at the places `deep` [M] of them run at depth 2."""
+        """Return outputs [n, D] of inputs x [n, D] of the requests `rows` [n]; the rows `deep` [M] run at depth 2."""
         for layer in range(self.shape.layers):
             y = self._linear(layer, "qkv", self._norm(x), deep)
             x = x + self._linear(layer, "o", self._attend(layer, y, rows, deep), deep)
@@ -128,7 +143,7 @@ class Decoder:
         return out.index_add_(0, deep, F.linear(F.linear(x[deep], self.A[layer][name]), self.B[layer][name]))
 
     def _attend(self, layer: int, y: Tensor, rows: Tensor, deep: Tensor | None) -> Tensor:
-        """[n, heads * K] -> [n, G * H * K]"""
+        """Return the attention output [n, G * H * K] of projections [n, (G + 2) * H * K]."""
         shape, (keys, values) = self.shape, self.cache[layer]
         parts = y.view(len(y), shape.H, shape.G + 2, shape.K)
         query, key, value = self._rotate(parts[:, :, : shape.G]), self._rotate(parts[:, :, -2]), parts[:, :, -1]
@@ -148,7 +163,7 @@ class Decoder:
         return out.reshape(len(y), -1)
 
     def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """[n, H, G, K] and keys, values [n, H, S, K] -> [n, H, G, K]"""
+        """Return the attention output [n, H, G, K] of queries [n, H, G, K] and keys and values [n, H, S, K]."""
         return F.scaled_dot_product_attention(query, keys, values)
 
     def _rotate(self, x: Tensor) -> Tensor:
@@ -157,7 +172,7 @@ class Decoder:
 
 
 def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """The step as a CUDA graph; on a CPU as it is."""
+    """Return the replay of a step as a CUDA graph; on a CPU, the step itself."""
     if device == "cpu":
         return step
     side = torch.cuda.Stream()
@@ -175,7 +190,7 @@ def captured(step: Callable[[], Any], device: str) -> Callable[[], Any]:
 def measure(
     shape: Shape, batches: tuple[int, ...], seen: int, device: str, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row of the table per batch."""
+    """Measure all steps; return a row of the table per batch."""
     deep = max(1, round(SHARE * seen))
     decoder, rows = Decoder(shape, max(batches), seen, deep, dtype, device), []
     for batch in batches:
@@ -194,7 +209,7 @@ def measure(
 
 
 def costs(batch: int, base: float, deep: float, mixed: float) -> dict[str, float]:
-    """Of a token, by way of batching; the base's is 1."""
+    """Return the cost per token relative to the base of `two_pass` and `mixed`, given times of the three steps."""
     any_iterates = 1 - (1 - SHARE) ** batch
     any_is_deep = 1 - (1 - SHARE / (1 + SHARE)) ** batch
     together = (1 + SHARE) * (any_is_deep * mixed + (1 - any_is_deep) * base)
@@ -202,13 +217,13 @@ def costs(batch: int, base: float, deep: float, mixed: float) -> dict[str, float
 
 
 def choice(rows: list[dict[str, Any]]) -> str:
-    """What `auto` should do, in words."""
+    """Return the best choice of `auto` as text."""
     ahead = [row["batch"] for row in rows if row["mixed cost"] < row["two_pass"]]
     return f"auto: mixed at batches {', '.join(map(str, ahead))}; else two_pass" if ahead else "auto: two_pass"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The result as a table, and what to choose."""
+    """Return the result as a Markdown table, with the best choice of `auto`."""
     lines = []
     for row in rows:
         deep = f"{row['deep']:.2f} ({row['iterating']})"
@@ -219,10 +234,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A decoding step on a GPU: base, second pass, mixed.")
-    parser.add_argument("--seen", type=int, default=1024, help="tokens per request [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=50, help="rounds; the median counts [%(default)s]")
-    parser.add_argument("--output", type=Path, help="also write bench_gpu_step.json and .md there")
+    """Measure and print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description="Time a decoding step on a GPU: base, second pass, mixed.")
+    parser.add_argument("--seen", type=int, default=1024, help="tokens in the KV cache per request [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=50, help="number of rounds; times are medians [%(default)s]")
+    parser.add_argument("--output", type=Path, help="directory for bench_gpu_step.json and .md")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_gpu_step: this machine has no CUDA GPU", file=sys.stderr)

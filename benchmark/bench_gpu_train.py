@@ -1,10 +1,13 @@
-"""Training steps with hard tokens on a GPU: Qwen3-1.7B's shape with random weights, bfloat16, 4096 tokens.
+"""Time training steps with hard tokens on a GPU: shape of Qwen3-1.7B, random bfloat16 weights, 4096 tokens.
 
     python benchmark/bench_gpu_train.py --output runs/bench-gpu
 
-The variants of `tah bench train` (src/tah/benchmarks/bench_train.py), with and without activation checkpointing:
-seconds, tokens per second, peak memory and model FLOPs utilisation, MFU = FLOPs that the step needs (`step_flops`) /
-seconds / the GPU's peak, a dense bfloat16 product without sparsity. Recomputed activations do not count as needed.
+The variants are those of `tah bench train` (src/tah/benchmarks/bench_train.py), with and without activation
+checkpointing. The results are seconds, tokens per second, peak memory and model FLOPs utilisation:
+
+    MFU = FLOPs of the step (`step_flops`) / seconds / peak of the GPU
+
+The peak is that of a dense bfloat16 product without sparsity. FLOPs do not include recomputed activations.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ PEAKS = {
     "A100": 312,
     "L40S": 362,
     "4090": 165,
-}  # TFLOP/s, bfloat16 dense, makers' data sheets
+}  # TFLOP/s of dense bfloat16 products, from data sheets
 QWEN3 = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -50,16 +53,21 @@ QWEN3 = {
 
 
 def step_flops(model: TaHForCausalLM, tokens: int, length: int, hard: int = 0) -> float:
-    """Floating-point operations that a training step needs on `tokens` tokens in rows of `length`, `hard` of them run
-    twice, with a dense base.
+    """Return the floating-point operations of a training step of a dense base.
 
-    Per token and forward: 2 per weight of the decoder's linear layers and of the head, and per layer 2 * length * heads
-    * head width for attention (half of the keys on average; queries times keys, weights times values). A backward costs
-    two forwards. A second pass adds its layers, its adapters, and the head's forward for the next input, of
-    whose backward only the few largest logits matter.
+    A token costs per forward 2 operations per weight of the decoder's linear layers and of the head. Attention costs
+    2 * length * heads * head width per layer: queries times keys and weights times values, with half of the keys on
+    average. A backward costs two forwards. A second pass adds its layers, LoRA, and the head's forward for the next
+    input; in the backward of that head, only the few largest logits count, so it is left out.
+
+    Args:
+        model: TaH model; its weights are not needed.
+        tokens: Number of tokens.
+        length: Tokens per row.
+        hard: Number of tokens that take two passes.
     """
     config = model.config.get_text_config(decoder=True)
-    weights = {True: 0, False: 0}  # of adapters, of the base
+    weights = {True: 0, False: 0}  # number of LoRA weights, of base weights
     for name, module in model.decoder.named_modules():
         if isinstance(module, nn.Linear):
             weights["lora_" in name] += module.weight.numel()
@@ -74,15 +82,15 @@ def step_flops(model: TaHForCausalLM, tokens: int, length: int, hard: int = 0) -
 def measure(
     config: dict[str, Any], length: int, repeats: int, device: str, peak: float, memory: bool = True
 ) -> list[dict[str, Any]]:
-    """Rows of the result, as `bench_train`'s with `checkpointing` and `mfu`.
+    """Return the rows of `bench_train`, with the additional columns `checkpointing` and `mfu`.
 
     Args:
-        config: of the Qwen3 model.
-        length: tokens of the one row of a batch.
-        repeats: rounds; the median counts.
-        device: where to train.
-        peak: FLOP/s of the device.
-        memory: also measure that, a process per variant.
+        config: Configuration of the Qwen3 model.
+        length: Tokens of the single row of a batch.
+        repeats: Number of rounds; times are medians.
+        device: Device of the training.
+        peak: Peak FLOP/s of the device.
+        memory: Whether to measure peak memory, in a new process per variant.
     """
     rows = []
     with tempfile.TemporaryDirectory() as directory:
@@ -112,7 +120,7 @@ def measure(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The result as a table."""
+    """Return the result as a Markdown table."""
     lines = []
     for row in rows:
         step = row["mfu"] is not None
@@ -124,11 +132,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Training steps with hard tokens on a GPU.")
-    parser.add_argument("--length", type=int, default=4096, help="tokens")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the GPU, bfloat16 dense, where it is not known here")
-    parser.add_argument("--output", type=Path, help="also write bench_gpu_train.json and .md there")
+    """Measure and print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description="Time training steps with hard tokens on a GPU.")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=10, help="number of rounds; times are medians [%(default)s]")
+    parser.add_argument("--peak", type=float, help="peak TFLOP/s of dense bfloat16 products, for an unlisted GPU")
+    parser.add_argument("--output", type=Path, help="directory for bench_gpu_train.json and .md")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_gpu_train: this machine has no CUDA GPU", file=sys.stderr)
@@ -136,7 +145,7 @@ def main() -> int:
     name = torch.cuda.get_device_name()
     peak = options.peak or next((peak for known, peak in PEAKS.items() if known in name), None)
     if peak is None:
-        print(f"bench_gpu_train: the peak of {name} is not known; give --peak TFLOP/s", file=sys.stderr)
+        print(f"bench_gpu_train: the peak of {name} is not listed; give --peak TFLOP/s", file=sys.stderr)
         return 2
     rows = measure(QWEN3, options.length, options.repeats, "cuda", peak * 1e12)
     if options.output is not None:

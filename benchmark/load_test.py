@@ -1,12 +1,14 @@
-"""Load a running server as many impatient clients do, and say whether it stays sound.
+"""Load a running server with many clients, some of which disconnect, and check its errors, memory and requests.
 
     tah serve my-tah --port 8000 &
     python benchmark/load_test.py http://127.0.0.1:8000 --pid $! --minutes 10
 
-Every client asks one request after another: prompts and answers of mixed length, streamed, each with one of several
-rules for iterating; one in five leaves in the middle. Fails (exit code 1) on any error, on requests that still run at
-the end, and where the memory of the second half of the time exceeds that of the first by more than 5 %. With `--stock`
-the server is vLLM's own with a model of its own, for comparison: no rules, no pool. Needs `openai`.
+Each client sends one request after another. Prompts and answers have different lengths, answers are streams, and each
+request has one of several rules. One client in five disconnects during its answer.
+
+The test fails (exit code 1) in three cases: there is an error; requests still run at the end; or the peak memory of the
+second half of the time is more than 5 % above that of the first half. With `--stock` the server has a model of vLLM,
+for comparison: requests have no rules, and there is no pool. The script needs `openai`.
 """
 
 from __future__ import annotations
@@ -32,24 +34,25 @@ RULES: tuple[dict[str, object], ...] = (
     {"policy": "never"},
     {"policy": "random"},
 )
-LEAVE = 0.2  # share of requests whose client goes away
-SAMPLE = 5.0  # seconds between looks at memory and metrics
+LEAVE = 0.2  # share of requests whose client disconnects
+SAMPLE = 5.0  # seconds between two measurements of memory and metrics
 
 
 @dataclass
 class Seen:
-    """What happened so far."""
+    """Results so far."""
 
     errors: Counter[str] = field(default_factory=Counter)
-    left: int = 0
+    left: int = 0  # number of clients that disconnected
     tokens: int = 0
     first: list[float] = field(default_factory=list)  # seconds to the first token
-    whole: list[float] = field(default_factory=list)  # seconds to the last token, of those that stayed
-    memory: list[dict[str, float]] = field(default_factory=list)  # MiB of the server and of what it started
+    whole: list[float] = field(default_factory=list)  # seconds to the last token, of complete answers
+    memory: list[dict[str, float]] = field(default_factory=list)  # MiB of the server process and its children
     pool: list[float] = field(default_factory=list)  # share of the deep entries in use
 
 
 async def client(api: AsyncOpenAI, model: str, options: argparse.Namespace, seed: int, end: float, seen: Seen) -> None:
+    """Send one request after another until `end`."""
     longest: int = options.longest
     draw = random.Random(seed)
     while time.monotonic() < end:
@@ -85,7 +88,7 @@ async def client(api: AsyncOpenAI, model: str, options: argparse.Namespace, seed
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Prometheus numbers by name, labels left out."""
+    """Return the Prometheus metrics by name, without labels."""
     lines = urlopen(f"{url}/metrics", timeout=30).read().decode().splitlines()
     return {
         line.partition("{")[0].split()[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")
@@ -93,7 +96,7 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def resident(pid: int, name: str = "server") -> dict[str, float]:
-    """MiB of a process and of those it started, by name."""
+    """Return the resident MiB of a process and its children, by name."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = {name: next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024}
     for number, child in enumerate(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
@@ -102,6 +105,7 @@ def resident(pid: int, name: str = "server") -> dict[str, float]:
 
 
 async def watch(options: argparse.Namespace, end: float, seen: Seen) -> None:
+    """Measure memory and pool until `end`."""
     while time.monotonic() < end:
         await asyncio.sleep(SAMPLE)
         if not options.stock:
@@ -111,11 +115,13 @@ async def watch(options: argparse.Namespace, end: float, seen: Seen) -> None:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
+    """Return the 50th, 90th and 99th percentile; 0 for fewer than two values."""
     cuts = statistics.quantiles(values, n=100) if len(values) > 1 else [0.0] * 99
     return {name: round(cuts[at - 1], 3) for name, at in (("p50", 50), ("p90", 90), ("p99", 99))}
 
 
 async def load(options: argparse.Namespace) -> bool:
+    """Run the test, print its result as JSON, and return whether it passed."""
     api = AsyncOpenAI(base_url=f"{options.url}/v1", api_key=options.api_key, max_retries=0, timeout=300)
     model = (await api.models.list()).data[0].id
     seen, start = Seen(), time.monotonic()
@@ -123,7 +129,7 @@ async def load(options: argparse.Namespace) -> bool:
     everyone = [client(api, model, options, seed, end, seen) for seed in range(options.clients)]
     await asyncio.gather(*everyone, watch(options, end, seen))
     seconds = time.monotonic() - start
-    for _ in range(30):  # those who left take a step or two to be noticed
+    for _ in range(30):  # the server ends requests of disconnected clients a step or two later
         running = metrics(options.url)["vllm:num_requests_running"]
         if not running:
             break
@@ -150,14 +156,17 @@ async def load(options: argparse.Namespace) -> bool:
 
 
 def main() -> None:
+    """Run the test; exit with code 0 if it passes, else 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("url", help="of the server, as in http://127.0.0.1:8000")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--longest", type=int, default=200, help="tokens of prompt and answer together [%(default)s]")
-    parser.add_argument("--pid", type=int, help="process of the server, on this machine: its memory is watched")
-    parser.add_argument("--stock", action="store_true", help="the model is not a TaH model")
-    parser.add_argument("--api-key", default="none")
+    parser.add_argument("url", help="address of the server, such as http://127.0.0.1:8000")
+    parser.add_argument("--clients", type=int, default=64, help="number of clients [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=10, help="duration [%(default)s]")
+    parser.add_argument(
+        "--longest", type=int, default=200, help="maximum tokens of prompt and answer together [%(default)s]"
+    )
+    parser.add_argument("--pid", type=int, help="process id of the server on this machine, to measure its memory")
+    parser.add_argument("--stock", action="store_true", help="test a server of a model that is not a TaH model")
+    parser.add_argument("--api-key", default="none", help="API key of the server [%(default)s]")
     raise SystemExit(0 if asyncio.run(load(parser.parse_args())) else 1)
 
 

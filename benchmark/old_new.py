@@ -2,14 +2,14 @@
 
     git worktree add ../old main && python benchmark/old_new.py ../old/src src --rounds 5 --output old_new.json
 
-In every round each tree runs in a fresh process, the old one first in even rounds and the new one first in odd ones. A
-process warms every task up, repeats it for two seconds (once at least, three times at most; the tasks take turns) and
-reports medians. The result is the median of each tree and the median over rounds of the ratio new / old. Everything is
-float32 on the CPU. With SmolLM2-135M a round takes about 80 seconds on two cores that have nothing else to do.
+In every round each tree runs in a new process. The old tree is first in even rounds, the new tree in odd rounds. A
+process warms up every task and repeats it for two seconds, but at least once and at most three times; the tasks
+alternate. It reports medians. The result is the median of each tree, and the median over rounds of the ratio new / old.
+Everything is float32 on the CPU. With SmolLM2-135M a round takes about 80 seconds on two idle cores.
 
-Generation runs `policy="never"`, and a forced policy that pays for the decider on every token and then iterates 7 % of
-them, drawn beforehand, as in `tah bench`; prompts and answers are shorter here. The training step is the smallest one
-of `tah bench train`: 512 supervised tokens, 12 % of them hard, everything trained, AdamW.
+Generation runs `policy="never"` and a forced policy. The forced policy runs the decider on every token and then
+iterates a fixed 7 % of the tokens, as in `tah bench`; prompts and answers are shorter here. The training step is the
+smallest one of `tah bench train`: 512 supervised tokens, 12 % of them hard, all weights trained, AdamW.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 TREES = ("old", "new")
-RATE, HARD = 0.07, 0.12  # share of iterated tokens; share of hard tokens in training
-PROMPT, NEW, WARM = 14, 14, 4  # tokens of a prompt and of an answer, 7 % of which are one; of an answer that warms up
+RATE, HARD = 0.07, 0.12  # iterated share; share of hard tokens in training
+PROMPT, NEW, WARM = 14, 14, 4  # tokens of a prompt, an answer (7 % of 14 are one token) and a warm-up answer
 PREFILL, TRAIN = 512, 512  # tokens
-SECONDS = 2.0  # for which a process repeats each task
+SECONDS = 2.0  # time for which a process repeats each task
 
 
 # -- in the process of one tree ----------------------------------------------------------------------------------
 
 
 def worker(src: str, model: str, threads: int, repeats: int) -> None:
-    """Measure the tree that is first on the path; print the median seconds of each task in JSON."""
+    """Measure the tree that is first on the path; print the median seconds of each task as JSON."""
     import torch
     import transformers
 
@@ -68,7 +68,7 @@ def worker(src: str, model: str, threads: int, repeats: int) -> None:
 
 
 def tasks(model: Any) -> dict[str, Callable[..., Any]]:
-    """What is measured, by name. The training step comes last and moves the weights by next to nothing."""
+    """Return the tasks by name. The training step is the last one; its learning rate is so small that weights stay."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def tasks(model: Any) -> dict[str, Callable[..., Any]]:
 
 
 def training_step(model: Any, ids: Any) -> Callable[[], None]:
-    """Forward, backward and AdamW on a batch, and zeroing the gradients."""
+    """Return a function that runs forward, backward and AdamW on a batch and zeroes the gradients."""
     import torch
 
     labels = torch.ones_like(ids)
@@ -116,12 +116,12 @@ def training_step(model: Any, ids: Any) -> Callable[[], None]:
 
 
 class Forced:
-    """A policy that runs the model's decider on every token and then iterates 7 % of them, drawn beforehand.
+    """A policy that runs the model's decider on every token, then iterates a fixed 7 % of the tokens.
 
     Args:
-        model: whose decider to run.
-        batch: number of rows, without padding.
-        lengths: of the parts of a row; each part has its 7 %.
+        model: Model whose decider runs.
+        batch: Number of rows, without padding.
+        lengths: Lengths of the parts of a row; 7 % of each part iterate.
     """
 
     def __init__(self, model: Any, batch: int, lengths: tuple[int, ...]) -> None:
@@ -137,7 +137,7 @@ class Forced:
             start += length
 
     def __call__(self, state: Any) -> Any:
-        """Whether each of the N tokens goes on, [N] bool."""
+        """Return whether each of the N tokens takes another pass, [N] bool."""
         if self.decider is not None:
             self.decider(state)
         batch, length = self.chosen.shape
@@ -149,7 +149,7 @@ class Forced:
 
 
 def measure(src: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The result of a fresh process that runs the tree in `src`."""
+    """Return the result of a new process that runs the tree in `src`."""
     command = [sys.executable, __file__, "--worker", str(src), str(src), "--model", options.model]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
     threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
@@ -162,7 +162,7 @@ def measure(src: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row per task, of the seconds of both trees in every round."""
+    """Return a row per task, given the seconds of both trees in every round."""
     rows = []
     for task in rounds[0]["old"]:
         ratios = [took["new"][task] / took["old"][task] for took in rounds]
@@ -173,8 +173,8 @@ def compare(rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    lines = ["| task | old | new | new / old | of the rounds |", "|" + " --- |" * 5]
+    """Return the rows as a Markdown table."""
+    lines = ["| task | old | new | new / old | range of the rounds |", "|" + " --- |" * 5]
     for row in rows:
         times = f"{1000 * row['old']:.0f} ms | {1000 * row['new']:.0f} ms"
         lines.append(f"| {row['task']} | {times} | {row['ratio']:.3f} | {row['lowest']:.3f} to {row['highest']:.3f} |")
@@ -182,27 +182,27 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The options of a command line."""
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("old", type=Path, metavar="OLD_SRC", help="directory that has the old package `tah`")
-    parser.add_argument("new", type=Path, metavar="NEW_SRC", help="directory that has the new one")
-    parser.add_argument("--model", default="smollm2", help="as for `tah bench` [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=5, help="the medians are over them [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions in a process, at most [%(default)s]")
-    parser.add_argument("--threads", type=int, default=2, help="of each process [%(default)s]")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write all numbers there")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # measure one tree, in this process
+    parser.add_argument("old", type=Path, metavar="OLD_SRC", help="directory of the old package `tah`")
+    parser.add_argument("new", type=Path, metavar="NEW_SRC", help="directory of the new package `tah`")
+    parser.add_argument("--model", default="smollm2", help="model, as for `tah bench` [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds [%(default)s]")
+    parser.add_argument("--repeats", type=int, default=3, help="maximum repetitions per process [%(default)s]")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process [%(default)s]")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="file for all numbers")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # measure one tree in this process
     options = parser.parse_args(arguments)
     for src in (options.old, options.new):
         if not (src / "tah").is_dir():
             parser.error(f"{src} has no directory tah")
     if min(options.rounds, options.repeats, options.threads) < 1:
-        parser.error("--rounds, --repeats and --threads are at least 1")
+        parser.error("--rounds, --repeats and --threads must be at least 1")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compare two trees, or measure one."""
+    """Compare two trees; with --worker, measure one."""
     options = parsed(arguments)
     trees = {"old": options.old.resolve(), "new": options.new.resolve()}
     if options.worker:

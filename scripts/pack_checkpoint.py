@@ -1,10 +1,14 @@
-"""Put what was trained into the package: the two checkpoints in the box.
+"""Copy a trained checkpoint into the package, as one of the two bundled checkpoints.
 
     python scripts/pack_checkpoint.py smollm2 out/smollm2/decider       # of `tah run smollm2-word-problems`
     python scripts/pack_checkpoint.py follow out/follow/lookahead-mix-0 # of experiments/lookahead.py --save out/follow
 
-Writes src/tah/assets/smollm2-tah, the adapter in bfloat16, or src/tah/assets/follow-tah, the whole model and 100
-problems that it has not seen. The model cards beside them are written by hand.
+| argument | target | content |
+| --- | --- | --- |
+| smollm2 | src/tah/assets/smollm2-tah | the adapter in bfloat16 |
+| follow | src/tah/assets/follow-tah | the whole model, and 100 held-out problems |
+
+The script does not write the model cards in these directories.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ PROBLEMS = 100
 
 
 def pack_follow(trained: Path) -> None:
+    """Copy the trained model, and write the held-out problems."""
     task = Task("follow", seed=0, steps=(1, 1, 2))
     rows = [question(problem) | {"arrows": problem.steps} for problem in task.take("test", PROBLEMS, distinct=True)]
     for path in filter(Path.is_file, trained.iterdir()):
@@ -36,6 +41,7 @@ def pack_follow(trained: Path) -> None:
 
 
 def main(which: str, trained: Path) -> None:
+    """Pack a checkpoint and print the sizes of its files."""
     if which == "follow":
         pack_follow(trained)
     else:
@@ -46,6 +52,6 @@ def main(which: str, trained: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("smollm2", "follow"))
-    parser.add_argument("trained", type=Path)
+    parser.add_argument("which", choices=("smollm2", "follow"), help="bundled checkpoint to write")
+    parser.add_argument("trained", type=Path, help="directory of the trained checkpoint")
     main(**vars(parser.parse_args()))

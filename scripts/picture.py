@@ -1,4 +1,4 @@
-"""Write docs/images/generate.svg: a real answer of SmolLM2-135M, coloured as `tah generate` colours it."""
+"""Write docs/images/generate.svg: an answer of the bundled checkpoint smollm2-tah in the colours of `tah generate`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THEME = TerminalTheme((22, 24, 29), (215, 218, 224), [(0, 0, 0)] + [(190, 190, 1
 
 
 def main() -> None:
-    """Run the model and write the picture."""
+    """Generate the answer and write the picture."""
     quiet()
     console = Console(
         record=True,
@@ -44,7 +44,7 @@ def main() -> None:
     console.print(painter.legend())
     console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
     svg = console.export_svg(title="tah generate", theme=THEME)
-    svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they load a font from a CDN
+    svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # @font-face loads a font from a CDN
     svg = svg.replace("Fira Code, monospace", "Fira Code, DejaVu Sans Mono, Menlo, Consolas, monospace")
     TARGET.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", "utf-8")
 

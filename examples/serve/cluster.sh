@@ -1,14 +1,16 @@
 #!/bin/sh
-# One API for engines on several machines, by vLLM's own data parallelism: the first machine has the API, which gives
-# each request to the least busy engine; the others have engines only. The model's directory is the same everywhere.
+# Serve one API with engines on several machines, by vLLM's data parallelism. The first machine has the API, which sends
+# each request to the least busy engine. The other machines have engines only. All machines need the model at the same
+# path.
 #   first machine:  NODES=2 RANK=0 HEAD=10.0.0.1 examples/serve/cluster.sh my-tah --port 8000
-#   the second:     NODES=2 RANK=1 HEAD=10.0.0.1 examples/serve/cluster.sh my-tah
-# ENGINES per machine; each of TP processes that split the weights. Further flags are vLLM's. Restart a machine that
-# ends, as with one server; where the first ends, all do.
+#   second machine: NODES=2 RANK=1 HEAD=10.0.0.1 examples/serve/cluster.sh my-tah
+# ENGINES is the number of engines per machine, TP the number of processes per engine, which split the weights. All
+# other flags are flags of vLLM. If the process of a machine ends, restart it, as with one server. If that of the first
+# machine ends, all end.
 set -eu
-: "${NODES:?machines}" "${RANK:?this machine, from 0}" "${HEAD:?address of the first machine}"
+: "${NODES:?number of machines}" "${RANK:?number of this machine, from 0}" "${HEAD:?address of the first machine}"
 ENGINES=${ENGINES:-1} TP=${TP:-1}
-MODEL=${1:?model}
+MODEL=${1:?directory of the model}
 shift
 set -- --data-parallel-size "$((NODES * ENGINES))" --data-parallel-size-local "$ENGINES" \
     --data-parallel-address "$HEAD" --data-parallel-rpc-port "${RPC_PORT:-13345}" --tensor-parallel-size "$TP" "$@"

@@ -1,1 +1,1 @@
-"""The `tah` command. It is a package of its own, since importing `tah` imports torch, which takes seconds."""
+"""The `tah` command. It is a separate package, because an import of `tah` imports torch, which takes seconds."""

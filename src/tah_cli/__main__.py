@@ -1,4 +1,4 @@
-"""`python -m tah_cli`"""
+"""Run the `tah` command by `python -m tah_cli`."""
 
 from .app import main
 

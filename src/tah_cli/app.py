@@ -1,4 +1,4 @@
-"""The `tah` command. Commands import torch and the models only when they run, so that `--help` answers at once."""
+"""The `tah` command. A command imports torch and the models only when it runs, so that `--help` takes no seconds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .groups import DefaultGroup, Group
 from .options import note
 
 USER_ERRORS = (ValueError, OSError, ImportError)
-LONGEST_LINE = 600  # characters of an error; more hides what matters, and --debug shows all of it
-UsageError: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer bring their own click
+LONGEST_LINE = 600  # maximum characters of an error message; --debug prints the whole message
+UsageError: Any = typer.BadParameter.__mro__[2]  # click's ClickException; newer versions of typer contain click
 
 app = typer.Typer(
     name="tah",
     cls=Group,
-    help="Think-at-Hard: a language model that runs again on the tokens that are hard.",
-    epilog="MODEL: a TaH checkpoint, any Hugging Face decoder (wrapped on the fly), smollm2, smollm2-tah, follow-tah.",
+    help="Think-at-Hard (TaH): a language model that takes a second pass over hard tokens.",
+    epilog="MODEL: a TaH checkpoint, a Hugging Face decoder (wrapped on the fly), smollm2, smollm2-tah, or follow-tah.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -69,10 +69,11 @@ def top(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Print the traceback of an error; accepted anywhere (also TAH_DEBUG=1).")
+        bool,
+        typer.Option("--debug", help="Print the traceback of an error. Accepted anywhere (also TAH_DEBUG=1)."),
     ] = False,
 ) -> None:
-    """Think-at-Hard: a language model that runs again on the tokens that are hard."""
+    """Think-at-Hard (TaH): a language model that takes a second pass over hard tokens."""
     if version:
         from importlib.metadata import version as installed
 
@@ -82,10 +83,20 @@ def top(
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command and return its exit code.
+    """Run a command and return its exit code.
 
-    0: done. 1: a fault of ours. 2: something that the user can put right. 130: interrupted. 141: nobody reads what we
-    print. An error of either kind is one line, after the traceback if --debug or TAH_DEBUG asks for it.
+    | code | meaning |
+    | --- | --- |
+    | 0 | The command succeeded. |
+    | 1 | The program has a fault. |
+    | 2 | The user can correct the error. |
+    | 130 | The user interrupted the command. |
+    | 141 | The reader of stdout or stderr closed its pipe. |
+
+    An error is one line on stderr. With `--debug` or TAH_DEBUG the traceback precedes it.
+
+    Args:
+        arguments: Words after `tah`.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("TAH_DEBUG", "") not in ("", "0")
@@ -100,7 +111,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return _quietly(141)
     except SystemExit as error:
-        sys.stdout, sys.stderr = streams  # typer makes this of a broken pipe, and puts others in their place
+        sys.stdout, sys.stderr = streams  # typer turns a broken pipe into SystemExit and replaces both streams
         if isinstance(error.__context__, BrokenPipeError):
             return _quietly(141)
         raise
@@ -110,51 +121,51 @@ def run(arguments: list[str]) -> int:
                 typer.echo(traceback.format_exc().encode("utf-8", "backslashreplace").decode(), err=True, nl=False)
             code, line = _explained(error)
             note(line)
-        except BrokenPipeError:  # nobody reads stderr either
+        except BrokenPipeError:  # stderr is closed, too
             return _quietly(141)
         return code
 
 
 def _explained(error: Exception) -> tuple[int, str]:
-    """The exit code for an error, and its message in one line."""
+    """Return the exit code of an error, and its message in one line."""
     if isinstance(error, UsageError):
         code, line = 2, error.format_message()
     elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        code, line = 2, f"out of memory: {error}; ask for fewer tokens or a smaller batch, or give another --device"
+        code, line = 2, f"out of memory: {error}; use fewer tokens, a smaller batch, or another --device"
     elif isinstance(error, USER_ERRORS) or type(error).__name__ == "SafetensorError":
         code, line = 2, str(error)
     else:
         code, line = 1, f"unexpected {type(error).__name__}: {error}"
     line = " ".join(line.split()) or type(error).__name__
-    hint = " (--debug shows where)" if code == 1 else ""
+    hint = " (--debug prints the traceback)" if code == 1 else ""
     if len(line) + len(hint) > LONGEST_LINE:
-        hint = hint or " (--debug shows all of it)"
+        hint = hint or " (--debug prints the whole message)"
         line = f"{line[: LONGEST_LINE - len(hint) - 3]}..."
     return code, _printable(line) + hint
 
 
 def _printable(line: str) -> str:
-    """Without control characters, and with what is no UTF-8 escaped: a file's name must not steer the terminal."""
+    """Return `line` with control characters and invalid UTF-8 escaped: a file name must not control the terminal."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def _quietly(code: int) -> int:
-    """The exit code, after what is still to be printed at exit has been sent nowhere, if nobody reads it."""
+    """Return `code`, after buffered output of a closed stream is discarded, so that Python prints no error at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            with suppress(OSError):  # a stream of a caller's may have no file
+            with suppress(OSError):  # a stream that the caller replaced may have no file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
 def main() -> None:
-    """Entry point of `tah` and `python -m tah`."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm; the commands show progress themselves
+    """Run the `tah` command; the entry point of `tah` and `python -m tah`."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import; the commands have their own progress lines
     try:
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # a second one, while the first was being dealt with
+    except KeyboardInterrupt:  # a second Ctrl-C during the handling of the first
         code = 130
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The commands that measure what iterating costs: bench, bench train, bench trace, bench serve."""
+"""The commands that measure the cost of iterating: bench, bench train, bench trace, bench serve."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from .names import words
 from .options import model_argument, number, quiet, reporter, word
 from .serve import need_vllm
 
-BaseArgument = Annotated[str, model_argument("Directory, hub id, or smollm2.")]
-RepeatsOption = Annotated[int, number("Rounds; the result is their median.", int, 1)]
-OutputOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the JSON and the table.")]
+BaseArgument = Annotated[str, model_argument("Model directory, Hub id, or smollm2.")]
+RepeatsOption = Annotated[int, number("Number of rounds; the result is their median.", int, 1)]
+OutputOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Also write the result as JSON and as a Markdown table to DIR.")
+]
 
 
 def bench(
     model: BaseArgument = "smollm2",
     dtype: Annotated[
-        list[str] | None, word("dtype", words.BENCH_DTYPES, "float32 or bfloat16; may be repeated. [default: both]")
+        list[str] | None,
+        word("dtype", words.BENCH_DTYPES, "Data type: float32 or bfloat16; may be repeated. [default: both]"),
     ] = None,
     repeats: RepeatsOption = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds, batch 1, 512 tokens.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run two rounds of batch 1 and 512 tokens only.")] = False,
     output: OutputOption = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure the cost of iterating.
 
-    Takes many minutes. The commands below measure training, tracing and serving.
+    Compare decoding, prefill and memory with the base model. The run takes many minutes. The subcommands measure
+    training, tracing and serving.
     """
     from tah.benchmarks import bench as benchmark
 
@@ -44,15 +48,22 @@ def bench(
 
 def bench_train(
     model: BaseArgument = "smollm2",
-    dtype: Annotated[str, word("dtype", words.PRECISIONS, "float32, bfloat16, or autocast.")] = "float32",
+    dtype: Annotated[
+        str,
+        word(
+            "dtype", words.PRECISIONS, "Precision: float32, bfloat16, or autocast (float32 weights, bfloat16 products)."
+        ),
+    ] = "float32",
     repeats: RepeatsOption = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 512 tokens, without labelling.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run two rounds of 512 tokens only, without memory and labelling.")
+    ] = False,
     output: OutputOption = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure the cost of training and of labelling.
 
-    Training is on hard tokens. Takes many minutes.
+    Compare training steps with hard tokens with steps of the base model. The run takes many minutes.
     """
     from tah.benchmarks import bench_train as benchmark
 
@@ -66,14 +77,14 @@ def bench_train(
 
 def bench_trace(
     model: BaseArgument = "smollm2",
-    texts: Annotated[int, number("Number of texts, of 512 tokens each.", int, 1)] = 8,
+    texts: Annotated[int, number("Number of texts of 512 tokens.", int, 1)] = 8,
     repeats: RepeatsOption = 5,
     output: OutputOption = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure the cost of tracing.
 
-    The baseline is as many plain passes. Takes minutes.
+    Compare a trace with as many forward passes of the base model. The run takes minutes.
     """
     from tah.benchmarks import bench_trace as benchmark
     from tah.policy import Rule
@@ -82,33 +93,39 @@ def bench_trace(
 
     quiet()
     session = Session.open(model, dtype="float32", device="cpu")
-    rule = Rule("confidence") if session.wrapped else Rule()  # a base alone would iterate nothing
+    rule = Rule("confidence") if session.wrapped else Rule()  # a wrapped base iterates no token by default
     result = benchmark.throughput(session.model, session.tokenizer, (512,) * texts, TraceRequest(rule), repeats)
     _finish(benchmark, result, output, as_json)
 
 
 def bench_serve(
     model: BaseArgument = "smollm2",
-    dtype: Annotated[str, word("dtype", words.BENCH_DTYPES, "float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, word("dtype", words.BENCH_DTYPES, "Data type: float32 or bfloat16.")] = "float32",
     repeats: RepeatsOption = 5,
     variants: Annotated[
-        str, typer.Option(metavar="LIST", help="base and others; base, generate and the rest each hold a model.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Variants, separated by commas; base is required. base, generate and the other three together each "
+            "load one copy of the weights.",
+        ),
     ] = "base,never,two_pass,mixed,generate",
     tasks: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Numbers of requests that decode at a time; stream (96 requests, 32 at a time); prefill.",
+            help="Tasks, separated by commas: 1, 8 or 32 (requests that decode at a time), stream (96 requests, 32 at "
+            "a time), prefill.",
         ),
     ] = ",".join(words.SERVE_TASKS),
-    quick: Annotated[bool, typer.Option("--quick", help="Two rounds of 8 requests.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Run two rounds of 8 requests only.")] = False,
     output: OutputOption = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure the cost of serving on vLLM.
 
-    The baselines are the base model in vLLM and `generate` of transformers. 7 % of the tokens iterate, drawn
-    beforehand.
+    Compare with the base model in vLLM and with `generate` of transformers. The policy random iterates 7 % of the
+    tokens.
     """
     names = [name.strip() for name in ("8" if quick else tasks).split(",")]
     for name in names:
@@ -129,7 +146,7 @@ def bench_serve(
 
 
 def _finish(benchmark: Any, result: dict[str, Any], output: Path | None, as_json: bool) -> None:
-    """Write and print the result of a benchmark."""
+    """Print the result of a benchmark, and write it to `output` if that is given."""
     from tah.benchmarks.measure import save
 
     table = benchmark.markdown(result)

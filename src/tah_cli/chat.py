@@ -12,22 +12,22 @@ from tah.session import Session
 
 from .terminal import Painter, make_console, summary
 
-FIRST = [{"role": "user", "content": "hello"}]  # a conversation that every template can write
-NEEDS = {  # what comes after a command, and an example
-    "/depth": "an integer from 1 on, such as /depth 2",
+FIRST = [{"role": "user", "content": "hello"}]  # the shortest conversation that a chat template must accept
+NEEDS = {  # the value of each command, and an example
+    "/depth": "an integer >= 1, such as /depth 2",
     "/threshold": "a number from 0 to 1, such as /threshold 0.5",
     "/policy": f"one of {', '.join(LABEL_FREE)}",
 }
 HELP = """\
-/depth N        most passes a token may take
-/threshold X    iterate above this probability, in [0, 1]
-/policy NAME    {policies}
-/reset          forget the conversation
-/quit           leave (also Ctrl-D); Ctrl-C stops an answer"""
+/depth N        maximum number of passes per token
+/threshold X    take another pass above this continue probability, 0 to 1
+/policy NAME    policy: {policies}
+/reset          start a new conversation
+/quit           quit (also Ctrl-D); Ctrl-C stops an answer"""
 
 
 class NotANumber(ValueError):
-    """What follows a command is none."""
+    """The value of a command is not a number."""
 
 
 def _number(kind: type[int] | type[float], text: str) -> Any:
@@ -38,15 +38,17 @@ def _number(kind: type[int] | type[float], text: str) -> Any:
 
 
 class Chat:
-    """Reads lines, answers them, keeps the conversation.
+    """A conversation in the terminal: read lines, answer them, keep the messages.
 
     Args:
-        rule: of the first answer, completed; commands change it for the answers that follow.
-        sampling: the other options of `Session.answer`.
-        system: message before the conversation.
+        session: Model and tokenizer.
+        rule: Completed rule of the first answer; commands change it for later answers.
+        sampling: Other options of `Session.answer`.
+        system: System message; None or empty for none.
+        color: Whether colours mark the depth of tokens; if not, brackets do.
 
     Raises:
-        ValueError: the chat template refuses a system message.
+        ValueError: The chat template does not accept a system message.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class Chat:
         self.console = make_console(color=color)
 
     def run(self) -> None:
-        """Until the user leaves."""
+        """Read and answer lines until the user quits."""
         self.console.print(self._painter().legend())
-        self.console.print("/help for commands", style="dim")
+        self.console.print("/help lists the commands", style="dim")
         if not self.session.tokenizer.chat_template:
-            self.console.print("the model has no chat template; messages are joined as they are", style="dim")
+            self.console.print("the model has no chat template; messages are joined without one", style="dim")
         try:
             import readline  # noqa: F401 - editing and history for input()
-        except ImportError:  # not on Windows
+        except ImportError:  # Windows has no readline
             pass
         while True:
             try:
@@ -89,7 +91,7 @@ class Chat:
         return Painter(self.console, cast(float, self.rule.threshold))
 
     def command(self, line: str) -> str:
-        """Obey a line that starts with a slash; return what to tell the user."""
+        """Run a command, a line that starts with a slash, and return the message for the user."""
         name, _, value = line.partition(" ")
         value = value.strip()
         if name in NEEDS and not value:
@@ -100,7 +102,7 @@ class Chat:
                     return HELP.format(policies=", ".join(LABEL_FREE))
                 case "/reset":
                     self.messages = list(self.start)
-                    return "forgotten"
+                    return "new conversation"
                 case "/depth":
                     check_max_depth(depth := _number(int, value))
                     self.rule = replace(self.rule, max_depth=depth)
@@ -116,24 +118,24 @@ class Chat:
                 case _:
                     return f"unknown command {name}; /help lists them"
         except NotANumber:
-            return f"{name} {value[:40]}: that is no number; {name} needs {NEEDS[name]}"
+            return f"{name} {value[:40]}: not a number; {name} needs {NEEDS[name]}"
         except ValueError as error:
             return f"{name} {value}: {error}"
         idle = self.rule.policy == "never" and name in ("/depth", "/threshold")
-        hint = "; nothing iterates under the policy never, /policy confidence changes that" if idle else ""
+        hint = "; no token iterates under the policy never; /policy confidence changes the policy" if idle else ""
         return ", ".join(f"{key} {entry}" for key, entry in self.rule.arguments().items()) + hint
 
     def turn(self, line: str) -> None:
-        """Answer one message. The cache of earlier turns is used as far as the new prompt repeats them."""
+        """Answer one message. The model does not run again on the part of the prompt that is in the KV cache."""
         if note := self.session.unknown_words(line):
             self.console.print(note, style="dim")
         self.messages.append({"role": "user", "content": line})
         painter = self._painter()
-        said: list[str] = []
+        texts: list[str] = []
 
         def show(token: Any) -> None:
             painter.show(token)
-            said.append(token.text)
+            texts.append(token.text)
 
         try:
             answer = self.session.answer(self.session.encode(self.messages), show, self.rule, **self.sampling)
@@ -141,8 +143,8 @@ class Chat:
             self.console.print(summary(len(answer.tokens), answer.seconds, answer.depths), style="dim")
         except KeyboardInterrupt:
             self.console.print(" [stopped]", style="dim")
-        except ValueError as error:  # a conversation that became too long can be reset, so the program goes on
+        except ValueError as error:  # after an overlong conversation the user can reset, so the program continues
             self.messages.pop()
-            self.console.print(f"{error} (/reset starts again)", style="bold")
+            self.console.print(f"{error} (/reset starts a new conversation)", style="bold")
             return
-        self.messages.append({"role": "assistant", "content": "".join(said).strip()})
+        self.messages.append({"role": "assistant", "content": "".join(texts).strip()})

@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported: the checks of `names.py`, which the library makes again."""
+"""Checks of arguments that need no import of torch; the library repeats them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from .names import words
 
 
 def check_model(source: str | None) -> str | None:
-    """Refuse a path that leads nowhere, and a misspelt word for one of our models.
+    """Return `source`, if it may be a model.
 
-    A repository of the Hub may have a name that resembles one of these words, so the Hub is asked.
+    A name like `smolm2` is either a misspelt bundled checkpoint or a repository, so the function queries the Hub.
+
+    Args:
+        source: Path, Hub id, or name of a bundled checkpoint.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: There is no such model.
     """
     if source is None or not source.strip() or source in words.MODELS or os.path.exists(source):
         return source
@@ -27,48 +30,48 @@ def check_model(source: str | None) -> str | None:
 
 
 def _is_repository(name: str) -> bool:
-    """Whether the Hub or its cache here has a model of this name; False where the Hub cannot be reached."""
+    """Return whether the Hub or its local cache has a model of this name; False if the Hub cannot be reached."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
     try:
         return isinstance(try_to_load_from_cache(name, "config.json"), str) or model_info(name, timeout=5) is not None
-    except Exception:  # not there, not a name, no network: whatever the Hub's client raises
+    except Exception:  # no such repository, invalid name, no network: the Hub client has many exceptions
         return False
 
 
 def check_data(source: str) -> str:
-    """Refuse a file of texts that does not exist."""
+    """Return `source`; raise ValueError if it is a path that does not exist."""
     return words.check_data(source)
 
 
 def check_recipe(source: str) -> str:
-    """Refuse a recipe that is neither a file nor in the package."""
+    """Return `source`; raise ValueError if it is neither a file nor a packaged recipe."""
     words.find_recipe(source)
     return source
 
 
 def check_target(target: str) -> str:
-    """Refuse what is no aim of tah tune."""
+    """Return `target`; raise ValueError if it is not a target of `tah tune`."""
     words.parse_target(target)
     return target
 
 
 def split(text: str | None) -> list[str]:
-    """The words of a list with commas."""
+    """Return the words of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def check_tasks(text: str) -> str:
-    """Refuse unknown benchmarks."""
+    """Return `text`; raise ValueError if it names an unknown task."""
     words.expand_tasks(split(text))
     return text
 
 
 def check_policies(text: str | None) -> str | None:
-    """Refuse unknown policies.
+    """Return `text`, a comma-separated list of policies.
 
     Raises:
-        ValueError: an unknown name, with the nearest.
+        ValueError: A policy is unknown; the message names the nearest one.
     """
     for name in split(text):
         if name not in words.POLICIES:
@@ -77,13 +80,13 @@ def check_policies(text: str | None) -> str | None:
 
 
 def check_run(name: str) -> str:
-    """Refuse a directory without an evaluation.
+    """Return `name`, if its directory contains an evaluation.
 
     Args:
         name: DIR, or DIR:POLICY.
 
     Raises:
-        ValueError: there is no run.json.
+        ValueError: The directory has no run.json.
     """
     before, colon, _ = name.rpartition(":")
     directory = before if colon and not os.path.isdir(name) else name

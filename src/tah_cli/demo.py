@@ -1,5 +1,8 @@
-"""`tah demo`: the two checkpoints in the box. SmolLM2 with a second pass answers three questions, tokens coloured by
-depth; a small model, in which a second pass helps, answers problems it has not seen."""
+"""`tah demo`: the two bundled checkpoints.
+
+SmolLM2 with a second pass answers three questions; colours mark the depth of each token. Then a small model answers
+held-out problems on which a second pass helps.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,21 @@ from tah.stats.bootstrap import Resampled
 
 from .terminal import Painter, make_console, printable, summary
 
-LONGEST = 12  # tokens of an answer to a problem
+LONGEST = 12  # maximum tokens of an answer to a problem
 QUESTIONS = (
     "Tom has 3 boxes with 14 apples each. He eats 2 apples. How many apples are left?",
     "A pencil costs 2 dollars and a book costs 5 dollars. How much do 3 pencils and 1 book cost?",
     "Lily reads 12 pages a day. How many pages does she read in one week?",
 )
 INTRODUCTION = (
-    "SmolLM2-135M-Instruct with a second pass, trained on word problems: adapter, maps and decider only, so that depth "
-    "1 is the model as published. Every token passes the model once; where the decider says so, twice. It shows where "
-    "a second pass acts, not that it is the way to teach this model: a plain adapter learns such problems faster."
+    "SmolLM2-135M-Instruct with a second pass, trained on word problems. Only LoRA, linear maps and decider are "
+    "trained, so depth 1 is the published model. Every token takes one pass; the decider selects tokens for a second. "
+    "The demo shows which tokens iterate. It does not show that a second pass is the best way to train this model: "
+    "LoRA without a second pass learns such problems faster."
 )
 TASK = (
-    "A small model made for one question: what does a second pass add? Follow the arrows from the last word until one "
-    "leads to itself. One pass finds one arrow; how many there are, the line does not say."
+    "A small model, made to measure what a second pass adds. The task: follow the arrows from the last word until an "
+    "arrow leads to its own word. One pass finds one arrow; the question does not give the number of arrows."
 )
 POLICIES = ("never", "decider", "always")
 
@@ -41,13 +45,13 @@ POLICIES = ("never", "decider", "always")
 def demo(
     *, max_new_tokens: int = 64, problems: int = 100, color: bool = True, questions: tuple[str, ...] = QUESTIONS
 ) -> dict[str, Any]:
-    """Print the demo; return what was measured.
+    """Print the demo; return `{"answers", "scores"}`.
 
     Args:
-        max_new_tokens: of an answer to one of `questions`.
-        problems: how many held-out ones the small model is to answer under each policy; 0 for none.
-        color: False prints brackets in place of colours.
-        questions: to SmolLM2, one after another.
+        max_new_tokens: Maximum tokens of an answer to one of `questions`.
+        problems: Number of held-out problems that the small model answers under each policy; 0 for none.
+        color: Whether colours mark the depth of tokens; if not, brackets do.
+        questions: Questions to SmolLM2.
     """
     start = time.perf_counter()
     quiet()
@@ -69,13 +73,13 @@ def demo(
         console.print(_side_by_side(given["never"], given["always"]))
         answers += [{"question": question, "policy": policy, **answer.as_dict()} for policy, answer in given.items()]
     scores = _follow(console, problems) if problems else {}
-    console.print(f"{time.perf_counter() - start:.0f} s in all", style="dim")
+    console.print(f"total time: {time.perf_counter() - start:.0f} s", style="dim")
     return {"answers": answers, "scores": scores}
 
 
 def _answer(session: Session, question: str, policy: str, max_new_tokens: int, show: Any) -> Answer:
     ids = session.encode([{"role": "user", "content": question}])
-    session.forget()  # each policy pays for the prompt
+    session.forget()  # without a cached prompt, the times of the policies are comparable
     return session.answer(ids, show, Rule(policy), max_new_tokens=max_new_tokens, do_sample=False)
 
 
@@ -84,24 +88,23 @@ def _line(answer: Answer) -> str:
 
 
 def _side_by_side(never: Answer, always: Answer) -> Table:
-    """Two columns: the plain base model, and every token twice."""
+    """Return a table of two columns: the base model, and two passes for every token."""
     table = Table(expand=True, box=None, padding=(1, 2, 0, 0))
-    for header in ("never (SmolLM2 as published)", "always (every token twice)"):
+    for header in ("never (SmolLM2 as published)", "always (two passes for every token)"):
         table.add_column(header, ratio=1, header_style="dim", overflow="fold")
     table.add_row(printable(never.text), printable(always.text))
     table.add_row(_line(never), _line(always), style="dim")
     return table
 
 
-# -- where it helps ----------------------------------------------------------------------------------------------------
+# -- a task on which a second pass helps -------------------------------------------------------------------------------
 
 
 def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
-    """The small model answers problems that it has not seen: one of a single arrow and two of two to look at, then
-    all of them under each policy."""
+    """Print the answers of the small model to three held-out problems, then its accuracy on all of them by policy."""
     session = Session.open("follow-tah")
     painter = Painter(console, session.model.config.threshold)
-    console.print(Line(f"{problems} new problems, under each policy", style="dim"))
+    console.print(Line(f"{problems} held-out problems, under each policy", style="dim"))
     console.print(TASK)
     console.print(painter.legend())
     rows = [json.loads(line) for line in (FOLLOW / "problems.jsonl").read_text("utf-8").splitlines()][:problems]
@@ -112,26 +115,26 @@ def _follow(console: Console, problems: int) -> dict[str, dict[str, Any]]:
         for policy in ("never", "decider"):
             console.print(f"{policy + ':':<9}", end="", style="dim")
             _answer(session, question, policy, LONGEST, painter.show)
-            console.print(f" (right: {row['answer']}; arrows: {row['arrows']})", style="dim")
+            console.print(f" (right answer: {row['answer']}; arrows: {row['arrows']})", style="dim")
     console.print()
     scores = {policy: _score(session, rows, policy) for policy in POLICIES}
     console.print(_table(scores))
-    console.print("Four seeds, and a baseline without a second pass: docs/results/evidence.md", style="dim")
+    console.print("Results of four seeds and of a one-pass baseline: docs/results/evidence.md", style="dim")
     return scores
 
 
 def _score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str, Any]:
-    """`right` [R], iterated share of the tokens made."""
+    """Return `{"right": [R] bool, "iterated": iterated share of the generated tokens}`."""
     made = score_answers(session.model, session.tokenizer, rows, Rule(policy))
     return {"right": made.right.tolist(), "iterated": made.iterated_share}
 
 
 def _table(scores: dict[str, dict[str, Any]]) -> Table:
-    """Right answers by policy, and what the decider changes, with 95 % bootstrap intervals over the problems."""
+    """Return the table of accuracy by policy and of the decider's gain, with 95 % bootstrap intervals over problems."""
     right = {policy: np.array(its["right"], np.float64) for policy, its in scores.items()}
     drawn = Resampled(np.arange(len(right["never"])), seed=0)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("policy", "right", "95 %", "decider minus it", "95 %", "iterated"):
+    for title in ("policy", "accuracy", "95 %", "decider minus policy", "95 %", "iterated"):
         table.add_column(title, header_style="dim", justify="left" if title == "policy" else "right")
     for policy, its in scores.items():
         here, less = (

@@ -13,7 +13,7 @@ from .checks import check_model, check_policies, check_run, check_tasks, split
 from .names import words
 from .options import number, quiet, reporter, word
 
-Code = Annotated[bool, typer.Option("--allow-code-execution", help="Run the programs in the answers, in a sandbox.")]
+Code = Annotated[bool, typer.Option("--allow-code-execution", help="Run the programs of the answers in a sandbox.")]
 
 
 def evaluate(
@@ -23,13 +23,13 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             callback=check_tasks,
-            help="Benchmarks, separated by commas: nine (those of the paper), names, or lm_eval:NAME.",
+            help="Tasks, separated by commas: names, nine (the benchmarks of the paper), or lm_eval:NAME.",
         ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="DIR", help="Directory for answers and results; an unfinished run continues."
+            "-o", "--output", metavar="DIR", help="Directory of answers and results; an unfinished run continues."
         ),
     ],
     policy: Annotated[
@@ -45,53 +45,61 @@ def evaluate(
         word(
             "protocol",
             words.PROTOCOLS,
-            "Sets prompt, sampling, seed, samples and sources: default, or paper for what its authors published. "
-            "Other options override it.",
+            "Prompt, sampling, seed, number of samples and sources: default, or paper (the values that its "
+            "authors published). Other options override it.",
         ),
     ] = "default",
     samples: Annotated[
         int | None,
         number("Answers per question; the score is their mean (avg@N). [default: that of the protocol, 1]", int, 1),
     ] = None,
-    limit: Annotated[int | None, number("Use only this number of questions of each task.", int, 1)] = None,
+    limit: Annotated[int | None, number("Maximum number of questions per task.", int, 1)] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK=FILE", help="Read the questions from a JSONL file, not from the Hub; may be repeated."
+            metavar="TASK=FILE", help="JSONL file of the questions of a task, instead of the Hub; may be repeated."
         ),
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always select the most probable token.")] = False,
     temperature: Annotated[float | None, number("Sampling temperature. [default: 0.6]", float, 0, 100)] = None,
     top_p: Annotated[
-        float | None, number("Sample among the most probable tokens up to this mass. [default: 0.95]", float, 0, 1)
+        float | None,
+        number("Sample from the most probable tokens up to this total probability. [default: 0.95]", float, 0, 1),
     ] = None,
-    top_k: Annotated[int | None, number("Sample among this many tokens; 0 means all. [default: 20]", int, 0)] = None,
-    max_new_tokens: Annotated[int | None, number("Longest answer, in tokens. [default: 4096]", int, 1)] = None,
+    top_k: Annotated[
+        int | None,
+        number("Sample from this number of most probable tokens; 0 means all tokens. [default: 20]", int, 0),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, number("Maximum number of tokens in an answer. [default: 4096]", int, 1)
+    ] = None,
     seed: Annotated[
         int | None, number("Random seed. [default: that of the protocol; 0, or 42 with paper]", int, 0, 2**63 - 1)
     ] = None,
-    batch_size: Annotated[int | None, number("Questions at a time. [default: 1; vLLM chooses its own]", int, 1)] = None,
+    batch_size: Annotated[
+        int | None, number("Number of questions per batch. [default: 1; vLLM chooses its own]", int, 1)
+    ] = None,
     backend: Annotated[
-        str, word("backend", words.BACKENDS, "transformers, or vllm for large runs, if it is installed.")
+        str, word("backend", words.BACKENDS, "Backend: transformers, or vllm for large runs (if it is installed).")
     ] = "transformers",
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", callback=check_model, help="Reference model of the policy oracle, with the same tokenizer."
+            metavar="MODEL", callback=check_model, help="Reference model of the policy oracle (same tokenizer)."
         ),
     ] = None,
     threshold: options.Threshold = None,
     max_depth: options.Depth = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Ask without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write the questions without the chat template.")] = False,
     allow_code_execution: Code = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Evaluate on benchmarks.
+    """Evaluate a model on benchmarks.
 
-    The answers are kept in DIR, and a killed run continues. Each result has a 95 % interval, the mean depth of the
-    answers and their cost relative to the base.
+    DIR keeps the answers, so a killed run continues. Each result has a 95 % interval, the mean depth of the answers,
+    and their cost relative to the base.
     """
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     words.check_questions(files, words.expand_tasks(split(tasks)))
@@ -128,13 +136,18 @@ def compare(
         str, typer.Argument(metavar="A", callback=check_run, help="Directory of an evaluation, or DIR:POLICY.")
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", callback=check_run, help="Another evaluation, over the same questions.")
+        str,
+        typer.Argument(
+            metavar="B",
+            callback=check_run,
+            help="Directory of another evaluation of the same questions, or DIR:POLICY.",
+        ),
     ],
     as_json: options.Json = False,
 ) -> None:
     """Compare two evaluations question by question.
 
-    Differences have paired 95 % bootstrap intervals. Runs over other data or with another protocol are refused.
+    Differences have paired 95 % bootstrap intervals. Both runs must have the same data and the same protocol.
     """
     from tah.evaluation.eval_report import compare as run_comparison
     from tah.evaluation.eval_report import compared_markdown
@@ -147,15 +160,18 @@ def regrade(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an evaluation.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=FILE", help="Questions of a run that did not keep them; may be repeated."),
+        typer.Option(
+            metavar="TASK=FILE",
+            help="JSONL file of the questions of a task, for a run that did not keep them; may be repeated.",
+        ),
     ] = None,
     allow_code_execution: Code = False,
     as_json: options.Json = False,
 ) -> None:
     """Grade the answers of an evaluation again.
 
-    For a run that was graded by an older version of the grader: `tah eval compare` compares only verdicts of one
-    version. The answers stay; the verdicts and results in DIR are replaced.
+    `tah eval compare` needs two runs with verdicts of the same grader version. This command updates a run of an older
+    version: it replaces the verdicts and results in DIR and keeps the answers.
     """
     check_run(str(directory))
     files = _files(data)
@@ -167,25 +183,29 @@ def regrade(
 
 
 def _drawing(greedy: bool, **given: Any) -> dict[str, Any]:
-    """The given options of the sampling.
+    """Return the sampling options that are not None.
 
     Raises:
-        BadParameter: --greedy beside it.
+        BadParameter: `greedy` is set beside another option.
     """
     drawing = {name: value for name, value in given.items() if value is not None}
     if greedy and drawing:
         name = next(iter(drawing))
         raise typer.BadParameter(
-            f"--greedy draws nothing, so --{name.replace('_', '-')} {drawing[name]:g} has no meaning; leave out one"
+            f"--greedy does not sample, so --{name.replace('_', '-')} {drawing[name]:g} has no effect; "
+            "leave out one of the two"
         )
     return {"temperature": 0.0} if greedy else drawing
 
 
 def _files(given: list[str] | None) -> dict[str, str]:
-    """The files of TASK=FILE by task.
+    """Return the file of each task.
+
+    Args:
+        given: Texts like `gsm8k=questions.jsonl`.
 
     Raises:
-        BadParameter: a text of another form, or a task with two files.
+        BadParameter: A text has another form, or a task has two files.
     """
     files: dict[str, str] = {}
     for text in given or ():

@@ -1,6 +1,6 @@
-"""The words that a user may write, without importing `tah`, which takes seconds.
+"""The module `tah.names` (lists of policies, tasks, models, ...), loaded from its file.
 
-This is the only module that reads a file of the package `tah` by its path.
+An import of the package `tah` would import torch, which takes seconds. No other module reads a file of `tah` by path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands share: their common options, notes to the user, and the opening of a model."""
+"""Common options of the commands, notes to the user, and the loading of a model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def note(text: str) -> None:
-    """Print a line for the user on stderr."""
+    """Print a line on stderr."""
     typer.echo(f"tah: {text}", err=True)
 
 
 def reporter() -> Reporter:
-    """The progress of long work, on stderr."""
+    """Return a reporter that prints progress on stderr."""
     from tah.progress import Reporter
 
     from .terminal import make_console
@@ -30,7 +30,7 @@ def reporter() -> Reporter:
 
 
 def quiet(data: bool = False) -> None:
-    """Turn off the progress bars and the advice of transformers; with `data`, also those of datasets."""
+    """Turn off the progress bars and warnings of transformers; with `data`, also those of datasets."""
     from tah import load
 
     load.quiet()
@@ -41,7 +41,7 @@ def quiet(data: bool = False) -> None:
 
 
 def open_session(model: str, dtype: str, device: str) -> Session:
-    """Load the model that a command was given."""
+    """Load the model and the tokenizer of a command."""
     from tah.session import Session
 
     quiet()
@@ -49,7 +49,7 @@ def open_session(model: str, dtype: str, device: str) -> Session:
 
 
 def number(help: str, kind: type[int] | type[float], low: int, high: int | None = None) -> Any:
-    """An option for a number in a range; the messages of typer do not repeat what was typed."""
+    """Return an option for a number from `low` to `high`; unlike typer's own message, its error quotes the input."""
     name = "an integer" if kind is int else "a number"
     allowed = f"{name} >= {low}" if high is None else f"{name} from {low} to {high}"
 
@@ -66,7 +66,7 @@ def number(help: str, kind: type[int] | type[float], low: int, high: int | None 
 
 
 def word(what: str, allowed: Sequence[str], help: str) -> Any:
-    """An option for one of the `allowed` words, or for several of them where its type is a list."""
+    """Return an option for one of the `allowed` words, or for several of them if its type is a list."""
 
     def check(given: Any) -> Any:
         for name in given if isinstance(given, (list, tuple)) else [given]:
@@ -78,7 +78,7 @@ def word(what: str, allowed: Sequence[str], help: str) -> Any:
 
 
 def model_argument(help: str, metavar: str = "MODEL") -> Any:
-    """An argument for a model."""
+    """Return an argument for a model, which `check_model` checks."""
     return typer.Argument(metavar=metavar, callback=check_model, help=help)
 
 
@@ -90,29 +90,36 @@ def _system(text: str | None) -> str | None:
     return text
 
 
-Model = Annotated[str, model_argument("Directory, hub id, smollm2, smollm2-tah, or follow-tah.")]
+Model = Annotated[str, model_argument("Model directory, Hub id, smollm2, smollm2-tah, or follow-tah.")]
 Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
         callback=check_data,
-        help="Texts: hub id, directory, or file: .jsonl, .json, .parquet, .csv, .txt or .md.",
+        help="Texts: Hub id, directory, or file (.jsonl, .json, .parquet, .csv, .txt or .md).",
         show_default=False,
     ),
 ]
 Split = Annotated[str, typer.Option(metavar="NAME", help="Dataset split.")]
 Policy = Annotated[
     str | None,
-    word("policy", words.LABEL_FREE, f"Who iterates: {', '.join(words.LABEL_FREE)}. [default: that of the model]"),
+    word("policy", words.LABEL_FREE, f"Policy: {', '.join(words.LABEL_FREE)}. [default: that of the model]"),
 ]
 Threshold = Annotated[
-    float | None, number("Iterate above this probability, 0 to 1. [default: that of the model]", float, 0, 1)
+    float | None,
+    number(
+        "Threshold from 0 to 1: a token with a higher continue probability takes another pass. "
+        "[default: that of the model]",
+        float,
+        0,
+        1,
+    ),
 ]
 Depth = Annotated[int | None, number("Maximum number of passes per token. [default: that of the model]", int, 1, 1000)]
-Tokens = Annotated[int, number("Longest answer, in tokens.", int, 1)]
-Temperature = Annotated[float, number("Sampling temperature; 0 takes the most probable token.", float, 0, 100)]
-TopP = Annotated[float, number("Sample among the most probable tokens up to this mass.", float, 0, 1)]
-TopK = Annotated[int, number("Sample among this many tokens; 0 means all.", int, 0)]
+Tokens = Annotated[int, number("Maximum number of tokens in an answer.", int, 1)]
+Temperature = Annotated[float, number("Sampling temperature; 0 selects the most probable token.", float, 0, 100)]
+TopP = Annotated[float, number("Sample from the most probable tokens up to this total probability.", float, 0, 1)]
+TopK = Annotated[int, number("Sample from this number of most probable tokens; 0 means all tokens.", int, 0)]
 Seed = Annotated[int, number("Random seed.", int, 0, 2**63 - 1)]
 System = Annotated[
     str | None, typer.Option(callback=_system, metavar="TEXT", help="System message of the chat template.")
@@ -122,11 +129,14 @@ Dtype = Annotated[
     word(
         "dtype",
         words.DTYPES,
-        "auto (as saved if the device computes in it natively, else float32), float32, bfloat16 or float16.",
+        "Data type: float32, bfloat16, float16, or auto (the saved type if the device supports it natively, "
+        "else float32).",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps, ...")
+    str, typer.Option(metavar="NAME", help="Device: cpu, cuda, cuda:1, mps, ..., or auto (cuda, else mps, else cpu).")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-NoColor = Annotated[bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets] (also NO_COLOR=1).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+NoColor = Annotated[
+    bool, typer.Option("--no-color", help="Mark iterated tokens with [brackets], not with colours (also NO_COLOR=1).")
+]

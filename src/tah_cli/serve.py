@@ -17,11 +17,11 @@ MIDDLEWARE = "tah.vllm.responses.TellDepths"
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, model_argument("Directory or hub id of a TaH checkpoint.")],
+    model: Annotated[str, model_argument("Directory or Hub id of a TaH checkpoint.")],
 ) -> None:
-    """Serve a model on vLLM, with the OpenAI API.
+    """Serve a model with the OpenAI API, on vLLM.
 
-    All other options go to the server of vLLM unchanged: --port 8000, --max-model-len 4096, --dtype float32, ...
+    All other options are options of the vLLM server: --port 8000, --max-model-len 4096, --dtype float32, ...
     """
     need_vllm()
     from tah.load import check_tah, find, load_tokenizer
@@ -29,10 +29,8 @@ def serve(
     quiet()
     path, kind = find(model)
     if kind == "base":
-        raise ValueError(
-            f"{model} is a plain base model, which vLLM serves by itself; tah serve needs a TaH checkpoint"
-        )
-    # vLLM would read other weights than safetensors, and compares less; nothing is loaded here.
+        raise ValueError(f"{model} is a base model, which vLLM serves without tah; tah serve needs a TaH checkpoint")
+    # vLLM also reads weights of other formats and checks fewer names and shapes. No weights are loaded here.
     check_tah(path)
     load_tokenizer(path, model)
     ours = [path, "--served-model-name", model, "--middleware", MIDDLEWARE]
@@ -40,12 +38,10 @@ def serve(
 
 
 def need_vllm() -> None:
-    """Refuse to serve without vLLM.
+    """Check that vLLM is installed.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
-        raise ImportError(
-            "serving needs vLLM, in an environment of its own: make serve-env, or pip install 'tah[serve]'"
-        )
+        raise ImportError("serving needs vLLM, in a separate environment: make serve-env, or pip install 'tah[serve]'")

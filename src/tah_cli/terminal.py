@@ -1,4 +1,4 @@
-"""Tokens on a terminal: coloured by the passes they took and by how probable another pass was."""
+"""Tokens on a terminal, coloured by depth and by continue probability."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tah.streaming import Token
 
-NEARLY = 0.8  # a token whose probability exceeds this share of the threshold is shown as nearly iterated
+NEARLY = 0.8  # a token of one pass has a colour from this share of the threshold on
 NEARLY_STYLE = "color(179)"
 # By depth: (text, background just above the threshold, background at probability 1).
 SHADES = {
@@ -27,31 +27,31 @@ REORDER = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061
 
 
 class Painter:
-    """Shows tokens on a console: colours on a terminal, brackets around iterated tokens elsewhere.
+    """Print tokens on a console: with colours on a terminal, elsewhere with brackets around iterated tokens.
 
     Args:
-        console: where to print.
-        threshold: of the policy, which the colour of a probability is relative to.
+        console: Console to print on.
+        threshold: Threshold of the policy; the colour of a continue probability is relative to it.
     """
 
     def __init__(self, console: Console, threshold: float = 0.5) -> None:
         self.console, self.threshold = console, threshold
         self.coloured = console.is_terminal and console.color_system is not None and not console.no_color
-        self.waiting = 1  # depth of the tokens whose character is not complete
+        self.waiting = 1  # largest depth of the tokens whose last character is incomplete
 
     def show(self, token: Token) -> None:
-        """Print a token right away, on the current line."""
+        """Print a token on the current line, unbuffered."""
         text, style = self.paint(token)
         if text:
             self.console.print(Segments([Segment(text, style)]), end="", soft_wrap=True)
             self.console.file.flush()
 
     def text(self, tokens: Sequence[Token]) -> Text:
-        """All of an answer as one rich text, to be laid out."""
+        """Return an answer as one rich text."""
         return Text.assemble(*((text, style or "") for text, style in map(self.paint, tokens)))
 
     def paint(self, token: Token) -> tuple[str, Style | None]:
-        """A token's text, safe to print, and its style."""
+        """Return the printable text of a token, and its style."""
         depth = self.waiting = max(self.waiting, token.depth)
         text = printable(token.text)
         if not text:
@@ -62,13 +62,13 @@ class Painter:
         return (bracket(text, depth), None) if depth > 1 else (text, None)
 
     def legend(self) -> Text:
-        """What the colours or brackets mean."""
+        """Return the legend of the colours or brackets."""
         if not self.coloured:
             return Text("legend: plain = one pass, [two passes], [[three passes]]", style="dim")
-        parts = [("one pass", None), (" one pass, nearly two ", style_of(1, self.threshold, self.threshold))]
-        parts += [(" two passes, just ", style_of(2, self.threshold, self.threshold))]
+        parts = [("one pass", None), (" one pass, near threshold ", style_of(1, self.threshold, self.threshold))]
+        parts += [(" two passes ", style_of(2, self.threshold, self.threshold))]
         parts += [
-            (" two passes, surely ", style_of(2, 1.0, self.threshold)),
+            (" two, probability near 1 ", style_of(2, 1.0, self.threshold)),
             (" three ", style_of(3, 1.0, self.threshold)),
         ]
         line = Text.assemble(("legend: ", "dim"))
@@ -78,7 +78,10 @@ class Painter:
 
 
 def style_of(depth: int, probability: float | None, threshold: float) -> Style | None:
-    """Colour of a token: plain text for one pass, a background for more, darker the surer the policy was."""
+    """Return the style of a token.
+
+    One pass has no background. More passes have a background, which is darker for a higher continue probability.
+    """
     if depth == 1:
         nearly = probability is not None and probability > 0 and probability >= NEARLY * threshold
         return Style.parse(NEARLY_STYLE) if nearly else None
@@ -90,20 +93,20 @@ def style_of(depth: int, probability: float | None, threshold: float) -> Style |
 
 
 def bracket(text: str, depth: int) -> str:
-    """` word` of depth 2 as ` [word]`: the spaces around it stay where they are; a line break is `[]` and the break."""
+    """Return ` word` of depth 2 as ` [word]`: brackets exclude the spaces around it; a line break follows `[]`."""
     core = text.strip() or text.strip("\n")
     before = text.partition(core)[0] if core else ""
     return f"{before}{'[' * (depth - 1)}{core}{']' * (depth - 1)}{text[len(before) + len(core) :]}"
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: a model must not steer the terminal."""
+    """Return `text` without control characters: the output of a model must not control the terminal."""
     kept = (c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160 or ord(c) in REORDER))
     return "".join(kept)
 
 
 def summary(num_tokens: int, seconds: float, depths: Sequence[int]) -> str:
-    """`64 tokens, 21.3 tokens/s, 7.8 % iterated, mean depth 1.08`"""
+    """Return a line like `64 tokens, 21.3 tokens/s, 7.8% iterated, mean depth 1.08`."""
     share = sum(depth > 1 for depth in depths) / max(1, len(depths))
     mean = sum(depths) / max(1, len(depths))
     rate = num_tokens / seconds if seconds > 0 else math.inf
@@ -112,11 +115,11 @@ def summary(num_tokens: int, seconds: float, depths: Sequence[int]) -> str:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leaves it to the command, which ends quietly; rich would exit with the code of an error."""
+        """Raise BrokenPipeError, which the command handles; rich would exit with the code of an error."""
         raise BrokenPipeError
 
 
 def make_console(*, stderr: bool = False, color: bool = True) -> Console:
-    """A console that prints text as it is: no markup, no emoji codes, no highlighting."""
+    """Return a console without markup, emoji codes and highlighting."""
     file = sys.stderr if stderr else sys.stdout
     return _Console(file=file, markup=False, emoji=False, highlight=False, no_color=None if color else True)

@@ -23,7 +23,7 @@ RecipeArgument = Annotated[
     typer.Argument(
         metavar="RECIPE",
         callback=check_recipe,
-        help=f"A .yaml file, or one of the package's: {', '.join(words.RECIPE_FILES)}.",
+        help=f"Recipe: a .yaml file, or the name of a packaged recipe: {', '.join(words.RECIPE_FILES)}.",
         show_default=False,
     ),
 ]
@@ -31,41 +31,43 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Replaces a value of the recipe, like backbone.training.learning_rate=1e-4.",
+        help="New value of a key of the recipe, such as backbone.training.learning_rate=1e-4.",
         show_default=False,
     ),
 ]
 OutputOption = Annotated[
-    str | None, typer.Option("--output", metavar="DIR", help="The run's directory. [default: runs/<recipe name>]")
+    str | None, typer.Option("--output", metavar="DIR", help="Directory of the run. [default: runs/<recipe name>]")
 ]
 
 
 def label(recipe: RecipeArgument, overrides: OverridesArgument = None, output: OutputOption = None) -> None:
-    """Mark the hard tokens of a recipe's data.
+    """Label the hard tokens of a recipe's data.
 
-    A token is hard where the recipe's reference model would have said another. A killed run goes on where it was. Many
-    GPUs: torchrun --nproc-per-node 8 -m tah label RECIPE
+    A token is hard if the recipe's reference model predicts another token. A killed run continues where it stopped. On
+    several GPUs: torchrun --nproc-per-node 8 -m tah label RECIPE
     """
     _make(lambda steps, plan, run: steps.label(plan, run, reporter()), recipe, overrides, output)
 
 
 def prune(
-    base: Annotated[str, model_argument("Directory, hub id, or smollm2.", "BASE")],
+    base: Annotated[str, model_argument("Directory or Hub id of a base model, or smollm2.", "BASE")],
     data: Annotated[
-        str, typer.Option(metavar="SOURCE", callback=check_data, help="Held-out texts: hub id, directory or file.")
+        str, typer.Option(metavar="SOURCE", callback=check_data, help="Held-out texts: Hub id, directory or file.")
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory to make.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the new model.")],
     layers: Annotated[int, number("Number of layers to drop.", int, 1)] = 1,
-    texts: Annotated[int, number("Number of texts that rank the layers; few texts rank them by chance.", int, 1)] = 64,
-    max_length: Annotated[int, number("Longer texts are cut to this number of tokens.", int, 2)] = 2048,
+    texts: Annotated[
+        int, number("Number of texts that rank the layers; with few texts the ranking is noise.", int, 1)
+    ] = 64,
+    max_length: Annotated[int, number("Maximum tokens of a text; longer texts are cut.", int, 2)] = 2048,
     split: options.Split = "train",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Drop the layers of a base that matter least.
+    """Drop the layers of a base with the least effect on perplexity.
 
-    Each layer is left out in turn; the one without which held-out perplexity stays lowest is dropped, and what is left
-    is measured anew. DIR is a normal checkpoint, with prune.md beside it.
+    In each round the command measures held-out perplexity without each of the remaining layers, and drops the layer
+    whose removal gives the lowest perplexity. DIR is a normal checkpoint with a report, prune.md.
     """
     from tah.pipeline.pruned import Pruning, prune_model
 
@@ -78,23 +80,23 @@ def prune(
 def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    stage: Annotated[str, word("stage", words.STAGES, "backbone or decider.")] = "backbone",
+    stage: Annotated[str, word("stage", words.STAGES, "Stage: backbone or decider.")] = "backbone",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished training, if there is one.")] = False,
     output: OutputOption = None,
 ) -> None:
-    """Train a stage of a recipe.
+    """Train one stage of a recipe.
 
-    First the backbone; then the decider, with everything else frozen. Many GPUs: torchrun --nproc-per-node 8 -m tah
-    train RECIPE, or accelerate launch with one of the configurations in tah/recipes/accelerate.
+    Stage 1 trains the backbone. Stage 2 trains the decider; everything else is frozen. On several GPUs: torchrun
+    --nproc-per-node 8 -m tah train RECIPE, or accelerate launch with a configuration of tah/recipes/accelerate.
     """
     _make(lambda steps, plan, run: steps.train(plan, run, stage, resume, reporter()), recipe, overrides, output)
 
 
 def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: OutputOption = None) -> None:
-    """Make a model from a recipe: every step.
+    """Run all steps of a recipe, from data to a trained model.
 
-    Steps that are done are skipped, a killed one goes on, and one whose part of the recipe has changed is made again,
-    with all that depends on it; what was there before is kept in DIR/old.
+    The command skips finished steps and continues a killed one. If a part of the recipe has changed, its step and all
+    dependent steps run again, and their former results move to DIR/old.
     """
     directory = _make(lambda steps, plan, run: steps.run(plan, run, reporter()), recipe, overrides, output)
     report = directory / "report" / "report.md"
@@ -105,7 +107,7 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
 def _make(
     work: Callable[[Any, Recipe, Path], Path], recipe: str, overrides: list[str] | None, output: str | None
 ) -> Path:
-    """Read the recipe, work on it, say where the result is, and return the directory of the run."""
+    """Read the recipe, call `work`, print the path of the result, and return the directory of the run."""
     from tah.training.recipe_file import load_recipe
 
     given = list(overrides or ()) + ([f"output={json.dumps(output)}"] if output is not None else [])
@@ -119,6 +121,6 @@ def _make(
     except Stopped as stopped:
         note(str(stopped))
         raise typer.Exit(143) from stopped
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts one process per GPU
         typer.echo(str(result))
     return plan.directory()

@@ -1,4 +1,4 @@
-"""The commands that look inside a model: trace, report, tune."""
+"""The commands that analyse a model: trace, report, tune."""
 
 from __future__ import annotations
 
@@ -19,56 +19,62 @@ if TYPE_CHECKING:
     from tah.session import Session
     from tah.tracing.trace_file import Trace
 
-LOOKED_AT = 100  # rows whose words the tokenizer may not know
-TRACE = "trace.jsonl"  # in the directory of a run
+LOOKED_AT = 100  # number of rows that are checked for words without a token
+TRACE = "trace.jsonl"  # file name in the directory of a run
 
 LengthOption = Annotated[
     int | None,
-    number("Longer texts are cut to this number of tokens. [default: positions of the model, at most 2048]", int, 2),
+    number(
+        "Maximum tokens of a text; longer texts are cut. [default: number of positions of the model, at most 2048]",
+        int,
+        2,
+    ),
 ]
-LimitOption = Annotated[int | None, number("Maximum number of texts, or of parts of one .txt.", int, 1)]
-EveryOption = Annotated[bool, typer.Option("--every", help="Count all tokens, not only the supervised ones.")]
+LimitOption = Annotated[int | None, number("Maximum number of texts, or of parts of one .txt file.", int, 1)]
+EveryOption = Annotated[bool, typer.Option("--every", help="Count all tokens, not only the supervised tokens.")]
 
 
 def trace(
     model: options.Model,
     data: options.Data,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Keep the trace; continues an unfinished one.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="File of the trace; an unfinished trace continues."),
     ] = None,
     policy: Annotated[
         str | None,
-        word("policy", words.POLICIES, f"Who iterates: {', '.join(words.POLICIES)}. [default: that of the model]"),
+        word("policy", words.POLICIES, f"Policy: {', '.join(words.POLICIES)}. [default: that of the model]"),
     ] = None,
     threshold: options.Threshold = None,
     own_policy: Annotated[
         bool | None,
         typer.Option(
             "--own-policy/--no-own-policy",
-            help="Run once more and follow the policy. [default: if the first run does not show the result]",
+            help="Run each text a second time, with passes for the tokens of the policy only. [default: only if the "
+            "first run does not determine the result]",
             show_default=False,
         ),
     ] = None,
     max_length: LengthOption = None,
     limit: LimitOption = None,
     split: options.Split = "train",
-    top_k: Annotated[int, number("Most probable tokens to keep per position.", int, 1)] = 5,
+    top_k: Annotated[int, number("Number of most probable tokens to store per position.", int, 1)] = 5,
     every: EveryOption = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Measure what iterating corrects and breaks.
+    """Count the predictions that later passes correct and break.
 
-    Runs every token of the texts at every depth and prints the accuracy that each policy would reach. A base that was
-    never trained to iterate is traced with the policy confidence.
+    The command runs every token of the texts at every depth, and prints the accuracy of each policy. The default policy
+    of a base model without a trained second pass is confidence.
     """
     session = open_session(model, dtype, device)
     if session.wrapped and policy is None:
-        policy = "confidence"  # what it would answer with, itself, iterates nothing: there would be nothing to see
+        policy = "confidence"  # a wrapped base iterates no token by default, and such a trace would be empty
         note(
-            f"{model} is a base model without a trained second pass; traced with the policy confidence, --policy "
-            "chooses another"
+            f"{model} is a base model without a trained second pass; the trace uses the policy confidence; --policy "
+            "selects another"
         )
     from tah.policy import Rule
     from tah.tracing.overthinking import statistics
@@ -88,7 +94,7 @@ def tune(
         typer.Option(
             metavar="WHAT",
             callback=check_target,
-            help="share=0.07 (of the tokens iterate), or loss (as low as possible).",
+            help="Target: share=X (iterated share of the tokens, such as share=0.07), or loss (lowest loss).",
         ),
     ],
     max_length: LengthOption = None,
@@ -100,8 +106,7 @@ def tune(
 ) -> None:
     """Choose the threshold and write it into the model.
 
-    By the share of tokens that iterate, or by the lowest loss, on held-out texts. Only the threshold in config.json
-    changes.
+    The command measures the iterated share or the loss on held-out texts. It changes only the threshold in config.json.
     """
     from tah.tracing.tune import check_tunable, write_threshold
     from tah.tracing.tune import tune as choose
@@ -125,34 +130,36 @@ def report(
         list[Path],
         typer.Argument(
             metavar="TRACE...",
-            help="Files of tah trace, or directories of runs; two over the same texts are shown side by side.",
+            help="Trace files, or directories of runs; the page shows two traces of the same texts side by side.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="HTML file to write.")] = Path(
         "report.html"
     ),
     markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the numbers as Markdown tables.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the numbers as Markdown tables to FILE.")
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the charts as PNG files.")] = None,
-    shown: Annotated[int, number("Maximum number of tokens in the text; tables and charts use all.", int, 1)] = 50_000,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write the charts as PNG files to DIR.")] = None,
+    shown: Annotated[
+        int, number("Maximum number of tokens that the page shows as text; tables and charts use all.", int, 1)
+    ] = 50_000,
     every: EveryOption = False,
 ) -> None:
-    """Make the depth lens: a page that shows a trace.
+    """Write the depth lens, an HTML page of a trace.
 
-    One HTML file that needs no server and loads nothing: the text with every token shaded by depth, the prediction of
-    each pass, and the curves and tables of tah trace.
+    The page is one file that needs no server and no network. It shows the text with a colour for the depth of each
+    token, the prediction of each pass, and the curves and tables of tah trace.
     """
     if len(traces) > 2:
-        raise typer.BadParameter(f"{len(traces)} traces; at most two fit side by side")
+        raise typer.BadParameter(f"{len(traces)} traces; give at most two")
     paths = [_trace_of(path) for path in traces]
     written = [output, *([] if markdown is None else [markdown])]
     for path in written:
         _check_file(path)
     places = [path.resolve() for path in (*paths, *written)]
     if twice := [path for at, path in enumerate(places) if path in places[:at] and at >= len(paths)]:
-        raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a name of its own")
+        raise typer.BadParameter(f"{twice[0]} would be overwritten; give every output a different name")
     from tah.files import write_atomically
     from tah.tracing.charts import save_charts
     from tah.tracing.lens import write_lens
@@ -165,7 +172,8 @@ def report(
     stats = write_lens(loaded, output, shown=shown, every=every)
     for path, its in zip(paths, loaded, strict=True):
         if its.missing:
-            note(f"{path} is unfinished: {its.missing} of {its.header['texts']} texts are missing; tah trace goes on")
+            texts = its.header["texts"]
+            note(f"{path} is unfinished: {its.missing} of {texts} texts are missing; tah trace continues it")
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB; open it in a browser")
     if markdown is not None:
         write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))
@@ -175,10 +183,13 @@ def report(
 
 
 def _trace_of(path: Path) -> Path:
-    """The trace itself, or that of a run's directory.
+    """Return the file of a trace.
+
+    Args:
+        path: Trace file, or directory of a run.
 
     Raises:
-        BadParameter: there is none.
+        BadParameter: There is no trace.
     """
     if not path.exists():
         raise typer.BadParameter(f"trace {path} does not exist; make one: tah trace MODEL DATA -o {path}")
@@ -194,10 +205,10 @@ def _trace_of(path: Path) -> Path:
 
 
 def _make_directory(path: Path) -> None:
-    """Before the page is written, so that all is written or nothing.
+    """Make the directory of the charts; called before the page is written, so that an error leaves no partial output.
 
     Raises:
-        BadParameter: it cannot be made.
+        BadParameter: `path` is a file, or the directory cannot be made.
     """
     if path.exists() and not path.is_dir():
         raise typer.BadParameter(f"--png {path} is a file; give a directory")
@@ -208,7 +219,11 @@ def _make_directory(path: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """That a file can be written there, before the work."""
+    """Check, before the work, that `path` is not a directory and that its parent directory exists.
+
+    Raises:
+        BadParameter: One of the two does not hold.
+    """
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a directory; give a file name, like {path / 'report.html'}")
     if not path.parent.is_dir():
@@ -216,7 +231,7 @@ def _check_file(path: Path) -> None:
 
 
 def _words_of(row: Mapping[str, Any]) -> str:
-    """The words of a row of text or of a conversation; of others, which have ids or columns of their own, none."""
+    """Return the text of a row with `text`, `messages` or `conversations`; "" for rows of other columns."""
     if isinstance(row.get("text"), str):
         return str(row["text"])
     turns = row.get("messages", row.get("conversations"))
@@ -226,12 +241,12 @@ def _words_of(row: Mapping[str, Any]) -> str:
 
 
 def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
-    """Trace a source of texts, with notes about words that the tokenizer does not know and rows that are left out."""
+    """Trace a source of texts; print notes about words without a token and about rows that are left out."""
     from tah.tracing.texts import read_rows
     from tah.tracing.trace import TraceRequest
     from tah.tracing.trace import trace as run_trace
 
-    with suppress(ImportError):  # a plain text is read without datasets; whatever needs it names what to install
+    with suppress(ImportError):  # a text file needs no datasets; for other files `read_rows` names what to install
         quiet(data=True)
     rows = read_rows(data, split, limit)
     if unknown := session.unknown_words(" ".join(_words_of(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt; - reads standard input.")],
     policy: options.Policy = None,
     threshold: options.Threshold = None,
     max_depth: options.Depth = None,
@@ -31,25 +31,23 @@ def generate(
     top_k: options.TopK = 0,
     seed: options.Seed = 0,
     system: options.System = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt itself, without the chat template.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     as_json: options.Json = False,
     no_color: options.NoColor = False,
 ) -> None:
-    """Answer a prompt, coloured by passes per token."""
+    """Answer a prompt; colours mark the depth of each token."""
     prompt = _text(prompt)
     if not prompt.strip():
-        raise typer.BadParameter("PROMPT is empty; give at least one word")
+        raise typer.BadParameter("PROMPT is empty; write at least one word")
     session, rule = _open(model, dtype, device, policy, threshold, max_depth)
     from tah.session import sampling
 
     from .terminal import Painter, make_console, summary
 
     if not raw and not session.tokenizer.chat_template:
-        note(f"{model} has no chat template; the prompt is continued as it is (--raw)")
+        note(f"{model} has no chat template; the model continues the prompt itself (--raw)")
     if unknown := session.unknown_words(prompt):
         note(unknown)
     messages = [{"role": "system", "content": system}] if system else []
@@ -84,7 +82,7 @@ def chat(
     device: options.Device = "auto",
     no_color: options.NoColor = False,
 ) -> None:
-    """Talk to a model; /help lists the commands."""
+    """Chat with a model; /help lists the commands."""
     session, rule = _open(model, dtype, device, policy, threshold, max_depth)
     from tah.session import sampling
 
@@ -99,12 +97,12 @@ def inspect(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="BASE", callback=check_model, help="Also compare the number of parameters with a plain base."
+            metavar="BASE", callback=check_model, help="Base model whose number of parameters is compared with MODEL's."
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Describe a model; check whether a base can be wrapped."""
+    """Describe a TaH model, or check whether a base can be wrapped."""
     from tah.inspect import as_lines
     from tah.inspect import inspect as look
 
@@ -116,13 +114,15 @@ def inspect(
 
 
 def convert(
-    source: Annotated[str, model_argument("Checkpoint of the original implementation, or hub id.", "SRC")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")],
-    threshold: Annotated[float | None, number("Replaces the threshold of the checkpoint.", float, 0, 1)] = None,
+    source: Annotated[str, model_argument("Directory or Hub id of an original checkpoint.", "SRC")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory of the new checkpoint.")],
+    threshold: Annotated[
+        float | None, number("Threshold of the new checkpoint. [default: that of SRC]", float, 0, 1)
+    ] = None,
 ) -> None:
-    """Convert a checkpoint of the original code.
+    """Convert an original checkpoint (of the authors) to a TaH checkpoint.
 
-    None of its code runs. Prints what was converted and anything about it that might surprise.
+    No code of SRC runs. The command prints the converted parts, and notes on unexpected settings.
     """
     from tah.load import convert as run_convert
 
@@ -133,17 +133,17 @@ def convert(
 
 def demo(
     max_new_tokens: options.Tokens = 64,
-    problems: Annotated[int, number("Held-out problems that the small model answers.", int, 0, 100)] = 100,
+    problems: Annotated[int, number("Number of held-out problems that follow-tah answers.", int, 0, 100)] = 100,
     no_color: options.NoColor = False,
 ) -> None:
-    """Run the two checkpoints that come with the package."""
+    """Run the two bundled checkpoints, smollm2-tah and follow-tah."""
     from .demo import demo as run_demo
 
     run_demo(max_new_tokens=max_new_tokens, problems=problems, color=not no_color)
 
 
 def model_card(model: str) -> str | None:
-    """Where the model card is: in the package for what comes with it, else in the directory of the model."""
+    """Return the path of the model card, of a model directory or of a bundled checkpoint; None if there is none."""
     packaged = PACKAGE / "assets" / model / "README.md"
     own = Path(model) / "README.md"
     path = own if Path(model).is_dir() else packaged
@@ -151,7 +151,11 @@ def model_card(model: str) -> str | None:
 
 
 def _text(prompt: str) -> str:
-    """PROMPT, or standard input for -."""
+    """Return the prompt, or the text of standard input for `-`.
+
+    Raises:
+        BadParameter: The text is not UTF-8.
+    """
     try:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         prompt.encode()
@@ -163,10 +167,10 @@ def _text(prompt: str) -> str:
 def _open(
     model: str, dtype: str, device: str, policy: str | None, threshold: float | None, max_depth: int | None
 ) -> tuple[Session, Rule]:
-    """The session of a command that answers, and its rule.
+    """Return the session of a command that answers, and its completed rule.
 
     Raises:
-        ValueError: a base that answers as itself was given a threshold or a depth, which would change nothing.
+        ValueError: A threshold or depth was given for a base model without a policy, where it has no effect.
     """
     from tah.load import find
     from tah.policy import Rule

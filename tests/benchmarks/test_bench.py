@@ -68,7 +68,7 @@ def test_memory_counts_what_a_variant_keeps(checkpoint):
 
 
 def test_a_dead_engine_is_named(checkpoint, capfd, tmp_path):
-    with pytest.raises(RuntimeError, match="the engine of generate ended; its own message is above"):
+    with pytest.raises(RuntimeError, match="the engine of generate ended; its error message is above"):
         with bench_serve.engine(str(tmp_path), "generate", "float32", 64):
             pass
     assert str(tmp_path) in capfd.readouterr().err

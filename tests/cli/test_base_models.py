@@ -95,7 +95,7 @@ def test_chat_says_it_once_and_iterates_when_told(capsys, monkeypatch, tiny_base
     code, out, err = said(capsys, "chat", tiny_base, "--max-new-tokens", 4)
     assert code == 0 and err.count(NOTE) == 1
     assert "0.0% iterated" in out and "100.0% iterated" in out
-    assert "nothing iterates under the policy never" in " ".join(out.split())
+    assert "no token iterates under the policy never" in " ".join(out.split())
 
 
 def policies(out: str) -> set[str]:

@@ -146,10 +146,10 @@ def test_generate_reads_standard_input_and_stops_at_the_last_position(capsys, mo
 def test_inspect_checkpoint(capsys, tiny_checkpoint):
     got = json.loads(works(capsys, "inspect", tiny_checkpoint, "--json")[0])
     model = TaHForCausalLM.from_pretrained(tiny_checkpoint)
-    assert sum(got["parameters"].values()) == model.num_parameters() and got["parameters"]["maps"] == 0
+    assert sum(got["parameters"].values()) == model.num_parameters() and got["parameters"]["linear_maps"] == 0
     assert got["extra_percent"]["adapter"] == 100 * got["parameters"]["adapter"] / got["base"]["parameters"] > 0
     assert got["base"]["family"] == "llama" and got["decider"] == {"kind": "lean", "layers": [1, 2]}
-    assert got["seams"] == {"next_input": "topk", "attention": "duo", "output": "sum"}
+    assert got["method"] == {"next_input": "topk", "attention": "duo", "output": "sum"}
     text, _ = works(capsys, "inspect", tiny_checkpoint)
     assert "max depth" in text and "% of the base" in text and "confidence" in text
 
@@ -226,7 +226,7 @@ def talk(capsys, monkeypatch, tiny_checkpoint):
 def test_chat_answers_and_obeys(talk):
     out = talk("hi", "/policy always", "/depth 3", "hi", "/threshold 0.25", "/reset", "/help", "/quit", "never read")
     assert out.count("tokens/s") == 2 and "mean depth 3.00" in out and "threshold 0.25" in out
-    assert "forgotten" in out and "/policy NAME" in out
+    assert "new conversation" in out and "/policy NAME" in out
 
 
 def test_chat_survives_bad_commands_and_long_conversations(talk):

@@ -69,7 +69,7 @@ def test_demo_answers_and_scores(in_the_box, monkeypatch, capsys):
     assert [len(its["right"]) for its in measured["scores"].values()] == [4, 4, 4]
     assert measured["scores"]["never"]["iterated"] == 0 and measured["scores"]["always"]["iterated"] == 1
     out = capsys.readouterr().out
-    assert QUESTIONS[0] in out and "tokens/s" in out and "4 new problems" in out and "95 %" in out
+    assert QUESTIONS[0] in out and "tokens/s" in out and "4 held-out problems" in out and "95 %" in out
     assert "\x1b" not in out and "\ufffd" not in out
 
 

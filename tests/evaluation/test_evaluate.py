@@ -802,7 +802,7 @@ def test_the_command(pupil, tmp_path, capsys):
             "humaneval_plus runs programs that the model writes; give --allow-code-execution",
         ),
         (["--tasks", "gsm8k", "--greedy", "--samples", "2"], "samples=2 at temperature 0 would be identical"),
-        (["--tasks", "gsm8k", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p 0.5 has no meaning"),
+        (["--tasks", "gsm8k", "--greedy", "--top-p", "0.5"], "--greedy does not sample, so --top-p 0.5 has no effect"),
         (
             ["--tasks", "gsm8k", "--backend", "vlm"],
             "unknown backend 'vlm'; did you mean vllm? choose from transformers, ",

@@ -21,7 +21,7 @@ def test_models_that_are_no_tah_checkpoints(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.modules["tah_cli.serve"], "find_spec", lambda name: True)
     tiny_base("llama").save_pretrained(tmp_path / "base")
     assert run(["serve", str(tmp_path / "base"), "--port", "1"]) == 2
-    assert "is a plain base model, which vLLM serves by itself" in capsys.readouterr().err
+    assert "is a base model, which vLLM serves without tah" in capsys.readouterr().err
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tah_config.json").write_text("{}")
     assert run(["serve", str(tmp_path / "original")]) == 2

@@ -94,7 +94,7 @@ def check(layer: SimpleNamespace, written_by: str | None = None) -> None:
 @pytest.mark.parametrize(("said", "written"), [("amx", "vec"), ("vec", "amx"), ("vec16", "amx"), ("neon", "amx")])
 def test_control_another_layout_is_noticed(said, written):
     skip_without(written)
-    with pytest.raises(ValueError, match=f"for its kernels '{said}' in a layout that tah cannot read") as refused:
+    with pytest.raises(ValueError, match=f"for its kernels '{said}' in a layout that is not supported") as refused:
         check(layer_of(said, torch.bfloat16, 2, 2, 64, 64), written)
     assert "\n" not in str(refused.value)
 

@@ -25,8 +25,8 @@ FLAGS = {
     "--block-size 16 is not a multiple of 32": {"block_size": 16},
     "batching='both'": {"additional_config": {"batching": "both"}},
     "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
-    "max_depth=3 cannot be served": {"hf_overrides": {"max_depth": 3}},
-    "policy='oracle' cannot be served": {"hf_overrides": {"policy": "oracle"}},
+    "max_depth=3 is not supported": {"hf_overrides": {"max_depth": 3}},
+    "policy='oracle' is not supported": {"hf_overrides": {"policy": "oracle"}},
     "attention='blind'": {"hf_overrides": {"attention": "blind"}},
 }
 
@@ -43,9 +43,9 @@ def test_flags(llama, says, flags):
 
 
 COMMANDS = [
-    (["--block-size", "48"], r"--block-size 48 is not a multiple of 32.*or take 32, 64 or 128"),
+    (["--block-size", "48"], r"--block-size 48 is not a multiple of 32.*or use 32, 64 or 128"),
     (["--block-size", "0"], "block_size=0: Input should be greater than 0"),
-    (["--enable-lora"], "cannot be served with LoRA adapters of vLLM; leave it out"),
+    (["--enable-lora"], "TaH models do not support LoRA adapters of vLLM; leave it out"),
 ]
 
 
@@ -79,7 +79,7 @@ def test_a_layout_that_cannot_be_read(llama, monkeypatch):
     """Another kernel's order of keys is noticed at the start, not in the answers."""
     read = compat.read_blocks
     monkeypatch.setattr(compat, "read_blocks", lambda *args: tuple(part.flip(-1) for part in read(*args)))
-    with pytest.raises(ValueError, match="in a layout that tah cannot read"), serve(llama):
+    with pytest.raises(ValueError, match="in a layout that is not supported"), serve(llama):
         pass
 
 

@@ -1,1 +1,1 @@
-"""What iterating costs, as ratios to the base: generation (`bench.py`), training, tracing, serving."""
+"""The cost of iterating, as ratios to the base: generation (`bench.py`), training, tracing, serving."""

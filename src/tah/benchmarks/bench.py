@@ -1,4 +1,4 @@
-"""`tah bench`: what selective iteration costs, as a ratio to the stock base model in the same run."""
+"""`tah bench`: the cost of iterating on hard tokens, as a ratio to the base model of the same run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from . import measure
 from .measure import SEED, Row, alternate, prompts, rows_of, timed
 
 VARIANTS = ("base", "never", "forced", "always")
-RATE = 0.07  # the paper's share of iterated tokens
-PROMPT, NEW = 64, 64  # tokens, for decode
+RATE = 0.07  # iterated share of the paper's models
+PROMPT, NEW = 64, 64  # tokens of prompt and answer in decoding
 
 
 class Forced(Policy):
-    """Pays for the model's decider on every token, then iterates 7 % of them, drawn beforehand.
+    """A policy that runs the model's decider on every token, then ignores it and iterates a fixed 7 % of the tokens.
 
-    In each row, 7 % of the first `prompt` positions and 7 % of the later ones, at seeded random places.
+    In each row, the iterated tokens are 7 % of the first `prompt` positions and 7 % of the later positions, sampled
+    with a fixed seed.
 
     Args:
-        model: whose decider to run.
-        batch: rows of the input; it may have no padding.
-        prompt: positions of the prompt.
-        new: positions after it.
+        model: Model whose decider runs.
+        batch: Number of rows of the input, which has no padding.
+        prompt: Number of positions of the prompt.
+        new: Number of positions after the prompt.
     """
 
     def __init__(self, model: TaHForCausalLM, batch: int, prompt: int, new: int) -> None:
@@ -44,7 +45,7 @@ class Forced(Policy):
         for row in range(batch):
             for start, length in ((0, prompt), (prompt, new)):
                 share = round(RATE * length, 6)
-                count = math.ceil(share) if row % 2 == 0 else math.floor(share)  # 5 and 4 of 64: 7.0 % of two rows
+                count = math.ceil(share) if row % 2 == 0 else math.floor(share)  # 5 and 4 of 64 are 7.0 % of two rows
                 chosen[row, start + torch.randperm(length, generator=generator)[:count]] = True
         self.chosen = chosen.to(model.device)
 
@@ -57,14 +58,19 @@ class Forced(Policy):
 
 
 def load(model: str, dtype: str) -> TaHForCausalLM:
-    """`model` is a TaH checkpoint, a base model, or `smollm2`."""
+    """Load a TaH checkpoint, or wrap a base model.
+
+    Args:
+        model: TaH checkpoint, base model, or `smollm2`.
+        dtype: Data type of the weights.
+    """
     path, kind = find(model)
     return load_tah(path, dtype).eval() if kind == "tah" else TaHForCausalLM.from_base(load_base(path, dtype))
 
 
 def _variant(model: PreTrainedModel, variant: str, batch: int, prompt: int, new: int = 0) -> tuple[Any, dict[str, Any]]:
-    """The model that runs a variant, and its arguments."""
-    if not isinstance(model, TaHForCausalLM):  # a base alone
+    """Return the model that runs a variant, and the arguments of its call."""
+    if not isinstance(model, TaHForCausalLM):  # a base that is not wrapped
         return model, {}
     if variant == "base":
         return model.base, {}
@@ -72,7 +78,16 @@ def _variant(model: PreTrainedModel, variant: str, batch: int, prompt: int, new:
 
 
 def decode(model: PreTrainedModel, variant: str, batch: int) -> Callable[..., Any]:
-    """`generate` as a user calls it: a prompt of 64 tokens, 64 new ones, greedy. A call takes more of its options."""
+    """Return a function that calls `generate`: greedy, with prompts of 64 tokens and 64 new tokens.
+
+    Args:
+        model: TaH model or base.
+        variant: One of `VARIANTS`.
+        batch: Number of prompts.
+
+    Returns:
+        A function that accepts more options of `generate`.
+    """
     runner, given = _variant(model, variant, batch, PROMPT, NEW)
     ids = prompts(model, batch, PROMPT)
     given |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
@@ -80,7 +95,10 @@ def decode(model: PreTrainedModel, variant: str, batch: int) -> Callable[..., An
 
 
 def prefill(model: PreTrainedModel, variant: str, length: int) -> Callable[[], Any]:
-    """One forward over a prompt, keeping the cache and the last token's logits, as `generate` begins."""
+    """Return a function that runs one forward over a prompt, with a KV cache and the last token's logits.
+
+    `generate` begins with the same forward.
+    """
     runner, given = _variant(model, variant, 1, length)
     ids = prompts(model, 1, length)
 
@@ -92,7 +110,7 @@ def prefill(model: PreTrainedModel, variant: str, length: int) -> Callable[[], A
 
 
 def iterated(run: Callable[..., Any], variant: str, decoding: bool) -> float:
-    """Share of tokens that take a second pass."""
+    """Return the iterated share of the tokens of a run."""
     if variant in ("base", "never"):
         return 0.0
     counts = run(return_dict_in_generate=True).depth_count[:, :-1] if decoding else run().depth_count
@@ -100,13 +118,16 @@ def iterated(run: Callable[..., Any], variant: str, decoding: bool) -> float:
 
 
 def peak_memory(model: str, dtype: str, variant: str, length: int) -> float:
-    """MiB that a fresh process takes for the weights and one prefill: peak resident memory (on a GPU: allocated)
-    during the prefill, less what the libraries take before the model is loaded."""
+    """Return the MiB of weights and one prefill, measured in a new process.
+
+    The result is the peak resident memory (on a GPU: allocated memory) in the prefill, minus the resident memory before
+    the model is loaded.
+    """
     return measure.in_fresh_process(variant, peak, model, dtype, variant, length)
 
 
 def peak(model: str, dtype: str, variant: str, length: int) -> float:
-    """`peak_memory` of this process."""
+    """Measure `peak_memory` in this process."""
     before, (path, kind) = measure.resident(), find(model)
     loaded: PreTrainedModel
     if variant != "base":
@@ -125,7 +146,19 @@ def bench(
     repeats: int = 5,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Measure all variants: `{"machine", "settings", "rows"}`; memory at the last of `lengths` only."""
+    """Measure all variants.
+
+    Args:
+        model: TaH checkpoint, base model, or `smollm2`.
+        dtypes: Data types of the weights.
+        batches: Batch sizes of decoding.
+        lengths: Tokens of the prefill; memory is measured with the last one.
+        repeats: Number of rounds.
+        progress: Reporter, which gets a line for each row.
+
+    Returns:
+        `{"machine", "settings", "rows"}`.
+    """
     rows: list[Row] = []
     for dtype in dtypes:
         loaded = load(model, dtype)
@@ -146,7 +179,7 @@ def bench(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/results/benchmarks.md."""
+    """Return the result as a Markdown table."""
     rows = [Row(**row) for row in result["rows"]]
     shares = ["" if row.task.startswith("memory") else f"{row.iterated:.1%}" for row in rows]
     return table(

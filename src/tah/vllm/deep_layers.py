@@ -1,7 +1,7 @@
-"""The base's layers as a pass at depth 2 runs them: the same weights, with the adapter and with duo attention.
+"""The layers of a pass at depth 2: the base's weights with LoRA (method.md (6)) and duo-causal attention.
 
-Each stock layer gets a twin, a second module object around the same submodules, in which every adapted linear layer and
-the attention are replaced. Depth 1 runs the stock layers, compiled or not; nothing about them ever changes.
+Each stock layer has a twin: a second module object with the same submodules, except that LoRA wraps the adapted linear
+layers and `DuoAttention` replaces the attention. Depth 1 runs the unchanged stock layers, compiled or not.
 
 Shapes: M tokens, I input width, O output width, r rank, n linear layers that vLLM fused into one.
 """
@@ -23,7 +23,7 @@ from .attention import Current, DuoAttention
 
 
 class Share(NamedTuple):
-    """A process's part of a weight that tensor parallelism splits: number `number` of `of` equal ones."""
+    """The part of a weight that one process has under tensor parallelism: part `number` of `of` equal parts."""
 
     number: int
     of: int
@@ -34,45 +34,51 @@ class Share(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """The LoRA of one of vLLM's linear layers, of all the checkpoint's layers that it fuses; this process's part of it.
+    """LoRA of one linear layer of vLLM, which may fuse several layers of the checkpoint; the part of this process.
 
     Args:
-        parts: name in the checkpoint, output width and share of the outputs of each of the n fused layers.
-        inputs: I.
-        share: of the inputs.
-        rank: r.
-        scale: of the update; part of the loaded weights from then on.
+        parts: Output width and share of the outputs, by name in the checkpoint, of each of the n fused layers.
+        inputs: Input width I of this process.
+        share: Share of the inputs.
+        rank: Rank r.
+        scale: Scale of the update, alpha / r; `load` multiplies B by it.
     """
 
     def __init__(self, parts: dict[str, tuple[int, Share]], inputs: int, share: Share, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale, self.share, self.places, start = scale, share, {}, 0
+        self.scale, self.share, self.ranges, start = scale, share, {}, 0
         self.shares = {name: part for name, (_, part) in parts.items()}
         for number, (name, (width, _)) in enumerate(parts.items()):
-            self.places[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
+            self.ranges[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
             start += width
         self.A = nn.Parameter(torch.zeros(len(parts) * rank, inputs), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, start), requires_grad=False)  # transposed: faster for few tokens
 
     def load(self, part: str, matrix: str, weight: Tensor) -> None:
-        """Copy `lora_A` [r, I] or `lora_B` [O, r] of one fused layer, whole, into its place."""
-        low, out = self.places[part]
+        """Copy this process's part of `lora_A` [r, I] or `lora_B` [O, r] of one fused layer.
+
+        Args:
+            part: Name of the fused layer in the checkpoint.
+            matrix: `lora_A` or `lora_B`.
+            weight: Whole matrix.
+        """
+        low, out = self.ranges[part]
         if matrix == "lora_A":
             self.A.data[low].copy_(self.share(weight, 1))
         else:
             self.B.data[:, out].copy_((self.shares[part](weight, 0) * self.scale).t())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, I] -> [M, O]"""
-        y = x @ self.A.t()  # one product for all parts, which read the same input
+        """Return the update [M, O] of the outputs for inputs [M, I]."""
+        y = x @ self.A.t()  # one product for all parts, which have the same input
         if self.share.of > 1:
             y = tensor_model_parallel_all_reduce(y)
-        parts = [y[:, low] @ self.B[:, out] for low, out in self.places.values()]
+        parts = [y[:, low] @ self.B[:, out] for low, out in self.ranges.values()]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class Adapted(nn.Module):
-    """One of vLLM's linear layers and its adapter, called as vLLM calls linear layers."""
+    """A linear layer of vLLM with LoRA; the calling convention is that of vLLM's linear layers."""
 
     def __init__(self, linear: LinearBase, adapter: Adapter, current: Current) -> None:
         super().__init__()
@@ -89,10 +95,15 @@ class Adapted(nn.Module):
 def adapters_of(
     layer: nn.Module, fused: dict[str, list[str]], rank: int, scale: float, targets: list[str] | None, prefix: str = ""
 ) -> Iterator[tuple[str, Adapter]]:
-    """An adapter for every linear layer below `layer` that `targets` (as in `lora.is_target`) has a part of.
+    """Yield name and adapter of every linear layer in `layer` of which `targets` contains a part.
 
     Args:
-        prefix: what names below `layer` begin with in the checkpoint's base.
+        layer: Stock decoder layer.
+        fused: Names in the checkpoint, by name of the fused layer in vLLM.
+        rank: Rank r.
+        scale: Scale of the update.
+        targets: Target names, as in `lora.is_target`.
+        prefix: Prefix of the names of `layer` in the checkpoint's base.
     """
     for name, module in layer.named_modules():
         if not isinstance(module, LinearBase):
@@ -107,14 +118,22 @@ def adapters_of(
             parts = {names[0]: (module.output_size, whole)}
             yield name, Adapter(parts, module.input_size_per_partition, mine, rank, scale)
             continue
-        copies = getattr(module, "num_kv_head_replicas", 1)  # processes that hold the same key/value heads
+        copies = getattr(module, "num_kv_head_replicas", 1)  # number of processes with the same key/value heads
         shares = [mine, *[Share(mine.number // copies, mine.of // copies)] * (len(names) - 1)]
         parts = dict(zip(names, zip(module.output_partition_sizes, shares, strict=True), strict=True))
         yield name, Adapter(parts, module.input_size, whole, rank, scale)
 
 
 def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: Current, prefix: str = "") -> nn.Module:
-    """`module` with adapters on, by name below it, and its attention replaced; all else is shared."""
+    """Return a copy of `module` with adapters and with duo-causal attention; all other submodules are shared.
+
+    Args:
+        module: Stock layer, or a part of it.
+        adapters: Adapters by name in the layer.
+        layer: Number of the layer.
+        current: Holder of the running pass.
+        prefix: Prefix of the names in `module`.
+    """
     other = copy.copy(module)
     other._modules = dict(module._modules)
     for name, child in module.named_children():

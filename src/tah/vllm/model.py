@@ -1,4 +1,4 @@
-"""`TaHForCausalLM` in vLLM: the stock model of the base's family, and a second pass over the tokens that are hard.
+"""`TaHForCausalLM` in vLLM: the stock model of the base's family, and a second pass over hard tokens.
 
 Shapes: T tokens of a step, M of them that iterate, D width, V vocabulary.
 """
@@ -43,12 +43,14 @@ FAMILIES = {
 
 
 class TaHForCausalLM(nn.Module):
-    """A vLLM model: depth 1 is the stock model, untouched; then the hard tokens run its layers again.
+    """A vLLM model: all tokens run the stock model at depth 1, then the hard tokens run its layers at depth 2.
 
-    Nothing of depth 2 reaches depth 1, so a step needs no more than one pass of each: all of its tokens at depth 1, the
-    hard ones at depth 2. The sum of both hidden states goes to the sampler: its head is linear, so the logits add up.
-    With `batching="mixed"` hard tokens wait for the next step instead, and run at depth 2 in the same pass as that
-    step's tokens at depth 1. A request whose next token hangs on one that waits says nothing in the first of the two.
+    Depth 1 does not depend on depth 2. So a step has one pass of all its tokens at depth 1 and one pass of its hard
+    tokens at depth 2. The sampler gets the sum of both hidden states; the head is linear, so this sums the logits
+    (method.md (2)).
+
+    With `batching="mixed"`, hard tokens are deferred to the next step, where they run at depth 2 in the same pass as
+    that step's tokens at depth 1. A request whose last token is deferred emits its next token one step later.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -66,22 +68,23 @@ class TaHForCausalLM(nn.Module):
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         self.adapters = nn.ModuleList()
-        self.adapted: list[dict[str, Adapter]] = [{} for _ in self.decoder.layers]  # by layer and name in it
-        self.parts: dict[str, tuple[Adapter, str]] = {}  # by name in the checkpoint: the adapter that has it as a part
+        self.adapted: list[dict[str, Adapter]] = [{} for _ in self.decoder.layers]  # by layer, and by name in the layer
+        self.parts: dict[str, tuple[Adapter, str]] = {}  # by name in the checkpoint: adapter, and name of the part
         if config.lora_rank:
             self._add_adapters(config)
-        self.options: dict[str, RequestOptions] = {}  # by request; kept by the worker
-        self.fresh: set[str] = set()  # requests of which no token has run yet; added to by the worker
-        self.request_ids: Callable[[], list[str]]  # of the running step; given by the worker
-        self.silent: Callable[[], Sequence[bool]]  # of the same, or more: whose next token is not asked for yet
-        self.tell_prompts: Callable[[], Container[str]]  # requests that ask for their prompt's log-probabilities
-        self.report: StepReport | None = None  # of the latest step; for the scheduler
+        # The worker maintains the first two and sets the three functions.
+        self.options: dict[str, RequestOptions] = {}  # by request
+        self.fresh: set[str] = set()  # requests of which no token has run
+        self.request_ids: Callable[[], list[str]]  # returns the requests of the running step
+        self.unsampled: Callable[[], Sequence[bool]]  # whether each request samples no token in this step, or longer
+        self.prompt_logprobs: Callable[[], Container[str]]  # returns the requests with prompt log-probabilities
+        self.report: StepReport | None = None  # report of the latest step to the scheduler
         self.pool: DeepPool | None = None
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
         self.waiting = WaitingTokens()
-        self.given_up: list[int] = []  # physical blocks whose deep entries are freed before the next pass
+        self.given_up: list[int] = []  # physical blocks whose pool entries are freed before the next pass
         self.shares_prefixes = vllm_config.cache_config.enable_prefix_caching
-        self.sampler_logits: Tensor | None = None  # [requests, V], where the running step has made them already
+        self.sampler_logits: Tensor | None = None  # [requests, V], if the running step has computed them
         self.current = Current()
         self.deep_layers: list[nn.Module] = []
         self.deep_attention: list[DuoAttention] = []
@@ -94,7 +97,7 @@ class TaHForCausalLM(nn.Module):
                 self.adapters.append(adapter)
                 self.adapted[number][name] = adapter
                 parent = f"base.model.layers.{number}.{name.rpartition('.')[0]}"
-                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.places}
+                self.parts |= {f"{parent}.{part}": (adapter, part) for part in adapter.ranges}
 
     @property
     def decoder(self) -> Any:
@@ -103,15 +106,22 @@ class TaHForCausalLM(nn.Module):
 
     @property
     def block_size(self) -> int:
+        """Slots per block of vLLM's KV cache."""
         return slots_per_block(self.deep_attention[0].stock)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load one of our checkpoints as it is; tensors of the base go to the stock model.
+        """Load a TaH checkpoint; the stock model loads the tensors of the base.
+
+        Args:
+            weights: Names and tensors.
+
+        Returns:
+            Names of the loaded parameters.
 
         Raises:
-            ValueError: a tensor of ours is missing, unexpected or of another shape.
+            ValueError: A tensor of the adapter is missing or unexpected.
         """
         own = dict(self.named_parameters())
         targets = self.config.lora_targets
@@ -143,21 +153,33 @@ class TaHForCausalLM(nn.Module):
     # -- the method ------------------------------------------------------------------------------------------------
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings of token ids."""
         return self.base.embed_input_ids(input_ids)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The sampler asks first after a pass, for the last token of each request; others may ask after it."""
+        """Return logits [n, V] of hidden states [n, D].
+
+        In each step vLLM calls this first for the sampler, with the last token of each request. `StepLogits` may have
+        computed these logits already. Later calls, such as those for log-probabilities of a prompt, run the head.
+        """
         made, self.sampler_logits = self.sampler_logits, None
         if made is None:
             return self.base.compute_logits(hidden_states)
         if len(made) != len(hidden_states):
-            raise RuntimeError(f"logits of {len(made)} tokens are ready, but {len(hidden_states)} are asked for")
+            raise RuntimeError(f"logits of {len(made)} tokens are computed, but vLLM requests {len(hidden_states)}")
         return made
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: None = None
     ) -> Tensor:
-        """Summed final hidden states [T, D] of the step's tokens."""
+        """Run a step: return the final hidden states [T, D] of its tokens, summed over their passes.
+
+        Args:
+            input_ids: Token ids, [T] or padded.
+            positions: Positions, [T] or padded.
+            intermediate_tensors: Argument of vLLM's pipeline parallelism, which is not supported.
+            inputs_embeds: Argument of vLLM's prompt embeddings, which are not supported.
+        """
         batch = None if self.pool is None else current_batch(self.deep_attention[0].stock)
         if batch is None:
             out = self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -165,7 +187,7 @@ class TaHForCausalLM(nn.Module):
         T, pool = batch.tokens, self.pool
         assert pool is not None
         input_ids, positions = input_ids[:T], positions[:T]
-        if self.waiting.left:  # with all that wait: those that share a prefix may rely on each other's keys
+        if self.waiting.left:  # run all deferred tokens: requests with a shared prefix may attend to each other's keys
             self._run_deep(*self.waiting.all())
             self.waiting.ran()
         pool.release(self._slots(self.given_up))
@@ -191,19 +213,19 @@ class TaHForCausalLM(nn.Module):
             else:
                 hidden = self._run_again(batch, index, positions, embeds, logits)
         self.sampler_logits = logits.kept
-        told = self._depths(batch, positions), len(due), self.waiting.deferred()
-        self.report = StepReport(pool.free, batch.slots[index].tolist(), released.tolist(), *told)
+        rest = self._depths(batch, positions), len(due), self.waiting.deferred()
+        self.report = StepReport(pool.free, batch.slots[index].tolist(), released.tolist(), *rest)
         return hidden
 
     def _decide(
         self, batch: Batch, ids: Tensor, positions: Tensor, logits: StepLogits, features: dict[int, Tensor]
     ) -> Tensor:
-        """Which tokens iterate, [T] bool; each request by its own policy and threshold."""
+        """Return which tokens iterate, [T] bool, by the policy and threshold of their request (method.md (3))."""
         options = [self.options[request] for request in self.request_ids()]
         row = batch.rows(torch.arange(len(ids)))
         threshold = torch.tensor([one.rule.threshold for one in options])
         go = torch.zeros(len(ids), dtype=torch.bool)
-        # In one order in all processes: a policy that looks at logits has them gathered from all.
+        # The order is the same in all processes, since a policy that reads logits gathers them from all processes.
         for name in sorted({str(one.rule.policy) for one in options if one.iterates}):
             asked = torch.tensor([one.iterates and one.rule.policy == name for one in options])
             index = asked[row].nonzero().squeeze(1)
@@ -217,10 +239,10 @@ class TaHForCausalLM(nn.Module):
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
             _, go[index] = BoundRule(policy, threshold, max_depth=2).decide(state, row[index])
-        return get_tp_group().broadcast(go.byte()).bool()  # processes must not differ by a rounding
+        return get_tp_group().broadcast(go.byte()).bool()  # rounding may differ between processes; decisions must not
 
     def _run_again(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> Tensor:
-        """The pass at depth 2 of the tokens `index` [M]; hidden states [T, D] with theirs added."""
+        """Run the tokens `index` [M] at depth 2, and return the hidden states [T, D] of the step with theirs added."""
         owners = batch.rows(index).tolist()
         second = self._run_deep(DeepTokens(owners, positions[index], batch.slots[index], batch.block_table), embeds)
         hidden = logits.hidden.index_add(0, index, second)
@@ -228,7 +250,7 @@ class TaHForCausalLM(nn.Module):
         return hidden
 
     def _run_deep(self, tokens: DeepTokens, x: Tensor) -> Tensor:
-        """A pass of nothing else; what it adds to the final hidden states [M, D]."""
+        """Run a pass at depth 2 only, and return its contribution to the final hidden states, [M, D]."""
         self._open(tokens)
         residual = None
         for layer in self.deep_layers:
@@ -236,33 +258,33 @@ class TaHForCausalLM(nn.Module):
         return self._finish(self.decoder.norm(x, residual)[0])
 
     def _open(self, tokens: DeepTokens, rows: Tensor | None = None, step: int = 0) -> None:
-        """Begin a pass in which `tokens` run at depth 2."""
+        """Begin a pass in which `tokens` run at depth 2; `rows` and `step` as in `DeepPass`."""
         assert self.pool is not None
         deep = plan(tokens, self.pool, self.block_size, own=self.config.attention == "own")
         self.current.deep = replace(deep, rows=rows, step=step)
 
     def _finish(self, second: Tensor) -> Tensor:
-        """What normed hidden states of depth 2 add to those of depth 1."""
+        """Return the contribution of normed hidden states of depth 2 to the output (method.md (8))."""
         return second if self.output_map is None else self.output_map(second)
 
     # -- depths mixed in one pass ----------------------------------------------------------------------------------
 
     def _due(self, batch: Batch) -> dict[str, int]:
-        """The tokens of this step that are here for the second time, for what their requests say next."""
+        """Return, by request, the row of this step of the deferred last tokens, which are scheduled a second time."""
         waiting, starts = set(self.waiting.deferred()), batch.starts.tolist()
         return {request: starts[row] for row, request in enumerate(self.request_ids()) if request in waiting}
 
     def _may_wait(self, batch: Batch, index: Tensor) -> bool:
-        """Not where vLLM asks for the log-probabilities of a prompt: it tells them in the step of its tokens, or never.
+        """Return whether the hard tokens `index` may be deferred; if not, one pass runs all of them in this step.
 
-        Then no hard token of the step waits: one pass runs all of them.
+        vLLM reads the log-probabilities of a prompt's tokens in the step of these tokens, so they cannot be deferred.
         """
-        requests, told = self.request_ids(), self.tell_prompts()
-        return self.mixed and not any(requests[row] in told for row in batch.rows(index).unique().tolist())
+        requests, with_prompt = self.request_ids(), self.prompt_logprobs()
+        return self.mixed and not any(requests[row] in with_prompt for row in batch.rows(index).unique().tolist())
 
     def _set_aside(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> None:
-        """Keep the tokens `index` [M], whose inputs are `embeds` [M, D], for the next step."""
-        requests, silent, size = self.request_ids(), self.silent(), self.block_size
+        """Defer the tokens `index` [M], with next inputs `embeds` [M, D], to the next step."""
+        requests, unsampled, size = self.request_ids(), self.unsampled(), self.block_size
         row = batch.rows(index)
         for number in row.unique().tolist():
             mine = index[row == number]
@@ -274,38 +296,42 @@ class TaHForCausalLM(nn.Module):
                 embeds[row == number],
                 batch.block_table[number, : -(-stop // size)].clone(),
                 stop // size * size if self.shares_prefixes else 0,
-                logits.hidden[last].clone() if int(mine[-1]) == last and not silent[number] else None,
+                logits.hidden[last].clone() if int(mine[-1]) == last and not unsampled[number] else None,
             )
 
     def _run_mixed(
         self, batch: Batch, due: dict[str, int], ids: Tensor, positions: Tensor
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """One pass of the step's tokens at depth 1, but for those `due`, and of all tokens that wait at depth 2."""
+        """Run one pass: the step's tokens at depth 1, except those in `due`, and all deferred tokens at depth 2.
+
+        Returns:
+            Final hidden states [T, D], and the hidden states [T, D] by layer that the decider reads.
+        """
         T, (tokens, embeds) = batch.tokens, self.waiting.all()
         rows = torch.tensor(self.waiting.rows(due, T))
         more = len(rows) - len(due)
         self._open(tokens, rows=rows, step=T)
         x = functional.pad(self.embed_input_ids(ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
-        places = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
+        all_positions = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
         wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
         again = torch.tensor(list(due.values()), dtype=torch.long)
         newest = [int(self.waiting.by_request[request].positions[-1]) for request in due]
-        assert positions[again].tolist() == newest, "a request that waits was given another token"
+        assert positions[again].tolist() == newest, "vLLM scheduled another token for a deferred one"
         with without_writing(self.deep_attention[0].stock, again):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
                     features[number] = (x if residual is None else x + residual)[:T]
-                x, residual = layer(places, x, residual)
+                x, residual = layer(all_positions, x, residual)
         hidden = self.decoder.norm(x, residual)[0][:T]
         if due:
             known = self.waiting.hidden()
             first = torch.stack([known[request] for request in due])
             hidden = hidden.index_copy(0, again, first + self._finish(hidden[again]))
-        self.waiting.ran(said=due)
+        self.waiting.ran(emitted=due)
         return hidden, features
 
     def _next_input(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
-        """Inputs [M, D] at depth 2 of the tokens `index`, made of depth 1's results (the paper's input updater)."""
+        """Return the next inputs [M, D] of the tokens `index` for depth 2 (method.md (4), (5))."""
         if self.next_input_map is not None:
             return self.embed_input_ids(ids[index]) + self.next_input_map(logits.hidden[index])
 
@@ -315,14 +341,17 @@ class TaHForCausalLM(nn.Module):
 
         return logits.map(index, mix)
 
-    # -- around it -------------------------------------------------------------------------------------------------
+    # -- preparation and report ------------------------------------------------------------------------------------
 
     def prepare(self, share: float, longest: int) -> None:
-        """Allocate the pool beside vLLM's cache, once that exists.
+        """Allocate the pool; called after vLLM has allocated its KV cache.
 
         Args:
-            share: deep entries per depth-1 slot.
-            longest: tokens of one request.
+            share: Number of pool entries per depth-1 slot.
+            longest: Maximum tokens of a request.
+
+        Raises:
+            ValueError: The layout of vLLM's KV cache is not supported.
         """
         stock = [m for layer in self.decoder.layers for m in layer.modules() if isinstance(m, Attention)]
         check_layout(stock[0])
@@ -337,7 +366,10 @@ class TaHForCausalLM(nn.Module):
         self.pool = DeepPool(len(stock), entries, heads, stock[0].head_size, slots, cache.dtype, cache.device)
 
     def _depths(self, batch: Batch, positions: Tensor) -> dict[str, tuple[int, list[int]]]:
-        """Depths of the tokens of this step, by request, and of those that a cached prefix spared it."""
+        """Return, by request, the first position in this step and the depths of its tokens from there.
+
+        For a new request with a cached prefix, the first position is 0 and the depths include the prefix.
+        """
         assert self.pool is not None
         size, found = self.block_size, {}
         starts, depths = batch.starts.tolist(), (1 + (self.pool.entry_of_slot[batch.slots] >= 0).long()).tolist()
@@ -352,6 +384,6 @@ class TaHForCausalLM(nn.Module):
         return found
 
     def _slots(self, blocks: list[int]) -> Tensor:
-        """Of physical blocks."""
-        places = torch.arange(self.block_size)
-        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + places).flatten()
+        """Return the physical slots of physical blocks."""
+        offsets = torch.arange(self.block_size)
+        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + offsets).flatten()

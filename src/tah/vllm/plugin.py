@@ -1,4 +1,4 @@
-"""Entry point of vLLM's plugins (`vllm.general_plugins`): registers TaH checkpoints in each of its processes."""
+"""Entry point of vLLM (`vllm.general_plugins`), which registers TaH checkpoints in each of its processes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ ARCHITECTURE = "TaHForCausalLM"
 
 
 def register() -> None:
-    """Register the model and what its configuration needs; cheap for processes that serve other models."""
+    """Register the model and the check of its configuration; cheap for processes that serve other models."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    import tah  # noqa: F401  # registers our configuration with transformers
+    import tah  # noqa: F401  # registers TaHConfig with transformers
 
     class TaHServing(VerifyAndUpdateConfig):
-        """vLLM calls this once it has read its flags, and before it picks a worker."""
+        """Check of the configuration, which vLLM calls after it reads its flags and before it selects a worker."""
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            """Check and complete vLLM's configuration."""
             from .settings import settle
 
             settle(vllm_config)

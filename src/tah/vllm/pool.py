@@ -1,8 +1,8 @@
-"""Where the keys and values of depth 2 lie: one entry per iterated token, found by the token's depth-1 slot.
+"""Pool of the keys and values of depth 2: one entry per iterated token, indexed by the token's depth-1 slot.
 
-vLLM pages depth 1. A token that iterates has an entry here, which lives as long as its depth-1 keys: it is freed when
-another token is written to that physical slot. So prefix caching, preemption, chunked prefill and the reuse of blocks
-need no bookkeeping: whoever finds a depth-1 key finds its depth-2 key.
+vLLM's paged KV cache holds depth 1. The pool frees the entry of an iterated token when vLLM writes another token to the
+same physical slot. So a prefix-cache hit returns the keys of both depths, and preemption, chunked prefill and the reuse
+of blocks need no additional bookkeeping.
 
 Shapes: L layers, C entries, H key/value heads, K head width, M tokens.
 """
@@ -16,7 +16,13 @@ from torch import Tensor
 
 
 def capacity(slots: int, share: float, longest: int) -> int:
-    """Entries of a pool beside so many depth-1 slots; enough for the `longest` request alone, so that it can finish."""
+    """Return the number of pool entries for a number of depth-1 slots; at least `longest`, so any request can finish.
+
+    Args:
+        slots: Number of depth-1 slots.
+        share: Number of entries per slot.
+        longest: Maximum tokens of a request.
+    """
     return min(slots, max(longest, math.ceil(share * slots)))
 
 
@@ -24,13 +30,13 @@ class DeepPool:
     """Keys and values of depth 2 of all layers.
 
     Args:
-        layers: L.
-        capacity: C.
-        heads: H of this process.
-        width: K.
-        slots: physical slots of depth 1.
-        dtype: of keys and values.
-        device: where they lie.
+        layers: Number of layers, L.
+        capacity: Number of entries, C.
+        heads: Key/value heads of this process, H.
+        width: Head width, K.
+        slots: Number of physical depth-1 slots.
+        dtype: Data type of keys and values.
+        device: Device of keys and values.
     """
 
     def __init__(
@@ -40,11 +46,11 @@ class DeepPool:
         self.keys = torch.zeros(layers, capacity, heads, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.entry_of_slot = torch.full((slots,), -1, dtype=torch.long, device=device)
-        self.unused = torch.arange(capacity, device=device)  # a stack; the first `free` of it count
+        self.unused = torch.arange(capacity, device=device)  # stack, of which the first `free` entries are free
         self.free = capacity
 
     def release(self, slots: Tensor) -> Tensor:
-        """Free the entries of `slots`, which are written anew or given up; returns the slots that had one."""
+        """Free the entries of `slots` and return those of the slots that had an entry."""
         entries = self.entry_of_slot[slots]
         held = entries >= 0
         slots, entries = slots[held], entries[held]
@@ -54,14 +60,14 @@ class DeepPool:
         return slots
 
     def take(self, slots: Tensor) -> Tensor:
-        """Entries [M] for `slots` [M], which have none.
+        """Assign free entries to `slots` [M], which have none, and return them, [M].
 
         Raises:
-            RuntimeError: fewer are free. The scheduler keeps this from happening.
+            RuntimeError: Fewer than M entries are free; the scheduler prevents this.
         """
         M = len(slots)
         if M > self.free:
-            raise RuntimeError(f"{M} tokens iterate but only {self.free} of {self.capacity} deep entries are free")
+            raise RuntimeError(f"{M} tokens iterate, but only {self.free} of {self.capacity} pool entries are free")
         self.free -= M
         entries = self.unused[self.free : self.free + M].clone()
         self.entry_of_slot[slots] = entries

@@ -1,6 +1,6 @@
-"""What one request may choose: `policy`, `threshold`, `max_depth`, and whether it wants the depth of every token.
+"""Parameters of one request: `policy`, `threshold`, `max_depth`, and `depths` (return the depth of every token).
 
-vLLM takes such fields in `SamplingParams.extra_args`; over HTTP they are called `vllm_xargs`.
+vLLM has such fields in `SamplingParams.extra_args`; over HTTP the name is `vllm_xargs`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..names import LABEL_FREE, suggest
 from ..policy import Rule
 
 FIELDS = ("policy", "threshold", "max_depth", "depths")
-STOCK_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")  # vLLM's own
+STOCK_FIELDS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")  # fields of vLLM
 DEPTHS_SERVED = 2
 
 
@@ -27,15 +27,19 @@ DEPTHS_SERVED = 2
 class RequestOptions:
     """The options of one request, checked and completed."""
 
-    rule: Rule  # without None
-    report_depths: bool = False  # the response has the depth of every token
+    rule: Rule  # complete: no field is None
+    report_depths: bool = False  # whether the response has the depth of every token
 
     @classmethod
     def of(cls, config: TaHConfig, extra_args: dict[str, Any] | None) -> RequestOptions:
-        """The request's own values, and the checkpoint's for the rest.
+        """Return the options of a request; missing values are those of the checkpoint.
+
+        Args:
+            config: Configuration of the checkpoint.
+            extra_args: Fields of the request.
 
         Raises:
-            ValueError: an unknown field, or a value out of range; the message starts with the field's name.
+            ValueError: A field is unknown, or a value is out of range; the message begins with the field's name.
         """
         given = {name: value for name, value in (extra_args or {}).items() if name not in STOCK_FIELDS}
         for name in set(given) - set(FIELDS):
@@ -43,56 +47,64 @@ class RequestOptions:
         depths = given.pop("depths", False)
         policy, threshold, max_depth = Rule(**given).completed(config).arguments().values()
         if policy not in LABEL_FREE:
-            raise ValueError(f"policy={policy!r} cannot be served; {suggest(str(policy), LABEL_FREE)}")
+            raise ValueError(f"policy={policy!r} is not supported in vLLM; {suggest(str(policy), LABEL_FREE)}")
         if policy == "decider" and config.decider is None:
-            raise ValueError("policy='decider': this model has no decider; give another, such as 'confidence'")
+            raise ValueError("policy='decider': this model has no decider; use another policy, such as 'confidence'")
         check_threshold(threshold)
         check_max_depth(max_depth)
         if max_depth > DEPTHS_SERVED:
-            raise ValueError(f"max_depth={max_depth} cannot be served; at most {DEPTHS_SERVED}")
+            raise ValueError(f"max_depth={max_depth} is not supported in vLLM; use at most {DEPTHS_SERVED}")
         if depths not in (True, False):
             raise ValueError(f"depths={depths!r} must be true or false")
         return cls(Rule(policy, float(threshold), int(max_depth)), bool(depths))
 
     @property
     def iterates(self) -> bool:
-        """Whether any token may run a second pass."""
+        """Whether any token may take a second pass."""
         return self.rule.policy != "never" and bool(self.rule.max_depth != 1)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the depths depend on: requests share cached prefixes if and only if their keys are equal."""
+        """The values on which depths depend; requests share cached prefixes if and only if their keys are equal."""
         if not self.iterates:
             return ("never",)
-        if self.rule.policy in ("always", "random"):  # they do not look at the threshold
+        if self.rule.policy in ("always", "random"):  # these do not depend on the threshold
             return (self.rule.policy,)
         return (self.rule.policy, self.rule.threshold)
 
 
 @dataclass
 class DepthLog:
-    """The passes that the tokens of one request took, and how many of those numbers its answer has brought already."""
+    """The depths of the tokens of one request, and how many of these numbers its outputs contain already."""
 
-    depths: list[int] = field(default_factory=list)  # by position, of the tokens that ran; the newest one did not
+    depths: list[int] = field(default_factory=list)  # by position; the newest token has not run, so it has no depth
     sent: int = 0
 
     def news(self) -> np.ndarray:
-        """What the answer lacks, [tokens] int8."""
+        """Return the depths that no output contains, [tokens] int8, and count them as sent."""
         new = np.array(self.depths[self.sent :], dtype=np.int8)
         self.sent = len(self.depths)
         return new
 
 
 class DepthParameters(LogitsProcessor):
-    """No logits are processed: vLLM asks its logits processors to validate what a request brings, and answers 400."""
+    """Validation of a request's fields; it changes no logits.
 
-    config: ClassVar[TaHConfig]  # of the one model of this process; set by the plugin
+    vLLM calls `validate_params` of its logits processors for each request, and answers an error with HTTP 400.
+    """
+
+    config: ClassVar[TaHConfig]  # configuration of the one model of this process; the plugin sets it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Check the fields of a request.
+
+        Raises:
+            VLLMValidationError: A field is unknown or out of range; `parameter` names it.
+        """
         try:
             RequestOptions.of(cls.config, sampling_params.extra_args)
         except ValueError as error:
@@ -100,10 +112,12 @@ class DepthParameters(LogitsProcessor):
             raise VLLMValidationError(str(error), parameter=f"vllm_xargs.{field}") from error
 
     def is_argmax_invariant(self) -> bool:
+        """Return True: logits do not change."""
         return True
 
     def update_state(self, batch_update: Any) -> None:
-        pass
+        """Do nothing: there is no state."""
 
     def apply(self, logits: Tensor) -> Tensor:
+        """Return `logits` unchanged."""
         return logits

@@ -1,9 +1,9 @@
-"""What HTTP responses tell of depths: middleware for vLLM's server (`--middleware`), which `tah serve` adds.
+"""Middleware of vLLM's server (`--middleware`) that adds depths to HTTP responses; `tah serve` enables it.
 
-vLLM carries one array per token from the engine to each answer, `CompletionOutput.routed_experts`; of a TaH model it
-holds the depths [T] of prompt and answer, once the answer has ended. The server's responses have no field for them, so
-here each choice gets `tah` beside its text, and the request's usage gets the sums, in streams too. On other paths the
-array is dropped: what the server says in that field there is not experts.
+vLLM's engine returns one array with each output, `CompletionOutput.routed_experts`. For a TaH model this array is the
+depths [T] of prompt and answer, complete when the answer has ended. The server's responses have no field for depths. So
+the middleware adds `tah` to each choice and the sums to the request's usage, also in streams. On other paths it removes
+the array, which the server would return as routed experts.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 
 @dataclass
 class AnswerDepths:
-    """One answer that has ended. Its tokens are counted by the token that ran to predict them."""
+    """The depths of an ended answer. The depth of an answer's token is that of the token that predicts it."""
 
-    prompt: np.ndarray  # depths of the prompt's tokens but the last
-    said: np.ndarray  # depths that predicted the answer's tokens
+    prompt: np.ndarray  # depths of the prompt's tokens except the last
+    answer: np.ndarray  # depths of the tokens that predict the answer's tokens
 
-    def told(self, in_full: bool) -> dict[str, Any]:
-        """For its choice in the response; `in_full`: with the depth of every token, the prompt's first."""
-        found: dict[str, Any] = counts([self.said])
-        return found | {"depths": [*self.prompt.tolist(), *self.said.tolist()]} if in_full else found
+    def as_field(self, in_full: bool) -> dict[str, Any]:
+        """Return the field `tah` of a choice; with `in_full`, including the depth of every token, the prompt first."""
+        found: dict[str, Any] = counts([self.answer])
+        return found | {"depths": [*self.prompt.tolist(), *self.answer.tolist()]} if in_full else found
 
 
-def counts(said: list[np.ndarray]) -> dict[str, Any]:
-    """Of the depths that predicted the tokens of some answers."""
-    depths = np.concatenate(said)
+def counts(answers: list[np.ndarray]) -> dict[str, Any]:
+    """Return the number of iterated tokens and the mean depth of answers, given their depths."""
+    depths = np.concatenate(answers)
     return {"iterated_tokens": int((depths > 1).sum()), "mean_depth": float(depths.mean())}
 
 
 @dataclass
 class Answers:
-    """Those of one HTTP request, by the number of the choice in its response."""
+    """The answers of one HTTP request."""
 
-    prompts: int = 0  # handed to the engine so far
-    each: int = 1  # answers to each prompt
-    in_full: bool = False
-    ended: dict[int, AnswerDepths] = field(default_factory=dict)
+    prompts: int = 0  # number of prompts that the engine has got
+    each: int = 1  # answers per prompt
+    in_full: bool = False  # whether the response has the depth of every token
+    ended: dict[int, AnswerDepths] = field(default_factory=dict)  # by index of the choice in the response
 
     def listen(self, outputs: AsyncGenerator[RequestOutput], params: SamplingParams) -> AsyncGenerator[RequestOutput]:
-        """What the engine says to the next prompt, as it comes; the depths of answers that end are kept."""
+        """Pass the engine's outputs of the next prompt on, and keep the depths of ended answers."""
         self.each, self.in_full = params.n, bool((params.extra_args or {}).get("depths"))
         first, self.prompts = self.prompts * self.each, self.prompts + 1
 
@@ -64,24 +64,24 @@ class Answers:
                         if one.routed_experts is not None:
                             start = len(output.prompt_token_ids or ()) - 1
                             self.ended[first + one.index] = AnswerDepths(*np.split(one.routed_experts, [start]))
-                            one.routed_experts = None  # which the server would give out in its own way
+                            one.routed_experts = None  # the server would return it as routed experts
                     yield output
 
         return listening()
 
-    def tell(self, response: dict[str, Any]) -> None:
-        """Add what is known to a response, or to a chunk of a streamed one."""
+    def add_to(self, response: dict[str, Any]) -> None:
+        """Add `tah` to the ended choices and to the usage of a response, or of a chunk of a stream."""
         for choice in response["choices"]:
             if choice.get("finish_reason") and choice["index"] in self.ended:
-                choice["tah"] = self.ended[choice["index"]].told(self.in_full)
+                choice["tah"] = self.ended[choice["index"]].as_field(self.in_full)
         if response.get("usage") and self.ended:
             prompts = [answer.prompt for number, answer in self.ended.items() if number % self.each == 0]
-            found = counts([answer.said for answer in self.ended.values()])
+            found = counts([ended.answer for ended in self.ended.values()])
             found["prompt_iterated_tokens"] = sum(int((prompt > 1).sum()) for prompt in prompts)
             response["usage"]["tah"] = found
 
 
-RUNNING: ContextVar[Answers] = ContextVar("answers of the HTTP request that this context belongs to")
+RUNNING: ContextVar[Answers] = ContextVar("answers of the HTTP request of this context")
 
 
 class TellDepths:
@@ -97,12 +97,12 @@ class TellDepths:
             listen(engine)
         answers = Answers()
         RUNNING.set(answers)
-        telling = scope["path"].endswith(PATHS)
-        return await self.app(scope, receive, Telling(send, answers) if telling else send)
+        adds_depths = scope["path"].endswith(PATHS)
+        return await self.app(scope, receive, ResponseSender(send, answers) if adds_depths else send)
 
 
 def listen(engine: Any) -> None:
-    """Have the server's client of the engine keep the depths of what it says. Once is enough."""
+    """Wrap `engine.generate`, so that the running HTTP request keeps the depths of its outputs; done at most once."""
     if "generate" in vars(engine):
         return
     stock = engine.generate
@@ -110,18 +110,18 @@ def listen(engine: Any) -> None:
     def generate(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> Any:
         outputs = stock(prompt, sampling_params, request_id, **options)
         answers = RUNNING.get(None)
-        beam = "-beam-" in request_id  # a step of a beam search: a prompt of the server's own
+        beam = "-beam-" in request_id  # a step of a beam search, whose prompt is made by the server
         return outputs if answers is None or beam else answers.listen(outputs, sampling_params)
 
     engine.generate = generate
 
 
-class Telling:
-    """What the server sends, with `tah` in it: event by event of a stream, or a whole response at its end."""
+class ResponseSender:
+    """Sender of a response that adds `tah`: to each event of a stream, or to a whole response at its end."""
 
     def __init__(self, send: Send, answers: Answers) -> None:
         self.send, self.answers = send, answers
-        self.start: Message | None = None  # held back: the length of what follows is not known yet
+        self.start: Message | None = None  # sent with the body, since it has the length of the body
         self.body = b""
 
     async def __call__(self, message: Message) -> None:
@@ -135,21 +135,21 @@ class Telling:
         elif message.get("more_body"):
             self.body += message.get("body", b"")
         else:
-            body = self._told(self.body + message.get("body", b""))
+            body = self._with_depths(self.body + message.get("body", b""))
             MutableHeaders(raw=self.start["headers"])["content-length"] = str(len(body))
             await self.send(self.start)
             await self.send(message | {"body": body})
         return None
 
     def _event(self, event: bytes) -> bytes:
-        """An event of a stream; those in the middle of an answer pass as they are."""
+        """Return an event of a stream, with `tah` if it ends a choice or has the usage."""
         if b'"finish_reason":"' in event or b'"choices":[],' in event:
-            return b"data: " + self._told(event.removeprefix(b"data: "))
+            return b"data: " + self._with_depths(event.removeprefix(b"data: "))
         return event
 
-    def _told(self, body: bytes) -> bytes:
+    def _with_depths(self, body: bytes) -> bytes:
         response = json.loads(body)
         if "choices" not in response:  # an error
             return body
-        self.answers.tell(response)
+        self.answers.add_to(response)
         return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()

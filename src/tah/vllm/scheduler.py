@@ -1,4 +1,4 @@
-"""The scheduler: vLLM's own, which also reserves room for depth 2 and returns the depths of every request's tokens."""
+"""vLLM's scheduler, which also reserves pool entries for depth 2 and returns the depths of every request's tokens."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .requests import DepthLog, RequestOptions
 
 @dataclass
 class StepReport:
-    """What the model reports to the scheduler about one step."""
+    """The model's report of one step to the scheduler."""
 
-    free: int  # deep entries
-    taken: list[int]  # slots that have an entry since this step
-    released: list[int]  # slots whose entry is gone since this step
-    depths: dict[str, tuple[int, list[int]]]  # by request: its first position in this step, the depths from there
-    repeated: int  # tokens of this step that an earlier one had already, and counted
-    deferred: list[str]  # requests that say nothing before their newest token has run again, in the next step
+    free: int  # free pool entries
+    taken: list[int]  # slots that got an entry in this step
+    released: list[int]  # slots that lost their entry in this step
+    depths: dict[str, tuple[int, list[int]]]  # by request: first position in this step, depths from that position on
+    repeated: int  # tokens of this step that an earlier step has counted
+    deferred: list[str]  # requests whose last token is deferred: they emit their next token in the next step
 
 
 class DepthScheduler(Scheduler):
-    """Never schedules more tokens than there are free deep entries, so any of them may iterate.
+    """Scheduler that never schedules more tokens than there are free pool entries, so all of them may iterate.
 
-    Where that would hold requests up, entries of cached prefixes that nobody uses are given up first, and then a
-    request is preempted, the one that vLLM would choose when its own cache is full. No decision ever depends on room.
+    If this limit would delay requests, the scheduler first frees entries of unused cached prefixes, and then preempts
+    a request: the one that vLLM preempts when its KV cache is full. No decision to iterate depends on free entries.
     """
 
     max_num_scheduled_tokens: int
@@ -47,16 +47,16 @@ class DepthScheduler(Scheduler):
         slots = self.kv_cache_config.num_blocks * self.block_size
         share = self.vllm_config.additional_config["deep_kv_share"]
         self.deep_free = self.deep_capacity = capacity(slots, share, model.max_model_len)
-        self.deep_in_block: Counter[int] = Counter()  # physical block -> entries
+        self.deep_in_block: Counter[int] = Counter()  # number of entries by physical block
         self.config = model.hf_config
         self.usual = RequestOptions.of(self.config, None).key
         self.logs: dict[str, DepthLog] = {}  # by request
-        self.ended: dict[str, DepthLog] = {}  # of requests that ended in the running step
-        self.numbers: StepNumbers | None = None  # of the latest step, for the metrics
+        self.ended: dict[str, DepthLog] = {}  # by request that ended in the running step
+        self.numbers: StepNumbers | None = None  # numbers of the latest step, for the metrics
 
     def add_request(self, request: Request) -> None:
-        """A request with a rule of its own shares cached prefixes only with its like: deep keys depend on the rule."""
-        if request.request_id not in self.requests:  # else a later part of the input of one that is known
+        """Add a request, which shares cached prefixes only with requests of the same rule (as depth-2 keys do)."""
+        if request.request_id not in self.requests:  # else this is a later part of the input of a known request
             options = RequestOptions.of(self.config, request.sampling_params.extra_args)
             self.logs[request.request_id] = DepthLog()
             if options.key != self.usual:
@@ -66,6 +66,7 @@ class DepthScheduler(Scheduler):
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step with at most as many tokens as there are free pool entries."""
         given_up = self._make_room()
         limit: int = self.max_num_scheduled_tokens
         self.max_num_scheduled_tokens = min(limit, self.deep_free)
@@ -73,11 +74,11 @@ class DepthScheduler(Scheduler):
             output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = limit
-        output.given_up = given_up  # for the worker
+        output.given_up = given_up  # the worker reads it
         return output
 
     def _make_room(self) -> list[int]:
-        """Physical blocks whose deep entries are given up, so that this step's tokens may all iterate."""
+        """Free pool entries, so that all tokens of this step may iterate; return the physical blocks of freed ones."""
         seats = self.max_num_running_reqs - len(self.running)
         wanted = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
         wanted += sum(request.num_tokens for request in islice(self.waiting, seats))
@@ -94,7 +95,7 @@ class DepthScheduler(Scheduler):
         return given_up
 
     def _give_up(self, wanted: int) -> list[int]:
-        """Drop cached blocks that no request holds, the next to be evicted first, until `wanted` entries are free."""
+        """Drop cached blocks that no request uses, in the order of eviction, until `wanted` entries are free."""
         blocks: list[int] = []
         if self.deep_free >= wanted:
             return blocks
@@ -109,28 +110,30 @@ class DepthScheduler(Scheduler):
         return blocks
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """Update the state after a step, and add the new depths to each request's output."""
         report: StepReport | None = getattr(model_runner_output, "report", None)
         if report is not None:
             self.deep_free = report.free
             self.deep_in_block.update(slot // self.block_size for slot in report.taken)
             self.deep_in_block.subtract(slot // self.block_size for slot in report.released)
             for request, (start, depths) in report.depths.items():
-                if request in self.logs:  # not aborted meanwhile
+                if request in self.logs:  # a request may have been aborted during the step
                     self.logs[request].depths[start:] = depths
             deferred = set(report.deferred) & set(scheduler_output.num_scheduled_tokens)
             for request in deferred & set(self.requests):
-                self.requests[request].num_computed_tokens -= 1  # its newest token is run again
+                self.requests[request].num_computed_tokens -= 1  # so that vLLM schedules its newest token again
             shallow = scheduler_output.total_num_scheduled_tokens - report.repeated - len(report.taken)
             used = self.deep_capacity - report.free
             self.numbers = StepNumbers(shallow, len(report.taken), used, self.deep_capacity)
         found = super().update_from_output(scheduler_output, model_runner_output)
         for output in (output for part in found.values() for output in part.outputs):
             log = self.logs.get(output.request_id) or self.ended[output.request_id]
-            output.routed_experts = log.news()  # vLLM's one array per token: it puts the parts of an answer together
+            output.routed_experts = log.news()  # vLLM's array per token; vLLM concatenates the parts of an answer
         self.ended.clear()
         return found
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Return vLLM's statistics, with the numbers of the latest step."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self.numbers is not None:
             self.numbers.put(stats)

@@ -1,4 +1,4 @@
-"""What vLLM's flags may be around a TaH model: what cannot work together is refused, the rest is filled in."""
+"""Check and complete vLLM's configuration for a TaH model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from .compat import check_version
 from .model import FAMILIES
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
-DEEP_KV_SHARE = 0.1  # deep entries per depth-1 slot; the paper's models iterate on 7 % of tokens
+DEEP_KV_SHARE = 0.1  # pool entries per depth-1 slot; the paper's models iterate 7 % of the tokens
 BATCHING = ("auto", "two_pass", "mixed")
-BLOCK = 32  # tokens: vLLM's kernels for CPUs take blocks of a multiple of this
-MANY = 8  # requests at a time from which `mixed` was measured to be ahead; with one it is level
+BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
+MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
 
 
 def settle(vllm_config: Any) -> None:
     """Check and complete vLLM's configuration, so that no flags are needed.
 
+    Args:
+        vllm_config: Configuration of vLLM; it is changed in place.
+
     Raises:
-        ValueError: in one line, what cannot be served.
+        ValueError: The checkpoint or a flag is not supported.
     """
     check_version()
     config = vllm_config.model_config.hf_config
@@ -48,18 +51,18 @@ def _check_checkpoint(config: TaHConfig) -> None:
         raise ValueError(f"tah serves bases of the families {', '.join(FAMILIES)}; this one is {kind!r}")
     if config.max_depth > DEPTHS_SERVED:
         raise ValueError(
-            f"max_depth={config.max_depth} cannot be served, at most {DEPTHS_SERVED}; "
-            f"lower it with --hf-overrides '{{\"max_depth\": {DEPTHS_SERVED}}}'"
+            f"max_depth={config.max_depth} is not supported in vLLM; use at most {DEPTHS_SERVED}, "
+            f"with --hf-overrides '{{\"max_depth\": {DEPTHS_SERVED}}}'"
         )
     if config.attention == "blind":
-        raise ValueError("attention='blind' is a control for experiments; it cannot be served")
+        raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
     if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
-        raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) cannot be served")
+        raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
 
 
 def _check_flags(vllm_config: Any) -> None:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    refused = {
+    unsupported = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "LoRA adapters of vLLM": vllm_config.lora_config is not None,
@@ -73,35 +76,35 @@ def _check_flags(vllm_config: Any) -> None:
         "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
         "vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
     }
-    for what, asked in refused.items():
-        if asked:
-            raise ValueError(f"TaH models cannot be served with {what}; leave it out")
+    for what, is_set in unsupported.items():
+        if is_set:
+            raise ValueError(f"TaH models do not support {what}; leave it out")
     if cache.user_specified_block_size and cache.block_size % BLOCK:
         raise ValueError(
-            f"--block-size {cache.block_size} is not a multiple of {BLOCK}, as vLLM's kernels for CPUs ask for; "
-            "leave it out, or take 32, 64 or 128"
+            f"--block-size {cache.block_size} is not a multiple of {BLOCK}, which vLLM's CPU kernels need; "
+            "leave it out, or use 32, 64 or 128"
         )
 
 
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
-    """Deep entries per depth-1 slot: as asked, or else enough for the policy."""
+    """Return the pool entries per depth-1 slot: the configured number, or a default for the policy."""
     default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.4 * config.random_rate))}
     share = additional.get("deep_kv_share", default.get(config.policy, DEEP_KV_SHARE))
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
-        raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number above 0, at most 1")
+        raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number > 0 and <= 1")
     return float(share)
 
 
 def _batching(vllm_config: Any) -> str:
-    """How the two depths share steps; answers are the same.
+    """Return how both depths share steps, `two_pass` or `mixed`; answers are the same.
 
-    `auto` follows the tables in docs/how-to/serve.md: `mixed` reads the weights less often, if several requests run.
-    With torch.compile its steps would run uncompiled.
+    `auto` follows the tables in docs/results/load-tests.md: `mixed` reads the weights less often if several requests
+    run. With torch.compile, steps of `mixed` would run uncompiled.
     """
-    asked = vllm_config.additional_config.get("batching", "auto")
-    if asked not in BATCHING:
-        raise ValueError(f"batching={asked!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    if asked != "auto":
-        return asked
+    batching = vllm_config.additional_config.get("batching", "auto")
+    if batching not in BATCHING:
+        raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    if batching != "auto":
+        return batching
     several = vllm_config.scheduler_config.max_num_seqs >= MANY
     return "mixed" if several and vllm_config.model_config.enforce_eager else "two_pass"

@@ -1,7 +1,7 @@
-"""Hard tokens that wait for the next step, where they run at depth 2 beside others' depth 1 (`batching="mixed"`).
+"""Deferred tokens of `batching="mixed"`: hard tokens that run at depth 2 in the next step, beside depth 1 of that step.
 
-Those of a prompt's chunk run as rows that are added to the step. The one that decides what a request says next is a row
-of the step itself: the scheduler has it computed once more, and the request says nothing before.
+A deferred token inside a prompt's chunk is a row that the model adds to the next step. A deferred last token of a
+request is a row of vLLM's step: the scheduler schedules it a second time, and the request emits its next token then.
 
 Shapes: M tokens, N physical blocks, D width, T tokens of the step.
 """
@@ -20,25 +20,26 @@ from .attention import DeepTokens
 
 @dataclass
 class Waiting:
-    """Tokens of one request. They have their entries in the pool already, and no keys there yet."""
+    """Deferred tokens of one request. Each has an entry in the pool, which is still empty."""
 
     positions: Tensor  # [M]
-    slots: Tensor  # [M] where their depth-1 keys are
-    embeds: Tensor  # [M, D] their inputs at depth 2
-    blocks: Tensor  # [N] the request's, up to the last of the tokens
-    shared: int  # tokens of the request in full blocks, which others may find in the prefix cache
-    hidden: Tensor | None  # [D] what depth 1 ended in at the last token, if that decides what the request says next
+    slots: Tensor  # [M] physical slots of their depth-1 keys
+    embeds: Tensor  # [M, D] next inputs, for depth 2
+    blocks: Tensor  # [N] physical blocks of the request, up to the last of the tokens
+    shared: int  # number of the request's tokens in full blocks, which the prefix cache may share
+    hidden: Tensor | None  # [D] final hidden state of depth 1 of the last token, if that predicts the next token
 
     def part(self, tokens: slice, hidden: Tensor | None) -> Waiting:
+        """Return a part of the tokens, with another `hidden`."""
         positions, slots, embeds = self.positions[tokens], self.slots[tokens], self.embeds[tokens]
         return replace(self, positions=positions, slots=slots, embeds=embeds, hidden=hidden)
 
 
 class WaitingTokens:
-    """Of all requests.
+    """Deferred tokens of all requests.
 
-    Requests that are gone leave theirs in full blocks, which have to run nevertheless: who finds a depth-1 key in the
-    prefix cache relies on the depth-2 key.
+    If a request ends, its deferred tokens in full blocks still run: a request that finds these blocks in the prefix
+    cache attends to their depth-2 keys.
     """
 
     def __init__(self) -> None:
@@ -46,21 +47,21 @@ class WaitingTokens:
         self.left: list[Waiting] = []
 
     def deferred(self) -> list[str]:
-        """Requests that say nothing before their newest token has run again."""
+        """Return the requests whose last token is deferred."""
         return list(self.hidden())
 
     def hidden(self) -> dict[str, Tensor]:
-        """What depth 1 ended in [D] at those tokens."""
+        """Return, by request, the final hidden state [D] of depth 1 of the deferred last tokens."""
         return {request: one.hidden for request, one in self.by_request.items() if one.hidden is not None}
 
     def leave(self, request: str) -> None:
-        """It ended, or will run from the start."""
+        """Remove a request that has ended or was preempted; its tokens in full blocks move to `left`."""
         one = self.by_request.pop(request, None)
         if one is not None and (count := int((one.positions < one.shared).sum())):
             self.left.append(one.part(slice(count), None))
 
     def all(self) -> tuple[DeepTokens, Tensor]:
-        """For one pass, those of requests that are gone first, and their inputs [M, D]."""
+        """Return all tokens for one pass, those of removed requests first, and their next inputs [M, D]."""
         waiting: Sequence[Waiting] = [*self.left, *self.by_request.values()]
         owners = [number for number, one in enumerate(waiting) for _ in range(len(one.positions))]
         positions, slots = torch.cat([one.positions for one in waiting]), torch.cat([one.slots for one in waiting])
@@ -68,11 +69,11 @@ class WaitingTokens:
         return DeepTokens(owners, positions, slots, tables), torch.cat([one.embeds for one in waiting])
 
     def rows(self, due: dict[str, int], step: int) -> list[int]:
-        """Where the tokens of `all` go in a mixed pass; none are left of requests that are gone.
+        """Return the rows of the tokens of `all` in a mixed pass; `left` must be empty.
 
         Args:
-            due: the row of the step that a request's newest token has.
-            step: T; all others come behind its rows.
+            due: Row of the step of each request's deferred last token, if that is scheduled.
+            step: Number of rows of the step, T; all other tokens get the rows after them.
         """
         assert not self.left
         rows: list[int] = []
@@ -85,11 +86,17 @@ class WaitingTokens:
                 rows.append(due[request])
         return rows
 
-    def ran(self, said: Collection[str] = ()) -> None:
-        """All have; but a token that a request hangs on runs again, as a row of its step, unless that is in `said`."""
+    def ran(self, emitted: Collection[str] = ()) -> None:
+        """Remove the tokens, which have run; but keep a deferred last token of a request that is not in `emitted`.
+
+        Such a token runs again when vLLM schedules it.
+
+        Args:
+            emitted: Requests whose deferred last token was a row of the step.
+        """
         self.left.clear()
         self.by_request = {
             request: one.part(slice(-1, None), one.hidden)
             for request, one in self.by_request.items()
-            if one.hidden is not None and request not in said
+            if one.hidden is not None and request not in emitted
         }

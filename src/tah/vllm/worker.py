@@ -1,4 +1,4 @@
-"""The worker: vLLM's own, which also sizes the pool and carries messages between scheduler and model."""
+"""vLLM's worker, which also sizes the pool and passes data between scheduler and model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ class DepthCPUWorker(CPUWorker):
 
     @property
     def share(self) -> float:
+        """Pool entries per depth-1 slot."""
         return self.vllm_config.additional_config["deep_kv_share"]
 
     def determine_available_memory(self) -> int:
-        """Bytes for vLLM's cache: what is left when the pool, which `pool.capacity` sizes, has its part.
+        """Return the bytes of vLLM's KV cache: all available bytes except those of the pool.
 
-        Either the share decides, or the longest request; where that is most of the cache, both get a half.
+        `pool.capacity` sizes the pool by the share or by the longest request. If the longest request needs more than
+        half of the bytes, cache and pool get a half each.
         """
         whole = super().determine_available_memory()
         slot = sum(spec.page_size_bytes / spec.block_size for spec in self.get_kv_cache_spec().values())
@@ -27,20 +29,22 @@ class DepthCPUWorker(CPUWorker):
         return int(min(whole / (1 + self.share), max(whole - longest, whole / 2)))
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Allocate vLLM's KV cache, then the pool, and connect the model to the state of the runner."""
         super().initialize_from_config(kv_cache_config)
         model = self.model_runner.model
         model.prepare(self.share, self.model_config.max_model_len)
         model.request_ids = lambda: self.model_runner.input_batch.req_ids
-        model.silent = lambda: self.model_runner.discard_request_mask.np
-        model.tell_prompts = lambda: self.model_runner.num_prompt_logprobs
+        model.unsampled = lambda: self.model_runner.discard_request_mask.np
+        model.prompt_logprobs = lambda: self.model_runner.num_prompt_logprobs
 
     def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step, after the model has got its new, ended and preempted requests."""
         model = self.model_runner.model
         for request in scheduler_output.scheduled_new_reqs:
             model.options[request.req_id] = RequestOptions.of(model.config, request.sampling_params.extra_args)
             model.fresh.add(request.req_id)
         gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        # In one order in all processes, which add up their parts of each row.
+        # The order must be the same in all processes, since they add up their parts of each row.
         for request in sorted(gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids):
             model.waiting.leave(request)
         model.given_up += scheduler_output.given_up
@@ -51,20 +55,21 @@ class DepthCPUWorker(CPUWorker):
         return out
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Nothing is said in this step for a token that waits for the next.
+        """Sample the next tokens, except for requests whose last token is deferred.
 
-        vLLM has a mask for requests that say nothing, those in the middle of their prompt. It then puts the generator
-        of a seed back by a step, which generators on CPUs cannot do; so a silent request's generator is left alone.
+        vLLM has a mask of requests without a sampled token, those in the middle of their prompt. For these it also
+        rewinds the random generator of the seed by a step, which CPU generators do not support; so this method hides
+        their generators from vLLM.
         """
         model, batch = self.model_runner.model, self.model_runner.input_batch
-        silent = self.model_runner.discard_request_mask.np
+        unsampled = self.model_runner.discard_request_mask.np
         for request in model.report.deferred if model.report is not None else ():
             if request in batch.req_id_to_index:
-                silent[batch.req_id_to_index[request]] = True
-        kept = {row: batch.generators.pop(row) for row in list(batch.generators) if silent[row]}
+                unsampled[batch.req_id_to_index[request]] = True
+        kept = {row: batch.generators.pop(row) for row in list(batch.generators) if unsampled[row]}
         try:
             out = super().sample_tokens(grammar_output)
         finally:
             batch.generators.update(kept)
-        out.report = model.report  # for the scheduler
+        out.report = model.report  # the scheduler reads it
         return out
