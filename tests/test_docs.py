@@ -15,6 +15,7 @@ from tah.load import load_tokenizer
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
+BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in examples; the tests take the bundled copy
 SITE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments")
 
@@ -60,7 +61,7 @@ def test_links_knows_what_is_not_there():
 
 def test_python_of_the_readme_runs(tmp_path, tiny_base):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    code = "\n".join(blocks).replace('"Qwen/Qwen3-0.6B"', repr(str(tiny_base))).replace("=256", "=8")
+    code = "\n".join(blocks).replace(f'"{BUNDLED}"', repr(str(tiny_base)))
     scope: dict = {}
     here = Path.cwd()
     os.chdir(tmp_path)
@@ -91,6 +92,9 @@ def bundled(smollm2, monkeypatch, tmp_path):
         monkeypatch.setenv(name, value)
 
 
+SHOWS = re.compile(r"^```python\n(?:(?!```).*\n)*?.*#> ", re.M)  # a block that shows what it prints
+
+
 def python_of(page: Path) -> list[Any]:
     """The blocks of a page that show what they print."""
     examples = pytest.importorskip("pytest_examples")
@@ -98,13 +102,28 @@ def python_of(page: Path) -> list[Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", [page for page in SITE if "#> " in page.read_text()], ids=page_id)
-def test_printed_output_of_python(page, bundled, eval_example):
+@pytest.mark.parametrize("page", [page for page in SITE if SHOWS.search(page.read_text())], ids=page_id)
+def test_printed_output_of_python(page, bundled, smollm2, eval_example):
     """Later blocks of a page use the names of earlier ones."""
     scope: dict = {}
     eval_example.set_config(line_length=120)
-    for example in python_of(page):
+    examples = python_of(page)
+    assert examples
+    for example in examples:
+        example.source = example.source.replace(f'"{BUNDLED}"', repr(str(smollm2)))
         scope |= eval_example.run_print_check(example, module_globals=scope)
+
+
+@pytest.mark.parametrize("printed", ["2", "3"])
+def test_a_wrong_printed_output_is_found(printed, tmp_path, eval_example):
+    """Control."""
+    (tmp_path / "page.md").write_text(f"```python\nprint(1 + 1)\n#> {printed}\n```\n")
+    (example,) = python_of(tmp_path / "page.md")
+    if printed == "2":
+        eval_example.run_print_check(example)
+    else:
+        with pytest.raises(pytest.fail.Exception):
+            eval_example.run_print_check(example)
 
 
 @pytest.mark.timeout(600)
@@ -117,7 +136,8 @@ def test_output_of_commands(page, bundled):
 def test_a_wrong_output_is_found(tmp_path, monkeypatch):
     """Control."""
     monkeypatch.chdir(tmp_path)
-    good = "```console\n$ echo one > file\n$ cat file  \none\n\n$ echo \\\n>   two\ntwo\n```\n\n```bash\n$ no-command\n```\n"
+    good = "```console\n$ echo one > file\n$ cat file  \none\n\n$ echo \\\n>   two\ntwo\n```\n"
+    good += "\n```bash\n$ no-command\n```\n"
     assert wrong_outputs(good) == []
     assert len(wrong_outputs(good + "```console\n$ cat file\ntwo\n```\n")) == 1
     assert len(wrong_outputs("```console\n$ true\nmore\n```\n")) == 1

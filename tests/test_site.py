@@ -41,7 +41,7 @@ def loads(text: str, suffix: str) -> list[str]:
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", str(config), "-d", str(site)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config), "-d", str(site)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=config.parent)
 
 

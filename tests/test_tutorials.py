@@ -38,7 +38,7 @@ def execute(path: Path, directory: Path, environment: dict[str, str]) -> None:
 
 @pytest.fixture
 def environment(smollm2):
-    """Variables of the kernel: the bundled checkpoints, this checkout's tah, one thread, no network, no machine's GPU."""
+    """Variables of the kernel: the bundled checkpoints, this checkout's tah, one thread, no network."""
     return {
         "TAH_CACHE": str(smollm2.parent),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
@@ -58,6 +58,7 @@ def test_a_notebook_runs(path, tmp_path, environment):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_has_its_outputs(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    # All cells ran once, in order.
     assert cells and [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), (
         "run all cells in order"
     )
