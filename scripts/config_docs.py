@@ -65,10 +65,6 @@ def default_of(field: dataclasses.Field) -> Any:
     return factory() if factory is not dataclasses.MISSING else field.default
 
 
-def cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def document() -> str:
     """Return the page as Markdown."""
     own = TaHConfig.__annotations__
@@ -86,8 +82,8 @@ def document() -> str:
         allowed = ALLOWED.get(name, "")
         words = allowed if isinstance(allowed, str) else ", ".join(f"`{word}`" for word in allowed)
         default = json.dumps(default_of(field))
-        lines.append(cell(f"`{name}` ¦ `{own[name]}` ¦ `{default}` ¦ {words} ¦ {text[name]}").replace("¦", "|"))
-        lines[-1] = f"| {lines[-1]} |"
+        types = ", ".join(f"`{each}`" for each in own[name].split(" | "))
+        lines.append(f"| `{name}` | {types} | `{default}` | {words} | {text[name]} |")
     lines += ["", DECIDER, "| kind | entry | default |", "| --- | --- | --- |"]
     for kind, entries in DECIDER_DEFAULTS.items():
         lines += [f"| `{kind}` | `{entry}` | `{json.dumps(value)}` |" for entry, value in entries.items()]
