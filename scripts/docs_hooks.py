@@ -57,7 +57,7 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
                 parts.append("".join(data["text/markdown"]))
             else:
                 text = "".join(output.get("text", data.get("text/plain", output.get("traceback", []))))
-                parts.append(fenced(text, "text"))
+                parts.append(fenced(re.sub(r"\x1b\[[\d;]*m", "", text), "text"))  # without colours of a terminal
     parts.append(f'<a href="../{name}" download>Download this notebook</a>')
     return "\n\n".join(part for part in parts if part) + "\n", pictures
 

@@ -67,7 +67,7 @@ def small(tmp_path):
         picture = base64.b64encode(PIXEL).decode()
         code = nbformat.v4.new_code_cell("print('run')")
         code.outputs = [
-            nbformat.v4.new_output("stream", text="stored, not executed\n"),
+            nbformat.v4.new_output("stream", text="\x1b[31mstored, not\x1b[0m executed\n"),
             nbformat.v4.new_output("display_data", data={"image/png": picture}),
         ]
         words = nbformat.v4.new_markdown_cell("# A notebook\n\nSee [home](../index.md).")
