@@ -53,6 +53,9 @@ def notebook_page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, b
                 picture = f"{name.removesuffix('.ipynb')}-{len(pictures) + 1}.png"
                 pictures[picture] = base64.b64decode("".join(png))
                 parts.append(f"![Output of the cell above]({picture})")
+            elif "text/html" in data:
+                lines = "".join(data["text/html"]).splitlines()
+                parts.append("<div>" + "\n".join(line for line in lines if line.strip()) + "</div>")
             elif "text/markdown" in data:
                 parts.append("".join(data["text/markdown"]))
             else:

@@ -69,6 +69,7 @@ def small(tmp_path):
         code.outputs = [
             nbformat.v4.new_output("stream", text="\x1b[31mstored, not\x1b[0m executed\n"),
             nbformat.v4.new_output("display_data", data={"image/png": picture}),
+            nbformat.v4.new_output("display_data", data={"text/html": "<p>a</p>\n\n<p>*b*</p>", "text/plain": "<x>"}),
         ]
         words = nbformat.v4.new_markdown_cell("# A notebook\n\nSee [home](../index.md).")
         nbformat.write(nbformat.v4.new_notebook(cells=[words, code]), docs / "tutorials" / "sample.ipynb")
@@ -148,6 +149,7 @@ $`z`$
     assert "stored, not executed" in notebook and 'src="../sample-1.png"' in notebook and 'href="../.."' in notebook
     assert (tmp_path / "site" / "tutorials" / "sample-1.png").read_bytes() == PIXEL
     assert (tmp_path / "site" / "tutorials" / "sample.ipynb").exists() and 'href="../sample.ipynb"' in notebook
+    assert "<p>*b*</p></div>" in notebook and "&lt;x&gt;" not in notebook
     assert not loads(text, ".html") and not loads(notebook, ".html")
 
 
