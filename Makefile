@@ -25,7 +25,7 @@ endef
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv test test-slow test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
+.PHONY: help venv docs docs-serve test test-slow test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,8 @@ help:
 	@echo "make test-lowest   tests with the oldest supported transformers"
 	@echo "make lint    ruff, mypy and import-linter only"
 	@echo "make format  let ruff rewrite the files"
+	@echo "make docs    build the documentation site into site/"
+	@echo "make docs-serve    serve it on port 8000 and rebuild it after each change"
 	@echo "make demo    run the demo on CPU (ARGS='...' for tah demo)"
 	@echo "make bench   run the benchmark (ARGS='...' for tah bench)"
 	@echo "make reproduce   make the tiny tables of docs/how-to/train.md and docs/results/evidence.md from nothing (15 minutes)"
@@ -77,6 +79,12 @@ format: $(DEV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 demo: $(DEMO_VENV)
 	$(BIN)/tah demo $(ARGS)
 
@@ -110,5 +118,5 @@ reproduce: $(DEV)
 	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
 clean:
-	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

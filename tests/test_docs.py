@@ -5,18 +5,26 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers.console import wrong_outputs
 from tah.load import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
+BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in examples; the tests take the bundled copy
+SITE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links(page):
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text) if "://" not in link]
@@ -53,7 +61,7 @@ def test_links_knows_what_is_not_there():
 
 def test_python_of_the_readme_runs(tmp_path, tiny_base):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    code = "\n".join(blocks).replace('"Qwen/Qwen3-0.6B"', repr(str(tiny_base))).replace("=256", "=8")
+    code = "\n".join(blocks).replace(f'"{BUNDLED}"', repr(str(tiny_base)))
     scope: dict = {}
     here = Path.cwd()
     os.chdir(tmp_path)
@@ -65,6 +73,75 @@ def test_python_of_the_readme_runs(tmp_path, tiny_base):
     assert scope["out"].sequences.shape == scope["out"].depth_count.shape == (1, prompt + 8)
     assert (tmp_path / "my-tah" / "config.json").exists()
     load_tokenizer(str(tmp_path / "my-tah"))  # the commands of the next section need it
+
+
+@pytest.fixture
+def bundled(smollm2, monkeypatch, tmp_path):
+    """A directory of its own, the bundled checkpoints, this checkout's `tah`, and no network or colours."""
+    monkeypatch.chdir(tmp_path)
+    python = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    for name, value in {
+        "TAH_CACHE": str(smollm2.parent),
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "100",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": python,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+SHOWS = re.compile(r"^```python\n(?:(?!```).*\n)*?.*#> ", re.M)  # a block that shows what it prints
+
+
+def python_of(page: Path) -> list[Any]:
+    """The blocks of a page that show what they print."""
+    examples = pytest.importorskip("pytest_examples")
+    return [each for each in examples.find_examples(str(page)) if each.prefix == "python" and "#> " in each.source]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [page for page in SITE if SHOWS.search(page.read_text())], ids=page_id)
+def test_printed_output_of_python(page, bundled, smollm2, eval_example):
+    """Later blocks of a page use the names of earlier ones."""
+    scope: dict = {}
+    eval_example.set_config(line_length=120)
+    examples = python_of(page)
+    assert examples
+    for example in examples:
+        example.source = example.source.replace(f'"{BUNDLED}"', repr(str(smollm2)))
+        scope |= eval_example.run_print_check(example, module_globals=scope)
+
+
+@pytest.mark.parametrize("printed", ["2", "3"])
+def test_a_wrong_printed_output_is_found(printed, tmp_path, eval_example):
+    """Control."""
+    (tmp_path / "page.md").write_text(f"```python\nprint(1 + 1)\n#> {printed}\n```\n")
+    (example,) = python_of(tmp_path / "page.md")
+    if printed == "2":
+        eval_example.run_print_check(example)
+    else:
+        with pytest.raises(pytest.fail.Exception):
+            eval_example.run_print_check(example)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [page for page in SITE if "```console" in page.read_text()], ids=page_id)
+def test_output_of_commands(page, bundled):
+    """The commands of a page run in order in one directory."""
+    assert not (wrong := wrong_outputs(page.read_text())), "\n".join(wrong)
+
+
+def test_a_wrong_output_is_found(tmp_path, monkeypatch):
+    """Control."""
+    monkeypatch.chdir(tmp_path)
+    good = "```console\n$ echo one > file\n$ cat file  \none\n\n$ echo \\\n>   two\ntwo\n```\n"
+    good += "\n```bash\n$ no-command\n```\n"
+    assert wrong_outputs(good) == []
+    assert len(wrong_outputs(good + "```console\n$ cat file\ntwo\n```\n")) == 1
+    assert len(wrong_outputs("```console\n$ true\nmore\n```\n")) == 1
+    assert len(wrong_outputs("```console\n$ exit 3\n```\n")) == 1
 
 
 def test_the_design_names_tests_that_exist():
