@@ -52,7 +52,7 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
         "threshold": config.threshold,
         "decider": decider,
         "lora_rank": config.lora_rank,
-        "seams": {name: getattr(config, name) for name in ("next_input", "attention", "output")},
+        "method": {name: getattr(config, name) for name in ("next_input", "attention", "output")},
     }
 
 

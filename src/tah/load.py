@@ -129,10 +129,10 @@ def _known(dtype: str) -> str:
 
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     """How many parameters each part has."""
-    sizes = {"base": 0, "adapter": 0, "decider": 0, "maps": 0}
+    sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
     for name, parameter in model.named_parameters():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        sizes["maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
+        sizes["linear_maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
     return sizes
 
 
