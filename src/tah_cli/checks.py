@@ -91,5 +91,5 @@ def check_run(name: str) -> str:
     before, colon, _ = name.rpartition(":")
     directory = before if colon and not os.path.isdir(name) else name
     if not os.path.isfile(os.path.join(directory, "run.json")):
-        raise ValueError(f"{directory} holds no evaluation (no run.json); give the -o directory of tah eval")
+        raise ValueError(f"{directory} has no evaluation (no run.json); give the -o directory of tah eval")
     return name

@@ -103,7 +103,7 @@ def test_what_is_in_the_box(smollm2: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"reembed_map.weight", "combine_map.weight"} <= load_file(TAH / "additions.safetensors").keys()
     for name, seams in (("follow-tah", ("topk", "sum")), ("smollm2-tah", ("hidden", "zero_init"))):
         assert run(["inspect", name, "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)["seams"]
+        found = json.loads(capsys.readouterr().out)["method"]
         assert found["next_input"] == seams[0] and found["output"] == seams[1], name
     loaded = load_tah(str(FOLLOW))
     assert (loaded.config.next_input, loaded.config.output) == ("topk", "sum")

@@ -108,8 +108,8 @@ def test_what_only_informs_imports_no_torch(arguments, words):
         ("eval smollm2 --tasks gsm8k -o out --data gsm8k=no.jsonl", ["no.jsonl cannot be read: there is no such file"]),
         ("eval smollm2 --tasks gsm8k -o out --reference ./nowhere", ["no model './nowhere'"]),
         ("eval smollm2 --tasks gsm8k -o out --greedy --top-k 5", ["--top-k 5"]),
-        ("eval compare nowhere:never other", ["nowhere holds no evaluation"]),
-        ("eval regrade nowhere", ["nowhere holds no evaluation"]),
+        ("eval compare nowhere:never other", ["nowhere has no evaluation"]),
+        ("eval regrade nowhere", ["nowhere has no evaluation"]),
         ("run tinny", ["no recipe 'tinny'", "did you mean tiny?"]),
         ("train tinny --stage decider", ["no recipe 'tinny'", "did you mean tiny?"]),
         ("train tiny --stage decidr", ["unknown stage 'decidr'", "did you mean decider?"]),
@@ -212,7 +212,7 @@ def test_a_former_spelling_is_the_same_command(capsys, former):
 @pytest.mark.parametrize("spelling", [("eval", "compare"), ("eval-compare",)])
 def test_both_spellings_run(capsys, spelling):
     assert run([*spelling, "a", "b"]) == 2
-    assert "a holds no evaluation" in capsys.readouterr().err
+    assert "a has no evaluation" in capsys.readouterr().err
 
 
 def test_the_help_names_every_command_once_and_cuts_no_line(capsys):

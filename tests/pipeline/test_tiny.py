@@ -316,7 +316,7 @@ def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
     run(recipe, tmp_path, Notes(notes))
     assert notes[:3] == [f"{name}: done before" for name in ("data", "base", "reference")]
     found = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert found["method"] == "lookahead" and found["parameters"]["tah"]["maps"] > 0
+    assert found["method"] == "lookahead" and found["parameters"]["tah"]["linear_maps"] > 0
     model = load_tah(str(tmp_path / "decider"))
     assert (model.config.attention, model.config.next_input, model.config.output) == ("own", "hidden", "zero_init")
 
