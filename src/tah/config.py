@@ -22,6 +22,11 @@ from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES,
 FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
 FORMER_TENSORS = {"reembed_map": "next_input_map", "combine_map": "output_map"}
 KERNELS = ("attn_implementation", "experts_implementation")  # settings that may name code to download
+OF_THE_BASE = (  # facts about the base that other libraries read from a model's configuration
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "layer_types"),
+    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
+)
 DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
     "lean": {"layers": None, "width": 256},
     "mlp": {
@@ -72,6 +77,9 @@ class TaHConfig(PreTrainedConfig):
 
     model_type = "tah"
     sub_configs = {"base_config": AutoConfig}
+    keys_to_ignore_at_inference = [  # of the output, so that `Trainer.predict` returns the logits alone
+        *("past_key_values", "cache", "depth_count", "continue_logits", "token_loss", "last_hidden_state"),
+    ]
 
     base_config: dict | PreTrainedConfig | None = None
     max_depth: int = 2
@@ -140,6 +148,13 @@ class TaHConfig(PreTrainedConfig):
         if isinstance(base := full.get("base_config"), dict) and os.path.isdir(base.get("_name_or_path") or ""):
             base["_name_or_path"] = ""
         return full
+
+    def __getattr__(self, name: str) -> Any:
+        """Return one of `OF_THE_BASE` from the base's configuration. Libraries look for them here; files have them
+        in `base_config` only."""
+        if name in OF_THE_BASE and isinstance(base := vars(self).get("base_config"), PreTrainedConfig):
+            return getattr(base.get_text_config(decoder=True), name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the base's text configuration, from which transformers reads layers, vocabulary and window sizes."""

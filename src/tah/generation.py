@@ -110,6 +110,10 @@ class TaHGeneration:
             _model_kwargs.reset(token)
         return out
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise `NotImplementedError`: transformers' continuous batching has no place for keys of deeper passes."""
+        raise NotImplementedError("continuous batching of TaH models is in vLLM: use tah serve or vllm.LLM(MODEL)")
+
     def _check_prompt(self, prompt: Any, mask: Any) -> None:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[attr-defined]
         if not isinstance(prompt, Tensor) or prompt.dim() != 2:

@@ -16,12 +16,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
+from typing_extensions import Unpack
 
 from .checkpoints.safe import SafeCheckpoint, load_plain
 from .config import TaHConfig
@@ -29,7 +31,7 @@ from .core import fast
 from .core.cache import DuoCache, PassCache
 from .core.compat import CACHE, PrivateHooks, allow_replay_with_cache, given_cache
 from .core.depth import at_depth, replay_contexts
-from .core.families import UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of
+from .core.families import UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of, refuse_peft
 from .core.head import Head
 from .core.inputs import Tokens
 from .core.logits import RunningOutput, TaHOutput, capture_hidden, select
@@ -59,6 +61,32 @@ class TrainingPass:
     follow_labels: bool = False
     loss_weights: Sequence[float] | None = None
     idle: bool | None = None
+
+
+class ForwardKwargs(TypedDict, total=False):
+    """Further arguments of [`TaHForCausalLM.forward`].
+
+    They are no parameters of its signature because `Trainer` takes every parameter with "label" in its name for a
+    required label (`transformers.utils.find_labels`).
+
+    Args:
+        depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
+            `training.follow_labels`. They are not shifted, method.md (9).
+        shift_labels: Token ids [B, T] that each position should predict, -100 where not supervised, instead of
+            `labels`.
+        num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: Boundaries of packed rows, from
+            `DataCollatorWithFlattening`. They are ignored: `position_ids` contain the same boundaries.
+    """
+
+    depth_labels: Tensor
+    shift_labels: Tensor
+    num_items_in_batch: int | Tensor
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+    seq_idx: Tensor
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
@@ -112,7 +140,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         past_key_values: DuoCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        depth_labels: Tensor | None = None,
         policy: str | Policy | None = None,
         threshold: float | Tensor | None = None,
         max_depth: int | Tensor | None = None,
@@ -120,7 +147,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         logits_to_keep: int | Tensor | None = None,
         training: TrainingPass | None = None,
         cache: DuoCache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[ForwardKwargs],
     ) -> TaHOutput:
         """Run every token at depth 1, and the tokens that the policy chooses at deeper depths.
 
@@ -132,8 +159,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             cache: The same as `past_key_values`, which transformers 5.24 renamed. Give one of them.
             inputs_embeds: Embeddings [B, T, D] instead of `input_ids`.
             labels: Token ids [B, T], aligned with `input_ids`, -100 where not supervised. They are shifted inside.
-            depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
-                `training.follow_labels`. They are not shifted, method.md (9).
             policy: Name of a policy, or a [`Policy`]. The default is that of the configuration.
             threshold: Threshold in [0, 1], or one per row [B]. The default is that of the configuration.
             max_depth: Most passes, >= 1, or one value per row [B]. The default is that of the configuration.
@@ -141,8 +166,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             logits_to_keep: Number of last tokens, or indices of tokens, for which logits are returned. 0 means all. The
                 default is all, but none in training with labels, whose loss needs no [B, T, V].
             training: Arguments that only training needs.
-            kwargs: `num_items_in_batch`, the divisor of the loss. The default is the number of supervised tokens of
-                this call.
+            kwargs: See [`ForwardKwargs`].
 
         Returns:
             Logits, loss, cache, and for every token its `depth_count` and `continue_logits`, see [`TaHOutput`].
@@ -154,7 +178,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         past = given_cache(past_key_values, cache)
         tokens = Tokens.check(input_ids, inputs_embeds, attention_mask, position_ids, past)
         B, T = tokens.valid.shape
-        tokens.check_others(kwargs, labels=labels, depth_labels=depth_labels)
+        targets, depth_labels = tokens.check_others(labels, **kwargs)
         training = training or TrainingPass()
         rule = Rule(policy, threshold, max_depth).bind(self.config, self.decider, B, training.follow_labels)
         use_cache = not self.training if use_cache is None else use_cache
@@ -175,7 +199,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, without padding
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
-        loss = None if labels is None else DepthLoss(labels, rule.max_depth, training.loss_weights)
+        loss = None if targets is None else DepthLoss(targets, rule.max_depth, training.loss_weights)
         kept = use_cache or past is not None
         idle = self.training and loss is not None if training.idle is None else training.idle
 
@@ -227,6 +251,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             depth_count=depth_count,
             continue_logits=continue_logits,
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
+            last_hidden_state=running.total.view(B, T, -1) if self.sums_states else None,
         )
 
     def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:
@@ -328,6 +353,16 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
     # -- parts ---------------------------------------------------------------------------------------------------
 
     @property
+    def base_model(self) -> SummedStates:
+        """The model without its head, for libraries that apply the head themselves (TRL)."""
+        return SummedStates(self)
+
+    @property
+    def sums_states(self) -> bool:
+        """Whether the logits are the head of one hidden state per token, the sum over its passes."""
+        return self.output_map is not None or self.head.is_linear
+
+    @property
     def decoder(self) -> PreTrainedModel:
         """Return the base without its head."""
         return decoder_of(self.base)
@@ -375,9 +410,44 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             raise ValueError(f"unknown options: {', '.join(sorted(kwargs))}; TaHConfig takes {', '.join(sorted(own))}")
         if isinstance(base, cls):
             raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
+        refuse_peft(base)
         check_base(base)
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
         if base.generation_config is not None:
             model.generation_config = base.generation_config
         return model.eval()
+
+
+class SummedStates:
+    """A TaH model without its output head: input to summed hidden states, method.md (2).
+
+    Libraries that compute logits themselves, such as TRL, apply the head to `model.base_model(...).last_hidden_state`.
+    Other attributes are those of the base's decoder.
+    """
+
+    def __init__(self, model: TaHForCausalLM) -> None:
+        self._tah = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Run [`TaHForCausalLM.forward`] without its head.
+
+        Returns:
+            `last_hidden_state` [B, T, D]: the head of it is the model's logits.
+
+        Raises:
+            ValueError: The logits are not the head of one hidden state.
+        """
+        if not self._tah.sums_states:
+            raise ValueError(
+                "the head has a soft-cap or a bias, so the summed logits are not the head of one hidden state; train "
+                "with tah train, or choose output='zero_init'"
+            )
+        nothing = torch.empty(0, dtype=torch.long)
+        out = TaHForCausalLM.forward(self._tah, *args, **kwargs | {"logits_to_keep": nothing, "return_dict": True})
+        return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state, **{CACHE: getattr(out, CACHE)})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_tah":  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self._tah.decoder, name)

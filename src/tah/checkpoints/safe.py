@@ -33,7 +33,7 @@ class SafeCheckpoint:
     """Mixin of `PreTrainedModel` that refuses incomplete checkpoints and never leaves one behind."""
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a TaH checkpoint (transformers' `from_pretrained`, strict). A checkpoint of the authors' is converted
         into the cache first.
 
@@ -41,7 +41,8 @@ class SafeCheckpoint:
             ValueError: weights are no safetensors, a tensor is missing, unexpected or of another shape, or a file is
                 damaged.
         """
-        named, advice = source, ""
+        source = named = pretrained_model_name_or_path
+        advice = ""
         if isinstance(source, (str, os.PathLike)):  # else its tensors are given
             source = find(source, kwargs, cls)  # type: ignore[arg-type]
             advice = reconversion(source)

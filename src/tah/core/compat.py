@@ -141,7 +141,11 @@ class PrivateHooks:
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # the base checks it
+        return True  # a class method has no base to ask; the base checks the name when it is set
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate` makes a DuoCache
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: base, LoRA, decider and the maps U and Z are initialised before they are combined."""
@@ -150,6 +154,11 @@ class PrivateHooks:
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
         if enable:
+            if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant=True is not supported: a replayed layer needs the depth of its first run; give "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
             contexts = self.replay_contexts  # type: ignore[attr-defined]
             kwargs["gradient_checkpointing_func"] = partial(gradient_checkpointing_func, context_fn=contexts)
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]

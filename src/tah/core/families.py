@@ -32,6 +32,20 @@ class UnsupportedBase(ValueError):
     """A base that cannot be wrapped. The message has the reason."""
 
 
+def refuse_peft(base: nn.Module) -> None:
+    """Refuse a base that contains PEFT adapters.
+
+    Their layers would be active at every depth, and a saved checkpoint would have their names.
+
+    Raises:
+        UnsupportedBase: It contains one.
+    """
+    if hasattr(base, "merge_and_unload"):
+        raise UnsupportedBase("the base is a PEFT model; wrap the result of its merge_and_unload()")
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise UnsupportedBase("the base has a PEFT adapter loaded; load it with peft and wrap merge_and_unload()")
+
+
 def head_of(base: PreTrainedModel) -> Head:
     """Return the base's output head, from its output embedding and its configuration.
 

@@ -15,9 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import DuoCache, PassCache
 from .families import stable_positions
+from .loss import shift
 from .masks import DOCUMENT, NEVER, document_masks
 
-LOSS_ARGUMENTS = {"num_items_in_batch"}
+LOSS_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels"}
+# Boundaries of packed rows as `DataCollatorWithFlattening` gives them. The positions contain them too.
+PACKING_ARGUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
 
 
@@ -106,26 +109,31 @@ class Tokens:
             number = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
             self.order_keys = self.positions + number * DOCUMENT
 
-    def check_others(self, kwargs: dict[str, Any], **labels: Tensor | None) -> None:
-        """Check labels and the other arguments of a call.
+    def check_others(self, labels: Tensor | None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Check labels and the arguments that `forward` has no parameter for.
 
         Args:
-            kwargs: Arguments that `forward` has no parameter for.
-            labels: Labels [B, T] by name, or None.
+            labels: Token ids [B, T], not shifted, or None.
+            kwargs: See `ForwardKwargs` in `model.py`.
+
+        Returns:
+            The token id [B, T] that each position should predict, and its depth label [B, T]; None where not given.
 
         Raises:
             ValueError: Labels do not fit the input, or an output is not supported.
             TypeError: An argument is unknown.
         """
+        targets, depth_labels = kwargs.get("shift_labels"), kwargs.get("depth_labels")
         shape = tuple(self.valid.shape)
-        for name, tensor in labels.items():
+        for name, tensor in (("labels", labels), ("shift_labels", targets), ("depth_labels", depth_labels)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} of shape {list(tensor.shape)} do not fit an input of shape {list(shape)}")
         for name in NO_SUCH_OUTPUT & set(kwargs):
             if kwargs.pop(name):
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
-        if strange := set(kwargs) - LOSS_ARGUMENTS:
+        if strange := set(kwargs) - LOSS_ARGUMENTS - PACKING_ARGUMENTS:
             raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
+        return (shift(labels) if targets is None and labels is not None else targets), depth_labels
 
     @staticmethod
     def check_length(length: int, config: PreTrainedConfig) -> None:

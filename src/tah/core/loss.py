@@ -36,7 +36,7 @@ class DepthLoss:
     sum_d weights[d] * CE[min(d, c)]. Call `add` after each pass and `value` once, at the end.
 
     Args:
-        labels: Labels [B, T], not shifted.
+        targets: Token id [B, T] that each position should predict, `IGNORE` where not supervised (see `shift`).
         max_depth: Most passes M of this call.
         weights: Weight of the output after each depth 1..M. None: 1 for the final output and 0 for the others, (10).
 
@@ -44,16 +44,16 @@ class DepthLoss:
         ValueError: The number of weights is not M.
     """
 
-    def __init__(self, labels: Tensor, max_depth: int, weights: Sequence[float] | None) -> None:
+    def __init__(self, targets: Tensor, max_depth: int, weights: Sequence[float] | None) -> None:
         if weights is not None and len(weights) != max_depth:
             raise ValueError(f"{len(weights)} loss_weights for a max_depth of {max_depth}; give one per depth")
         weights = [0.0] * (max_depth - 1) + [1.0] if weights is None else weights
         self.weights, self.max_depth = torch.tensor(weights, dtype=torch.float32), max_depth
-        self.target = shift(labels).flatten()  # [B*T]
+        self.target = targets.flatten()  # [B*T]
         self.count = (self.target != IGNORE).sum()
-        self.total: Tensor = torch.zeros((), device=labels.device)
+        self.total: Tensor = torch.zeros((), device=targets.device)
         self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []  # hidden states for one call of the head
-        self.by_depth = torch.full((len(self.target), max_depth), math.nan, device=labels.device)
+        self.by_depth = torch.full((len(self.target), max_depth), math.nan, device=targets.device)
 
     def add(self, output: RunningOutput, depth: int, tokens: Tensor, go: Tensor | None = None) -> None:
         """Add the loss after pass `depth`.
