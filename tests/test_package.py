@@ -1,5 +1,6 @@
 """The wheel and the source distribution: they build, hold what they need and nothing else, and work when installed."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,8 @@ TORCH = f"torch=={distribution('torch').version.partition('+')[0]}"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

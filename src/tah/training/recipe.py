@@ -97,7 +97,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Part(BaseModel):
-    """A section: unknown keys and values of another type are errors, nothing is converted."""
+    """A section. Unknown keys and values of another type are errors; no value is converted."""
 
     model_config = STRICT
 
@@ -106,12 +106,12 @@ class Base(Part):
     """The model that is made to iterate.
 
     Args:
-        model: directory, hub id, or `smollm2`; None where the recipe trains its base itself (`scratch`).
-        tokenizer: directory or hub id to take the tokenizer and its chat template from; None: from `model`.
-        prune_layers: layers to drop before training; 0 keeps the model whole.
-        prune_texts: held-out texts that decide which.
-        scratch: sizes and training of a base made by the recipe.
-        dtype: of the weights: `auto` as they were saved.
+        model: Directory or Hub id of the base, or `smollm2`. None if the recipe trains its base itself (`scratch`).
+        tokenizer: Directory or Hub id of the tokenizer and its chat template. None takes that of `model`.
+        prune_layers: Number of layers to drop before training; 0 drops none.
+        prune_texts: Number of held-out texts that decide which layers are dropped.
+        scratch: Sizes and training of a base that the recipe makes.
+        dtype: Precision of the weights; `auto` is that of the saved base.
     """
 
     model: str | None = None
@@ -126,16 +126,15 @@ class Data(Part):
     """The texts.
 
     Args:
-        source: hub id (`owner/name` or `owner/name:config`), directory or file (`data.load_rows`), or `tiny`
-            (generated).
-        split: of the source.
-        validation: source of held-out texts; None: `validation_split` of `source`, or else a share of `split`.
-        validation_split: split of the held-out texts.
-        validation_share: share of `split` held out where nothing else is given, drawn with the recipe's seed.
-        columns: role (`messages`, `prompt`, ...) -> name of the source's column.
-        max_length: longest text in tokens; longer ones are dropped and counted.
-        limit: use only the first texts of the source.
-        generate: settings of generated data.
+        source: Hub id (`owner/name` or `owner/name:config`), directory or file, or `tiny` for generated texts.
+        split: Split of the source.
+        validation: Source of the held-out texts. None takes `validation_split` of `source`, or a share of `split`.
+        validation_split: Split of the held-out texts.
+        validation_share: Share of `split` that is held out if nothing else is given, drawn with the recipe's seed.
+        columns: Names of the source's columns by role (`messages`, `prompt`, ...).
+        max_length: Largest number of tokens of a text; longer texts are dropped and counted.
+        limit: Number of texts to use from the start of the source; None uses all.
+        generate: Settings of generated data.
     """
 
     source: str
@@ -150,13 +149,15 @@ class Data(Part):
 
 
 class Label(Part):
-    """Which tokens are hard.
+    """The labels of hard tokens, method.md (9).
 
     Args:
-        reference: model that labels: directory, hub id, `smollm2`, or `trained` (by the recipe, on generated data).
-        rule: `top1` (its first choice is another token), `prob<p` or `rank>k`; needs no new pass when changed.
-        tokens_per_batch: tokens the reference reads at a time.
-        rows_per_shard: texts per file; a killed run loses at most one file of work.
+        reference: Reference model: directory, Hub id, `smollm2`, or `trained` for one that the recipe trains on
+            generated data.
+        rule: Rule for a hard token: `top1` (the reference's most probable token is another one), `prob<p` or
+            `rank>k`. A changed rule needs no new pass of the reference.
+        tokens_per_batch: Number of tokens that the reference reads at a time.
+        rows_per_shard: Number of texts per file; a killed run loses at most one file of work.
     """
 
     reference: str
@@ -166,23 +167,22 @@ class Label(Part):
 
 
 class Backbone(Part):
-    """Stage 1: base, adapter and maps.
+    """Stage 1 trains the base, LoRA and the maps U and Z, method.md (10) and (12).
 
     Args:
-        method: who iterates in training (`trainer.Objective`): `paper` (hard tokens), `lookahead` (all, every depth in
-            the loss), or a baseline: `standard`, `always`, `random`, `confidence`, `blind`.
-        train: `all` weights, or `lora`: everything but the base (one small GPU).
-        packed: several texts per row.
-        loss_weights: what the output after each depth counts; None: only the final one (`paper` and baselines), or
-            all alike (`lookahead`, `blind`).
-        share: `lookahead`, `blind`: of the supervised tokens, those that iterate; `random`: of all tokens.
-        tau: `confidence` iterates where the entropy exceeds this, in nats.
-        uncertain: `lookahead`, `blind`: of those tokens, only those whose entropy exceeds `tau` iterate, which costs
-            about as much as `standard`. Not with `decider.joint`, which learns from all of them.
-        depth_schedule: (share of training done, most passes from then on), both rising, the first at share 0 and
-            depth 2: with one pass nothing would train adapter, maps and a joint decider.
-        init: TaH or base checkpoint to continue from, instead of `base.model`.
-        training: `TrainingArguments`.
+        method: Method or baseline, which decides who iterates in training.
+        train: `all` trains all weights; `lora` trains everything but the base, which needs little memory.
+        packed: Whether several texts share a row.
+        loss_weights: Weight of the output after each depth, one number per depth. None counts only the final output
+            (`paper` and baselines), or all outputs alike (`lookahead`, `blind`).
+        share: Share of tokens that iterate: of the supervised ones for `lookahead` and `blind`, of all for `random`.
+        tau: Entropy in nats above which `confidence` iterates.
+        uncertain: Whether, for `lookahead` and `blind`, only tokens with an entropy above `tau` iterate. This costs
+            about as much as `standard`. It is not allowed with `decider.joint`, which learns from all tokens.
+        depth_schedule: Pairs (share of training done, most passes from then on), both rising. The first pair has share
+            0 and depth 2, because with one pass LoRA, maps and a joint decider would not be trained.
+        init: TaH or base checkpoint to start from, instead of `base.model`.
+        training: Arguments of `TrainingArguments`.
     """
 
     method: Annotated[str, one_of(METHODS)] = "paper"
@@ -198,15 +198,17 @@ class Backbone(Part):
 
 
 class Decider(Part):
-    """Stage 2: the decider, everything else frozen. Its kind is `model.decider`.
+    """Stage 2 trains the decider with all other weights frozen, method.md (11). `model.decider` has its kind.
 
     Args:
-        joint: train it along with the backbone (`lookahead`, `blind`).
-        gain: a token is worth a pass that lowers its cross-entropy by more than this, in nats (`lookahead`, `blind`).
-        pos_weight: weight of hard tokens in the loss; None: measured from the labels.
-        target: the threshold is chosen on held-out texts for an iterated `share`, or for the best `loss`.
-        target_share: share of iterated tokens that the threshold should give.
-        training: `TrainingArguments`.
+        joint: Whether the decider is trained together with the backbone (`lookahead`, `blind`).
+        gain: Smallest decrease of a token's cross-entropy, in nats, for which a pass counts as useful (`lookahead`,
+            `blind`).
+        pos_weight: Weight of hard tokens in the loss. None measures it on the labels.
+        target: The threshold is chosen on held-out texts, for an iterated `share` or for the lowest `loss`. After
+            `paper`, `loss` can choose a threshold at which nearly all tokens iterate, which stage 1 did not train.
+        target_share: Iterated share that the threshold should give.
+        training: Arguments of `TrainingArguments`.
     """
 
     joint: bool = False
@@ -218,11 +220,12 @@ class Decider(Part):
 
 
 class Controls(Part):
-    """What the report is to compare with besides Standard, made after the run's own model (`base.scratch` only).
+    """Further models for the report, trained after the run's own model (`base.scratch` only).
 
     Args:
-        equal_compute: Standard with more steps, so many that they cost what labels, backbone and decider did.
-        blind: backbone and decider once more, deeper passes seeing no text: what that gains is no reasoning.
+        equal_compute: Whether to train a baseline with as many steps as cost what labels, backbone and decider did.
+        blind: Whether to train both stages again with deeper passes that read no text, a control: what they gain is
+            not reasoning.
     """
 
     equal_compute: bool = False
@@ -233,12 +236,10 @@ class Recipe(Part):
     """One experiment: data, labels, base and both stages.
 
     Args:
-        name: of the recipe; the file's name unless given.
-        seed: of everything that is drawn.
-        output: directory of the run; None: `runs/<name>`.
-        model: fields of `TaHConfig`.
-        decider: None: no second stage.
-        controls: further models for the report.
+        name: Name of the recipe. The default is the file's name.
+        seed: Random seed of everything that is drawn.
+        output: Directory of the run. None stands for `runs/<name>`.
+        model: Fields of `TaHConfig`.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
