@@ -38,7 +38,8 @@ those of the [configuration](config.md). Methods of `backbone.method`: {", ".joi
 CLOSING = """\
 ## Generated data and bases from scratch
 
-`src/tah/recipes/tiny.yaml` contains every field of `base.scratch` (sizes of a Llama, and its training) and of `data.generate` (the
+`src/tah/recipes/tiny.yaml` contains every field of `base.scratch` (sizes of a Llama, and its training) and of
+`data.generate` (the
 sums), with comments.
 """
 
