@@ -34,7 +34,7 @@ def score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str
 
 def table(lines: list[dict[str, Any]]) -> str:
     """By set: exact match of each model and policy, and less the base and less `always`."""
-    rows = ["| problems | model, policy | right | iterated | less the base | less always |", "| --- " * 6 + "|"]
+    rows = ["| problems | model, policy | right | iterated | minus the base | minus always |", "| --- " * 6 + "|"]
     for part, title in SETS.items():
         its = {(line["name"], line["policy"]): line for line in lines if line["set"] == part}
         for (name, policy), line in its.items():

@@ -82,7 +82,7 @@ def table(lines: list[Line], against: Against | None = None, problems: str = "te
         against = [(name, "never") for name in names if "standard" in name]
     scored = sorted(("test", "seen"), key=lambda which: which != problems)
     titles = [*TITLES, *({"test": "new", "seen": "seen"}[which] for which in scored)]
-    titles += [f"less {name or 'own'}{'' if name and policy == 'never' else f', {policy}'}" for name, policy in against]
+    titles += [f"minus {name or 'own'}{'' if name and policy == 'never' else f', {policy}'}" for name, policy in against]
     rows = [titles, ["---"] * len(titles)]
     for name in names:
         its = [line for line in lines if line["variant"] == name]

@@ -188,9 +188,9 @@ def test_table_and_intervals(results):
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     table = summarise.table(lines)
     assert "| lookahead | decider | 2 |" in table and "| paper | decider | 1 |" in table
-    assert table.splitlines()[0].endswith("| new | seen | less standard |")
+    assert table.splitlines()[0].endswith("| new | seen | minus standard |")
     own = summarise.table(lines, [("", "never")]).splitlines()
-    assert own[0].endswith("| less own, never |")
+    assert own[0].endswith("| minus own, never |")
     assert [line.endswith("|  |") for line in own[2:]] == ["| never |" in line for line in own[2:]]
     assert "| paper | entropy |" in summarise.operations(lines)
     found = summarise.estimate([0.1, 0.2, 0.3, 0.4])
@@ -216,7 +216,7 @@ def test_tables_from_the_command_line(results, tmp_path, capsys):
     other.write_text('{"model": "tah"}\n')
     summarise.main([str(results), str(other), "--against", "lookahead:always", ":never", "--problems", "seen"])
     told = capsys.readouterr().out
-    assert "| seen | new | less lookahead, always | less own, never |" in told
+    assert "| seen | new | minus lookahead, always | minus own, never |" in told
     assert "others.jsonl\n\nnot made by lookahead.py" in told
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     another = lines[1] | {"settings": lines[1]["settings"] | {"hidden": 64}}
