@@ -1,4 +1,7 @@
-"""A policy of your own: iterate after a digit, and nowhere else.
+"""Run SmolLM2 with a custom policy: every token that is a number takes a second pass, and no other token does.
+
+The script prints the depth of each token of the prompt and of the answer. The depth of the last token is 0, because it
+has not been an input of the model.
 
 python examples/custom_policy.py
 """
@@ -17,7 +20,7 @@ model = TaHForCausalLM.from_base(str(base))
 
 
 class AfterDigits(Policy):
-    """+inf iterates and -inf stops whatever the threshold; a finite logit is compared with it after a sigmoid."""
+    """Return +inf for a token that is a number and -inf for any other token, so that the threshold has no effect."""
 
     digits = torch.tensor([tokenizer.decode([i]).strip().isdigit() for i in range(len(tokenizer))])
 

@@ -1,11 +1,11 @@
-"""Does a second pass help a policy that knows no labels? Trains variants of one small model and scores them.
+"""Train variants of one small model and score them: does a second pass help a policy that uses no labels?
 
     python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 1 2 3 --variant standard lookahead-mix
     python experiments/summarise.py out/follow-small.jsonl
 
-Every (variant, seed) becomes one line of the results, whole or not at all; lines that are there are not made again.
-Training, policies, thresholds and generation are the package's own. With a seed everything changes: what is fixed in
-the task, the problems, the weights, the order. Variants of a seed share problems, steps and batches.
+Each (variant, seed) becomes one line of the results, written only when it is complete. Lines that the output already
+has are skipped. Training, policies, thresholds and generation use the package. The seed determines the fixed part of
+the task, the problems, the weights and the order. Variants of one seed share problems, steps and batches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective
 
 LOSSES = ("loss", "loss_depth_1", "loss_depth_2", "loss_depth_3")
 LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
-CHANGEABLE = ("layers", "hidden", "steps", "batch", "test", "validation")
+HELP = {
+    "layers": "number of layers",
+    "hidden": "width of the model",
+    "steps": "optimiser steps",
+    "batch": "problems per step",
+    "test": "problems to score",
+    "validation": "problems that determine the thresholds",
+}
+CHANGEABLE = tuple(HELP)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -55,12 +63,26 @@ def train(
     seed: int,
     what: str,
 ) -> list[dict[str, float]]:
-    """Train and return means over each tenth of it: losses, `iterated_share` of the supervised tokens.
+    """Train the model and return the mean losses and `iterated_share` of each tenth of the training.
 
-    A loss by depth is over the tokens that have one: in a `paper` variant, at depth 1, those that stop there.
+    `iterated_share` is a share of the supervised tokens. The loss of a depth is a mean over the tokens that have a loss
+    at that depth. In a `paper` variant, the tokens of depth 1 are those that stop there.
 
     Args:
-        what: is trained, for the lines that tell how far it is.
+        model: Model to train, in place.
+        objective: Loss of the training.
+        rows: Training rows.
+        tokenizer: Tokenizer with a padding token.
+        steps: Number of optimiser steps.
+        size: Batch size, learning rate and schedule.
+        seed: Random seed.
+        what: Name of the training in the progress lines.
+
+    Returns:
+        One dict per logged tenth, with `step`, the losses and `iterated_share`.
+
+    Raises:
+        SystemExit: SIGTERM stopped the training.
     """
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
@@ -100,20 +122,26 @@ def train(
 
 
 class Progress(TrainerCallback):
-    """A line for each tenth of a training."""
+    """Print a line for each tenth of a training."""
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            told = [f"{name} {logs[name]:.3f}" for name in (*LOSSES, "iterated_share") if name in logs]
-            print(f"    {self.what}, step {state.global_step} of {state.max_steps}: {', '.join(told)}", flush=True)
+            shown = [f"{name} {logs[name]:.3f}" for name in (*LOSSES, "iterated_share") if name in logs]
+            print(f"    {self.what}, step {state.global_step} of {state.max_steps}: {', '.join(shown)}", flush=True)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a teacher found: `hard` [rows, T] int8, 2 where it is wrong, else 1; and what that cost."""
+    """Depth labels of a teacher, and their cost.
+
+    Args:
+        hard: Depth labels `[rows, T]`, int8: 2 where the teacher is wrong, else 1.
+        flops: FLOPs of the teacher's training and labelling.
+        cpu_seconds: Processor time of the same.
+    """
 
     hard: np.ndarray
     flops: float
@@ -122,27 +150,33 @@ class Labels:
 
 @lru_cache(maxsize=1)
 def labels_of(task: Task, size: Size) -> Labels:
-    """Labels as in the paper: which tokens of the training a larger model, trained on the same problems, gets wrong."""
+    """Return labels as in the paper.
+
+    Hard tokens are the training tokens that a larger model, trained on the same problems, predicts wrong.
+    """
     tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
     larger = replace(size, layers=size.layers + 1, hidden=2 * size.hidden)
     teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
     rows = Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
     train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, larger, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
-    judged = Reference(teacher).measure(
+    measured = Reference(teacher).measure(
         [row["input_ids"] for row in every], [row["supervised"] for row in every], 16384
     )
     hard = np.ones(rows.ids.shape, np.int8)
-    for at, its in enumerate(judged):
+    for at, its in enumerate(measured):
         found = depth_labels(its.rank, its.prob, every[at]["supervised"], "top1", 2, seed)
         hard[at, : len(found)] = found
     one = row_flops(teacher, VARIANTS["standard"], float(rows.lengths.mean()), 0.0)
-    return Labels(hard, len(rows) * one * 4 / 3, time.process_time() - before)  # judging is a forward pass: 2 of 6
+    return Labels(hard, len(rows) * one * 4 / 3, time.process_time() - before)  # labelling is a forward pass: 2 of 6
 
 
 def shuffled(hard: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarray:
-    """Labels, those of a share `noise` of the tokens dealt out among tokens of the same place in the answer: being
-    iterated then says less about whether the first choice is wrong, and as many of each place iterate."""
+    """Return the labels after shuffling those of a share `noise` of the tokens.
+
+    The labels are shuffled among tokens of the same position in the answer. So a label contains less information about
+    whether the first choice is wrong, and the number of iterated tokens per position stays the same.
+    """
     rng, noisy = np.random.default_rng(seed), hard.copy()
     for place in range(MADE):
         (chosen,) = np.nonzero(rng.random(len(hard)) < noise)
@@ -152,24 +186,27 @@ def shuffled(hard: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarra
 
 
 def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: float) -> float:
-    """Operations to train on one row: 2 per weight and token, with gradients 6. Attention itself, norms and the
-    optimiser are not counted. Of `share` of the supervised tokens all passes are."""
+    """Return the FLOPs of training on one row: 2 per weight and token, and 6 with gradients.
+
+    Attention itself, norms and the optimiser are not counted. For a share `share` of the supervised tokens, the passes
+    at all depths are counted.
+    """
     named = dict(model.base.named_parameters())
     adapter = sum(p.numel() for n, p in named.items() if "lora" in n)
     head = next(p.numel() for n, p in named.items() if "embed_tokens" in n)
     body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - adapter
     maps = parameters(model) - parameters(model.base) + adapter
-    asked = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
+    entropy = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
     mixed = 2 * head if model.config.next_input == "topk" else 0  # the next input: logits, and a sum of embeddings
     again = MADE * share * (variant.depth - 1)
-    return 6 * (body * length + head * MADE + asked + again * (body + maps + head + mixed))
+    return 6 * (body * length + head * MADE + entropy + again * (body + maps + head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
 
 
 def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str, Any]:
-    """Train a variant and score it: one line of results. With `save`, the model is kept there."""
+    """Train and score a variant, and return its line of results; save the model to `save`, if given."""
     variant, seed, tokenizer = VARIANTS[name], task.seed, task.tokenizer()
     first, steps = round(size.steps * variant.first), round(size.steps * variant.steps)
     problems = task.take("train", (first + steps) * size.batch, distinct=False)
@@ -187,7 +224,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed, name)
     share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
     cost += steps * size.batch * row_flops(model, variant, length, share)
-    if variant.method == "paper":  # its decider is trained afterwards, on the frozen model, by labels without noise
+    if variant.method == "paper":  # the decider is trained last, on the frozen model and labels without noise
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
         second, rows.depth_labels = round(size.steps * 0.4), labels.hard
@@ -215,7 +252,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
 
 
 def _rule_of(model: TaHForCausalLM, variant: Variant, policies: dict[str, Any]) -> dict[str, Any]:
-    """The policy that a model was trained for, as fields of its config."""
+    """Return the policy that a model was trained for, as fields of its config."""
     if variant.depth == 1:
         return {"policy": "never"}
     if variant.loss_weights is not None and variant.loss_weights[0] == 0:
@@ -227,16 +264,27 @@ def _rule_of(model: TaHForCausalLM, variant: Variant, policies: dict[str, Any]) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="chain")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=["standard", "lookahead"])
+    parser.add_argument("--task", choices=TASKS, default="chain", help="family of problems")
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the model and its training")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="random seeds")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, nargs="+", default=["standard", "lookahead"], help="what to train"
+    )
     for name in CHANGEABLE:
-        parser.add_argument(f"--{name}", type=int, help="instead of the size's")
-    parser.add_argument("--schedule", choices=("warmup_stable_decay", "cosine"), help="instead of the size's")
-    parser.add_argument("--operations", type=int, nargs="+", help="instead of the size's")
-    parser.add_argument("--output", type=Path, help="results; by default out/TASK-SIZE.jsonl")
-    parser.add_argument("--save", type=Path, help="keep the trained models in SAVE/VARIANT-SEED")
+        parser.add_argument(f"--{name}", type=int, help=f"{HELP[name]}; replaces the value of --size")
+    parser.add_argument(
+        "--schedule",
+        choices=("warmup_stable_decay", "cosine"),
+        help="learning-rate schedule; replaces the value of --size",
+    )
+    parser.add_argument(
+        "--operations",
+        type=int,
+        nargs="+",
+        help="operations per problem, drawn with equal odds; replaces the value of --size",
+    )
+    parser.add_argument("--output", type=Path, help="results file; default: out/TASK-SIZE.jsonl")
+    parser.add_argument("--save", type=Path, help="directory for the trained models, saved as SAVE/VARIANT-SEED")
     given = parser.parse_args(arguments)
     output = given.output or Path("out", f"{given.task}-{given.size}.jsonl")
     names = (*CHANGEABLE, "schedule")
@@ -246,10 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = replace(SIZES[given.size], **changed)
     for name, value in asdict(size).items():
         if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
-            parser.error(f"--{name} {value}: at least 1")
-    settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # tuples are lists there
+            parser.error(f"--{name} must be at least 1, not {value}")
+    settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # JSON has lists for tuples
     if any(line["settings"] != settings for line in _lines(output)):
-        parser.error(f"{output} has lines of other settings, which cannot be compared; give another --output")
+        parser.error(f"{output} has lines of other settings, which cannot be compared; choose another --output")
     for seed in given.seed:
         task = Task(given.task, seed, size.operations)
         for variant in given.variant:
@@ -260,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save = given.save and given.save / f"{variant}-{seed}"
             line |= {"made_with": _made_with()} | run(task, size, variant, save)
             output.parent.mkdir(parents=True, exist_ok=True)
-            with open(output, "a") as file:  # a single write of a whole line
+            with open(output, "a") as file:  # one write for the whole line
                 file.write(json.dumps(line) + "\n")
             scored = "  ".join(f"{name} {its['exact_match']:.3f}" for name, its in line["test"]["policies"].items())
             print(f"{variant} seed {seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
@@ -282,10 +330,10 @@ def _made_with() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        told = Path("/proc/cpuinfo").read_text()
-    except OSError:  # no Linux
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
         return platform.processor() or "cpu"
-    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 

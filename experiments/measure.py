@@ -1,12 +1,13 @@
-"""Exact match of generated answers under every policy and control, for one trained model.
+"""Compute the exact match of generated answers under every policy and control, for one trained model.
 
-Policies that can be deployed, `never`, `always`, `decider`, `entropy`, generate their answers with the package's
-`generate`. Controls are computed along the given texts from the same model's two depths, all tokens of an answer having
-to be right; with `attention="own"` generating gives the same (`along_the_text` has `never` and `always`, to compare):
+The deployable policies `never`, `always`, `decider` and `entropy` generate their answers with the package's `generate`.
+The controls are computed along the given texts from the two depths of the same model. An answer counts only if all its
+tokens are right. With `attention="own"`, generation gives the same scores; `along_the_text` has those of `never` and
+`always` for comparison.
 
-    random          as many tokens as the decider iterates, chosen blindly: the expected exact match
-    second_choice   where the decider iterates, depth 1's second choice instead of a second pass
-    hindsight       every token at the depth at which it is right: an oracle, cannot be deployed
+    random          iterates on as many tokens as the decider, chosen at random; the expected exact match
+    second_choice   depth 1's second choice, without a second pass, where the decider iterates
+    hindsight       every token at the depth at which it is right; an oracle that cannot be deployed
 """
 
 from __future__ import annotations
@@ -24,32 +25,47 @@ from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question
 
-SHARE = 0.1  # of the tokens made, that a policy may iterate
-SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # of the curve
-GAIN = 0.05  # nats: a second pass that lowers the loss by more was worth it
+SHARE = 0.1  # share of generated tokens that a policy may iterate on
+SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # iterated shares of the curve
+GAIN = 0.05  # nats; a second pass with a larger decrease of the loss counts as a gain
 
 
 @torch.no_grad()
 def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, validation: int) -> dict[str, Any]:
-    """Thresholds from validation problems; scores on new problems (`test`) and on problems of the training (`seen`)."""
+    """Return the scores on held-out problems (`test`) and on problems of the training (`seen`).
+
+    Validation problems determine the thresholds.
+
+    Args:
+        model: Trained model.
+        tokenizer: Tokenizer of the task.
+        task: Family of problems.
+        test: Number of problems to score per set.
+        validation: Number of validation problems.
+    """
     model.eval()
     rules = {"never": Rule("never")}
     if model.config.max_depth > 1:
         rules["always"] = Rule("always")
-        asked: dict[str, str | Policy] = {"entropy": Confidence("entropy")}
+        learned: dict[str, str | Policy] = {"entropy": Confidence("entropy")}
         if model.decider is not None:
-            asked = {"decider": "decider"} | asked
+            learned = {"decider": "decider"} | learned
         held_out = _rows(task.take("validation", validation, distinct=True), tokenizer)
-        for name, policy in asked.items():
-            said = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
-            rules[name] = Rule(policy, threshold_for_share(said, SHARE))
+        for name, policy in learned.items():
+            probability = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
+            rules[name] = Rule(policy, threshold_for_share(probability, SHARE))
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
     return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
 
 
 def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules: dict[str, Rule]) -> dict[str, Any]:
-    """`policies`: by name, exact match, iterated share of the tokens made, and who was right, as hexadecimal bits;
-    `by_operations`: exact match by the problem's operations; and, where the model iterates, `curve`, `finding`, ..."""
+    """Return the scores of one set of problems.
+
+    Returns:
+        `policies`: exact match, iterated share of the generated tokens, threshold, and `right`, one hexadecimal bit per
+        problem, by policy. `by_operations`: exact match by the number of operations. If the model has more than one
+        depth, also the fields of `_second_pass`.
+    """
     operations = np.array([problem.steps for problem in problems])
     questions, policies, by_operations = [question(problem) for problem in problems], {}, {}
     for name, rule in rules.items():
@@ -67,7 +83,7 @@ def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules
     if len(rules) == 1:
         return found
     rows, scores = _rows(problems, tokenizer), {}
-    for name, rule in rules.items():  # at threshold 1 a policy is only asked
+    for name, rule in rules.items():  # at threshold 1 no token iterates, and the probabilities are recorded
         rule = rule if name in ("never", "always") else Rule(rule.policy, 1.0)
         scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, rule)
     guide = "decider" if "decider" in rules else "entropy"
@@ -82,7 +98,7 @@ def _rows(problems: Any, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _ranks(model: TaHForCausalLM, rows: list[dict[str, Any]]) -> np.ndarray:
-    """[n] of the text's token after depth 1, 0 for the first choice."""
+    """Return the rank `[n]` of each token of the text after depth 1; 0 is the first choice."""
     model.config.policy = "never"
     measured = Reference(model).measure([row["input_ids"] for row in rows], [row["supervised"] for row in rows], 16384)
     return np.concatenate(
@@ -91,7 +107,15 @@ def _ranks(model: TaHForCausalLM, rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def exact(right: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """Probability [R] that all of a row's tokens are right, from that of each token [n]."""
+    """Return the probability that all tokens of a row are right.
+
+    Args:
+        right: Probability that a token is right, `[n]`.
+        row: Row of each token, `[n]`.
+
+    Returns:
+        Probabilities `[R]`.
+    """
     result = np.ones(row.max() + 1)
     np.multiply.at(result, row, right.astype(np.float64))
     return result
@@ -112,19 +136,27 @@ def _controls(scores: dict[str, TokenScores], ranks: np.ndarray, chosen: np.ndar
 
 
 def _second_pass(scores: dict[str, TokenScores]) -> dict[str, Any]:
-    """What choosing is worth: exact match by share, how well scores find gains, what a pass mends and breaks."""
+    """Return what choosing tokens gains.
+
+    Returns:
+        `curve`: exact match by iterated share. `finding`: how well each policy's probability ranks the tokens with a
+        gain. `gained`, `mended`, `broken`: shares of the tokens whose loss the second pass lowers by more than `GAIN`,
+        that it corrects, and that it breaks. `along_the_text`: exact match of `never` and `always`.
+    """
     one, two = scores["never"], scores["always"]
     gained = one.loss - two.loss > GAIN
     curve, finding = {}, {}
     for name in scores.keys() - {"never", "always"}:
-        said = scores[name].probability
+        probability = scores[name].probability
         curve[name] = {
             str(share): float(
-                exact(np.where(said > threshold_for_share(said, share), two.right, one.right), one.row).mean()
+                exact(
+                    np.where(probability > threshold_for_share(probability, share), two.right, one.right), one.row
+                ).mean()
             )
             for share in SHARES
         }
-        (auroc,), (average_precision,) = ranking(said, gained)
+        (auroc,), (average_precision,) = ranking(probability, gained)
         finding[name] = {"auroc": float(auroc), "average_precision": float(average_precision)}
     return {
         "curve": curve,

@@ -1,7 +1,7 @@
-"""Muon for the matrices within a model, AdamW for the rest.
+"""Provide Muon for the matrices within a model and AdamW for the other parameters.
 
-`torch.optim.Muon` orthogonalises in bfloat16, which processors without instructions for it emulate, at a small part of
-the speed of float32: from width 128 on that was most of a training. Hence `Muon` here, the same update in float32.
+`torch.optim.Muon` orthogonalises in bfloat16. Processors without bfloat16 instructions emulate it, far slower than
+float32. From width 128 on, this took most of a training. `Muon` below makes the same update in float32.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn import Parameter
 
 from tah import TaHForCausalLM
 
-OPTIMISER = "Muon in float32, AdamW"  # for the record of a run
+OPTIMISER = "Muon in float32, AdamW"  # entry in the settings of a run
 MUON = 0.02  # peak learning rate of matrices
-A, B, C, STEPS = 3.4445, -4.7750, 2.0315, 5  # of the iteration, as in torch.optim.Muon
+A, B, C, STEPS = 3.4445, -4.7750, 2.0315, 5  # coefficients and steps of the iteration, as in torch.optim.Muon
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon`, momentum and all, in the parameters' own precision."""
+    """Make the update of `torch.optim.Muon`, with its momentum, in the precision of the parameters."""
 
     def __init__(self, parameters: Iterable[Parameter], rate: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": rate, "weight_decay": weight_decay, "momentum": 0.95})
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns (Newton-Schulz iteration of degree five)."""
+    """Return about the nearest matrix with orthonormal rows or columns (Newton-Schulz iteration of degree five)."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(STEPS):
@@ -56,10 +56,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Both; one schedule scales both.
+    """Apply Muon to the matrices and AdamW to the other parameters; one schedule scales both rates.
 
     Args:
-        rate: of AdamW.
+        model: Model with the parameters to train.
+        rate: Peak learning rate of AdamW.
     """
 
     def __init__(self, model: TaHForCausalLM, rate: float) -> None:
@@ -72,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01)]
         if inner:
             self.parts.append(Muon(inner, MUON, weight_decay=0.01))
-        self.param_groups = self._inner()  # what a schedule changes; accelerate replaces them by copies
+        self.param_groups = self._inner()  # a schedule changes these; accelerate replaces them by copies
 
     def _inner(self) -> list[dict[str, Any]]:
         return [group for part in self.parts for group in part.param_groups]

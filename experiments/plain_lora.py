@@ -1,9 +1,10 @@
-"""The control of the checkpoint in the box: the same base, data, steps and rate, but no second pass.
+"""Train the one-pass control of the bundled checkpoint: the same base, data, steps and learning rate.
 
     python experiments/plain_lora.py out/smollm2 --output out/plain-lora
 
-Trains a PEFT adapter at depth 1, of a rank that gives no fewer parameters than the run's adapter, maps and decider,
-and merges it: what comes out is an ordinary model. What a second pass is worth is what it adds to that.
+The script trains a PEFT LoRA at depth 1. Its rank gives at least as many parameters as the LoRA, linear maps and
+decider of the run. It then merges the LoRA into the base and saves an ordinary model. The gain of a second pass is its
+difference from this model.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tah.training.train import Rows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a finished `tah run smollm2-word-problems`: its data and settings")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("run", type=Path, help="directory of a finished `tah run smollm2-word-problems`")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the merged model")
     given = parser.parse_args()
     recipe = load_recipe(str(given.run / "recipe.yaml"))
     path, _ = find(str(recipe.base.model))
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 class _Plain(Collator):
-    """Batches for a stock model, which tells packed documents apart by their positions."""
+    """Make batches for a stock transformers model, which separates packed documents by their positions."""
 
     def __call__(self, rows: object) -> dict:
         return {name: value for name, value in super().__call__(rows).items() if name != "row"}

@@ -1,12 +1,13 @@
-"""Exact match of generated answers to held-out word problems, greedy, up to 128 tokens, whatever form the answer has.
+"""Score generated answers to held-out word problems: greedy, up to 128 tokens, the last number counts.
 
     python experiments/score_problems.py out/smollm2/decider --policies never decider always \
         --problems out/word-problems --count 60 --output experiments/results/word-problems.jsonl --name tah
     python experiments/score_problems.py out/plain-lora --policies never --name plain-lora ...
     python experiments/score_problems.py --output experiments/results/word-problems.jsonl     # the table
 
-Every (name, policy, set) becomes one line; lines that are there are not made again. Differences in the table are
-paired, with 95 % bootstrap intervals over problems: one training run, so they know nothing of another seed.
+Each (name, policy, set) becomes one line. Lines that the output already has are skipped. Differences in the table are
+paired, with 95 % bootstrap intervals over problems. They are of one training run, so the intervals do not cover the
+noise of another seed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tah.policy import Rule
 from tah.session import Session
 from tah.stats.bootstrap import Resampled
 
-LONGEST = 128  # tokens of an answer
+LONGEST = 128  # maximum number of tokens of an answer
 SETS = {"sums": "sums", "test": "kinds of the training", "new_kinds": "other kinds"}
 
 
@@ -33,8 +34,8 @@ def score(session: Session, rows: list[dict[str, Any]], policy: str) -> dict[str
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """By set: exact match of each model and policy, and less the base and less `always`."""
-    rows = ["| problems | model, policy | right | iterated | less the base | less always |", "| --- " * 6 + "|"]
+    """Return a Markdown table by set: exact match of each model and policy, minus the base and minus `always`."""
+    rows = ["| problems | model, policy | right | iterated | minus the base | minus always |", "| --- " * 6 + "|"]
     for part, title in SETS.items():
         its = {(line["name"], line["policy"]): line for line in lines if line["set"] == part}
         for (name, policy), line in its.items():
@@ -43,8 +44,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             compared = []
             for other in ("never", "always"):
                 against = its.get(("tah", other))
-                less = right - np.array(against["right"], np.float64) if against else None
-                compared.append("" if less is None else _shown(drawn.estimate(drawn.mean(less))))
+                gain = right - np.array(against["right"], np.float64) if against else None
+                compared.append("" if gain is None else _shown(drawn.estimate(drawn.mean(gain))))
             rows.append(
                 f"| {title} | {name}, {policy} | {right.mean():.1%} of {len(right)} | {line['iterated']:.1%} | "
                 + f"{compared[0]} | {compared[1]} |"
@@ -60,12 +61,12 @@ def _shown(estimate: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--policies", nargs="+", default=["never", "decider", "always"])
-    parser.add_argument("--problems", type=Path)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--name")
+    parser.add_argument("model", nargs="?", help="checkpoint to score; without it, only the table is printed")
+    parser.add_argument("--policies", nargs="+", default=["never", "decider", "always"], help="policies to score")
+    parser.add_argument("--problems", type=Path, help="output directory of word_problems.py")
+    parser.add_argument("--count", type=int, default=100, help="number of problems per set")
+    parser.add_argument("--output", type=Path, required=True, help="results file, extended by this run")
+    parser.add_argument("--name", help="name of the model in the results")
     given = parser.parse_args()
     there = given.output.read_text().splitlines() if given.output.is_file() else []
     lines = [json.loads(line) for line in there]
@@ -73,15 +74,15 @@ def main() -> None:
     for part in SETS if session is not None else ():
         rows = [json.loads(line) for line in (given.problems / f"{part}.jsonl").read_text().splitlines()]
         for policy in given.policies:
-            told = {"name": given.name, "policy": policy, "set": part, "count": given.count}
-            if any(told.items() <= line.items() for line in lines):
+            key = {"name": given.name, "policy": policy, "set": part, "count": given.count}
+            if any(key.items() <= line.items() for line in lines):
                 continue
-            line = told | score(session, rows[: given.count], policy)
+            line = key | score(session, rows[: given.count], policy)
             lines.append(line)
             given.output.parent.mkdir(parents=True, exist_ok=True)
             with open(given.output, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(told, np.mean(line["right"]), flush=True)
+            print(key, np.mean(line["right"]), flush=True)
     print(table(lines))
 
 

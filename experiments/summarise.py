@@ -1,14 +1,16 @@
-"""Results of `lookahead.py` as Markdown tables.
+"""Print results of `lookahead.py` as Markdown tables.
 
     python experiments/summarise.py experiments/results/follow-small.jsonl
     python experiments/summarise.py experiments/results/follow-small.jsonl --against always-mix:always :never
 
-Exact match of generated answers is the mean over seeds: of *new* problems, and of those *seen* in training; differences
-are of the new ones unless `--problems seen`. *Iterated in training* and *iterated* are shares of the tokens to produce.
-A difference is paired: same seed, so same problems, same order. Its interval is Student's t over the seeds'
-differences, 95 %, from three seeds on: weights, task and test problems change with the seed, so it has the noise of all
-three. One seed gives an interval over its problems only, marked *: it knows nothing of other weights. The controls'
-differences have none then, as they were not generated.
+*New* and *seen* are the exact match of generated answers, as means over seeds: on held-out problems and on problems of
+the training. Differences are of the new problems, unless `--problems seen` is given. *Iterated in training* and
+*iterated* are shares of the tokens to produce.
+
+A difference is paired by seed: both models have the same problems in the same order. From three seeds on, it has a 95 %
+Student's t interval over the seeds' differences. Weights, task and test problems change with the seed, so the interval
+covers the noise of all three. A difference of one seed has an interval over its problems only, marked *, which does not
+cover other weights. The controls are not generated, so they have no such interval.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-CONTROLS = ("random", "second_choice", "hindsight")  # of the model's own two depths, not policies that generate
+CONTROLS = ("random", "second_choice", "hindsight")  # computed from the model's two depths, not generated
 TITLES = ("variant", "policy", "seeds", "parameters", "training, CPU s (TFLOP)", "iterated in training", "iterated")
 
 Line = dict[str, Any]
@@ -30,7 +32,7 @@ Against = Sequence[tuple[str, str]]
 
 
 def estimate(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and 95 % t-interval of one value per seed; no interval for fewer than three, of which it says nothing."""
+    """Return the mean and 95 % t-interval of one value per seed; without an interval for fewer than three values."""
     n, mean = len(values), float(np.mean(values))
     if n < 3:
         return {"value": mean, "low": None, "high": None}
@@ -39,7 +41,7 @@ def estimate(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def by_seed(lines: list[Line], variant: str, policy: str, problems: str = "test") -> dict[int, float]:
-    """Exact match by seed."""
+    """Return the exact match by seed."""
     chosen = [line for line in lines if line["variant"] == variant and policy in line[problems]["policies"]]
     return {line["seed"]: line[problems]["policies"][policy]["exact_match"] for line in chosen}
 
@@ -47,7 +49,14 @@ def by_seed(lines: list[Line], variant: str, policy: str, problems: str = "test"
 def difference(
     lines: list[Line], one: tuple[str, str], other: tuple[str, str], problems: str = "test"
 ) -> dict[str, float | None] | None:
-    """Of exact match, (variant, policy) less (variant, policy), over the seeds that both have; None without any."""
+    """Return the difference in exact match over the seeds that both have, or None if there are none.
+
+    Args:
+        lines: Lines of results.
+        one: (variant, policy) to subtract from.
+        other: (variant, policy) to subtract.
+        problems: `test` or `seen`.
+    """
     a, b = by_seed(lines, *one, problems), by_seed(lines, *other, problems)
     shared = sorted(a.keys() & b.keys())
     if not shared:
@@ -62,27 +71,30 @@ def difference(
 
 
 def _right(lines: list[Line], variant: str, policy: str, seed: int, problems: str) -> np.ndarray | None:
-    """[R] 1 where the answer was right, 0 where not; None for a control."""
+    """Return `[R]`, 1 for a right answer and 0 for a wrong one; None for a control."""
     (line,) = [line[problems] for line in lines if (line["variant"], line["seed"]) == (variant, seed)]
-    told = line["policies"][policy].get("right")
-    if told is None:
+    bits = line["policies"][policy].get("right")
+    if bits is None:
         return None
-    return np.unpackbits(np.frombuffer(bytes.fromhex(told), np.uint8))[: line["problems"]].astype(float)
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: line["problems"]].astype(float)
 
 
 def table(lines: list[Line], against: Against | None = None, problems: str = "test") -> str:
-    """One row per variant and policy, in the order in which they were made.
+    """Return a table with one row per variant and policy, in the order of the lines.
 
     Args:
-        against: (variant, policy) to subtract; by default each standard. A variant "" is the row's own.
-        problems: `test` or `seen`, those that are subtracted.
+        lines: Lines of results.
+        against: Pairs (variant, policy) to subtract; by default each `standard`. A variant "" is the row's own variant.
+        problems: Problems of the differences, `test` or `seen`.
     """
     names = list(dict.fromkeys(line["variant"] for line in lines))
     if against is None:
         against = [(name, "never") for name in names if "standard" in name]
     scored = sorted(("test", "seen"), key=lambda which: which != problems)
     titles = [*TITLES, *({"test": "new", "seen": "seen"}[which] for which in scored)]
-    titles += [f"less {name or 'own'}{'' if name and policy == 'never' else f', {policy}'}" for name, policy in against]
+    titles += [
+        f"minus {name or 'own'}{'' if name and policy == 'never' else f', {policy}'}" for name, policy in against
+    ]
     rows = [titles, ["---"] * len(titles)]
     for name in names:
         its = [line for line in lines if line["variant"] == name]
@@ -127,7 +139,7 @@ def _shown(found: dict[str, float | None] | None) -> str:
 
 
 def operations(lines: list[Line], problems: str = "test") -> str:
-    """Exact match by the problems' operations, and how well scores find the tokens that a pass improves."""
+    """Return a table of exact match by operations and of how well each policy finds tokens that a pass improves."""
     steps = list(lines[0][problems]["by_operations"]["never"])
     rows = [["variant", "policy", *(f"{count} operations" for count in steps), "AUROC for a gain"]]
     rows.append(["---"] * len(rows[0]))
@@ -145,10 +157,10 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def read(path: Path) -> list[Line]:
-    """Lines of a file, [] for one that `lookahead.py` did not make.
+    """Return the lines of a file, or [] if `lookahead.py` did not write it.
 
     Raises:
-        ValueError: lines that cannot be compared, or a seed of a variant twice.
+        ValueError: The settings of the lines differ, or a seed of a variant is there twice.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     if not all("test" in line for line in lines):
@@ -156,21 +168,30 @@ def read(path: Path) -> list[Line]:
     for name in lines[0]["settings"] if lines else ():
         values = {json.dumps(line["settings"].get(name)) for line in lines}
         if len(values) > 1:
-            raise ValueError(f"{path}: lines of different {name}, {' and '.join(sorted(values))}; one file each")
+            raise ValueError(
+                f"{path}: lines with different {name} ({' and '.join(sorted(values))}) need different files"
+            )
     made = [(line["task"], line["variant"], line["seed"]) for line in lines]
     twice = [one for one in made if made.count(one) > 1]
     if twice:
-        raise ValueError(f"{path}: {' '.join(map(str, twice[0]))} is there twice")
+        raise ValueError(f"{path}: {' '.join(map(str, twice[0]))} occurs twice")
     return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="of lookahead.py; other files are passed over")
     parser.add_argument(
-        "--against", nargs="+", metavar="VARIANT[:POLICY]", help="what to subtract; without a variant, the row's own"
+        "results", type=Path, nargs="+", help="files of lookahead.py; files of other scripts are skipped"
     )
-    parser.add_argument("--problems", choices=("test", "seen"), default="test", help="new ones, or of the training")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="VARIANT[:POLICY]",
+        help="what to subtract; without a variant, the variant of the row",
+    )
+    parser.add_argument(
+        "--problems", choices=("test", "seen"), default="test", help="held-out problems, or those of the training"
+    )
     given = parser.parse_args(arguments)
     against = None
     if given.against:
@@ -187,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             choices = ", ".join(sorted(f"{name}:{policy}" for name, policy in known))
             parser.error(f"--against {':'.join(unknown[0])} is not in {path}, which has {choices}")
         shown = [table(lines, against, given.problems), operations(lines, given.problems)] if lines else []
-        print("\n\n".join([path.name, *(shown or ["not made by lookahead.py"])]), end="\n\n")
+        print("\n\n".join([path.name, *(shown or ["not written by lookahead.py"])]), end="\n\n")
 
 
 if __name__ == "__main__":

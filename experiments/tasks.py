@@ -1,19 +1,18 @@
-"""Problems whose answer is one token that takes several steps to find, with no step written out.
+"""Make problems whose answer is one token and takes several steps, none of which is written out.
 
 A problem is a line of words; its answer is one more word. Families (`TASKS`):
 
-    chain     "v3=v1 v5=s2 v1=s6 v3": variables defined by one another, shuffled; what is the last word worth? (s6)
+    chain     "v3=v1 v5=s2 v1=s6 v3": shuffled definitions of variables; the answer is the value of the last one (s6)
     fold      "s3 s0 s5 s2": a fixed random operation, not associative, folded from the left
     compose   "s3 f0 f5 f2": fixed random permutations applied to a state, from left to right
-    hops      "e3>e5 e1>e3 e5>e1 n2 e1": a cycle, shuffled; what is n steps after the last word? (e5)
+    hops      "e3>e5 e1>e3 e5>e1 n2 e1": a cycle, shuffled; the answer is the word n steps after the last one (e5)
+    follow    "e3>e5 e5>e5 e1>e3 e1": arrows, followed from the last word to one that leads to itself; answer e5
 
-    follow    "e3>e5 e5>e5 e1>e3 e1": where does one arrive, following the arrows until one leads to itself? (e5)
+For `chain`, `hops` and `follow` the line contains all that the answer depends on, and lines hardly ever repeat. The
+operation of `fold` and the permutations of `compose` are drawn with the seed and never shown, so a model has to learn
+them. A hash of the line determines its split: training, validation or test. So no held-out line is in the training.
 
-What `chain`, `hops` and `follow` need is in the line, and lines hardly ever repeat. Operation and permutations are
-drawn with the seed and never shown: a model has to learn them. A hash of the line decides whether it is for training,
-validation or test, so a held-out line is new.
-
-The conversation is `line` -> "the value is Answer: <last word> <answer>": of seven tokens to produce one needs thought.
+The conversation is `line` -> "the value is Answer: <last word> <answer>". Of seven tokens to produce, one is hard.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from tah.pipeline.experiment.tiny import SPECIAL, as_fast
 
 LEAD = ("the", "value", "is", "Answer:")
-MADE = len(LEAD) + 3  # supervised tokens of a row: the lead, the line's last word, the answer, the end
+MADE = len(LEAD) + 3  # supervised tokens of a row: lead, last word of the line, answer, end
 STATES, FUNCTIONS, VARIABLES, CHAINS, CYCLE, PLACES, ROOTS = 7, 7, 12, 3, 8, 16, 4
 HELD_OUT = {0: "test", 1: "test", 2: "validation"}  # tenths of the hashes; the others are for training
 
@@ -40,7 +39,7 @@ Draw = Callable[[random.Random, int], tuple[list[str], str]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A line and its answer; `steps` operations, one after another, lead from one to the other."""
+    """Represent a line, its answer, and the number of operations that lead from the line to the answer."""
 
     line: str
     answer: str
@@ -49,12 +48,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """A family of problems.
+    """Represent a family of problems.
 
     Args:
-        name: one of `TASKS`.
-        seed: of what is fixed within the family, and of the problems drawn.
-        steps: operations a problem may take, each as often.
+        name: Key of `TASKS`.
+        seed: Random seed of the fixed part of the family and of the problems.
+        steps: Possible numbers of operations, drawn with equal odds; a number may occur several times.
     """
 
     name: str
@@ -62,10 +61,11 @@ class Task:
     steps: tuple[int, ...]
 
     def problems(self, split: str, distinct: bool) -> Iterator[Problem]:
-        """Problems of a split, without end where they may repeat.
+        """Yield problems of a split; the iterator does not end if lines may repeat.
 
         Args:
-            distinct: every line once only; ends when no new one is found for long.
+            split: `train`, `validation` or `test`.
+            distinct: Yield each line once only, and end after 10,000 draws without a new line.
         """
         draw = TASKS[self.name](max(self.steps), random.Random(f"{self.seed} fixed"))
         rng, seen, misses = random.Random(f"{self.seed} {split}"), set(), 0
@@ -82,14 +82,18 @@ class Task:
             yield Problem(line, answer, steps)
 
     def take(self, split: str, count: int, distinct: bool) -> list[Problem]:
-        """Raises `ValueError` where the family has fewer different problems."""
+        """Return `count` problems of a split.
+
+        Raises:
+            ValueError: The family has fewer different problems.
+        """
         found = [problem for problem, _ in zip(self.problems(split, distinct), range(count), strict=False)]
         if len(found) < count:
             raise ValueError(f"task {self.name} has only {len(found)} different {split} problems, not {count}")
         return found
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """One token per word, with the chat template of `tah run tiny`."""
+        """Return a tokenizer with one token per word and the chat template of `tah run tiny`."""
         from tokenizers import Tokenizer, models, pre_tokenizers
 
         states, variables = ([f"{letter}{number}" for number in range(count)] for letter, count in _WORDS[self.name])
@@ -106,13 +110,16 @@ class Task:
 
 
 def split_of(line: str, steps: int) -> str:
-    """What a problem is for. Lines of one step may be facts, which nobody knows untold: all are for training."""
+    """Return the split of a line.
+
+    A line of one step may be a fact that no model can derive, so all such lines are for training.
+    """
     tenth = int.from_bytes(hashlib.sha256(line.encode()).digest()[:4], "big") % 10
     return "train" if steps == 1 and len(line.split()) == 2 else HELD_OUT.get(tenth, "train")
 
 
 def chain(longest: int, fixed: random.Random) -> Draw:
-    """`CHAINS` chains of `longest` variables each, so that neither length nor order tells the answer."""
+    """Draw `CHAINS` chains of `longest` variables each, so that neither length nor order reveals the answer."""
 
     def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
         names, values = rng.sample(range(VARIABLES), CHAINS * longest), rng.sample(range(STATES), CHAINS)
@@ -155,7 +162,7 @@ def compose(longest: int, fixed: random.Random) -> Draw:
 
 
 def hops(longest: int, fixed: random.Random) -> Draw:
-    """One cycle through all words, so that no number of steps below `CYCLE` leads back; one hop is one lookup."""
+    """Draw one cycle through all words: no number of steps below `CYCLE` leads back, and one hop is one lookup."""
 
     def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
         order = rng.sample(range(CYCLE), CYCLE)
@@ -168,8 +175,10 @@ def hops(longest: int, fixed: random.Random) -> Draw:
 
 
 def follow(longest: int, fixed: random.Random) -> Draw:
-    """Trees of `longest` levels over `PLACES` words, as many words on each level. The line does not say how far it is:
-    after one lookup one may have arrived or not."""
+    """Draw trees of `longest` levels over `PLACES` words, with as many words on each level.
+
+    The line does not contain the number of lookups: the first lookup may or may not reach the answer.
+    """
 
     def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
         order = rng.sample(range(PLACES), PLACES)
@@ -199,8 +208,10 @@ _WORDS = {
 
 
 class Rows(Dataset):
-    """Problems as `data.Collator` takes them, equal to the tokenizer's own encoding of the conversation; held as one
-    array of token ids, as there are many."""
+    """Encode problems for `data.rows.Collator`, equal to the tokenizer's encoding of the conversation.
+
+    One array of token ids contains all rows, because there are many.
+    """
 
     def __init__(self, problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> None:
         ids = tokenizer.get_vocab()
@@ -214,7 +225,7 @@ class Rows(Dataset):
         self.ids = np.zeros((len(rows), int(self.lengths.max(initial=0))), np.int16)
         for at, row in enumerate(rows):
             self.ids[at, : len(row)] = row
-        self.depth_labels: np.ndarray | None = None  # [rows, T], where a reference has labelled them
+        self.depth_labels: np.ndarray | None = None  # [rows, T]; None without a reference model
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -228,8 +239,8 @@ class Rows(Dataset):
 
 
 def question(problem: Problem) -> dict[str, Any]:
-    """A problem as `scores.score_answers` takes it."""
+    """Return a problem in the format of `scores.score_answers`."""
     answer = f"{problem.line.split()[-1]} {problem.answer}"
-    said = " ".join([*LEAD, answer])
-    messages = [{"role": "user", "content": problem.line}, {"role": "assistant", "content": said}]
+    reply = " ".join([*LEAD, answer])
+    messages = [{"role": "user", "content": problem.line}, {"role": "assistant", "content": reply}]
     return {"messages": messages, "answer": answer}

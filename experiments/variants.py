@@ -1,4 +1,4 @@
-"""What is trained: sizes, variants, their models and their objectives."""
+"""Define the sizes and variants of the experiments, with their models and objectives."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from tah import TaHForCausalLM
 from tah.training.trainer import Objective
 
 LOOKAHEAD = {"next_input": "hidden", "attention": "own", "output": "zero_init", "lora_rank": 0}
-# The paper's input and output, no new weights but the decider:
+# The paper's next input and output; the decider has the only new weights.
 MIX = LOOKAHEAD | {"next_input": "topk", "output": "sum"}
 PAPER = {"next_input": "topk", "attention": "duo", "output": "sum", "lora_rank": 4, "lora_alpha": 8}
-TAU = 0.3  # nats, for the variant that trains the second pass on uncertain tokens only
+TAU = 0.3  # nats; a variant with `uncertain` iterates on tokens of higher entropy
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen3 from scratch, and its training.
+    """Describe a Qwen3 from scratch, and its training.
 
     Args:
-        operations: of a problem; what one pass cannot do should be among them.
-        steps: of the optimiser.
-        rate: peak learning rate of AdamW (embeddings, norms, decider); Muon's (matrices) is `MUON`.
-        schedule: of both rates: constant to half of the training, then linear to 0; or `cosine`.
+        layers: Number of layers.
+        hidden: Width.
+        operations: Possible numbers of operations of a problem; some should be too many for one pass.
+        steps: Number of optimiser steps.
+        batch: Problems per step.
+        rate: Peak learning rate of AdamW (embeddings, norms, decider); that of Muon (matrices) is `MUON`.
+        schedule: Schedule of both rates: constant for half of the training, then linear to 0; or `cosine`.
+        heads: Number of attention heads.
+        test: Number of problems to score per set.
+        validation: Number of problems that determine the thresholds.
     """
 
     layers: int
@@ -51,19 +57,20 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained.
+    """Describe a variant: its model and its training.
 
     Args:
-        method: of `Objective`.
-        model: fields of `TaHConfig`.
-        share: of the supervised tokens that look ahead.
-        uncertain: only those of more than `TAU` nats do.
-        noise: `paper`: share of the supervised tokens whose labels are shuffled among them, so that being iterated
-            says less about the first choice.
-        loss_weights: what the output after each depth counts.
-        steps: times the training of the others.
-        layers: times those of the others; their MLPs are narrower then, so that parameters stay the same.
-        first: times the training of the others that the model is trained as `standard` before, from start to end.
+        method: Method of `Objective`.
+        model: Fields of `TaHConfig`.
+        share: Share of the supervised tokens with look-ahead.
+        uncertain: Whether only tokens with an entropy above `TAU` have look-ahead.
+        noise: Share of the supervised tokens whose labels are shuffled, for method `paper`. Labels then contain less
+            information about the first choice.
+        loss_weights: Weight of the loss at each depth. None: equal weights for `lookahead` and `blind`, otherwise the
+            loss of the final output only.
+        steps: Training steps, as a multiple of `Size.steps`.
+        layers: Layers, as a multiple of `Size.layers`. The MLPs are narrower then, so that parameters stay the same.
+        first: Steps of an earlier complete training as `standard`, as a multiple of `Size.steps`.
     """
 
     method: str
@@ -82,7 +89,7 @@ class Variant:
 
     @property
     def joint(self) -> bool:
-        """Whether a decider is trained along."""
+        """Return whether a decider is trained together with the model."""
         return self.method in ("lookahead", "blind") and self.loss_weights is None and not self.uncertain
 
 
@@ -135,8 +142,11 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Object
 
 
 def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
-    """The variant's model. Where it is a `standard`, its MLPs get so wide that it has at least as many parameters as
-    look-ahead with its maps and its decider."""
+    """Return the model of a variant.
+
+    The MLPs of a `standard` are so wide that it has at least as many parameters as `lookahead` with linear maps and
+    decider.
+    """
     inner = 3 * size.hidden
     if variant.method != "standard":
         return new_model(

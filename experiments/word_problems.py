@@ -1,15 +1,15 @@
-"""Grade-school word problems with their working, for the checkpoint in the box: made from seeds, nothing downloaded.
+"""Make grade-school word problems with their working, for the bundled checkpoint, from seeds without downloads.
 
     python experiments/word_problems.py --output out/word-problems
     tah run smollm2-word-problems --output out/smollm2 data.source=out/word-problems/train.jsonl \
         data.validation=out/word-problems/validation.jsonl
 
-Half are short ones of reasoning-gym's `gsm_symbolic` (problems after GSM8K with new names and numbers; 19 of its 100
-kinds are short enough), as they come but for the last line, which is "Answer: N"; the others are the written-out sums
-of `tah run tiny`. A kind is told by the names of its variables. A tenth of the kinds is never trained on:
+Half of the problems are short ones of reasoning-gym's `gsm_symbolic`: problems like those of GSM8K with new names and
+numbers. 19 of its 100 kinds are short enough. Only the last line is changed, to "Answer: N". The other half are the
+written-out sums of `tah run tiny`. The names of its variables identify a kind. A tenth of the kinds is held out:
 
     train.jsonl, validation.jsonl    sums and kinds of the training
-    sums.jsonl, test.jsonl           other sums; the same kinds, with other names and numbers
+    sums.jsonl, test.jsonl           held-out sums; the same kinds, with other names and numbers
     new_kinds.jsonl                  kinds that were not trained on
 """
 
@@ -31,13 +31,13 @@ from tah.pipeline.experiment.tiny import Generate, distinct_rows
 
 SUFFIX = " Give the result as your final answer. Do not include units."
 SIZES = {"test": 200, "new_kinds": 200, "sums": 200, "validation": 120, "train": 3000}
-LONGEST = {"question": 260, "working": 140}  # characters: what a small model on a CPU reads and says in seconds
-LARGEST = 200  # number in a word problem: a small model has trouble enough
+LONGEST = {"question": 260, "working": 140}  # characters; a small model on a CPU needs seconds for these
+LARGEST = 200  # largest number in a word problem; larger ones are too hard for a small model
 SEED = 2026
 
 
 def problems(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kind, row), each question once, without end."""
+    """Yield pairs (kind, row) without end, each question once."""
     seen: set[str] = set()
     while True:
         for entry in reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=1000):
@@ -67,7 +67,7 @@ def held_out(kind: str) -> bool:
 
 
 def sums(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """`count` different sums of two to four numbers below 100, worked out."""
+    """Yield `count` different sums of two to four numbers below 100, with their working."""
     settings = Generate(
         train=1, validation=1, test=1, min_terms=2, max_terms=4, min_digits=1, max_digits=2, negative=False
     )
@@ -77,7 +77,7 @@ def sums(seed: int, count: int) -> Iterator[dict[str, Any]]:
 
 
 def splits(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split; no question is in two of them."""
+    """Return the rows by split; no question is in two splits."""
     half = {name: sizes[name] // 2 for name in ("train", "validation")}
     chains = sums(seed, sizes["sums"] + sum(half.values()))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sizes}
@@ -96,8 +96,8 @@ def splits(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, Any]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--output", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--seed", type=int, default=SEED, help="random seed of the problems")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     for name, rows in splits(SIZES, given.seed).items():

@@ -10,7 +10,8 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -34,6 +35,14 @@ Fields named `training` contain arguments of transformers' `TrainingArguments`, 
 those of the [configuration](config.md). Methods of `backbone.method`: {", ".join(f"`{name}`" for name in METHODS)}.
 """
 
+CLOSING = """\
+## Generated data and bases from scratch
+
+`src/tah/recipes/tiny.yaml` contains every field of `base.scratch` (sizes of a Llama, and its training) and of
+`data.generate` (the
+sums), with comments.
+"""
+
 
 def meanings(section: type[BaseModel]) -> dict[str, str]:
     """Return the meaning of each field by its name, from the section Args of the docstring."""
@@ -42,6 +51,26 @@ def meanings(section: type[BaseModel]) -> dict[str, str]:
     assert found, section
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", found[1], re.M)
     return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+def type_of(kind: Any) -> str:
+    """Return a field's type as a reader of YAML names it."""
+    if kind is None or kind is type(None):
+        return "null"
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return type_of(inner[0])
+    if origin in (Union, UnionType):
+        return " or ".join(type_of(part) for part in inner)
+    if origin is Literal:
+        return " or ".join(f"`{word}`" for word in inner)
+    if origin in (list, tuple):
+        return "list"
+    if origin is dict or (isinstance(kind, type) and issubclass(kind, dict)):
+        return "object"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "section"
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
 
 
 def default_of(field: Any) -> str:
@@ -61,10 +90,10 @@ def _is_plain(value: Any) -> bool:
 def table(section: type[BaseModel], prefix: str) -> list[str]:
     """Return the rows of a section's table."""
     known = meanings(section)
-    rows = ["| field | default | meaning |", "| --- | --- | --- |"]
+    rows = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
         if name in known:
-            rows.append(f"| `{prefix}{name}` | {default_of(field)} | {known[name]} |".replace("||", "|"))
+            rows.append(f"| `{prefix}{name}` | {type_of(field.annotation)} | {default_of(field)} | {known[name]} |")
     missing = set(section.model_fields) - set(known) - set(SECTIONS)
     assert not missing, f"{section.__name__} does not document {sorted(missing)}"
     return rows
@@ -76,7 +105,8 @@ def page() -> str:
     for name, section in SECTIONS.items():
         first = inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
         lines += ["", f"## `{name}`", "", " ".join(first.split()), "", *table(section, f"{name}.")]
-    return "\n".join(lines) + "\n"
+    lines += ["", CLOSING]
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The research scripts: problems, one small experiment from end to end, and the arithmetic of the tables."""
+"""Test the research scripts: problems, one small experiment from end to end, and the arithmetic of the tables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_answers_follow_from_the_line():
         assert (at, taken) == (problem.answer, problem.steps)
 
 
-def test_hops_need_as_many_lookups_as_they_say():
+def test_hops_need_as_many_lookups_as_the_line_names():
     for problem in tasks.Task("hops", 0, (1, 2, 5)).take("test", 50, distinct=True):
         *facts, count, at = problem.line.split()
         following = dict(fact.split(">") for fact in facts)
@@ -90,7 +90,7 @@ def question_of(row: dict) -> str:
     return row["messages"][0]["content"]
 
 
-def test_a_family_that_is_too_small_says_so():
+def test_a_family_that_is_too_small_raises():
     with pytest.raises(ValueError, match="task fold has only .* different test problems, not 500"):
         tasks.Task("fold", 0, (2,)).take("test", 500, distinct=True)
 
@@ -121,7 +121,7 @@ def test_lines_hold_what_the_table_needs(results):
     lines = {(line["variant"], line["seed"]): line for line in map(json.loads, results.read_text().splitlines())}
     standard, look = lines["standard", 0], lines["lookahead", 0]
     assert list(standard["test"]["policies"]) == ["never"]
-    assert standard["parameters"] >= look["parameters"]  # the maps and the decider are matched by wider layers
+    assert standard["parameters"] >= look["parameters"]  # wider layers match the linear maps and the decider
     names = ["never", "always", "decider", "entropy", "random", "second_choice", "hindsight"]
     for problems in ("test", "seen"):
         policies = look[problems]["policies"]
@@ -138,7 +138,7 @@ def test_lines_hold_what_the_table_needs(results):
     paper, noisy = (lines[name, 0]["training"] for name in ("paper", "paper-noisy"))
     assert lookahead.labels_of.cache_info().hits >= 1  # one teacher for both
     assert paper["decider_steps"] > 0 and paper["curve"] != noisy["curve"]
-    assert paper["flops"] > 3 * standard["training"]["flops"]  # the teacher's too
+    assert paper["flops"] > 3 * standard["training"]["flops"]  # includes those of the teacher
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
     assert once < again < 3 * once
     assert lines["continued-mix", 0]["training"]["steps"] == 6 + 2 > standard["training"]["steps"]
@@ -188,9 +188,9 @@ def test_table_and_intervals(results):
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     table = summarise.table(lines)
     assert "| lookahead | decider | 2 |" in table and "| paper | decider | 1 |" in table
-    assert table.splitlines()[0].endswith("| new | seen | less standard |")
+    assert table.splitlines()[0].endswith("| new | seen | minus standard |")
     own = summarise.table(lines, [("", "never")]).splitlines()
-    assert own[0].endswith("| less own, never |")
+    assert own[0].endswith("| minus own, never |")
     assert [line.endswith("|  |") for line in own[2:]] == ["| never |" in line for line in own[2:]]
     assert "| paper | entropy |" in summarise.operations(lines)
     found = summarise.estimate([0.1, 0.2, 0.3, 0.4])
@@ -216,11 +216,11 @@ def test_tables_from_the_command_line(results, tmp_path, capsys):
     other.write_text('{"model": "tah"}\n')
     summarise.main([str(results), str(other), "--against", "lookahead:always", ":never", "--problems", "seen"])
     told = capsys.readouterr().out
-    assert "| seen | new | less lookahead, always | less own, never |" in told
-    assert "others.jsonl\n\nnot made by lookahead.py" in told
+    assert "| seen | new | minus lookahead, always | minus own, never |" in told
+    assert "others.jsonl\n\nnot written by lookahead.py" in told
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     another = lines[1] | {"settings": lines[1]["settings"] | {"hidden": 64}}
-    for bad, said in (([lines[0], lines[0]], "is there twice"), ([lines[0], another], "different hidden, 32 and 64")):
+    for bad, said in (([lines[0], lines[0]], "occurs twice"), ([lines[0], another], "different hidden (32 and 64)")):
         other.write_text("".join(json.dumps(line) + "\n" for line in bad))
         with pytest.raises(SystemExit):
             summarise.main([str(other)])
@@ -253,7 +253,7 @@ def test_only_uncertain_supervised_tokens_look_ahead():
     objective.tau = float(entropy[supervised].median()) + 1e-4
     with torch.no_grad():
         few = model(**objective.arguments(batch, 0, 2))
-    assert (out.depth_count[supervised] == 2).all()  # untrained, so uncertain everywhere
+    assert (out.depth_count[supervised] == 2).all()  # an untrained model is uncertain everywhere
     assert (out.depth_count[~supervised] == 1).all()
     assert torch.equal(few.depth_count == 2, supervised & (entropy > objective.tau))
     assert 0.3 < (few.depth_count[supervised] == 2).float().mean() < 0.7

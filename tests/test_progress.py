@@ -14,11 +14,20 @@ from tah.progress import Work
 pytestmark = pytest.mark.usefixtures("plain")
 
 
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
 def in_memory(terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=100, markup=False, highlight=False)
+    return Console(file=Stream(terminal), force_terminal=terminal, width=100, markup=False, highlight=False)
 
 
-def test_work_has_a_line_every_half_minute_and_at_its_end_where_nobody_watches():
+def test_work_has_a_line_every_half_minute_and_at_its_end_without_a_terminal():
     now = [0.0]
     console = in_memory(terminal=False)
     for title, start in (("gsm8k, never", 0), ("gsm8k, decider", 960)):
@@ -44,7 +53,17 @@ def test_an_evaluation_in_a_log(tmp_path, changed):
     ]
 
 
-def test_a_bar_never_says_of_none():
+def test_forced_colours_draw_no_bar_into_a_log(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console(file=Stream(terminal=False), width=100, markup=False, highlight=False)
+    assert console.is_terminal
+    with Work(console, "labelling", 2, "rows") as work:
+        assert work.bar is None
+        work.advance(2)
+    assert console.file.getvalue() == "labelling: 2 of 2 rows\n"
+
+
+def test_a_bar_never_shows_of_none():
     console = in_memory(terminal=True)
     with Work(console, "gsm8k [b], never", None, "answers") as work:
         work.bar.refresh()

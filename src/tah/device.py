@@ -1,6 +1,6 @@
-"""Where a model computes, and in which precision: what `--device auto` and `--dtype auto` mean.
+"""Choose a device and a dtype: the meaning of `--device auto` and `--dtype auto`.
 
-The decisions are functions of plain facts about the machine, so that tests can make them for machines of any kind.
+The choices depend only on the fields of `Machine`, so that tests cover machines of any kind.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from .errors import first_line
 from .progress import SILENT, Reporter
 
-HARDWARE = {"cuda": "this GPU", "mps": "this Mac's GPU", "cpu": "this CPU"}  # what errors and notes call it
+HARDWARE = {"cuda": "this GPU", "mps": "this Mac's GPU", "cpu": "this CPU"}  # names in errors and notes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do.
+    """Devices of a machine and their native formats.
 
     Args:
-        cuda: it has a GPU that torch's CUDA (or ROCm) build can use.
-        mps: it has a GPU of Apple's.
-        bfloat16: kinds of devices that multiply bfloat16 in hardware.
-        other: further kinds of devices that this torch computes on.
+        cuda: Whether there is a GPU that torch's CUDA (or ROCm) build can use.
+        mps: Whether there is an Apple GPU.
+        bfloat16: Device types that multiply bfloat16 in hardware.
+        other: Further device types that the installed torch supports.
     """
 
     cuda: bool = False
@@ -35,7 +35,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This one."""
+        """Return the description of the current machine."""
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         able = {
             "cuda": cuda and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -47,26 +47,30 @@ class Machine:
         return cls(cuda, mps, tuple(kind for kind, has in able.items() if has), other)
 
     def choose_device(self) -> str:
-        """What `auto` means: CUDA, then MPS, then the CPU."""
+        """Return the device type for `auto`: the first available of CUDA, MPS and CPU."""
         return "cuda" if self.cuda else "mps" if self.mps else "cpu"
 
     def choose_dtype(self, kind: str, saved: torch.dtype) -> torch.dtype:
-        """What `auto` means for a checkpoint that was saved in `saved`: that where a device of this kind computes in it
-        natively, else float32."""
-        if saved == torch.float32 or kind in self.other:  # other kinds may have any formats, so nothing changes
+        """Return the dtype for `auto`: the saved dtype if the device computes in it natively, else float32.
+
+        Args:
+            kind: Device type.
+            saved: Dtype of the checkpoint.
+        """
+        if saved == torch.float32 or kind in self.other:  # the native formats of other device types are unknown
             return saved
         native = {
             torch.bfloat16: kind in self.bfloat16,
-            torch.float16: kind in ("cuda", "mps"),  # CPUs convert every number back and forth, or have no kernels
+            torch.float16: kind in ("cuda", "mps"),  # CPUs convert every number to float32 and back, or have no kernels
             torch.float64: kind in ("cuda", "cpu"),
         }
         return saved if native.get(saved, False) else torch.float32
 
     def check_device(self, name: str) -> torch.device:
-        """The device of this name.
+        """Return the torch device with this name, or the chosen one for `auto`.
 
         Raises:
-            ValueError: there is no such device here.
+            ValueError: This machine has no such device.
         """
         kinds = [kind for kind, there in (("cuda", self.cuda), ("mps", self.mps)) if there]
         known = ", ".join(["auto", "cpu", *kinds, *self.other])
@@ -82,8 +86,10 @@ class Machine:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the processor itself multiplies bfloat16. torch computes in it on any, but then by way of float32, which
-    is slower than float32 and no more exact."""
+    """Return whether the processor multiplies bfloat16 in hardware.
+
+    Elsewhere torch converts to float32 and back, which is slower than float32 and no more exact.
+    """
     if platform.machine().lower() in ("arm64", "aarch64"):
         return _onednn_has_bfloat16()
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -91,12 +97,12 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _onednn_has_bfloat16() -> bool:
-    """False also where torch was built without oneDNN, as for macOS: the question itself is missing there."""
+    """Return whether oneDNN reports bfloat16 support; False if torch was built without oneDNN, as for macOS."""
     if not torch.backends.mkldnn.is_available():
         return False
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # torch raises the one or the other for a missing operation
+    except (AttributeError, RuntimeError):  # torch raises either for a missing operation
         return False
 
 
@@ -109,18 +115,18 @@ def put(
     progress: Reporter = SILENT,
     machine: Machine | None = None,
 ) -> Any:
-    """Move a model that was loaded with `dtype` to where it shall compute.
+    """Move a model to a device and return it.
 
     Args:
-        model: any module of transformers.
-        name: what the user calls it.
-        dtype: `auto` may become float32; a name leaves the model as it was loaded.
-        device: `auto` or torch's name for one.
-        progress: gets a note where `auto` became float32.
-        machine: this one by default.
+        model: Any module of transformers.
+        name: Name of the model in notes.
+        dtype: Dtype that the model was loaded with. `auto` may become float32; any other value changes nothing.
+        device: `auto`, or torch's name of a device.
+        progress: Reporter that receives a note if `auto` became float32.
+        machine: Description of the machine; the current one by default.
 
     Raises:
-        ValueError: the device does not exist, or has no room.
+        ValueError: The device does not exist or has too little memory.
     """
     machine = machine or Machine.here()
     where = machine.check_device(device)

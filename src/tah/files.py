@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, compared, and JSON measured before a parser descends into it.
+"""Write files atomically, compare mappings, and parse JSON after a check of its nesting depth.
 
 pyarrow's parser ends in a segmentation fault at 20,000 brackets, and Python's raises RecursionError at some thousand.
-The measure takes linear time and reads a file in chunks. Brackets inside strings do not count.
+The check takes linear time and reads a file in chunks. Brackets inside strings do not count.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ OTHERS = bytes(byte for byte in range(256) if byte not in b'"[]{}\n')
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file, and its directory if need be. A reader, a crash or a power cut sees all of it or what was before.
+    """Write a file atomically, and create its directory if it is missing.
+
+    After a crash or a power failure the file has either its old or its new content.
 
     Args:
-        path: of the file; an older one is replaced and keeps its permissions.
-        content: text is written as UTF-8.
+        path: Path of the file. An existing file is replaced, and its permissions are kept.
+        content: Bytes, or text that is written as UTF-8.
 
     Raises:
-        OSError: it cannot be written; names it, and why.
+        OSError: The file cannot be written; the message names the file and the reason.
     """
     path = Path(path)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -54,10 +56,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to be filled, which becomes `target` when the block ends without an error; else it is removed.
+    """Yield a temporary directory that is renamed to `target` at the end of the block, or removed after an error.
 
     Args:
-        target: must not exist then, or be empty.
+        target: Path of the final directory, which must be empty or missing at the end of the block.
 
     Raises:
         OSError: `target` is not empty.
@@ -75,13 +77,14 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def parse_json(line: str | bytes) -> Any:
-    """A line of a JSONL file, or another value in JSON.
+    """Return the value of a line of a JSONL file, or of another JSON text.
 
     Args:
-        line: text, or bytes in UTF-8.
+        line: Text, or bytes in UTF-8.
 
     Raises:
-        ValueError: it is none, holds what is no text, or nests too deep; why, to be put after `line 3`.
+        ValueError: The line is not JSON, contains half of a surrogate pair, or is nested too deep. The message is meant
+            to follow a subject such as `line 3`.
     """
     if too_deep(line):
         raise ValueError(TOO_DEEP)
@@ -95,7 +98,7 @@ def parse_json(line: str | bytes) -> Any:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"has half of a surrogate pair, {half!a}, which is no text; remove it") from error
-    except ValueError as error:  # of thousands of digits
+    except ValueError as error:  # an integer of thousands of digits
         raise ValueError("has a number that is too long to be read") from error
     return found
 
@@ -103,11 +106,13 @@ def parse_json(line: str | bytes) -> Any:
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], without: Sequence[str] = (), now: str = "now"
 ) -> str:
-    """The first three entries of nested mappings that differ, with both values; empty where none does.
+    """Return the first three differing entries of nested mappings with both values; empty if there are none.
 
     Args:
-        without: entries at the top that do not matter.
-        now: what the second value is called.
+        before: First mapping.
+        after: Second mapping.
+        without: Top-level entries to ignore.
+        now: Word before the second value.
     """
     found: list[str] = []
 
@@ -124,21 +129,21 @@ def differences(
 
 
 class Nesting:
-    """The depth of a text that arrives in chunks.
+    """Measure the nesting depth of a text that arrives in chunks.
 
-    A string ends at the latest with its line, since JSON has no line breaks in strings: parsers start again at a line
-    wherever they like, so a quotation mark that is never closed must not hide the brackets after it. For the same
-    reason a closing bracket that has no opening one leaves the depth at 0.
+    A string ends no later than its line, since JSON strings contain no line breaks. Parsers may start again at any
+    line, so a quotation mark that is never closed must not hide the brackets after it. For the same reason a closing
+    bracket without an opening one leaves the depth at 0.
     """
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._line, self._kept = 0, 0, 1, b""
 
     def add(self, chunk: bytes) -> int | None:
-        """The line, counted from 1, in which the text is deeper than `DEEPEST` for the first time; else None."""
+        """Add a chunk and return the line, counted from 1, where the depth first exceeds `DEEPEST`; None if nowhere."""
         chunk = self._kept + chunk
         backslashes = len(chunk) - len(chunk.rstrip(b"\\"))
-        self._kept = b"\\" if backslashes % 2 else b""  # it may escape what the next chunk begins with
+        self._kept = b"\\" if backslashes % 2 else b""  # it may escape the first character of the next chunk
         chunk = chunk[: len(chunk) - len(self._kept)]
         unescaped = chunk.replace(rb"\\", b"").replace(rb"\"", b"")  # a run of backslashes, in pairs from its start
         kept = np.frombuffer(unescaped.translate(None, OTHERS), np.uint8)
@@ -158,6 +163,6 @@ class Nesting:
 
 
 def too_deep(text: str | bytes) -> bool:
-    """Whether brackets are more than `DEEPEST` deep in a text that is there as a whole."""
+    """Return whether a whole text nests its brackets deeper than `DEEPEST`."""
     text = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     return text.count(b"[") + text.count(b"{") > DEEPEST and Nesting().add(text) is not None

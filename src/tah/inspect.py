@@ -13,10 +13,14 @@ from .load import find, load_base, load_tah, outline, parameter_counts
 
 
 def inspect(source: str, against: str | None = None) -> dict[str, Any]:
-    """What a model is, for `tah inspect`; with `against`, its parameters beside those of a plain base.
+    """Return the description of a model for `tah inspect`.
+
+    Args:
+        source: Path of a model directory, a hub id, or the name of a bundled checkpoint.
+        against: Base model whose number of parameters is compared with that of the model.
 
     Raises:
-        ValueError: there is no such model, or it is damaged, or `against` is not a base.
+        ValueError: A model does not exist or is damaged, or `against` is not a base model.
     """
     path, kind = find(source)
     baseline = None if against is None else _count_base(against)
@@ -29,10 +33,10 @@ def inspect(source: str, against: str | None = None) -> dict[str, Any]:
 
 
 def _count_base(source: str) -> int:
-    """Parameters of a base; no weights are read."""
+    """Return the number of parameters of a base, without reading its weights."""
     path, kind = find(source, weights=False)
     if kind != "base":
-        raise ValueError(f"--against {source}: that is not a plain base model")
+        raise ValueError(f"--against {source}: that is not a base model")
     return outline(path).num_parameters()
 
 
@@ -87,7 +91,7 @@ def _facts(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def as_lines(found: dict[str, Any]) -> str:
-    """`tah inspect` for people: one fact per line, names of nested facts joined by a space."""
+    """Return a description as text: one entry per line, the names of nested entries joined by a space."""
     flat: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, dict):

@@ -23,17 +23,20 @@ Kind = Literal["tah", "base"]
 
 
 def find(source: str, weights: bool = True) -> tuple[str, Kind]:
-    """The directory of a model, and what it is: a TaH checkpoint, or a base.
+    """Return the directory of a model and its kind.
 
-    A model of the hub is downloaded. A checkpoint in the authors' layout, here or on the hub, is converted into the
-    cache once, and found there.
+    A model of the hub is downloaded first. An original checkpoint, local or on the hub, is converted into the cache
+    once; the result is its directory there.
 
     Args:
-        source: a directory, a hub id, or a word: `smollm2`, `smollm2-tah`, `follow-tah`.
-        weights: also download them; False where the configuration and the tokenizer will do.
+        source: Path of a directory, a hub id, or one of `smollm2`, `smollm2-tah` and `follow-tah`.
+        weights: Whether to download the weights, too. False is enough for the configuration and the tokenizer.
+
+    Returns:
+        The path of the directory, and `tah` for a TaH checkpoint or `base` for a base model.
 
     Raises:
-        ValueError: there is no such thing, or it is not a model.
+        ValueError: The source does not exist or is not a model.
     """
     if not source.strip():
         raise ValueError(f"MODEL is empty; give a directory, a hub id, {', '.join(MODELS[:-1])}, or {MODELS[-1]}")
@@ -59,38 +62,42 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
 
 
 def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
-    """The TaH checkpoint at `path`.
+    """Load the TaH checkpoint at `path`.
 
     Raises:
-        ValueError: it is damaged or incomplete.
+        ValueError: The checkpoint is damaged or incomplete.
     """
     try:
         return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(path) and "\n" not in str(error):
-            raise  # a line of ours, which ends in what to do
+            raise  # the message is one line of this package and ends with advice
         raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def check_tah(path: str) -> None:
-    """Raise `ValueError` unless the TaH checkpoint at `path` is in order but for single tensors; loads nothing."""
+    """Check a TaH checkpoint without loading it. Missing or misshapen single tensors are found at loading only.
+
+    Raises:
+        ValueError: The checkpoint is damaged or incomplete.
+    """
     safe.check_checkpoint(path, TaHForCausalLM)
 
 
 def load_base(path: str, dtype: str = "auto") -> PreTrainedModel:
-    """The base model at `path`, complete.
+    """Load the base model at `path`.
 
     Raises:
-        ValueError: it cannot be loaded, or tensors are missing.
+        ValueError: The model cannot be loaded, or tensors are missing.
     """
     return safe.load_plain(path, dtype=_known(dtype), trust_remote_code=False)
 
 
 def outline(path: str) -> PreTrainedModel:
-    """The model at `path` without its weights, built from its configuration on the meta device.
+    """Build the model at `path` from its configuration on the meta device, without weights.
 
     Raises:
-        ValueError: the configuration cannot be read, or is not of a causal language model.
+        ValueError: The configuration cannot be read, or describes no causal language model.
     """
     where = f"{path}/config.json"
     check_counts(checked_config(path), None, where)
@@ -98,24 +105,25 @@ def outline(path: str) -> PreTrainedModel:
 
 
 def load_tokenizer(path: str, source: str | None = None, readable: bool = True) -> Any:
-    """The tokenizer at `path`.
+    """Load the tokenizer at `path`.
 
     Args:
-        path: the directory of its model.
-        source: what the user calls it, for messages.
-        readable: also refuse a chat template that jinja cannot read; False where it may never be rendered.
+        path: Path of a model directory.
+        source: Name of the model in messages; `path` by default.
+        readable: Whether a chat template that jinja cannot parse is an error. Pass False if the template may never be
+            rendered.
 
     Raises:
-        ValueError: there is none, or its chat template cannot be used.
+        ValueError: There is no usable tokenizer, or its chat template cannot be used.
     """
     name = path if source is None else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tried = tokenizer("a", add_special_tokens=False)["input_ids"]  # settings of a wrong kind show only here
+        tried = tokenizer("a", add_special_tokens=False)["input_ids"]  # settings of a wrong type raise only here
         tokenizer.decode(tried, skip_special_tokens=True)
     except Exception as error:
         raise ValueError(f"{name} has no usable tokenizer ({first_line(error)}); copy the base's into it") from error
-    if not tried:  # transformers makes up an empty one
+    if not tried:  # transformers returns an empty tokenizer if the files are missing
         raise ValueError(f"{name} has no usable tokenizer (it is empty); copy the base's into it")
     check_template(tokenizer, name, readable)
     return tokenizer
@@ -128,7 +136,7 @@ def _known(dtype: str) -> str:
 
 
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
-    """How many parameters each part has."""
+    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`."""
     sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
     for name, parameter in model.named_parameters():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
@@ -137,30 +145,35 @@ def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
 
 
 def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> original.ConversionReport:
-    """Convert the checkpoint of the original implementation in `src` to a TaH checkpoint in `dst`, or leave nothing.
+    """Convert an original checkpoint to a TaH checkpoint. After an error `dst` is not left behind.
 
     Args:
-        src: its directory, or its id on the hub.
-        dst: directory to make; it may exist if it is empty.
-        threshold: in the place of the checkpoint's. The authors evaluate with 0.9, which their checkpoints lack.
+        src: Path or hub id of the original checkpoint.
+        dst: Directory to create; it may exist if it is empty.
+        threshold: Threshold that replaces the checkpoint's. The authors evaluate with 0.9, which their checkpoints do
+            not contain.
 
     Raises:
-        ValueError: the checkpoint is incomplete, damaged, asks for code, or asks for what a TaH model cannot do;
-            or `dst` is not empty. One line with the file and the entry.
+        ValueError: The checkpoint is incomplete or damaged, requires code, or requires something that a TaH model does
+            not support; or `dst` is not empty. The message is one line with the file and the entry.
     """
     return original.convert(src, dst, TaHForCausalLM, threshold)
 
 
 def load_adapter(base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
-    """`base` and the adapter that `tah.save_adapter` wrote into `directory` as one model, in the base's dtype.
+    """Return a TaH model from a base and an adapter, in the base's dtype.
+
+    Args:
+        base: Base model that the adapter was trained with.
+        directory: Directory that `tah.save_adapter` wrote.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
+        ValueError: A file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
     """
     return adapter.load_adapter(TaHForCausalLM, base, directory)
 
 
 def quiet() -> None:
-    """Leave the terminal to us: no progress bars and no advice from transformers."""
+    """Switch off the progress bars and warnings of transformers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Tables and shares as text, for every report."""
+"""Tables and percentages as text, for reports."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], words: int | None = None) -> str:
-    """A table in markdown.
+    """Return a Markdown table.
 
     Args:
-        columns: their names.
-        rows: as many cells each.
-        words: so many columns are words, the others numbers, to the right; None leaves it to the reader's program.
+        columns: Names of the columns.
+        rows: Rows with one cell per column.
+        words: Number of leading text columns; the others hold numbers and are aligned to the right. None sets no
+            alignment.
     """
     numbers = 0 if words is None else len(columns) - words
     rule = "| --- " * len(columns) if words is None else "|---" * words + "|--:" * numbers
@@ -20,7 +21,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], words: int |
 
 
 def percent(share: float | None, form: str = ".1f", unit: str = " %", times: float = 100) -> str:
-    """`81.8 %`, or - where undefined; with `times` 1 any other number."""
+    """Return a share as a percentage such as `81.8 %`, or `-` for None. With `times=1` it formats any other number."""
     return "-" if share is None else f"{times * share:{form}}{unit}"
 
 
@@ -31,7 +32,10 @@ def estimate(
     times: float = 100,
     interval: str = " [{}, {}]",
 ) -> tuple[str, str]:
-    """`81.8 %` and ` [80.1, 83.2]`, of an `Estimate` of `stats/bootstrap.py`; no text where there is no interval."""
+    """Return the value and the interval of an `Estimate` of `stats/bootstrap.py`: `81.8 %` and ` [80.1, 83.2]`.
+
+    The second text is empty if there is no interval.
+    """
     if found is None or found["value"] is None:
         return percent(None), ""
     ends = (found["low"], found["high"])

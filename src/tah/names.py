@@ -1,7 +1,7 @@
-"""The words that a user may write: policies, choices of the configuration, tasks, models. Each list stands here only.
+"""Names that a user may write: policies, choices of the configuration, tasks and models. Each is defined only here.
 
-So do the checks of words that a command makes before the library makes them again, once torch is there. Imports nothing
-of torch (`tah_cli/names.py` reads this file alone).
+The commands check these names early, before they import torch. This module therefore must not import torch
+(`tah_cli/names.py` reads this file alone).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
-LABEL_FREE = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, which a prompt has none of
+LABEL_FREE = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, and a prompt has none
 CONFIDENCE_MEASURES = ("probability", "entropy")
 NEXT_INPUT = ("topk", "hidden")
 ATTENTION = ("duo", "own", "blind")
@@ -21,14 +21,22 @@ OUTPUT = ("sum", "zero_init")
 
 STAGES = ("backbone", "decider")  # of training
 Stage = Literal["backbone", "decider"]
-METHODS = ("paper", "lookahead", "standard", "always", "random", "confidence", "blind")  # who iterates in training
-BY_GAIN = ("lookahead", "blind")  # methods whose decider learns what a pass gains, so that nothing is labelled
+METHODS = (
+    "paper",
+    "lookahead",
+    "standard",
+    "always",
+    "random",
+    "confidence",
+    "blind",
+)  # rules for iteration in training
+BY_GAIN = ("lookahead", "blind")  # methods whose decider is trained on the gain of a pass, without depth labels
 BY_SHARE = (*BY_GAIN, "random")  # methods that iterate a sampled share of the tokens
 
-TOO_LONG = ("drop", "cut")  # what becomes of rows that are longer than max_length
+TOO_LONG = ("drop", "cut")  # treatment of rows longer than max_length
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")  # files of rows
-TEXT_FILES = (".txt", ".md")  # files that are one text
-RECIPES = Path(__file__).with_name("recipes")  # those of the package
+TEXT_FILES = (".txt", ".md")  # files that hold one text each
+RECIPES = Path(__file__).with_name("recipes")  # packaged recipes
 RECIPE_FILES = dict(sorted((path.stem, path) for path in RECIPES.glob("*.yaml")))
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,32 +59,32 @@ NINE = (  # the benchmarks of the paper
 TASKS = (*NINE, "aime24", "aime26", "minerva", "mmlu_stem", "arc_c", "arc_e")
 PROTOCOLS = ("default", "paper")
 BACKENDS = ("transformers", "vllm")
-STOCK_TASK = "lm_eval:"  # before the name of one of lm-eval's own tasks
+STOCK_TASK = "lm_eval:"  # prefix of a task of lm-eval
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word that looks most like `word`; None where none is near."""
+    """Return the allowed word most similar to `word`; None if none is similar."""
     found = difflib.get_close_matches(word, list(allowed), n=1)
     return found[0] if found else None
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """What to tell a user who wrote an unknown `word`: `did you mean never? choose from decider, never`."""
+    """Return the advice for an unknown `word`: `did you mean never? choose from decider, never`."""
     allowed = list(allowed)
     near = nearest(word, allowed)
     return (f"did you mean {near}? " if near else "") + f"choose from {', '.join(allowed)}"
 
 
 def unknown(what: str, word: object, allowed: Iterable[str]) -> str:
-    """The message for a word that is none of the allowed ones."""
+    """Return the error message for a word that is not allowed."""
     return f"unknown {what} {word!r}; {suggest(str(word), allowed)}"
 
 
 def expand_tasks(names: Iterable[str]) -> list[str]:
-    """Names of tasks, `nine` replaced, each once.
+    """Return the names of tasks without repetitions; `nine` becomes the nine benchmarks of the paper.
 
     Raises:
-        ValueError: an unknown one, with the nearest; or none at all.
+        ValueError: A task is unknown (the message names the most similar one), or there is no task.
     """
     found = list(dict.fromkeys(each for name in names for each in (NINE if name == "nine" else [name])))
     for name in found:
@@ -88,10 +96,14 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
 
 
 def check_questions(files: Mapping[str, str | Path], tasks: Sequence[str]) -> None:
-    """Whether each file of questions is there, and for one of these tasks, one of ours.
+    """Check the question files of an evaluation.
+
+    Args:
+        files: Paths of question files by task.
+        tasks: Names of the evaluated tasks.
 
     Raises:
-        ValueError: one is not.
+        ValueError: A file does not exist, its task is not evaluated, or its task belongs to lm-eval.
     """
     for name, path in files.items():
         if name not in tasks or name.startswith(STOCK_TASK):
@@ -101,10 +113,10 @@ def check_questions(files: Mapping[str, str | Path], tasks: Sequence[str]) -> No
 
 
 def check_data(source: str) -> str:
-    """Refuse a path of texts that leads nowhere; an id of the Hub neither begins nor ends like a path.
+    """Check that a data source exists if it has the form of a path, and return it. Hub ids are not checked.
 
     Raises:
-        ValueError: there is no such file or directory.
+        ValueError: There is no such file or directory.
     """
     is_path = source.startswith((".", "/", "~")) or Path(source).suffix in (*DATA_FILES, *TEXT_FILES)
     if is_path and not os.path.exists(source):
@@ -113,10 +125,13 @@ def check_data(source: str) -> str:
 
 
 def find_recipe(source: str) -> Path:
-    """The file of a recipe: a path, or the name of a packaged one.
+    """Return the path of a recipe file.
+
+    Args:
+        source: Path of a recipe, or the name of a packaged recipe.
 
     Raises:
-        ValueError: there is no such recipe; names the nearest.
+        ValueError: There is no such recipe; the message names the most similar one.
     """
     if os.path.isfile(source):
         return Path(source)
@@ -128,10 +143,10 @@ def find_recipe(source: str) -> Path:
 
 
 def parse_target(target: str) -> float | None:
-    """The share of `share=0.07`; None for `loss`.
+    """Return the number X of the target `share=X`; None for the target `loss`.
 
     Raises:
-        ValueError: neither.
+        ValueError: The target has neither form.
     """
     name, _, number = target.partition("=")
     try:

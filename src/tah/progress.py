@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line now and then, for logs."""
+"""Progress of long work: a bar on a terminal, and log lines at intervals elsewhere."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-EVERY = 30.0  # seconds between lines where there is no terminal
+EVERY = 30.0  # seconds between log lines
 
 
 class Work:
-    """One piece of long work: so many units of so many are done. A context manager.
+    """Count the units of one long piece of work and show them. Use it as a context manager.
+
+    A bar is drawn only if the console's stream is a terminal. FORCE_COLOR alone (as in CI and notebooks) draws none.
 
     Args:
-        console: where to show it; None shows nothing.
-        title: what is done: `labelling`.
-        total: units there are; None where nobody knows yet.
-        unit: what is counted: `rows`; empty where nothing is.
-        done: units that were there before.
-        clock: seconds of a clock that never goes back.
+        console: Console for the output; None shows nothing.
+        title: Name of the work, such as `labelling`.
+        total: Number of units in all; None if it is unknown.
+        unit: Name of the counted units, such as `rows`; empty if nothing is counted.
+        done: Number of units that an earlier run has completed.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class Work:
         self.begun = self.shown = clock()
         self.ended: float | None = None
         self.bar: Bar | None = None
-        if console is not None and console.is_terminal:
+        # With FORCE_COLOR or TTY_COMPATIBLE set, `is_terminal` is true for a pipe or a file, too.
+        if console is not None and console.is_terminal and console.file.isatty():
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -64,7 +67,12 @@ class Work:
             self._line()
 
     def advance(self, units: int = 1, tokens: int = 0) -> None:
-        """So many more units, of so many tokens, are done."""
+        """Count further completed units.
+
+        Args:
+            units: Number of units.
+            tokens: Number of tokens in these units.
+        """
         self.done, self.tokens = self.done + units, self.tokens + tokens
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, state=str(self))
@@ -73,7 +81,7 @@ class Work:
 
     @property
     def tokens_per_second(self) -> float:
-        """By this process, until now or the end."""
+        """Tokens per second of this process, until now or until the end of the work."""
         return self.tokens / max(self._seconds, 1e-9)
 
     @property
@@ -87,7 +95,7 @@ class Work:
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def __str__(self) -> str:
-        """`3 of 12 rows, 1,204 tokens/s, 0:02:10 left`"""
+        """Return the state as text: `3 of 12 rows, 1,204 tokens/s, 0:02:10 left`."""
         if not self.unit:
             return self.note
         parts = [f"{self.done:,} {self.unit}" if self.total is None else f"{self.done:,} of {self.total:,} {self.unit}"]
@@ -100,22 +108,23 @@ class Work:
 
 
 class Reporter:
-    """Where long work reports: every function of the library that takes a while has an argument `progress`.
+    """Show notes and progress. Every slow function of the library takes a reporter as its argument `progress`.
 
     Args:
-        console: a bar on a terminal, elsewhere a line every `EVERY` seconds and one at the end; None reports nothing.
+        console: Console for the output. A terminal shows a bar; any other stream gets a line every `EVERY` seconds and
+            one at the end. None shows nothing.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console
 
     def note(self, line: str) -> None:
-        """Something that the user should know, in one line."""
+        """Print a note for the user, in one line."""
         if self.console is not None:
             self.console.print(f"tah: {line}", highlight=False, soft_wrap=True, markup=False)
 
     def work(self, title: str, total: int | None, unit: str, done: int = 0) -> Work:
-        """Begin a piece of work."""
+        """Return a `Work` on this reporter's console, with the given title, total, unit and completed units."""
         return Work(self.console, title, total, unit, done)
 
 

@@ -26,14 +26,14 @@ from .streaming import Token, TokenStreamer
 # The threshold of a base wrapped on the fly, under the policy `confidence`: a token iterates where the most probable
 # next token has a probability below 0.3, which is about one in ten.
 CONFIDENCE_THRESHOLD = 0.7
-NAMED = 5  # unknown words that a note names
+NAMED = 5  # most unknown words in a note
 LONGEST_REASON = 200  # characters of a chat template's message
-LONGEST_NAME = 24  # characters of such a word
+LONGEST_NAME = 24  # characters of an unknown word in a note
 
 
 @dataclass
 class Answer:
-    """An answer, and what it cost."""
+    """An answer with its tokens, the length of its prompt and its time."""
 
     tokens: list[Token]
     prompt_tokens: int
@@ -48,7 +48,7 @@ class Answer:
         return [token.depth for token in self.tokens]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the entries that `--json` prints."""
         count = len(self.tokens)
         return {
             "text": self.text,
@@ -64,14 +64,17 @@ class Answer:
 
 @dataclass
 class Session:
-    """A loaded model. It keeps the cache of the last prompt, so that one which continues it costs only what is new."""
+    """A loaded model with its tokenizer and KV cache.
+
+    The cache of the last prompt is kept. A prompt that continues it runs only its new tokens.
+    """
 
     source: str
     model: TaHForCausalLM
     tokenizer: Any
-    wrapped: bool  # `source` is a base model, wrapped on the fly: nothing in it is trained to iterate
+    wrapped: bool  # whether `source` is a base model, which has no trained second pass
     cache: DuoCache = field(default_factory=DuoCache)
-    ids: list[int] = field(default_factory=list)  # what the cache has seen, and one more
+    ids: list[int] = field(default_factory=list)  # tokens in the cache, and one more
 
     @classmethod
     def open(
@@ -83,18 +86,19 @@ class Session:
         as_saved: bool = False,
         progress: Reporter = SILENT,
     ) -> Session:
-        """Load a TaH checkpoint, or wrap a base model, without adapter and decider. Nothing in such a base is trained
-        to iterate, so it answers as itself, with the policy `never`, until another is asked for.
+        """Load a TaH checkpoint, or wrap a base model without LoRA and decider.
+
+        A wrapped base has no trained second pass, so its policy is `never` unless a call chooses another one.
 
         Args:
-            source: directory, hub id, `smollm2`, `smollm2-tah`, or `follow-tah`.
-            dtype: `auto` is the checkpoint's where the device computes in it natively, else float32.
-            device: `auto` is CUDA, then MPS, then the CPU.
-            as_saved: the model is only handed on to another engine: it stays as it was saved, in the CPU's memory.
-            progress: gets a note where `auto` became float32.
+            source: Path of a directory, a hub id, or one of `smollm2`, `smollm2-tah` and `follow-tah`.
+            dtype: Dtype of the model. `auto` is the checkpoint's if the device computes in it natively, else float32.
+            device: Name of the device. `auto` is the first available of CUDA, MPS and CPU.
+            as_saved: Whether the model keeps its saved dtype and stays in CPU memory, for use by another engine.
+            progress: Reporter that receives a note if `auto` became float32.
 
         Raises:
-            ValueError: it cannot be found, is damaged, or cannot be wrapped, or there is no such device.
+            ValueError: The model does not exist, is damaged or cannot be wrapped, or there is no such device.
         """
         path, kind = find(source)
         if kind == "tah":
@@ -103,29 +107,28 @@ class Session:
             untrained: dict[str, Any] = {"lora_rank": 0, "decider": None}  # parts that would be random
             base = load_base(path, dtype)
             model = TaHForCausalLM.from_base(base, policy="never", threshold=CONFIDENCE_THRESHOLD, **untrained)
-        model.name_or_path = source  # what errors and traces call it
+        model.name_or_path = source  # the name in errors and traces
         check_generation_config(model.generation_config, source)
-        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` refuses it
+        tokenizer = load_tokenizer(path, source, readable=False)  # `encode` raises for an unreadable template
         if not as_saved:
             put(model, source, dtype=dtype, device=device, progress=progress)
         return cls(source, model.eval(), tokenizer, kind == "base")
 
     def rule(self, rule: Rule) -> Rule:
-        """`rule`, completed by the model's configuration.
+        """Return `rule` with missing fields taken from the model's configuration.
 
         Raises:
-            ValueError: a threshold or a depth is given for a wrapped base that answers as itself: it changes nothing.
+            ValueError: A wrapped base without a policy gets a threshold or a depth, which would have no effect.
         """
         if self.wrapped:
             check_idle(self.source, rule)
         return rule.completed(self.model.config)
 
     def as_itself(self, rule: Rule) -> str | None:
-        """A note for the user of a wrapped base who chose no policy, so that the base answers as itself; None for
-        everybody else.
+        """Return a note if a wrapped base runs without a policy, so that it answers like the base; else None.
 
         Raises:
-            ValueError: as `rule`.
+            ValueError: As for `rule`.
         """
         self.rule(rule)
         if not self.wrapped or rule.policy is not None:
@@ -136,22 +139,26 @@ class Session:
         )
 
     def encode(self, messages: list[dict[str, str]], *, raw: bool = False) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins; `raw` leaves the chat template out.
+        """Return the token ids of a conversation up to the beginning of the answer.
+
+        Args:
+            messages: Messages with `role` and `content`.
+            raw: Whether to join the contents without the chat template.
 
         Raises:
-            ValueError: the chat template refuses the conversation, or leaves its system message out.
+            ValueError: The chat template raises an error for the conversation, or omits its system message.
         """
         if raw or not self.tokenizer.chat_template:
             return self.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"]
         return self.tokenizer(self._written(messages), add_special_tokens=False)["input_ids"]
 
     def _written(self, messages: list[dict[str, str]]) -> str:
-        """A conversation as the chat template writes it."""
+        """Return a conversation as text, rendered by the chat template."""
         system = [message["content"] for message in messages if message["role"] == "system"]
         others = [message for message in messages if message["role"] != "system"]
 
         def without_system() -> str | None:
-            with suppress(Exception):  # of any kind: templates are programs
+            with suppress(Exception):  # templates are programs and may raise anything
                 return self._template(others)
             return None
 
@@ -177,8 +184,9 @@ class Session:
         return text
 
     def unknown_words(self, text: str) -> str | None:
-        """A note that names the words that the tokenizer reads as its unknown token, or as nothing; None where there
-        are none."""
+        """Return a note with the words that the tokenizer maps to its unknown token or to no token; None if there are
+        none.
+        """
         inner = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
         token = str(getattr(inner, "unk_token", None) or self.tokenizer.unk_token or "")
         nothing = self.tokenizer.convert_tokens_to_ids(token) if token else None
@@ -193,7 +201,7 @@ class Session:
             return None
         named = [word if len(word) <= LONGEST_NAME else word[: LONGEST_NAME - 3] + "..." for word in unknown[:NAMED]]
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
-        return f"the tokenizer of {self.source} does not know {', '.join(map(repr, named))}{more}"
+        return f"the tokenizer of {self.source} has no token for {', '.join(map(repr, named))}{more}"
 
     def answer(
         self,
@@ -204,17 +212,18 @@ class Session:
         max_new_tokens: int,
         **sampling: Any,
     ) -> Answer:
-        """Continue the prompt `ids`.
+        """Generate an answer to the prompt.
 
         Args:
-            show: called with each token as it comes.
-            rule: who iterates; `Rule()` is as the model's configuration has it.
-            max_new_tokens: fewer where the model has too few positions.
-            sampling: further arguments of `generate`, see `sampling`.
+            ids: Token ids of the prompt.
+            show: Callback for each new token.
+            rule: Policy, threshold and depth; `Rule()` takes all of them from the model's configuration.
+            max_new_tokens: Maximum number of new tokens; the model's positions may limit it further.
+            sampling: Further arguments of `generate`, see the function `sampling`.
 
         Raises:
-            ValueError: an empty prompt, one longer than the model or of tokens that it does not have, or a model that
-                computes NaN.
+            ValueError: The prompt is empty, longer than the model's positions or has ids outside its vocabulary, or
+                the model computes NaN.
         """
         check_ids(ids, self.model, "the prompt", f"{self.source} comes with another model's tokenizer")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -239,7 +248,7 @@ class Session:
         return Answer(streamer.tokens, len(ids), seconds)
 
     def forget(self) -> None:
-        """Drop the cache, so that the next prompt runs from its first token."""
+        """Drop the cache. The next prompt then runs from its first token."""
         self.cache, self.ids = DuoCache(), []
 
     @property
@@ -248,7 +257,7 @@ class Session:
         return end[0] if isinstance(end, list) else end if end is not None else self.tokenizer.eos_token_id
 
     def _continued(self, ids: list[int]) -> DuoCache:
-        """The cache, cut back to what it has in common with `ids`; at least one token of them is left to run."""
+        """Return the cache, cut to its common prefix with `ids`. At least one token of `ids` is left to run."""
         seen = self.cache.get_seq_length()
         common = len(os.path.commonprefix([self.ids[:seen], ids[:-1]]))
         if common == 0:
@@ -258,14 +267,14 @@ class Session:
 
 
 def check_idle(source: str, rule: Rule) -> None:
-    """Refuse settings of a base that answers as itself, because they would silently change nothing.
+    """Check that the rule of a wrapped base has no setting without effect.
 
     Args:
-        source: what the user calls the base.
-        rule: without a policy the base answers as itself; a depth of 1 is what it does then.
+        source: Name of the base in messages.
+        rule: Rule of the call. Without a policy every token takes one pass, so only a depth of 1 is allowed.
 
     Raises:
-        ValueError: there is no policy, but a threshold or a depth.
+        ValueError: The rule has a threshold or a depth but no policy.
     """
     idle = {"--threshold": rule.threshold, "--max-depth": None if rule.max_depth == 1 else rule.max_depth}
     for option, value in idle.items():
@@ -277,8 +286,11 @@ def check_idle(source: str, rule: Rule) -> None:
 
 
 def sampling(temperature: float, top_p: float, top_k: int, seed: int) -> dict[str, Any]:
-    """Options of `generate`, greedy at temperature 0 whatever the model's own defaults are; seeds torch."""
+    """Seed torch and return the sampling options of `generate`.
+
+    Temperature 0 means greedy generation, whatever the defaults of the model are.
+    """
     torch.manual_seed(seed)
-    if temperature < 1e-3:  # too little to divide by
+    if temperature < 1e-3:  # too small a divisor
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -1,4 +1,4 @@
-"""The tokens of an answer as they are produced, each with its text and the passes it took."""
+"""Stream the tokens of an answer as they are generated, each with its text and its depth."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Any
 
 @dataclass
 class Token:
-    """A produced token, and what it cost."""
+    """A generated token with its depth and continue probability."""
 
     id: int
-    text: str  # what it adds to the text; empty while a character is incomplete
-    depth: int  # passes spent on predicting it
-    probability: float | None  # that the policy gave to a second pass; None where it was not asked
+    text: str  # text that this token adds; empty while a character is incomplete
+    depth: int  # passes that predicted this token
+    probability: float | None  # continue probability after depth 1; None if the policy computed none
 
 
 class Pieces:
-    """Text of a growing list of tokens, piece by piece; a character split over tokens comes out whole, with its last.
+    """Decode a growing list of tokens piece by piece.
+
+    A character that is split over several tokens is returned whole, with the last of these tokens.
 
     Args:
-        decode: from a list of token ids to their text, special tokens left out.
+        decode: Function from a list of token ids to their text without special tokens.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self.decode = decode
         self.ids: list[int] = []
-        self.context = 0  # the last piece starts here; decoding it again shows how the next one joins it
-        self.done = 0  # ids whose text is out
+        self.context = 0  # start of the last piece, which is decoded again together with the next one
+        self.done = 0  # number of ids whose text has been returned
 
     def add(self, token: int) -> str:
-        """What the next token adds; empty where more are needed."""
+        """Return the text that the next token adds; empty if it ends in an incomplete character."""
         self.ids.append(token)
         text = self._rest()
         if not text or text.endswith("\ufffd"):
@@ -41,7 +43,7 @@ class Pieces:
         return text
 
     def flush(self) -> str:
-        """What is left at the end, without the broken character it ends in."""
+        """Return the remaining text at the end, without a trailing incomplete character."""
         text = self._rest().rstrip("\ufffd")
         self.context = self.done = len(self.ids)
         return text
@@ -52,24 +54,25 @@ class Pieces:
 
 
 class TokenStreamer:
-    """A `streamer` for `generate`: hands over each new token with its depth, read off the cache of that generation.
+    """A `streamer` for `generate` that passes each new token with its depth to a callback.
 
-    A token is predicted at the position before its own, so its cost is the depth of that position.
+    The depth comes from the cache of the same generation. A token is predicted at the previous position, so its depth
+    is the depth of that position.
 
     Args:
-        cache: the `DuoCache` that is also given to `generate`; of one row.
-        decode: from token ids to text.
-        show: called with each `Token`.
+        cache: `DuoCache` of one row, the same that `generate` receives.
+        decode: Function from token ids to text.
+        show: Callback for each `Token`.
     """
 
     def __init__(self, cache: Any, decode: Callable[[list[int]], str], show: Callable[[Token], None]) -> None:
         self.cache, self.show = cache, show
         self.pieces = Pieces(decode)
-        self.length: int | None = None  # tokens so far; None before the prompt
+        self.length: int | None = None  # number of tokens so far; None before the prompt
         self.tokens: list[Token] = []
 
     def put(self, value: Any) -> None:
-        """Called by `generate`: first with the prompt [1, T], then with each token [1]."""
+        """Receive ids from `generate`: first the prompt `[1, T]`, then each new token `[1]`."""
         ids = value.flatten().tolist()
         if self.length is None:
             self.length = len(ids)
@@ -78,14 +81,14 @@ class TokenStreamer:
             position = self.length - 1
             depth = int(self.cache.depth_count.view[0, position])
             logits = self.cache.continue_logits.view[0, position]
-            asked = len(logits) > 0 and not math.isnan(logits[0])
-            probability = float(logits[0].sigmoid()) if asked else None
+            decided = len(logits) > 0 and not math.isnan(logits[0])
+            probability = float(logits[0].sigmoid()) if decided else None
             self.length += 1
             self.tokens.append(Token(token, self.pieces.add(token), depth, probability))
             self.show(self.tokens[-1])
 
     def end(self) -> None:
-        """Called by `generate` after the last token."""
+        """Show the remaining text; `generate` calls this after the last token."""
         if self.tokens and (rest := self.pieces.flush()):
             last = self.tokens[-1]
             last.text += rest

@@ -227,7 +227,7 @@ def test_commands(capsys: pytest.CaptureFixture[str], hub: Path, original: Path,
     assert found["kind"] == "tah" and found["base"]["family"] == "qwen3" and found["decider"]["kind"] == "mlp"
     (tmp_path / "text.txt").write_text("Six times seven is 42.")
     assert "## Policies" in works(capsys, "trace", source, tmp_path / "text.txt")
-    assert "not a plain base model" in fails(capsys, "inspect", tmp_path / "by_hand", "--against", source)
+    assert "not a base model" in fails(capsys, "inspect", tmp_path / "by_hand", "--against", source)
     shutil.rmtree(tmp_path / "by_hand")
     works(capsys, "convert", source, tmp_path / "by_hand")
     assert contents(tmp_path / "by_hand") == contents(find(str(source))[0])

@@ -1,4 +1,4 @@
-"""Tokenizers that have tokens without an embedding, and words that a tokenizer does not know."""
+"""Tokenizers that have tokens without an embedding, and words without a token."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_trace_and_prune_with_a_tokenizer_longer_than_the_embedding(capsys, tmp_
     assert "t.jsonl has the token 259, but the model has only 259 tokens" in line and not (tmp_path / "less").exists()
 
 
-# -- words that a tokenizer does not know ----------------------------------------------------------------------------
+# -- words without a token ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_unknown_words_are_named(capsys, prompt, unknown):
     lines = [line for line in err.splitlines() if line.startswith("tah: ")]
     assert code == 0 and len(lines) == bool(unknown) and "\x1b" not in err
     if unknown:
-        assert "the tokenizer of follow-tah does not know" in lines[0] and all(word in lines[0] for word in unknown)
+        assert "the tokenizer of follow-tah has no token for" in lines[0] and all(word in lines[0] for word in unknown)
 
 
 def small_tokenizer(kind) -> PreTrainedTokenizerFast:
@@ -121,7 +121,7 @@ def small_tokenizer(kind) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("kind", "unknown"),
     [
-        (models.BPE({"</s>": 0, "a": 1, "b": 2}, []), "'c'"),  # drops what it does not know
+        (models.BPE({"</s>": 0, "a": 1, "b": 2}, []), "'c'"),  # drops what it has no token for
         (models.BPE({"</s>": 0, "a": 1, "b": 2, "?": 3}, [], unk_token="?"), "'c'"),
         (models.WordPiece({"</s>": 0, "a": 1, "b": 2, "[UNK]": 3}, unk_token="[UNK]"), "'c'"),
         (models.WordLevel({"</s>": 0, "a": 1, "b": 2, "c": 3}, "</s>"), None),
@@ -132,10 +132,10 @@ def test_unknown_words_of_other_tokenizers(tiny_base, kind, unknown):
     assert session.unknown_words("\u6f22 \U0001f600 anything") is None  # bytes know everything
     session.tokenizer = small_tokenizer(kind)
     told = session.unknown_words("a b c")
-    assert told is None if unknown is None else told is not None and told.endswith(f"does not know {unknown}")
+    assert told is None if unknown is None else told is not None and told.endswith(f"has no token for {unknown}")
 
 
 def test_unknown_words_are_named_in_a_chat(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello e1\ne1\n"))
     code, out, _ = said(capsys, "chat", "follow-tah", "--max-new-tokens", 2)
-    assert code == 0 and out.count("does not know 'hello'") == 1 and out.count("does not know") == 1
+    assert code == 0 and out.count("has no token for 'hello'") == 1 and out.count("does not know") == 1

@@ -1,9 +1,8 @@
-"""The adapter of a model on its own: everything beside the base (LoRA, maps, decider), which training with a frozen
-base makes.
+"""Save and load the adapter of a model: LoRA, linear maps U and Z, and decider, without the base.
 
-An adapter's directory has `additions.json`, the model's settings, and `additions.safetensors`, whose tensors have the
-names of a whole checkpoint. The base comes from where it was published; for SmolLM2-135M this saves 6 MB in place of
-540.
+The directory of an adapter has two files. `additions.json` contains the model's settings, and `additions.safetensors`
+contains the tensors under their names in a whole checkpoint. The base is loaded from its own source. For SmolLM2-135M
+the adapter has 6 MB, a whole checkpoint 540 MB.
 """
 
 from __future__ import annotations
@@ -28,18 +27,19 @@ if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
 SETTINGS, WEIGHTS = "additions.json", "additions.safetensors"
-SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # of the base
+SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # config entries of the base
 
 
 def save_adapter(model: TaHForCausalLM, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write all of a model but its base, of which only a fingerprint is saved.
+    """Save the adapter of a model, and a fingerprint of its base.
 
     Args:
-        directory: made where it is not there.
-        dtype: of the file.
+        model: Model with an adapter.
+        directory: Target directory, created if it is missing.
+        dtype: Dtype of the saved tensors.
 
     Raises:
-        ValueError: the model has nothing beside its base.
+        ValueError: The model has no adapter.
     """
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = [field.name for field in dataclasses.fields(TaHConfig) if field.name not in {*inherited, "base_config"}]
@@ -49,18 +49,23 @@ def save_adapter(model: TaHForCausalLM, directory: str | Path, dtype: torch.dtyp
     settings = {"base": base, **{name: getattr(model.config, name) for name in own}}
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in _adapter(model).items()}
     if not tensors:
-        raise ValueError("the model has nothing beside its base: no LoRA, no maps, no decider")
+        raise ValueError("the model has nothing beside its base: no LoRA, no linear maps, no decider")
     weights, target = save(tensors, metadata={"format": "pt"}), Path(directory)
     write_atomically(target / WEIGHTS, weights)
-    settings["sha256"] = hashlib.sha256(weights).hexdigest()  # so that new weights never go with old settings
+    settings["sha256"] = hashlib.sha256(weights).hexdigest()  # prevents new weights with old settings
     write_atomically(target / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def load_adapter(model_class: type[TaHForCausalLM], base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:
-    """`base` and the adapter in `directory` as one model, in the base's dtype.
+    """Return a TaH model from a base and an adapter, in the base's dtype.
+
+    Args:
+        model_class: Class of the model.
+        base: Base model that the adapter was trained with.
+        directory: Directory that `save_adapter` wrote.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
+        ValueError: A file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
     """
     source = Path(directory)
     try:
@@ -82,7 +87,7 @@ def load_adapter(model_class: type[TaHForCausalLM], base: PreTrainedModel, direc
         raise ValueError(f"the adapter in {source} belongs to a base with {', '.join(differ)}, not {has}")
     if shape.get("weights") != weights_fingerprint(base, of_base=True):
         raise ValueError(f"the adapter in {source} belongs to a base of the same shape with other weights")
-    # First without memory: the settings may have any sizes, and only what is in the file is allocated.
+    # The meta device comes first: the settings may have any sizes, and only the sizes of the file may be allocated.
     tensors = len(saved) + sum(1 for _ in base.parameters())
     config = {"base_config": base.config.to_dict(), **settings}
     own = _adapter(build_empty(lambda: model_class(TaHConfig(**config)), tensors, f"{source / SETTINGS}"))
@@ -97,6 +102,6 @@ def load_adapter(model_class: type[TaHForCausalLM], base: PreTrainedModel, direc
 
 
 def _adapter(model: TaHForCausalLM) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that the base does not have without the adapter."""
+    """Return the parameters and buffers outside the base, and those of its LoRA, by name."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if not name.startswith("base.") or ".lora_" in name}

@@ -1,8 +1,8 @@
-"""Whether a chat template can be used: it is tried on a short conversation, in a process of limited time and memory.
+"""Check a chat template: render it for a short conversation in a process with limited time and memory.
 
-A template is a program. Jinja's sandbox keeps it from the machine, but not from running for ever or filling the memory,
-and a single step such as `9 ** 9 ** 9` cannot be stopped from inside. So the template is first rendered in a process of
-its own, whose seconds and bytes the system counts. Later renderings, of other conversations, are not bounded.
+A template is a program. Jinja's sandbox blocks access to the machine, but not endless loops or unlimited memory. A
+single step such as `9 ** 9 ** 9` cannot be stopped from inside the process. So the template is first rendered in a
+process of its own, whose time and memory the system limits. Later renderings of other conversations have no limits.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Any
 
 PROBE = Path(__file__).with_name("chat_template_probe.py")
-PATIENCE = 120  # seconds of the clock, where the system counts none; the probe itself has 3 of the processor
-UNREADABLE = "cannot be read: "  # begins the probe's message about a template that is no program
+PATIENCE = 120  # seconds of wall time, for systems without limits; the probe limits itself to 3 seconds of CPU time
+UNREADABLE = "cannot be read: "  # prefix of the probe's message about a template that jinja cannot parse
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Untried(Exception):
-    """A template could not be tried, for a reason that is not the template's."""
+    """The probe failed for a reason outside the template."""
 
 
 def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
-    """Refuse a tokenizer whose chat template is blocked by the sandbox, or does not come to an end.
+    """Check that the sandbox permits the chat templates of a tokenizer and that they render within the limits.
 
     Args:
-        tokenizer: one of transformers.
-        source: where it is from, for the message.
-        readable: also refuse a template that jinja cannot read. Such a template does no harm until it is rendered,
-            which raises an error then.
+        tokenizer: Tokenizer of transformers.
+        source: Name of the tokenizer in messages.
+        readable: Whether a template that jinja cannot parse is an error. Such a template is harmless until it is
+            rendered, which then raises an error.
 
     Raises:
-        ValueError: the template cannot be used, or could not be tried.
+        ValueError: A template cannot be used, or could not be tried.
     """
     template = getattr(tokenizer, "chat_template", None)
     templates = template if isinstance(template, dict) else {"": template}
@@ -53,8 +53,16 @@ def check_template(tokenizer: Any, source: str, readable: bool = True) -> None:
 
 @lru_cache(maxsize=64)
 def template_fault(template: str, words: tuple[tuple[str, str], ...]) -> str:
-    """Why the template cannot be used; empty where it can. Raises `Untried`, which is not kept for the next time."""
-    places = [place for place in sys.path if place]  # where this process finds its packages, but for its directory
+    """Return the reason why a template cannot be used; empty if it can.
+
+    Args:
+        template: Text of the template.
+        words: Names and texts of the special tokens.
+
+    Raises:
+        Untried: The probe failed. The cache of this function does not keep this result.
+    """
+    places = [place for place in sys.path if place]  # the package paths of this process, without its current directory
     asked = json.dumps({"template": template, "words": dict(words), "places": places})
     command = [sys.executable, "-I", str(PROBE)]
     try:

@@ -1,6 +1,7 @@
-"""Render a chat template under limits; run as a program by `chat_template.py`, without this package or transformers.
+"""Render a chat template under limits. `chat_template.py` runs this file as a program.
 
-Reads JSON from standard input, writes `fine` or `fault: WHY`, or is killed on the way.
+The program imports neither this package nor transformers. It reads JSON from standard input and writes `fine` or
+`fault: WHY`, unless the system kills it first.
 """
 
 from __future__ import annotations
@@ -9,37 +10,37 @@ import json
 import sys
 from typing import Any
 
-SECONDS = 3  # of the processor
-BYTES = 2**30  # of memory
-LONGEST = 10**6  # characters; the conversations have some dozen words
+SECONDS = 3  # limit of CPU time
+BYTES = 2**30  # limit of memory
+LONGEST = 10**6  # characters of a rendered text; the conversations have a few dozen words
 
 
 class Refused(Exception):
-    """Raised by a template, through `raise_exception`, for a conversation that it does not take."""
+    """A template called `raise_exception` for a conversation that it does not support."""
 
 
 def limit() -> None:
-    """Have the system count this process's seconds and bytes, where it can."""
+    """Limit the CPU time and memory of this process if the system can."""
     try:
         import resource
-    except ImportError:  # Windows; the parent watches the clock
+    except ImportError:  # Windows; the timeout of the parent process applies
         return
     for what, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
         try:
             hard = resource.getrlimit(what)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(what, (most, most))
-        except (ValueError, OSError):  # macOS has no limit of addresses
+        except (ValueError, OSError):  # macOS does not support RLIMIT_AS
             continue
 
 
 def environment() -> Any:
-    """Jinja as transformers sets it up for templates."""
+    """Return a jinja environment with the settings of transformers."""
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, with which transformers marks answers: what is inside, and nothing else."""
+        """The tag `{% generation %}`, by which transformers marks answers. It renders as its content."""
 
         tags = {"generation"}
 
@@ -62,7 +63,10 @@ def environment() -> Any:
 
 
 def fault(template: str, words: dict[str, str]) -> str:
-    """Why a template cannot be used; empty where it can, or where it only refuses these conversations."""
+    """Return the reason why a template cannot be used.
+
+    The result is empty if the template works, or if it only raises an error of its own for these conversations.
+    """
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
     try:
@@ -82,7 +86,7 @@ def fault(template: str, words: dict[str, str]) -> str:
                 return f"does what the sandbox does not let it: {error}"
             except (MemoryError, RecursionError, OverflowError) as error:
                 return f"takes more than a template may ({str(error) or type(error).__name__})"
-            except Exception:  # noqa: S112, BLE001  # this conversation is not for it; the real one may be
+            except Exception:  # noqa: S112, BLE001  # the template may still support the conversations of the user
                 continue
             if len(rendered) > LONGEST:
                 return f"writes {len(rendered):,} characters around a few words"
@@ -94,7 +98,7 @@ def main() -> None:
     sys.path[:] = asked["places"]
     try:
         import jinja2  # noqa: F401
-    except ImportError:  # nor will transformers render it
+    except ImportError:  # transformers then cannot render the template either
         print("fine", flush=True)
         return
     limit()

@@ -1,4 +1,4 @@
-"""What a result was made from: hashes of files and models, versions; and whether it is still as it was written."""
+"""Record the sources of a result (hashes and versions), and check that its files are unchanged."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..config import former_tensor
 if TYPE_CHECKING:
     from torch import nn
 
-LARGE = 64 * 2**20  # bytes; of larger files size and time count, and not every byte
-LOGS = ("checkpoints", "tensorboard")  # in a result, but nobody builds on them: they may be deleted
-WORDS = (".md", ".png")  # as these
+LARGE = 64 * 2**20  # bytes; larger files count by size and time of change
+LOGS = ("checkpoints", "tensorboard")  # parts of a result that no later step reads; a user may delete them
+WORDS = (".md", ".png")  # suffixes of files that no later step reads
 
 
 def contents(source: str | None, names: Iterable[str] | None = None) -> str | None:
-    """What a local file or directory holds, as a hash; any other name as it is.
+    """Return a hash of a local file or directory; any other name is returned unchanged.
 
     Files of more than 64 MB count by size and time of change, smaller ones by their bytes.
 
     Args:
-        source: the file, the directory or the name.
-        names: those files of the directory that count, where they are there; by default all that are not hidden.
+        source: Path of a file or directory, or a name such as a hub id.
+        names: Names of the files in the directory to hash, if they exist. By default all files that are not hidden.
     """
     path = Path(source or "")
     if not source or not path.exists():
@@ -49,16 +49,17 @@ def contents(source: str | None, names: Iterable[str] | None = None) -> str | No
 
 
 def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
-    """A hash of up to 1024 values of every weight: it tells a model from the same model after more training.
+    """Return a hash of about 1024 values of every weight. Further training of the model changes the hash.
 
     Args:
-        of_base: leave LoRA adapters out, and round to bfloat16, so that a base has the same hash in every precision.
+        model: Model to hash.
+        of_base: Whether to skip LoRA and round to bfloat16, so that a base has the same hash in every precision.
     """
     digest = hashlib.sha256() if of_base else hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if of_base and ".lora_" in name:
             continue
-        digest.update(former_tensor(name).encode())  # so that results of before 0.2 can be continued
+        digest.update(former_tensor(name).encode())  # results of versions before 0.2 keep their hash
         if not parameter.is_meta:
             values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].cpu()
             digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())
@@ -66,7 +67,7 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
 
 
 def version_of(name: str) -> str | None:
-    """The version of a library that is installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # tah may run from a source tree
@@ -74,7 +75,7 @@ def version_of(name: str) -> str | None:
 
 
 def sizes_of(result: Path) -> dict[str, int]:
-    """Size of each file of a result that others build on."""
+    """Return the sizes in bytes of the files of a result that later steps read, by relative path."""
     found = {}
     for path in sorted(result.rglob("*")):
         inside = path.relative_to(result).parts
@@ -85,13 +86,20 @@ def sizes_of(result: Path) -> dict[str, int]:
 
 
 def wrong(path: Path, size: int) -> str | None:
-    """How a file differs from what was written, in words. JSON may be edited (`tah tune` does), but must be JSON."""
+    """Return how a file differs from its recorded state; None if it does not.
+
+    A JSON file may have another size, since `tah tune` edits it, but must remain valid JSON.
+
+    Args:
+        path: Path of the file.
+        size: Recorded size in bytes.
+    """
     if not path.is_file():
         return "is missing"
     found = path.stat().st_size
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "np"):  # reads the head alone
+            with safe_open(path, "np"):  # reads only the header
                 pass
         elif path.suffix == ".json" and found != size:
             json.loads(path.read_text("utf-8"))

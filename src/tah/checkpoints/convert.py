@@ -1,20 +1,20 @@
 """Write a checkpoint of the original implementation as a native TaH checkpoint.
 
-No code of the checkpoint runs: see `original.py` for its pickle and its configuration; `auto_map` is refused, and
-weights must be safetensors. There is no way back: the original layout needs a pickle, and this package writes none.
-The LoRA adapter alone can be exchanged, see `peft.py`.
+No code of the checkpoint runs. `original.py` reads its pickle and its configuration, an `auto_map` raises `ValueError`,
+and weights must be safetensors. Conversion to the original layout is not supported, because that layout needs a pickle
+and this package writes none. `peft.py` exchanges the LoRA adapter alone.
 
-Where the original is surprising, the converter does what its loader does, and the report has a note about it:
+The converter reproduces the original loader in these surprising cases, and the report has a note about each:
 
 * The threshold is `iter_decider_kwargs.threshold` (0.5 when absent), never the one among the weights. It is rounded to
   `iter_decider_kwargs.dtype` and then to the base's dtype: 0.9 is 0.8984375 in bfloat16.
 * The decider runs in the base's dtype, whatever it was saved in. `logits_projection` and `combined_projection` are
   built in `iter_decider_kwargs.dtype` (bfloat16 when absent), so they lose precision even for a float32 base.
-* A decider stops at its own `max_iter`, 3 when `iter_decider_kwargs` has none, however large the model's is.
+* A decider stops at its own `max_iter` (3 when absent from `iter_decider_kwargs`), even if the model's is larger.
 * The class and arguments saved in `iter_decider.bin` count only where the config has none. State entries named like
   an argument (`threshold`) are dropped. The original ignores missing entries; here they are errors.
-* `eval_iter_decider` decides at inference. Given as a class name it is built afresh; an MLPIterDecider would then be
-  untrained, so the trained weights are used with its arguments.
+* `eval_iter_decider` decides at inference. If it is a class name, the original builds a new, untrained decider. For an
+  MLPIterDecider the converter uses the trained weights with the arguments of the new one.
 * PEFT keeps an adapter in float32 next to a base in half precision; here it takes the base's dtype.
 
 Defaults of MLPIterDecider in the paper: layers (16, 20, 24, 28), widths (256, 512, 256), dropout 0.3, threshold
@@ -47,12 +47,12 @@ from .user_cache import cache_dir, make_once
 if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
-VERSION = 1  # part of the names in the cache: raise it whenever what is converted changes
+VERSION = 1  # part of the names in the cache; increase it with every change of the converted files
 
 
 @dataclass
 class ConversionReport:
-    """What was converted, and everything about it that might surprise."""
+    """The properties of a converted checkpoint, with notes about unexpected ones."""
 
     base_family: str
     parameters: int
@@ -77,7 +77,7 @@ class ConversionReport:
 def convert(
     src: str | Path, dst: str | Path, model_class: type[TaHForCausalLM], threshold: float | None = None
 ) -> ConversionReport:
-    """As `tah.convert`, with the class of the model to make."""
+    """Convert an original checkpoint like `tah.convert`, to a model of the class `model_class`."""
     source, target = Path(src), Path(os.path.realpath(dst))
     if not source.is_dir() and not (isinstance(src, str) and is_repository(src)):
         raise ValueError(f"{source} is not a directory; convert reads a checkpoint that has been downloaded")
@@ -117,15 +117,16 @@ def convert(
 
 
 def converted(name: str, found: Path | Snapshot, model_class: type[TaHForCausalLM]) -> Path:
-    """An original checkpoint as a native one in the user's cache, converted where it is not there yet.
+    """Return the directory of a converted original checkpoint in the user's cache; convert it if it is missing.
 
     Args:
-        name: what the user calls it.
-        found: where it is. A revision of the hub is converted once, and a directory again when a file that the
-            conversion reads has changed.
+        name: Name of the checkpoint in messages.
+        found: Directory or hub snapshot of the checkpoint. A hub revision is converted once. A directory is converted
+            again if a file that the conversion reads has changed.
+        model_class: Class of the model.
 
     Raises:
-        ValueError: it cannot be converted.
+        ValueError: The checkpoint cannot be converted.
     """
     if isinstance(found, Snapshot):
         key = found.commit[:12]
@@ -137,30 +138,30 @@ def converted(name: str, found: Path | Snapshot, model_class: type[TaHForCausalL
         convert(_downloaded(found) if isinstance(found, Snapshot) else found, target, model_class)
 
     words = re.sub(r"[^\w.-]+", "--", name).strip(".-")[-80:] or "original"
-    line = f"Converting {name} from the authors' layout (once)"
+    line = f"Converting {name} from the original layout (once)"
     return make_once(cache_dir() / f"{words}-{key}-tah-v{VERSION}", _is_whole, make, line)
 
 
 def reconversion(directory: str | os.PathLike[str]) -> str:
-    """The advice for a damaged directory, to end a message with; empty where `converted` has not made it."""
+    """Return the advice that ends a message about a damaged directory; empty if `converted` did not create it."""
     made = re.search(r"-tah-v\d+$", os.path.basename(directory))
     ours = os.path.realpath(os.path.dirname(directory)) == os.path.realpath(cache_dir())
     return "; delete that directory, and it is converted again" if made and ours else ""
 
 
 def files_read(source: Path) -> list[str]:
-    """The files of an original checkpoint that `convert` reads, on which its result depends."""
+    """Return the names of the files of an original checkpoint that `convert` reads."""
     names = ["config.json", "generation_config.json", "model.safetensors.index.json", CONFIG, *TOKENIZER]
     try:
         names += [path.name for path in weight_files(source, read_json(source / "config.json"))]
         names += own_files(read_config(source))
-    except ValueError:  # which `convert` raises again
+    except ValueError:  # `convert` raises it again
         pass
     return names
 
 
 def _downloaded(found: Snapshot) -> Path:
-    """The directory of an original checkpoint of the hub with all that `convert` reads, where that can be converted."""
+    """Download the files of an original checkpoint that `convert` reads, and return their directory."""
     return found.complete(*own_files(read_config(found.directory)))
 
 
@@ -176,7 +177,7 @@ def _config_fields(
     threshold: float | None,
     notes: list[str],
 ) -> dict[str, Any]:
-    """The `TaHConfig` of the checkpoint, but for its base."""
+    """Return the fields of the checkpoint's `TaHConfig`, without its base."""
     arguments, dtype = decider.arguments, base.dtype
     given = arguments["threshold"] if threshold is None else threshold
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
@@ -214,7 +215,10 @@ def _config_fields(
 
 
 def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:
-    """The adapter in `lora/`, which the config must agree with: PEFT would follow the config's rank and scale."""
+    """Read the adapter in `lora/`; None if the config has none.
+
+    The config must have the rank and scale of the adapter, since PEFT would use those of the config.
+    """
     directory, wanted = source / "lora", config["adapter"] == "lora"
     if wanted != directory.is_dir():
         state = "is there" if directory.is_dir() else "is missing"
@@ -230,10 +234,12 @@ def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:
 
 
 def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
-    """The base in the dtype of the checkpoint, complete and with nothing left over."""
-    if (source / "adapter_config.json").exists():  # transformers would follow it to another base
+    """Load the base in the dtype of the checkpoint, without missing or unexpected tensors."""
+    if (source / "adapter_config.json").exists():  # transformers would load another base from it
         raise ValueError(f"{source} has an adapter_config.json of its own; the adapter belongs in lora/")
-    described = checked_config(source)  # with nothing given: our choice of kernels does not excuse another there
+    described = checked_config(
+        source
+    )  # without options, so that `attn_implementation` below does not replace a forbidden entry
     for key in ("auto_map", "quantization_config"):
         if described.get(key):
             raise ValueError(f"config.json has {key}; only plain weights of a family in transformers can be converted")
@@ -241,12 +247,16 @@ def _load_base(source: Path, embedding_key: str) -> PreTrainedModel:
     base = load_base(source, options, str(source), ignored=())
     if dict(base.named_modules()).get(embedding_key) is not base.get_input_embeddings():
         raise ValueError(f"{CONFIG}: embedding_key is {embedding_key!r}, not the input embedding of the base")
-    base.config.name_or_path = ""  # the new checkpoint does not mention where the old one lay
+    base.config.name_or_path = ""  # keeps the path of the old checkpoint out of the new one
     return base
 
 
 def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the tensors are those of the decider that the arguments describe, before it is made."""
+    """Check the decider's tensors before the decider is allocated.
+
+    Raises:
+        ValueError: The names or shapes are not those of the decider that the arguments describe.
+    """
     assert decider.state is not None
     config = TaHConfig(base_config=base.config, **fields)
     text, state = base.config.get_text_config(decoder=True), decider.state

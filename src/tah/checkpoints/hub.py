@@ -1,8 +1,8 @@
-"""Models of the hub as directories of this machine, so that they are checked before any of them is used.
+"""Download models of the hub, so that they can be checked before use.
 
-A download has two parts: the files that describe a model (JSON, tokenizer, chat template), and then the weights, by the
-names that the first part gives. Nothing else of a repository is downloaded: no pickle but the authors'
-`iter_decider.bin`, no copies of the weights in other formats.
+A download has two parts. The first has the files that describe a model (JSON, tokenizer, chat template). The second has
+the weights, under the names that the first part contains. No other files are downloaded: no pickle except the
+`iter_decider.bin` of an original checkpoint, and no copies of the weights in other formats.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from ..errors import first_line
 from .original import CONFIG
 from .untrusted import shards
 
-OPTIONS = {"cache_dir", "token", "local_files_only", "force_download"}  # of from_pretrained and of a download alike
-TOKENIZER = (  # what tokenizers of transformers read; a repository's other JSON may have any size
+OPTIONS = {
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+}  # options shared by from_pretrained and snapshot_download
+TOKENIZER = (  # files that tokenizers of transformers read; other JSON files may have any size
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
 ).split()
@@ -39,12 +44,13 @@ class Snapshot:
     """A revision of a repository in the hub's cache.
 
     Args:
-        repository: its id, like `nics-efc/TaH-plus-1.7B`.
-        revision: branch, tag or commit.
-        options: of `snapshot_download`: `cache_dir`, `token`, `local_files_only`, `force_download`.
+        repository: Id such as `nics-efc/TaH-plus-1.7B`.
+        revision: Branch, tag or commit.
+        subfolder: Folder of the model in the repository.
+        options: Options of `snapshot_download`: `cache_dir`, `token`, `local_files_only`, `force_download`.
 
     Raises:
-        ValueError: there is no such repository or revision, or the hub cannot be reached and nothing is in the cache.
+        ValueError: The repository or revision does not exist, or the hub cannot be reached and the cache has no copy.
     """
 
     def __init__(self, repository: str, revision: str | None = None, subfolder: str = "", **options: Any) -> None:
@@ -61,7 +67,12 @@ class Snapshot:
         return self.root.name
 
     def complete(self, *more: str, variant: str = "") -> Path:
-        """Its directory, once the weights are there too, and `more` files where the repository has them."""
+        """Download the weights, and return the directory.
+
+        Args:
+            more: Patterns of further files to download if they exist.
+            variant: Variant of the weights.
+        """
         middle = f".{variant}" if variant else ""
         names, index = [f"model{middle}.safetensors"], self.directory / f"model.safetensors.index{middle}.json"
         if index.is_file():
@@ -74,19 +85,22 @@ class Snapshot:
         try:
             return Path(self._download(**options))
         except Exception as error:
-            unreachable = isinstance(error, LocalEntryNotFoundError)  # or what is in the cache is not all of it
+            unreachable = isinstance(error, LocalEntryNotFoundError)  # also raised for an incomplete copy in the cache
             why = "the model hub cannot be reached" if unreachable else first_line(error)
             raise ValueError(f"no model {self.repository!r}: there is no such directory, and {why}") from error
 
 
 def is_repository(source: str) -> bool:
-    """Whether `source` can be a repository's id, and not a path."""
+    """Return whether `source` has the form of a repository's id."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) is not None
 
 
 def hub_reachable() -> bool:
-    """False where the user wants no requests, or asking the hub would only run into a minute of retries."""
-    if constants.HF_HUB_OFFLINE:  # as huggingface_hub reads the variable: `0` and `no` are not offline
+    """Return whether requests to the hub are allowed and likely to succeed.
+
+    A failed request costs about a minute of retries, so the host name is resolved first.
+    """
+    if constants.HF_HUB_OFFLINE:  # parsed by huggingface_hub, so that `0` and `no` do not mean offline
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
         return True

@@ -236,10 +236,16 @@ class Recipe(Part):
     """One experiment: data, labels, base and both stages.
 
     Args:
-        name: Name of the recipe. The default is the file's name.
+        name: Name of the recipe. In a file it may be missing; then it is the name of the file.
         seed: Random seed of everything that is drawn.
         output: Directory of the run. None stands for `runs/<name>`.
+        base: The model that is made to iterate.
         model: Fields of `TaHConfig`.
+        data: The texts.
+        label: The labels. null: no labels, which only `paper` needs.
+        backbone: Stage 1.
+        decider: Stage 2. null: no second stage.
+        controls: Further models for the report.
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
