@@ -150,20 +150,25 @@ class TaHGeneration:
         return F.pad(count, (0, 1)), F.pad(logits, (0, 0, 0, 1), value=float("nan"))
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        depth_labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for the next step, with the depth labels of its tokens."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
-        labels = inputs.get("depth_labels")
-        if labels is not None:  # labels cover the prompt; a generated token has label 1
+        known = _parameters(type(self).forward)  # type: ignore[attr-defined]
+        # transformers has checked the arguments and adds some that `forward` does not have, such as a tokenizer.
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        if (labels := depth_labels) is not None:  # labels cover the prompt; a generated token has label 1
             step = inputs["input_ids"].shape[1]
             labels = F.pad(labels, (0, max(0, input_ids.shape[1] - labels.shape[1])), value=1)
             inputs["depth_labels"] = labels[:, input_ids.shape[1] - step : input_ids.shape[1]]
-        # transformers has checked the arguments and adds some that `forward` does not have, such as a tokenizer.
-        known = _parameters(type(self).forward)  # type: ignore[attr-defined]
-        return {name: value for name, value in inputs.items() if name in known}
+        return inputs
 
     @staticmethod
     def arguments_of_assistant(assistant: Any, given: dict[str, Any]) -> dict[str, Any]:
