@@ -453,7 +453,7 @@ def test_refusals(run, recipe_of, tmp_path):
 def test_continuing_from_another_kind_of_model(run, recipe_of):
     first = train(recipe_of("lookahead"), "backbone", run)
     again = {"method": "blind", "init": str(first), "training": SECTION}
-    with pytest.raises(ValueError, match="has attention='duo' but the recipe asks for 'blind'"):
+    with pytest.raises(ValueError, match="has attention='duo' but the recipe has 'blind'"):
         train(recipe_of("blind", backbone=again), "backbone", run, name="blind")
     more = recipe_of("lookahead", backbone=again | {"method": "lookahead"})
     assert digest(train(more, "backbone", run, name="more")) != digest(first)
