@@ -305,6 +305,10 @@ def test_progress_keeps_the_newest_of_each_value():
     for logs in ({"loss": 2.0, "iterated_share": 0.1}, {"eval_loss": 3.0}, {"loss": 1.5}, {"train_runtime": 1.0}, None):
         progress.on_log(None, None, None, logs=logs)
     assert str(progress.work).endswith("9 steps, loss 1.5, validation loss 3, iterated 0.1")
+    progress = TrainingProgress(lambda steps, done: SILENT.work("x", steps, "steps", done), iterates=False)
+    progress.on_train_begin(None, SimpleNamespace(max_steps=9, global_step=0), None)
+    progress.on_log(None, None, None, logs={"loss": 2.0, "iterated_share": 0.0})
+    assert str(progress.work).endswith("9 steps, loss 2")
 
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------

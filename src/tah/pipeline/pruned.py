@@ -99,7 +99,7 @@ def prune_model(asked: Pruning, progress: Reporter = SILENT) -> PruneReport:
 
 
 def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed: int = 0) -> list[Text]:
-    """Return `count` random texts of at most `max_length` tokens, or all texts if there are fewer. Longer ones are cut."""
+    """Return `count` random texts, or all texts if there are fewer. Texts are cut to `max_length` tokens."""
     texts = []
     for at in np.random.default_rng(seed).permutation(len(rows)):
         row = tokenize_row(rows[int(at)], tokenizer, max_length, too_long="cut")

@@ -96,7 +96,7 @@ class Run:
         self.steps = {step.name: step for step in steps}
         self.lead = int(os.environ.get("RANK", 0)) == 0
         self.progress = progress if self.lead else SILENT
-        self.wanted: dict[str, dict[str, Any]] = {}  # the record of each step, without the entries that are added at its end
+        self.wanted: dict[str, dict[str, Any]] = {}  # record of each step at its start
         self.former: dict[str, str] = {}  # fingerprints in records made before fields were renamed
         for step in steps:
             facts = self._facts(step.reads, {name: self.wanted[name]["fingerprint"] for name in step.needs})

@@ -206,14 +206,14 @@ def _check_resume(steps: Run, name: str, resume: bool) -> None:
             "(without --resume, the stage is trained again from the start)"
         )
     if not resume and steps.change(name) is None and any(result.glob("checkpoints/checkpoint-*")):
-        raise ValueError(f"{result} contains an unfinished training; continue it with --resume, or choose another --output")
+        raise ValueError(f"{result} contains an unfinished training; add --resume, or choose another --output")
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
 def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """Make `run/labels/train` and `run/labels/validation`: tokens and, if the method uses labels, the reference's scores.
+    """Make `run/labels/train` and `run/labels/validation`: tokens, and scores if the method uses labels.
 
     Args:
         recipe: Recipe of the run.
@@ -236,9 +236,7 @@ def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
     sizes["max_length"] = recipe.data.max_length
     for part, rows in zip(("train", "validation"), recipe.rows(run), strict=True):
         target = run / "labels" / part
-        label_rows(
-            rows, tokenizer, reference, target, reference_name=name_for_card(named), progress=progress, **sizes
-        )
+        label_rows(rows, tokenizer, reference, target, reference_name=name_for_card(named), progress=progress, **sizes)
         wait_until((target / COMPLETE).is_file)  # other processes may still make shards
 
 

@@ -358,7 +358,8 @@ def _card(settings: dict[str, Any], found: dict[str, Any], reference: str | None
         lines |= {
             "reference": f"{reference} ({settings['reference_dtype']})",
             "hard tokens (top1)": f"{found['hard']:,} ({found['hard_share']:.2%})",
-            "cross-entropy and entropy of the reference, nats per token": f"{found['reference_loss']:.4f}, {found['reference_entropy']:.4f}",
+            "reference's cross-entropy, nats per token": f"{found['reference_loss']:.4f}",
+            "reference's entropy, nats per token": f"{found['reference_entropy']:.4f}",
         }
     lines |= {"longest allowed": f"{settings['max_length']:,} tokens", "seconds": f"{found['seconds']:,.0f}"}
     lines |= {"data, tokenizer": f"{settings['data']}, {settings['tokenizer']}"}

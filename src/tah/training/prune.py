@@ -1,8 +1,8 @@
 """Drop the least useful layers of a base, so that a TaH model is no larger than the base (method.md, section 12).
 
-Each layer is left out in turn. The layer without which the perplexity of held-out texts is lowest is dropped. If several
-layers are dropped, the perplexities are measured again after each. Perplexity is the mean over all supervised tokens, not
-over batches, and is computed in float32 for any precision of the model.
+Each layer is left out in turn. The layer without which the perplexity of held-out texts is lowest is dropped. If
+several layers are dropped, the perplexities are measured again after each. The perplexity is that of the mean loss over
+all supervised tokens, not of a mean over batches. The loss is computed in float32 for any precision of the model.
 
 Shapes: T tokens, D width, V vocabulary.
 """
@@ -305,7 +305,7 @@ def drop_layer(base: PreTrainedModel, index: int) -> None:
 
 
 def check_layers(base: PreTrainedModel, layers: int) -> None:
-    """Raise ValueError if the family of `base` is not supported, or if it has too few layers to drop `layers` of them."""
+    """Raise ValueError if the family of `base` is not supported, or if it has no more than `layers` layers."""
     check_facts(base)
     most = base.config.get_text_config(decoder=True).num_hidden_layers - 1
     if not 1 <= layers <= most:

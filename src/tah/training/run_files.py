@@ -107,7 +107,9 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
     if checkpoint is not None:
         before = read_facts(directory)
         if differs := differences(_decisive(before), _decisive(facts)):
-            raise ValueError(f"{directory} was trained with {differs}; resume with the same settings, or choose another --output")
+            raise ValueError(
+                f"{directory} was trained with {differs}; resume with the same settings, or choose another --output"
+            )
     return checkpoint
 
 

@@ -124,7 +124,7 @@ def _fit(trainer: TaHTrainer, checkpoint: Path | None, directory: Path, progress
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}; run the command again to continue (tah train: with --resume)")
+        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to continue (tah train: with --resume)")
 
 
 # -- data --------------------------------------------------------------------------------------------------------

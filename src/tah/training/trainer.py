@@ -128,7 +128,7 @@ class Objective:
         if shared:
             given["idle"] = True
         if self.stage == "decider" and not self.by_gain:
-            # Only the decisions count (method.md (11)), so no token runs the deepest pass and no loss of tokens is needed.
+            # Only the decisions count (method.md (11)), so no token runs the deepest pass.
             del given["labels"]
             labels = batch["depth_labels"].clamp(max=depth - 1)
             return given | {"policy": "decider", "follow_labels": True, "depth_labels": labels}
@@ -177,7 +177,7 @@ class Objective:
         """
         assert out.continue_logits is not None
         logits = out.continue_logits
-        decisions = torch.arange(1, logits.shape[2] + 1, device=logits.device)  # a decision follows each of these depths
+        decisions = torch.arange(1, logits.shape[2] + 1, device=logits.device)  # the depths with a decision
         asked = (shift(batch["labels"]) != IGNORE)[:, :, None] & ~logits.isnan()
         if not self.by_gain:
             target = batch["depth_labels"][:, :, None] > decisions
@@ -360,7 +360,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 class _StopOnSignal(TrainerCallback):
-    """Save a checkpoint after the current step and end the training when SIGTERM arrives, for example from a scheduler."""
+    """Save a checkpoint after the current step and end the training when SIGTERM arrives."""
 
     def __init__(self, trainer: TaHTrainer) -> None:
         self.trainer = trainer

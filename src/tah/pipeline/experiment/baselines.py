@@ -3,10 +3,11 @@
 | directory | model |
 | --- | --- |
 | `base` | a Llama trained from random weights |
-| `reference` | the one-pass baseline: the base after as many ordinary steps as the backbone; it also labels hard tokens |
-| `standard_compute` | the baseline at equal compute: its steps cost as much as labels, backbone and decider together, \
-without the training of the reference |
+| `reference` | the one-pass baseline, the base after as many ordinary steps as the backbone; labels hard tokens |
+| `standard_compute` | the baseline at equal compute: it costs as much as labels, backbone and decider |
 | `blind` | TaH with deeper passes that read no text: its gain is not reasoning about the text |
+
+The cost of the labels does not include the training of the reference.
 """
 
 from __future__ import annotations

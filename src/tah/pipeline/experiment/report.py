@@ -35,7 +35,11 @@ from .scores import TokenScores, proportion, score_answers, score_tokens
 SHARES = (0.03, 0.1, 0.2)  # iterated shares of the sweep
 SAMPLES = 2000  # bootstrap samples of the rows for an interval
 BASELINES = ("standard", "standard_compute", "never")
-OTHERS = ("standard", "standard_compute", "blind")  # models with other weights, whose passes do not correct or break tokens of `never`
+OTHERS = (
+    "standard",
+    "standard_compute",
+    "blind",
+)  # models with other weights, whose passes do not correct or break tokens of `never`
 
 
 @dataclass
@@ -161,7 +165,9 @@ def _plain(directory: Path, recipe: Recipe) -> TaHForCausalLM:
 def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, TokenScores]:
     """Return scores of `confidence` and `random` at the iterated share of the model's own policy, and of `oracle`."""
     share = float((own.passes > 1).mean())
-    unsure = score_tokens(model, test.rows, pad, Rule(Confidence("entropy"), 1.0))  # the threshold 1.0 lets no token iterate
+    unsure = score_tokens(
+        model, test.rows, pad, Rule(Confidence("entropy"), 1.0)
+    )  # the threshold 1.0 lets no token iterate
     threshold = threshold_for_share(unsure.probability, share)
     rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(Random(share, seed))}
     if test.ranks is not None:

@@ -119,7 +119,8 @@ def _about_oracle(tokens: Numbers) -> str:
         )
     return (
         f"If exactly the tokens iterate that the baseline predicts wrongly, {percent(oracle)} of the tokens are right. "
-        f"This uses the answers. The second choice of the baseline at these tokens gets {percent(second)}. {leak}"
+        f"This uses the answers. If the second choice of the baseline counts at these tokens, {percent(second)} are "
+        f"right. {leak}"
     )
 
 
@@ -247,7 +248,9 @@ def draw(found: Numbers, directory: Path) -> None:
             shares = [100 * entry["share"] for entry in answers.values()]
             ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
             errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]
-            axes.bar([ROWS[name][0] for name in answers], shares, yerr=errors, capsize=4, color="0.6")
+            axes.bar(
+                [ROWS[name][0].replace(" (", "\n(") for name in answers], shares, yerr=errors, capsize=4, color="0.6"
+            )
             axes.set_ylabel("answers right (%), 95 % interval")
             write_atomically(directory / "answers.png", as_png(figure))
         figure, axes = new_chart()

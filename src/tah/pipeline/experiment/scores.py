@@ -155,7 +155,7 @@ def score_answers(
     most = max_new_tokens or max(map(len, given)) + 8
     texts = [""] * len(rows)
     iterated = made = 0
-    order = np.argsort([len(ids) for ids in given], kind="stable").tolist()  # rows of similar length end at similar times
+    order = np.argsort([len(ids) for ids in given], kind="stable").tolist()  # similar lengths end at similar times
     for start in range(0, len(rows), ROWS):
         places = order[start : start + ROWS]
         prompts = [rows[place]["messages"][:-1] for place in places]

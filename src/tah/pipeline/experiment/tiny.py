@@ -215,7 +215,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of `tokenizers`, with the tokens `SPECIAL`, as a transformers tokenizer with a chat template."""
+    """Return a tokenizer of `tokenizers` that has the tokens `SPECIAL` as one of transformers, with chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
