@@ -141,7 +141,7 @@ def test_a_deleted_result_is_made_again(chain):
     assert chain.again() == ["label"]
 
 
-@pytest.mark.parametrize(("name", "left", "note"), [("base", "x", "once more"), ("train", "xx", "going on")])
+@pytest.mark.parametrize(("name", "left", "note"), [("base", "x", "starts over"), ("train", "xx", "continues")])
 def test_a_killed_step_goes_on_or_starts_over(chain, name, left, note):
     chain.broken[name] = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space"):
@@ -196,7 +196,7 @@ def test_a_damaged_record_is_named(chain):
 
 def test_a_directory_in_use(chain):
     chain.make("data")
-    said = rf"{chain.directory} is in use by another process, which holds {chain.directory / '.lock'}"
+    said = rf"{chain.directory} is in use by another process, which has locked {chain.directory / '.lock'}"
     with FileLock(chain.directory / ".lock"), pytest.raises(ValueError, match=said):
         chain.make()
     assert chain.again("base") == ["base"]
@@ -471,7 +471,7 @@ def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
     assert "out/backbone/run.json is missing or damaged" in line
     facts.write_text(kept)
     _, notes = works(capfd, "train", "mine.yaml", "--output", "out", "--resume")
-    assert notes[-1] == "tah: backbone: going on" and (work / "out" / "backbone" / "config.json").is_file()
+    assert notes[-1] == "tah: backbone: continues" and (work / "out" / "backbone" / "config.json").is_file()
 
 
 def test_bad_data_leaves_nothing(capfd, work, tiny_base):

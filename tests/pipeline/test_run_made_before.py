@@ -62,7 +62,7 @@ def test_a_stopped_run_continues_to_the_same_result(capfd, made_before, monkeypa
     real, steps = TaHTrainer.training_step, []
     monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
     notes = notes_of(capfd, "train", "recipe.yaml", "--output", "stopped", "--resume")
-    assert notes == ["label: done before", "backbone: going on"]
+    assert notes == ["label: done before", "backbone: continues"]
     assert len(steps) == 4  # the checkpoint is of step 2 of 6
     notes = notes_of(capfd, "run", "recipe.yaml", "--output", "stopped")
     assert notes == ["label: done before", "backbone: done before", "decider: begins"]

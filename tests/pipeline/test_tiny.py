@@ -267,7 +267,7 @@ def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
     recipe = load_recipe("tiny", overrides)
     Run(recipe, directory, chain_of(recipe), Notes(notes)).make(["base"])
-    assert notes == ["data: done before", "base: going on"] and 0 < len(steps) == TRAINING["max_steps"] - done
+    assert notes == ["data: done before", "base: continues"] and 0 < len(steps) == TRAINING["max_steps"] - done
     assert {path.name for path in (directory / "base").iterdir()} >= FILES["base"] - {"work"}
     assert not (directory / "base" / "work").exists()
     again, before = (load_file(where / "base" / "model.safetensors") for where in (directory, chain))

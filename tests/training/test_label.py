@@ -259,7 +259,7 @@ def test_the_fingerprint_is_that_of_the_contents(rows, tmp_path):
 
 def test_a_directory_in_use_is_refused(rows, tokenizer, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(ValueError, match="is in use: it holds files that are not a labelled data set"):
+    with pytest.raises(ValueError, match="is in use: it contains files that are not a labelled data set"):
         label(rows, tokenizer, None, tmp_path, max_length=64)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="thesis.tex is a file; choose a directory"):

@@ -443,7 +443,7 @@ def test_refusals(run, recipe_of, tmp_path):
     with pytest.raises(ValueError, match="no labelled data; run `tah label`"):
         train(recipe, "backbone", tmp_path / "elsewhere")
     train(recipe, "backbone", run)
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="contains a finished run"):
         train(recipe, "backbone", run)
     other = recipe_of(overrides=["backbone.training.learning_rate=0.1"])
     with pytest.raises(ValueError, match=r"learning_rate=0.003 \(now 0.1\)"):

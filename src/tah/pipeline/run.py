@@ -206,9 +206,9 @@ class Run:
         if (why := self.change(step.name)) is not None:
             return f"again, {why}; what was there is now in {self._move_aside(step)}"
         if step.resumes:
-            return "going on"
+            return "continues"
         shutil.rmtree(self.result(step.name))
-        return "once more, a run was killed"
+        return "starts over, because a run was killed"
 
     def _work(self, step: Step) -> None:
         """Run the step's function, then free the memory that it used."""
@@ -287,7 +287,7 @@ class Run:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(
-                    f"{self.directory} is in use by another process, which holds {lock.lock_file}; wait for it or "
+                    f"{self.directory} is in use by another process, which has locked {lock.lock_file}; wait for it or "
                     "choose another --output"
                 ) from None
             except OSError as error:

@@ -192,7 +192,7 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
         strange = [path for path in output.glob("*") if not path.name.endswith(".tmp")]
         # A process that was killed at its start, or that starts at the same time, leaves an empty `data`.
         if any(path.name != "data" or any(path.iterdir()) for path in strange):
-            raise ValueError(f"output {output} is in use: it holds files that are not a labelled data set")
+            raise ValueError(f"output {output} is in use: it contains files that are not a labelled data set")
         return
     try:
         begun = json.loads((output / SETTINGS).read_text("utf-8"))

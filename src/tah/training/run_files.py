@@ -102,7 +102,7 @@ def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Pat
     if not resume:
         if (directory / "config.json").is_file() or checkpoint is not None:
             state = "a finished" if (directory / "config.json").is_file() else "an unfinished"
-            raise ValueError(f"{directory} holds {state} run; use --resume, or choose another --output")
+            raise ValueError(f"{directory} contains {state} run; use --resume, or choose another --output")
         return None
     if checkpoint is not None:
         before = read_facts(directory)

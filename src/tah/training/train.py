@@ -234,7 +234,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         model.decider.requires_grad_(True)
         return model, load_tokenizer(str(source))
     path, kind = find(backbone.init or recipe.base_path(output))
-    torch.manual_seed(recipe.seed)  # LoRA, decider and maps start with random values
+    torch.manual_seed(recipe.seed)  # LoRA, decider and linear maps start with random values
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)
         check_fields(recipe, model.config, path)
