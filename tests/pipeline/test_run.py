@@ -119,7 +119,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(chain):
     assert chain.again() == ["label", "train"]
     label, train = chain.notes[2:]
     assert label.startswith('label: again, label.x was 1, is 2; label.rule was null, is "top1"; what was there is now')
-    assert train.startswith("train: again, label is another; what was there is now in")
+    assert train.startswith("train: again, label has changed; what was there is now in")
     kept = sorted(path.name.partition("-")[0] for path in (chain.directory / "old").iterdir())
     assert kept == ["label", "train"]  # nothing that took long to make is deleted
     assert all((path / "file").read_text() == "x" for path in (chain.directory / "old").iterdir())
@@ -131,7 +131,7 @@ def test_seed_and_version_change_everything(chain, monkeypatch):
     chain.seed = 43
     assert chain.again() == ["data", "base", "label", "train"]
     assert chain.notes[0].startswith("data: again, seed was 42, is 43")
-    monkeypatch.setattr(tah.pipeline.run, "version_of", lambda name: "99")
+    monkeypatch.setattr(tah.pipeline.run, "RESULTS", "99")
     assert chain.again() == ["data", "base", "label", "train"] and 'is "99"' in chain.notes[0]
 
 
@@ -141,7 +141,7 @@ def test_a_deleted_result_is_made_again(chain):
     assert chain.again() == ["label"]
 
 
-@pytest.mark.parametrize(("name", "left", "note"), [("base", "x", "once more"), ("train", "xx", "going on")])
+@pytest.mark.parametrize(("name", "left", "note"), [("base", "x", "starts over"), ("train", "xx", "continues")])
 def test_a_killed_step_goes_on_or_starts_over(chain, name, left, note):
     chain.broken[name] = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space"):
@@ -196,7 +196,7 @@ def test_a_damaged_record_is_named(chain):
 
 def test_a_directory_in_use(chain):
     chain.make("data")
-    said = rf"{chain.directory} is in use by another process, which holds {chain.directory / '.lock'}"
+    said = rf"{chain.directory} is in use by another process, which has locked {chain.directory / '.lock'}"
     with FileLock(chain.directory / ".lock"), pytest.raises(ValueError, match=said):
         chain.make()
     assert chain.again("base") == ["base"]
@@ -471,7 +471,7 @@ def test_an_unfinished_training_needs_resume(capfd, work, monkeypatch):
     assert "out/backbone/run.json is missing or damaged" in line
     facts.write_text(kept)
     _, notes = works(capfd, "train", "mine.yaml", "--output", "out", "--resume")
-    assert notes[-1] == "tah: backbone: going on" and (work / "out" / "backbone" / "config.json").is_file()
+    assert notes[-1] == "tah: backbone: continues" and (work / "out" / "backbone" / "config.json").is_file()
 
 
 def test_bad_data_leaves_nothing(capfd, work, tiny_base):
@@ -505,9 +505,9 @@ def test_mistakes_are_found_before_any_step(capfd, work, tiny_base, tiny_checkpo
     assert "layers=2 must be from 1 to 1" in fails(capfd, *options, "base.prune_layers=2")
     assert "lora_targets ['nope']" in fails(capfd, *options, "model.lora_targets=[nope]")
     line = fails(capfd, *options, f"base.model={tiny_checkpoint}")
-    assert "one that iterates, so it cannot be pruned" in line
+    assert "is a TaH checkpoint, not a base model, so it cannot be pruned" in line
     line = fails(capfd, *options, f"base.model={tiny_checkpoint}", "base.prune_layers=0", "model.max_depth=3")
-    assert "has max_depth=2 but the recipe asks for 3" in line
+    assert "has max_depth=2 but the recipe has 3" in line
     shutil.copytree(tiny_base, "strange")
     config = json.loads(Path("strange/config.json").read_text())
     Path("strange/config.json").write_text(json.dumps(config | {"model_type": "mamba", "architectures": None}))

@@ -267,7 +267,7 @@ def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
     recipe = load_recipe("tiny", overrides)
     Run(recipe, directory, chain_of(recipe), Notes(notes)).make(["base"])
-    assert notes == ["data: done before", "base: going on"] and 0 < len(steps) == TRAINING["max_steps"] - done
+    assert notes == ["data: done before", "base: continues"] and 0 < len(steps) == TRAINING["max_steps"] - done
     assert {path.name for path in (directory / "base").iterdir()} >= FILES["base"] - {"work"}
     assert not (directory / "base" / "work").exists()
     again, before = (load_file(where / "base" / "model.safetensors") for where in (directory, chain))
@@ -303,7 +303,7 @@ def test_controls_are_further_models_and_rows(chain, tmp_path):
     own = load_tah(str(chain / "decider"))
     assert not torch.equal(blind.get_input_embeddings().weight, own.get_input_embeddings().weight)
     text = (tmp_path / "run" / "report" / "report.md").read_text()
-    assert "| standard (equal compute) |" in text and "| blind |" in text and f"equal compute: {steps} steps" in text
+    assert "| baseline (equal compute) |" in text and "| blind |" in text and f"equal compute: {steps} steps" in text
 
 
 def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):
@@ -330,11 +330,11 @@ def test_a_report_without_test_rows_uses_validation(recipe, chain, tmp_path):
     found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert found["answers"] == {} and "standard" not in found["tokens"] and "oracle" in found["tokens"]
     assert found["test"]["source"].startswith("validation") and found["test"]["rows"] == 8
-    assert "no Standard" in found["statements"][0].replace("No Standard", "no Standard")
+    assert "no baseline trained on the same data" in found["statements"][0]
 
 
 def test_a_report_needs_a_model(recipe, tmp_path):
-    with pytest.raises(ValueError, match="decider is not there yet"):
+    with pytest.raises(ValueError, match="decider does not exist"):
         write_report(recipe, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -411,7 +411,7 @@ def test_the_first_line_follows_the_numbers(chain, interval, word):
         "high": interval[1],
     }
     first = statements(found)[0]
-    assert f"the decider's policy{word}Standard" in first and f"{50 * sum(interval):+.1f} points" in first
+    assert f"the decider's policy{word}the baseline" in first and f"{50 * sum(interval):+.1f} points" in first
 
 
 def test_report_is_consistent(chain):

@@ -19,7 +19,7 @@ from helpers.models import CHAT_TEMPLATE
 from helpers.scores import plain_row_scores
 from tah.data.rows import load_rows
 from tah.progress import Reporter
-from tah.training.label import fingerprint, label
+from tah.training.label import fingerprint, label, name_for_card
 
 TEXTS = [f"{'0123456789 abcdefghij' * 3}"[n : 3 * n + 4] for n in range(12)]
 COLUMNS = ["input_ids", "supervised", "ref_rank", "ref_prob", "ref_entropy", "row"]
@@ -98,7 +98,7 @@ def test_only_what_predicts_the_assistant_is_judged(tokenizer, reference, tmp_pa
 def test_without_a_reference_there_are_no_labels(rows, tokenizer, tmp_path):
     counts = label(rows, tokenizer, None, tmp_path, max_length=64)
     assert load_rows(str(tmp_path)).column_names == ["input_ids", "supervised", "row"] and "hard" not in counts
-    assert "judged by" not in (tmp_path / "README.md").read_text()
+    assert "labelled by" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_card_and_the_counts(tokenizer, reference, tmp_path):
@@ -117,8 +117,24 @@ def test_the_card_and_the_counts(tokenizer, reference, tmp_path):
     ):
         assert text in card
     assert load_rows(str(tmp_path))["row"] == [0, 3, 4]
+    assert str(Path(reference.name_or_path).parent) not in card
+    assert f"labelled by {Path(reference.name_or_path).name}." in card
     cut = label(rows, tokenizer, reference, tmp_path / "cut", max_length=64, too_long="cut")
     assert cut["kept"] == 4 and cut["lengths"]["max"] == 64
+
+
+def test_the_card_has_the_given_name_of_the_reference(rows, tokenizer, reference, tmp_path):
+    label(rows, tokenizer, reference, tmp_path, max_length=64, reference_name="smollm2")
+    card = (tmp_path / "README.md").read_text()
+    assert "labelled by smollm2." in card and "| reference | smollm2 (" in card
+    assert reference.name_or_path not in card
+
+
+def test_names_in_the_card_have_no_directories(tmp_path):
+    assert name_for_card("smollm2") == "smollm2" and name_for_card("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert name_for_card(str(tmp_path / "mine")) == "mine" and name_for_card(None) is None
+    cached = tmp_path / "hub" / "models--Qwen--Qwen3-8B" / "snapshots" / ("0" * 40)
+    assert name_for_card(str(cached)) == "Qwen/Qwen3-8B"
 
 
 def test_progress(rows, tokenizer, reference, tmp_path, capsys):
@@ -243,7 +259,7 @@ def test_the_fingerprint_is_that_of_the_contents(rows, tmp_path):
 
 def test_a_directory_in_use_is_refused(rows, tokenizer, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(ValueError, match="is in use: it holds files that are not a labelled data set"):
+    with pytest.raises(ValueError, match="is in use: it contains files that are not a labelled data set"):
         label(rows, tokenizer, None, tmp_path, max_length=64)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="thesis.tex is a file; choose a directory"):

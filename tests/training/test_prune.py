@@ -204,7 +204,7 @@ def test_bad_input_of_the_command(capsys, tiny_base, tiny_checkpoint, rows, tmp_
     assert "only 5 of the 64" in fails(capsys, "prune", tiny_base, "--data", few, "--output", out)
     assert "from 1 to 1" in fails(capsys, "prune", tiny_base, "--data", rows, "--output", out, "--layers", 2)
     assert "none.jsonl" in fails(capsys, "prune", tiny_base, "--data", tmp_path / "none.jsonl", "--output", out)
-    assert "iterates" in fails(capsys, "prune", tiny_checkpoint, "--data", rows, "--output", out)
+    assert "is a TaH checkpoint" in fails(capsys, "prune", tiny_checkpoint, "--data", rows, "--output", out)
     assert "nowhere" in fails(capsys, "prune", "./nowhere", "--data", rows, "--output", out)
     assert "--texts" in fails(capsys, "prune", tiny_base, "--data", rows, "--output", out, "--texts", 0)
     assert "--data" in fails(capsys, "prune", tiny_base, "--output", out)

@@ -305,6 +305,10 @@ def test_progress_keeps_the_newest_of_each_value():
     for logs in ({"loss": 2.0, "iterated_share": 0.1}, {"eval_loss": 3.0}, {"loss": 1.5}, {"train_runtime": 1.0}, None):
         progress.on_log(None, None, None, logs=logs)
     assert str(progress.work).endswith("9 steps, loss 1.5, validation loss 3, iterated 0.1")
+    progress = TrainingProgress(lambda steps, done: SILENT.work("x", steps, "steps", done), iterates=False)
+    progress.on_train_begin(None, SimpleNamespace(max_steps=9, global_step=0), None)
+    progress.on_log(None, None, None, logs={"loss": 2.0, "iterated_share": 0.0})
+    assert str(progress.work).endswith("9 steps, loss 2")
 
 
 # -- stopping and resuming ---------------------------------------------------------------------------------------
@@ -439,7 +443,7 @@ def test_refusals(run, recipe_of, tmp_path):
     with pytest.raises(ValueError, match="no labelled data; run `tah label`"):
         train(recipe, "backbone", tmp_path / "elsewhere")
     train(recipe, "backbone", run)
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="contains a finished run"):
         train(recipe, "backbone", run)
     other = recipe_of(overrides=["backbone.training.learning_rate=0.1"])
     with pytest.raises(ValueError, match=r"learning_rate=0.003 \(now 0.1\)"):
@@ -453,7 +457,7 @@ def test_refusals(run, recipe_of, tmp_path):
 def test_continuing_from_another_kind_of_model(run, recipe_of):
     first = train(recipe_of("lookahead"), "backbone", run)
     again = {"method": "blind", "init": str(first), "training": SECTION}
-    with pytest.raises(ValueError, match="has attention='duo' but the recipe asks for 'blind'"):
+    with pytest.raises(ValueError, match="has attention='duo' but the recipe has 'blind'"):
         train(recipe_of("blind", backbone=again), "backbone", run, name="blind")
     more = recipe_of("lookahead", backbone=again | {"method": "lookahead"})
     assert digest(train(more, "backbone", run, name="more")) != digest(first)

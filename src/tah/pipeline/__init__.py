@@ -1,1 +1,1 @@
-"""A recipe from start to finish: its steps, what they leave, and the report. Start at `run.py`."""
+"""The steps of a recipe, from its data to a checkpoint and a report. Start at `run.py`."""

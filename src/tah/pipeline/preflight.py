@@ -1,6 +1,7 @@
-"""Mistakes that would make a step fail, found before any step begins: each check raises `ValueError` with one line.
+"""Checks that find mistakes in a recipe before any step begins.
 
-Only configurations, tokenizers and a few rows are read. Models are built without weights, on the meta device.
+Each check raises ValueError with a message of one line. Only configurations, tokenizers and a few rows are read. Models
+are built without weights, on the meta device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..training.trainer import CHECKPOINTS, last_checkpoint
 
 
 def check_pruning(recipe: Recipe, run: Path) -> None:
-    """The base can be pruned by so many layers, and there may be enough texts to decide which."""
+    """Raise ValueError if the base has too few layers to prune, or if there are too few held-out texts."""
     base = outline(plain_base(str(recipe.base.model)))
     check_layers(base, recipe.base.prune_layers)
     if recipe.data.generate is None:
@@ -33,9 +34,9 @@ def check_pruning(recipe: Recipe, run: Path) -> None:
 
 
 def check_labelling(recipe: Recipe, run: Path) -> None:
-    """Texts can be read, some of them give tokens to train on, and the reference reads the same tokens."""
+    """Raise ValueError if no row can be used for training, or if the reference model has another tokenizer."""
     if recipe.base.scratch is not None:
-        _look_for_reference(recipe)  # its tokenizer is still to be made, of texts that are too
+        _look_for_reference(recipe)  # tokenizer and texts do not exist yet
         return
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run), weights=False)[0])
     if recipe.data.generate is None:
@@ -47,7 +48,7 @@ def check_labelling(recipe: Recipe, run: Path) -> None:
 
 
 def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
-    """The model that will label, without its weights, where the recipe names one."""
+    """Return the reference model without its weights, or None if the recipe names none."""
     if not recipe.uses_labels or recipe.label is None or recipe.label.reference == "trained":
         return None
     try:
@@ -60,8 +61,11 @@ def _look_for_reference(recipe: Recipe) -> PreTrainedModel | None:
 
 
 def check_backbone(recipe: Recipe, run: Path) -> None:
-    """The base is of a family that can iterate, its `model` section fits it, and what a killed run has
-    left can be continued."""
+    """Raise ValueError if stage `backbone` cannot begin.
+
+    The family of the base must be supported, the `model` section must be valid for it, and an unfinished training must
+    have its `run.json`.
+    """
     _check_left(run / "backbone")
     if recipe.base.scratch is not None:
         layers = recipe.base.scratch["num_hidden_layers"]
@@ -83,25 +87,33 @@ def check_backbone(recipe: Recipe, run: Path) -> None:
 
 
 def check_decider(recipe: Recipe, run: Path) -> None:
-    """What a killed run has left can be continued."""
+    """Raise ValueError if an unfinished training of stage `decider` has no `run.json`."""
     _check_left(run / "decider")
 
 
 def _check_left(directory: Path) -> None:
+    """Raise ValueError if a stage has checkpoints but no readable `run.json`."""
     if last_checkpoint(directory / CHECKPOINTS) is not None:
         read_facts(directory)
 
 
 def plain_base(source: str) -> str:
-    """Where a base is that can be pruned."""
+    """Return the directory of a base.
+
+    Args:
+        source: Directory, Hub id, or name of a bundled model.
+
+    Raises:
+        ValueError: The model is a TaH checkpoint, or does not exist.
+    """
     path, kind = find(source, weights=False)
     if kind != "base":
-        raise ValueError(f"{source} is not a base model but one that iterates, so it cannot be pruned")
+        raise ValueError(f"{source} is a TaH checkpoint, not a base model, so it cannot be pruned")
     return path
 
 
 def _check_rows(rows: Any, tokenizer: Any, max_length: int) -> None:
-    """At least one row can be trained on; as a rule the first one."""
+    """Raise ValueError if no row can be used for training. Reading stops at the first usable row."""
     dropped = Counter[str]()
     for row in rows.with_format(None):
         if tokenize_row(row, tokenizer, max_length, dropped=dropped) is not None:

@@ -1,4 +1,4 @@
-"""A base without its least useful layers: as a step of a recipe, and for `tah prune`. `prune.py` does the work."""
+"""Prune a base, as a step of a recipe and for `tah prune`. `training/prune.py` has the method."""
 
 from __future__ import annotations
 
@@ -22,14 +22,23 @@ from .run import device_of_process
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PRUNE_LENGTH = 2048  # tokens of a text that decides which layers are dropped
+PRUNE_LENGTH = 2048  # largest number of tokens of a held-out text
 
 
 def prune_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/base`: the recipe's base without its least useful layers."""
+    """Make `run/base`: the recipe's base without its least useful layers.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Reporter of the texts.
+
+    Raises:
+        ValueError: The base cannot be pruned, or there are too few held-out texts.
+    """
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
     _, held_out = recipe.rows(run)
-    dtype = recipe.base.dtype  # as the recipe names it, so the base computes in it on every machine
+    dtype = recipe.base.dtype  # the recipe's dtype, so that every machine drops the same layers
     base = load_base(plain_base(str(recipe.base.model)), dtype).to(device_of_process())
     count, length = recipe.base.prune_texts, min(recipe.data.max_length, PRUNE_LENGTH, _positions(base))
     texts = _draw_texts(held_out, tokenizer, count, length, recipe.seed)
@@ -38,19 +47,19 @@ def prune_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `tah prune` is asked for.
+    """The arguments of `tah prune`.
 
     Args:
-        source: the base: directory, hub id, or `smollm2`.
-        data: held-out texts.
-        output: directory to make.
-        split: of the texts.
-        layers: how many to drop.
-        texts: how many texts decide.
-        max_length: longer texts are cut to so many tokens.
-        dtype: to compute and save in. With `auto` it is saved as the base is, and computed in that where the device
-            does so natively, else in float32.
-        device: `auto` is CUDA, then MPS, then the CPU.
+        source: Directory or Hub id of the base, or `smollm2`.
+        data: Held-out texts, as `load_rows` reads them.
+        output: Directory to create.
+        split: Split of the texts.
+        layers: Number of layers to drop.
+        texts: Number of held-out texts.
+        max_length: Number of tokens to which longer texts are cut.
+        dtype: Data type to compute and save in. With `auto` the checkpoint has that of the base. The computation uses
+            the same if the device has native support for it, else float32.
+        device: Device to compute on. `auto` is CUDA, then MPS, then the CPU.
     """
 
     source: str
@@ -65,10 +74,17 @@ class Pruning:
 
 
 def prune_model(asked: Pruning, progress: Reporter = SILENT) -> PruneReport:
-    """`tah prune`: a base without its least useful layers, in a directory of its own.
+    """Write a base without its least useful layers (`tah prune`).
+
+    Args:
+        asked: Arguments of the command.
+        progress: Reporter of the texts.
+
+    Returns:
+        The dropped layers and the perplexities.
 
     Raises:
-        ValueError: the base, the data, the directory or the device cannot be used.
+        ValueError: The base, the data, the directory or the device cannot be used.
     """
     check_output(asked.output)
     rows = load_rows(asked.data, asked.split)
@@ -83,7 +99,7 @@ def prune_model(asked: Pruning, progress: Reporter = SILENT) -> PruneReport:
 
 
 def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed: int = 0) -> list[Text]:
-    """`count` texts drawn from the rows, or as many as there are; longer ones are cut."""
+    """Return `count` random texts, or all texts if there are fewer. Texts are cut to `max_length` tokens."""
     texts = []
     for at in np.random.default_rng(seed).permutation(len(rows)):
         row = tokenize_row(rows[int(at)], tokenizer, max_length, too_long="cut")
@@ -95,5 +111,5 @@ def _draw_texts(rows: Dataset, tokenizer: Any, count: int, max_length: int, seed
 
 
 def _positions(base: PreTrainedModel) -> int:
-    """Most tokens it can read."""
+    """Return the largest number of tokens that the base can read."""
     return getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31

@@ -1,13 +1,15 @@
-"""A recipe's steps in one directory: what is done is skipped, and what has changed is done again, with the reason.
+"""Make the steps of a recipe in one directory.
 
-    DIR/recipe.yaml         every field of the recipe, as it was used last
-    DIR/steps/<step>.json   what the step's result was made from, and whether it is whole
+A finished step is skipped. A step whose inputs have changed is made again, and a note gives the reason.
+
+    DIR/recipe.yaml         every field of the recipe, from the latest call
+    DIR/steps/<step>.json   the inputs of the step's result, and whether the result is complete
     DIR/<step>/             the result
-    DIR/old/                results that no longer fit the recipe
+    DIR/old/                results that do not match the recipe
 
-A step's fingerprint is over the part of the recipe that it reads, the fingerprints of the steps it needs, the seed and
-the version of tah. Under torchrun the first process keeps the records; the others wait for it, or take part where a
-step is made together.
+The fingerprint of a step covers the fields of the recipe that the step reads, the fingerprints of the steps that it
+needs, the seed and `RESULTS`. Under torchrun the first process keeps the records. The other processes wait for it, and
+take part in steps that all processes make together.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..checkpoints.contents import sizes_of, version_of, wrong
+from ..checkpoints.contents import sizes_of, wrong
 from ..config import FORMER_FIELDS
 from ..errors import short
 from ..files import write_atomically
@@ -36,7 +38,8 @@ from ..training.recipe import Recipe
 
 FORMER_NAMES = {now: before for before, now in FORMER_FIELDS.items()}
 
-POLL = 0.2  # seconds between looks at what another process does
+RESULTS = "0.1.0"  # the first version whose steps give these results; raise it when the result of a step changes
+POLL = 0.2  # seconds between checks of another process's progress
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,17 @@ class Step:
     """One step of a chain.
 
     Args:
-        name: of the step, and of its record.
-        directory: of its result, below the run's.
-        make: makes the result; called with the recipe, the run's directory and a reporter.
-        reads: the part of the recipe that decides about the result, flat.
-        needs: steps whose results it reads.
-        together: every process takes part, else the first alone.
-        resumes: continues what a killed run has left, else that is removed first.
-        single: trains in the first process alone, where torchrun's others would be waited for without end: refused.
-        check: called before any step of the chain begins; raises `ValueError` for what would make this one fail.
+        name: Name of the step and of its record.
+        directory: Directory of the result, relative to the run's directory.
+        make: Function that makes the result, called with the recipe, the run's directory and a reporter.
+        reads: Fields of the recipe that the result depends on, as a flat dictionary.
+        needs: Names of the steps whose results this step reads.
+        together: Whether every process takes part; otherwise only the first process does.
+        resumes: Whether the step continues an unfinished result; otherwise that result is removed first.
+        single: Whether the step trains in one process only. Under torchrun such a step raises ValueError, because its
+            training would wait forever for the other processes.
+        check: Function called before any step of the chain begins. It raises ValueError for a mistake that would
+            make this step fail.
     """
 
     name: str
@@ -69,17 +74,17 @@ class Step:
 class Run:
     """A recipe's chain of steps in a directory.
 
-    A step is done where its record has the fingerprint that is wanted now and the mark `finished`, and its files have
-    the sizes that were recorded. Everything else follows from these.
+    A step is done if its record is marked `finished` and has the fingerprint of the current recipe, and if its files
+    have the recorded sizes.
 
     Args:
-        recipe: what to make.
-        directory: where; made when the first step begins.
-        steps: in an order in which every step comes after those it needs.
-        progress: reports a line about each step, and what the steps report; by the first process only.
+        recipe: Recipe whose steps are made.
+        directory: Directory of the run. It is created when the first step begins.
+        steps: Steps, each after the steps that it needs.
+        progress: Reporter of one note per step and of the steps' own progress. Only the first process reports.
 
     Raises:
-        ValueError: the directory is a file, or a model.
+        ValueError: The directory is a file or a model.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, steps: Sequence[Step], progress: Reporter = SILENT) -> None:
@@ -91,8 +96,8 @@ class Run:
         self.steps = {step.name: step for step in steps}
         self.lead = int(os.environ.get("RANK", 0)) == 0
         self.progress = progress if self.lead else SILENT
-        self.wanted: dict[str, dict[str, Any]] = {}  # the record of each step, but for what is known at its end
-        self.former: dict[str, str] = {}  # the fingerprint that the step has in a record of an older version
+        self.wanted: dict[str, dict[str, Any]] = {}  # record of each step at its start
+        self.former: dict[str, str] = {}  # fingerprints in records made before fields were renamed
         for step in steps:
             facts = self._facts(step.reads, {name: self.wanted[name]["fingerprint"] for name in step.needs})
             self.wanted[step.name] = {"step": step.name, "fingerprint": fingerprint(facts), **facts}
@@ -100,22 +105,23 @@ class Run:
             self.former[step.name] = fingerprint(self._facts(reads, {name: self.former[name] for name in step.needs}))
 
     def _facts(self, reads: dict[str, Any], needs: dict[str, str]) -> dict[str, Any]:
-        return {"reads": reads, "needs": needs, "seed": self.recipe.seed, "tah": version_of("tah")}
+        return {"reads": reads, "needs": needs, "seed": self.recipe.seed, "tah": RESULTS}
 
     def result(self, name: str) -> Path:
+        """Return the directory of a step's result, whether it exists or not."""
         return self.directory / self.steps[name].directory
 
     def begun(self, name: str) -> bool:
-        """Whether there is a result of this step, finished or not."""
+        """Return whether a result of this step exists, finished or not."""
         return self._record(name) is not None and self.result(name).is_dir()
 
     def finished(self, name: str) -> bool:
-        """Whether there is a whole result of what is wanted."""
+        """Return whether a complete result of this step exists and matches the recipe."""
         record = self._record(name)
         return record is not None and bool(record["finished"]) and self.change(name) is None
 
     def difference(self, name: str) -> str | None:
-        """How what a result was made from differs from what is wanted now, in words; None where it does not."""
+        """Return how the inputs of a result differ from the current ones, as a phrase; None if they are the same."""
         before, now = self._record(name), self.wanted[name]
         if before is None or before["fingerprint"] in (now["fingerprint"], self.former[name]):
             return None
@@ -124,12 +130,15 @@ class Run:
         found = [f"{key} was {short(a, json.dumps)}, is {short(b, json.dumps)}" for key, a, b in pairs if a != b]
         for key in before["needs"] | now["needs"]:
             same = key in now["needs"] and before["needs"].get(key) in (now["needs"][key], self.former[key])
-            found += [] if same else [f"{key} is another"]
+            found += [] if same else [f"{key} has changed"]
         return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
     def change(self, name: str) -> str | None:
-        """As `difference`, or how a finished result differs from what was recorded: its files are compared by size,
-        and weights also by their head."""
+        """Return why a result cannot be used, as a phrase; None if it can.
+
+        The reason is a `difference` of the inputs, a missing result or a damaged file. Files are compared with the
+        record by size, and weights also by their header.
+        """
         record, result = self._record(name), self.result(name)
         if record is None or (record["finished"] and not result.is_dir()):
             return f"{result} is missing"
@@ -139,10 +148,13 @@ class Run:
         return next((f"{path} {found}" for path, found in damage if found), None)
 
     def make(self, names: Sequence[str]) -> None:
-        """Make the results of these steps and of all they need, as far as they are not there.
+        """Make the missing results of these steps and of all steps that they need.
+
+        Args:
+            names: Names of the steps.
 
         Raises:
-            ValueError: the directory is in use or cannot be written to, something in it was not made by this chain, or
+            ValueError: The directory is in use or not writable, it contains something that this chain did not make, or
                 a step's `check` found a mistake. In these cases nothing has been made or moved.
         """
         wanted = set(names)
@@ -159,6 +171,7 @@ class Run:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def _check(self, todo: Sequence[Step]) -> None:
+        """Raise ValueError if one of these steps would overwrite another program's files or fail its check."""
         for step in todo:
             if self._record(step.name) is None and (result := self.result(step.name)).exists():
                 raise ValueError(f"{result} exists and was not made by this chain; move it or choose another --output")
@@ -167,19 +180,19 @@ class Run:
                 step.check(self.recipe, self.directory)
 
     def _make(self, step: Step) -> None:
-        """On the first process."""
+        """Make one step in the first process."""
         if self.finished(step.name):
             self.progress.note(f"{step.name}: done before")
             return
         self.progress.note(f"{step.name}: {self._clear(step)}")
-        for left in self.directory.glob(f".{step.directory}.*"):  # of processes that were killed
+        for left in self.directory.glob(f".{step.directory}.*"):  # left by processes that were killed
             shutil.rmtree(left, ignore_errors=True)
         self._write(step, finished=False)
         start, cpu, result = time.monotonic(), time.process_time(), self.result(step.name)
         try:
             self._work(step)
         except BaseException:
-            if not any(path.is_file() for path in result.rglob("*")):  # nothing came of it
+            if not any(path.is_file() for path in result.rglob("*")):  # the step has written nothing
                 shutil.rmtree(result, ignore_errors=True)
                 self._path(step.name).unlink(missing_ok=True)
             raise
@@ -187,35 +200,39 @@ class Run:
         self._write(step, finished=True, files=sizes_of(result), **spent)
 
     def _clear(self, step: Step) -> str:
-        """Make room for a step's result; what there was of it and what happened to that, in words."""
+        """Make room for a step's result. Return what happened to an earlier result, as a phrase for the note."""
         if not self.begun(step.name):
             return "begins"
         if (why := self.change(step.name)) is not None:
             return f"again, {why}; what was there is now in {self._move_aside(step)}"
         if step.resumes:
-            return "going on"
+            return "continues"
         shutil.rmtree(self.result(step.name))
-        return "once more, a run was killed"
+        return "starts over, because a run was killed"
 
     def _work(self, step: Step) -> None:
+        """Run the step's function, then free the memory that it used."""
         if step.single and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("this step is done by one process: start the command once without torchrun")
+            raise ValueError("this step runs in one process only; run the command once without torchrun")
         step.make(self.recipe, self.directory, self.progress)
-        gc.collect()  # a model's memory, before the next step takes its own
+        gc.collect()  # frees the model's memory before the next step allocates
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _follow(self, step: Step) -> None:
-        """On the other processes: take part where the step is made together, and wait until it is done."""
-        # The first process has come to this step when the record is of what is wanted: it does not leave one that is
-        # marked as finished beside a result that it makes again.
+        """Wait in another process until a step is finished, and take part if all processes make it together."""
+        # The first process has reached this step when the record matches the recipe. Before it makes a result again, it
+        # replaces a record that is marked as finished.
         wait_until(lambda: self.change(step.name) is None)
         if step.together and not self.finished(step.name):
             self._work(step)
         wait_until(lambda: self.finished(step.name))
 
     def _move_aside(self, step: Step) -> Path:
-        """Results take long to make, so none is deleted because a recipe has changed."""
+        """Move a result to `old` and return its new path.
+
+        A changed recipe never deletes a result, because results take long to make.
+        """
         record = self._record(step.name)
         assert record is not None
         name, old = f"{step.directory}-{record['fingerprint'][:8]}", self.directory / "old"
@@ -231,6 +248,11 @@ class Run:
         return self.directory / "steps" / f"{name}.json"
 
     def _record(self, name: str) -> dict[str, Any] | None:
+        """Return the record of a step with the current field names, or None if there is none.
+
+        Raises:
+            ValueError: The record is damaged.
+        """
         try:
             record: dict[str, Any] = json.loads(self._path(name).read_text("utf-8"))
             if not {"fingerprint", "reads", "needs", "seed", "tah", "finished"} <= set(record):
@@ -248,12 +270,16 @@ class Run:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the directory's lock, and leave no directory behind in which nothing was made."""
+        """Hold the directory's lock, and remove directories that this call created if they stay empty.
+
+        Raises:
+            ValueError: Another process holds the lock, or the directory is not writable.
+        """
         if not self.lead:
             yield
             return
         fresh = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        lock = FileLock(self.directory / ".lock")  # of the system: it ends with the process, however that ends
+        lock = FileLock(self.directory / ".lock")  # a lock of the operating system ends with its process
         new = [path for name in (".lock", "recipe.yaml") if not (path := self.directory / name).exists()]
         try:
             try:
@@ -261,7 +287,7 @@ class Run:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(
-                    f"{self.directory} is in use by another process, which holds {lock.lock_file}; wait for it or "
+                    f"{self.directory} is in use by another process, which has locked {lock.lock_file}; wait for it or "
                     "choose another --output"
                 ) from None
             except OSError as error:
@@ -279,7 +305,7 @@ class Run:
                     path.rmdir()
 
     def _tidy(self, new: Sequence[Path]) -> None:
-        """Where no step has begun, take away the files that came with this call."""
+        """Remove the files that this call created if no step has begun."""
         steps = self.directory / "steps"
         if steps.is_dir() and not any(steps.iterdir()):
             steps.rmdir()
@@ -289,31 +315,34 @@ class Run:
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
-    """Wait for another process; torchrun ends all of them when one has failed."""
+    """Wait until `reached` returns true.
+
+    There is no time limit: torchrun ends all processes when one fails.
+    """
     while not reached():
         time.sleep(POLL)
 
 
 def device_of_process() -> torch.device:
-    """Where this process of torchrun computes."""
+    """Return the device of this process: the GPU of its local rank under torchrun, or the CPU without CUDA."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that change with any part of a plain value."""
+    """Return a hash of a JSON value: the first 16 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flat(value: Any, name: str) -> dict[str, Any]:
-    """Nested dictionaries as one, with names joined by dots."""
+    """Return nested dictionaries as one dictionary whose keys are the names joined by dots, starting with `name`."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     return {key: entry for inner in value for key, entry in flat(value[inner], f"{name}.{inner}").items()}
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:
-    """`model.reembed` as `model.next_input`, or the other way round."""
+    """Return a key of `reads` with its field renamed, for example `model.reembed` as `model.next_input`."""
     name = key.removeprefix("model.")
     return f"model.{names[name]}" if name != key and name in names else key

@@ -1,6 +1,6 @@
-"""What the steps of a recipe are: data, base, reference, labels, both stages of training, report.
+"""The steps of a recipe (data, base, reference, labels, both stages of training, report) and the commands over them.
 
-`run.py` decides which of them have to be made; the work itself is done in the module of each.
+`run.py` decides which steps are made. The module of each step does the work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..load import find, load_base, load_tah, load_tokenizer
 from ..names import Stage
 from ..progress import SILENT, Reporter
 from ..training.label import label as label_rows
+from ..training.label import name_for_card
 from ..training.recipe import Recipe
 from ..training.train import train as train_stage
 from . import preflight
@@ -27,12 +28,12 @@ from .experiment.tiny import check_sections, write_data
 from .pruned import prune_base
 from .run import Run, Step, device_of_process, flat, wait_until
 
-SHARED: dict[str, Any] = {"together": True, "resumes": True}  # steps in which every process takes part
+SHARED: dict[str, Any] = {"together": True, "resumes": True}  # every process takes part
 ALONE: dict[str, Any] = {"single": True, "resumes": True}
 
 
 def chain(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe, each after those it needs."""
+    """Return the steps of a recipe, each after the steps that it needs."""
     whole = recipe.resolved()
     own_data, own_base = recipe.data.generate is not None, recipe.base.scratch is not None
     own_reference = recipe.label is not None and recipe.label.reference == "trained"
@@ -42,7 +43,7 @@ def chain(recipe: Recipe) -> list[Step]:
     base = flat(whole["base"], "base") | {"base.model": contents(recipe.base.model)}
     found = []
     if own_data or own_base:
-        check_sections(recipe)  # before anything made earlier is moved aside
+        check_sections(recipe)  # a mistake is found before an earlier result is moved
     if own_data:
         generate = flat(whole["data"]["generate"], "data.generate")
         found.append(Step("data", "data", write_data, generate))
@@ -69,6 +70,7 @@ def chain(recipe: Recipe) -> list[Step]:
 
 
 def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list[Step]:
+    """Return the steps of the two stages of training."""
     reads = flat(whole["model"], "model") | flat(whole["backbone"], "backbone")
     reads |= {"backbone.init": contents(recipe.backbone.init), "data.max_length": recipe.data.max_length}
     if recipe.uses_labels:
@@ -88,7 +90,7 @@ def _stages(recipe: Recipe, whole: dict[str, Any], base: dict[str, Any]) -> list
 
 
 def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
-    """Further models for the report to compare with."""
+    """Return the steps that train further models for the comparisons of the report."""
     backbone, found = flat(whole["backbone"], "backbone"), []
     if recipe.controls.equal_compute:
         needs = ("data", "base", "label", "backbone", *(("decider",) if recipe.decider is not None else ()))
@@ -105,27 +107,61 @@ def _controls(recipe: Recipe, whole: dict[str, Any]) -> list[Step]:
 
 
 def run(recipe: Recipe, directory: Path, progress: Reporter = SILENT) -> Path:
-    """`tah run`: every step; the directory of the last one that is a model."""
+    """Make every step of a recipe (`tah run`).
+
+    Args:
+        recipe: Recipe to make.
+        directory: Directory of the run.
+        progress: Reporter of the steps.
+
+    Returns:
+        Directory of the trained model.
+
+    Raises:
+        ValueError: `Run.make` or a step found a mistake.
+    """
     steps = _steps(recipe, directory, progress)
     steps.make(list(steps.steps))
     return steps.result("decider" if recipe.decider is not None else "backbone")
 
 
 def label(recipe: Recipe, directory: Path, progress: Reporter = SILENT) -> Path:
-    """`tah label`: the labelled data, and what that needs."""
+    """Make the labelled data and the steps that it needs (`tah label`).
+
+    Args:
+        recipe: Recipe to make.
+        directory: Directory of the run.
+        progress: Reporter of the steps.
+
+    Returns:
+        Directory of the labelled data.
+
+    Raises:
+        ValueError: `Run.make` or a step found a mistake.
+    """
     steps = _steps(recipe, directory, progress)
     steps.make(["label"])
     return steps.result("label")
 
 
 def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, progress: Reporter = SILENT) -> Path:
-    """`tah train`: a stage; what is quick and missing is made first, a pruned base or tokens.
+    """Train one stage of a recipe (`tah train`).
+
+    A missing pruned base or missing tokens are made first. Labels of a reference model must exist.
 
     Args:
-        resume: go on with an unfinished training, if there is one.
+        recipe: Recipe to make.
+        directory: Directory of the run.
+        stage: Stage to train.
+        resume: Whether an unfinished training continues.
+        progress: Reporter of the steps.
+
+    Returns:
+        Directory of the trained stage.
 
     Raises:
-        ValueError: labels or the stage before are not there, or `resume` does not go with what is.
+        ValueError: Labels or the stage before are missing, or an unfinished training does not match `resume` or the
+            recipe.
     """
     steps = _steps(recipe, directory, progress)
     if stage == "decider" and recipe.decider is None:
@@ -141,54 +177,67 @@ def train(recipe: Recipe, directory: Path, stage: Stage, resume: bool, progress:
 
 
 def _steps(recipe: Recipe, directory: Path, progress: Reporter) -> Run:
+    """Return the chain of a recipe in a directory."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else every process trains alone, without a warning
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # otherwise every process trains alone, without a warning
     return Run(recipe, directory, chain(recipe), progress)
 
 
 def _check_there(steps: Run, name: str, fix: str) -> None:
-    """Raises `ValueError` unless the result of a step is there and of this recipe."""
+    """Raise ValueError unless the result of a step exists, is finished and matches the recipe."""
     result = steps.result(name)
     if not steps.begun(name):
-        raise ValueError(f"{result} is not there; {fix}")
+        raise ValueError(f"{result} does not exist; {fix}")
     if why := steps.change(name):
-        raise ValueError(f"{result} does not fit: {why}; {fix}")
+        raise ValueError(f"{result} does not match the recipe: {why}; {fix}")
     if not steps.finished(name):
         fix = "train --stage backbone --resume first" if name == "backbone" else fix
         raise ValueError(f"{result} is not finished; {fix}")
 
 
 def _check_resume(steps: Run, name: str, resume: bool) -> None:
+    """Raise ValueError if an unfinished training of a stage does not match `resume` or the recipe."""
     result = steps.result(name)
     if not steps.begun(name) or steps.finished(name):
         return
     if resume and (why := steps.difference(name)):
         raise ValueError(
             f"{result} was trained differently: {why}; --resume needs the same recipe and data "
-            "(without it, the stage is trained anew)"
+            "(without --resume, the stage is trained again from the start)"
         )
     if not resume and steps.change(name) is None and any(result.glob("checkpoints/checkpoint-*")):
-        raise ValueError(f"{result} holds an unfinished training: --resume goes on with it; or choose another --output")
+        raise ValueError(f"{result} contains an unfinished training; add --resume, or choose another --output")
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
 
 
 def make_labels(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/labels/train` and `run/labels/validation`: tokens, and their scores under the reference where it is used."""
+    """Make `run/labels/train` and `run/labels/validation`: tokens, and scores if the method uses labels.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Reporter of the rows.
+
+    Raises:
+        ValueError: The data, the tokenizer or the reference model cannot be used.
+    """
     tokenizer = load_tokenizer(find(recipe.tokenizer_path(run))[0])
     reference, sizes = None, {}
+    named: str | None = None
     if recipe.label is not None:
         sizes = {name: getattr(recipe.label, name) for name in ("tokens_per_batch", "rows_per_shard")}
         if recipe.uses_labels:
             name = recipe.label.reference
-            path, kind = find(str(run / "reference") if name == "trained" else name)
+            named = str(run / "reference") if name == "trained" else name
+            path, kind = find(named)
             reference = (load_tah if kind == "tah" else load_base)(path).to(device_of_process())
     sizes["max_length"] = recipe.data.max_length
     for part, rows in zip(("train", "validation"), recipe.rows(run), strict=True):
         target = run / "labels" / part
-        label_rows(rows, tokenizer, reference, target, progress=progress, **sizes)
-        wait_until((target / COMPLETE).is_file)  # other processes have shards to finish
+        label_rows(rows, tokenizer, reference, target, reference_name=name_for_card(named), progress=progress, **sizes)
+        wait_until((target / COMPLETE).is_file)  # other processes may still make shards
 
 
 def _train(stage: Stage) -> Callable[[Recipe, Path, Reporter], object]:
@@ -196,7 +245,10 @@ def _train(stage: Stage) -> Callable[[Recipe, Path, Reporter], object]:
 
 
 def _tokenizer_contents(source: str | None) -> str | None:
-    """Of a tokenizer in a local directory: other weights beside it make no other tokens."""
+    """Return what identifies a tokenizer: the contents of its files in a local directory, else `source`.
+
+    Weights in the same directory do not count, because they do not change the tokens.
+    """
     path = Path(source or "")
     if not source or not path.is_dir():
         return source

@@ -1,6 +1,8 @@
-"""The threshold of a trained decider, chosen on held-out tokens. `stats.threshold` has the arithmetic.
+"""Choose the threshold of a trained decider on held-out tokens (method.md, section 10).
 
-Shapes: n supervised tokens (of all validation rows together).
+`stats.threshold` has the arithmetic.
+
+Shapes: n supervised tokens of all validation rows.
 """
 
 from __future__ import annotations
@@ -19,15 +21,21 @@ from .trainer import Objective
 
 @torch.no_grad()
 def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]], objective: Objective) -> Decisions:
-    """The decider's probability for every supervised token, and the losses when all of them run a second pass.
+    """Return the continue probability of every supervised token, and its losses at depths 1 and 2.
 
-    With `attention="own"` the second losses are those of any policy; with `duo` they are those of iterating on all
-    supervised tokens, an approximation for a policy that iterates on few.
+    All supervised tokens run a second pass. With `attention="own"` the losses at depth 2 hold for every policy. With
+    `duo` they hold only if all supervised tokens iterate, and approximate a policy that iterates on few.
 
     Args:
-        model: with a decider; its max_depth is >= 2.
-        batches: from `data.Collator`.
-        objective: of the decider's stage; it defines which tokens the decider should find.
+        model: Model with a decider and `max_depth` of at least 2.
+        batches: Batches of `data.Collator`.
+        objective: Objective of stage `decider`. It defines which tokens should iterate.
+
+    Returns:
+        Arrays `[n]` in the order of the batches.
+
+    Raises:
+        ValueError: There are no validation rows.
     """
     model.eval()
     found: list[list[Tensor]] = []
@@ -51,13 +59,18 @@ def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]
         probability = out.continue_logits[:, :, 0][supervised].double().sigmoid()
         found.append([x.cpu() for x in (probability, hard, one, two)])
     if not found:
-        raise ValueError("no validation rows to choose a threshold on")
+        raise ValueError("there are no validation rows to choose a threshold on")
     return Decisions(*(torch.cat(column).numpy() for column in zip(*found, strict=True)))
 
 
 def choose_threshold(decisions: Decisions, decider: Decider) -> float:
-    """The threshold that gives the recipe's share of iterated tokens, or the lowest loss."""
+    """Return the threshold for the recipe's iterated share, or for the lowest loss.
+
+    Args:
+        decisions: Result of `measure_decisions`.
+        decider: Section `decider` of the recipe.
+    """
     if decider.target == "loss":
         return threshold_for_loss(decisions)
-    assert decider.target_share is not None  # checked by the recipe
+    assert decider.target_share is not None  # the recipe checks it
     return threshold_for_share(decisions.probability, decider.target_share)

@@ -1,12 +1,12 @@
-"""Label the hard tokens of a data set with a reference model, shard by shard.
+"""Label the hard tokens of a data set with a reference model, shard by shard (method.md (9)).
 
-    output/settings.json    what was asked for; another request is refused
-    output/data/NNNNN.parquet   a shard: `rows_per_shard` rows of the source, without those that were dropped
-    output/complete.json    counts, once all shards are there
-    output/README.md        the card; `datasets.load_dataset(output)` reads the shards
+    output/settings.json        the settings; a call with other settings raises ValueError
+    output/data/NNNNN.parquet   a shard: `rows_per_shard` rows of the source, without the dropped rows
+    output/complete.json        counts, written when all shards exist
+    output/README.md            the card; `datasets.load_dataset(output)` reads the shards
 
-A shard depends on its rows and the settings only, and appears by a rename when it is whole. So any number of
-processes, in any order, killed at any time, make the same data set.
+A shard depends only on its rows and the settings, and a rename puts it in place when it is complete. Processes of any
+number and in any order therefore make the same data set, even if some are killed.
 """
 
 from __future__ import annotations
@@ -53,12 +53,22 @@ tags:
 
 {table}
 
-One row per text. `input_ids`: tokens. `supervised`: whether the model is to produce the token (assistant tokens; never
-the first). `row`: its number in the source.{columns}
+One row per text.
+
+| column | content |
+| --- | --- |
+| `input_ids` | the tokens |
+| `supervised` | true for tokens that count in the loss: the assistant's tokens, but never the first token of a row |
+| `row` | number of the row in the source |
+{columns}"""
+CARD_COLUMNS = """\
+| `ref_rank` | rank of token t + 1 in the reference model's prediction at position t; 0 is the most probable token |
+| `ref_prob` | probability of token t + 1 in that prediction |
+| `ref_entropy` | entropy of that prediction, in nats |
+
+The last three columns are -1, 0 and 0 at the last position and where token t + 1 is not supervised. The token at
+position t is hard by the rule top1 if `ref_rank` > 0 there.
 """
-CARD_COLUMNS = """ At position t, about token t + 1, the reference's `ref_rank` (0: its first
-choice), `ref_prob` (probability) and `ref_entropy` (of its prediction, in nats); where token t + 1 is not supervised,
-and at the last position, they are -1, 0 and 0. A token is hard by the rule top1 where `ref_rank` > 0."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,13 @@ class Labelling:
     """How rows are tokenized and labelled.
 
     Args:
-        max_length: most tokens of a row.
-        tokens_per_batch: most tokens of a forward, padding included.
-        rows_per_shard: rows of the source per file; what is lost at most when the process is killed.
-        too_long: `drop` rows that are longer, or `cut` them.
+        max_length: Largest number of tokens of a row.
+        tokens_per_batch: Largest number of tokens of one forward, padding included.
+        rows_per_shard: Rows of the source per file. A process that is killed loses the work of at most one shard.
+        too_long: What happens to longer rows: `drop` or `cut`.
+
+    Raises:
+        ValueError: A number is too small, or `too_long` is unknown.
     """
 
     max_length: int
@@ -92,28 +105,33 @@ def label(
     output: str | Path,
     *,
     reference_tokenizer: Any = None,
+    reference_name: str | None = None,
     progress: Reporter = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Tokenize `rows` and store rank, probability and entropy of every supervised token under `reference`.
+    """Tokenize `rows` and store the rank, probability and entropy of every supervised token under `reference`.
 
-    Called again, it continues with the shards that are missing. Under torchrun (RANK and WORLD_SIZE) each process does
-    its share of the shards, and the one that finishes last completes the data set: wait for all before reading it.
+    A further call makes only the missing shards. Under torchrun (RANK and WORLD_SIZE) each process makes a share of the
+    shards, and the process that finishes last completes the data set. Wait for all processes before reading it.
 
     Args:
-        rows: as `load_rows` returns them.
-        tokenizer: the base model's.
-        reference: on the device it is to run on; None: no labels, for methods that need none.
-        output: directory.
-        reference_tokenizer: to compare with ours; by default the one where the reference was loaded from.
-        progress: reports the rows of the first process.
-        options: the fields of `Labelling`, of which `max_length` is required.
+        rows: Rows as `load_rows` returns them.
+        tokenizer: Tokenizer of the base.
+        reference: Reference model, on the device where it runs. None stores tokens without labels.
+        output: Directory of the data set.
+        reference_tokenizer: Tokenizer of the reference model, compared with `tokenizer`. By default it is loaded from
+            where the reference model was loaded.
+        reference_name: Name of the reference model in the card. By default it is the Hub id, or the last component of
+            the directory, that the model was loaded from.
+        progress: Reporter of the rows of the first process.
+        options: Fields of `Labelling`. `max_length` is required.
 
     Returns:
         Counts of rows and tokens.
 
     Raises:
-        ValueError: the reference does not fit, `output` holds something else, or no row has a supervised token.
+        ValueError: The tokenizers differ, the reference model is too short for the rows, `output` contains something
+            else, or no row has a supervised token.
     """
     given = Labelling(**options)
     if reference is not None:
@@ -133,15 +151,15 @@ def label(
             write_atomically(shards[index], shard.make(index))
     found = _counts(output, settings)
     if found["complete"] and not (output / COMPLETE).exists():
-        _finish(output, settings, found)
+        _finish(output, settings, found, name_for_card(reference_name or settings["reference"]))
     return found | {"tokens_per_second": work.tokens_per_second}
 
 
-# -- what was asked for ----------------------------------------------------------------------------------------------
+# -- settings -------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(rows: Dataset) -> str:
-    """A hash of the contents of the columns that are read; does not depend on where the rows are kept."""
+    """Return a hash of the contents of the columns that are read. It does not depend on where the rows are stored."""
     columns = [*form_of(rows.column_names), *(name for name in EXTRAS if name in rows.column_names)]
     digest = hashlib.blake2b(digest_size=16)
     for batch in rows.select_columns(columns).with_format(None).iter(1000):
@@ -150,7 +168,7 @@ def fingerprint(rows: Dataset) -> str:
 
 
 def _settings(rows: Dataset, tokenizer: Any, reference: PreTrainedModel | None, given: Labelling) -> dict[str, Any]:
-    """Everything that decides about the contents."""
+    """Return all settings that the contents of the data set depend on."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     text = json.dumps([state, tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str)
     return {
@@ -167,21 +185,21 @@ def _settings(rows: Dataset, tokenizer: Any, reference: PreTrainedModel | None, 
 
 
 def _check_output(output: Path, settings: dict[str, Any]) -> None:
-    """Raises `ValueError` where `output` holds something else than a data set begun with these settings."""
+    """Raise ValueError if `output` contains anything but a data set that was begun with these settings."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file; choose a directory")
     if not (output / SETTINGS).is_file():
         strange = [path for path in output.glob("*") if not path.name.endswith(".tmp")]
-        # A process that was killed right at the start, or one that starts along with us, leaves an empty `data`.
+        # A process that was killed at its start, or that starts at the same time, leaves an empty `data`.
         if any(path.name != "data" or any(path.iterdir()) for path in strange):
-            raise ValueError(f"output {output} is in use: it holds files that are not a labelled data set")
+            raise ValueError(f"output {output} is in use: it contains files that are not a labelled data set")
         return
     try:
         begun = json.loads((output / SETTINGS).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{output / SETTINGS} is damaged; delete {output}") from error
     differing = [name for name in settings if begun.get(name) != settings[name]]
-    if "reference_weights" not in differing:  # the same model, elsewhere
+    if "reference_weights" not in differing:  # the same model at another path
         differing = [name for name in differing if name != "reference"]
     if differing:
         what = ", ".join(f"{name} {begun.get(name)} (now {settings[name]})" for name in differing)
@@ -192,19 +210,20 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _shards(output: Path, settings: dict[str, Any]) -> list[Path]:
+    """Return the paths of all shards, whether they exist or not."""
     number = -(-settings["rows"] // settings["rows_per_shard"])
     return [output / "data" / f"{index:05d}.parquet" for index in range(number)]
 
 
 def _rows_of(index: int, settings: dict[str, Any]) -> range:
-    """Rows of the source in a shard."""
+    """Return the numbers of the source rows in a shard."""
     size = settings["rows_per_shard"]
     return range(index * size, min((index + 1) * size, settings["rows"]))
 
 
 @dataclass
 class _Shards:
-    """Makes shards."""
+    """Shards of one data set: `make` returns one as the bytes of a Parquet file."""
 
     rows: Dataset
     tokenizer: Any
@@ -214,7 +233,7 @@ class _Shards:
     work: Work
 
     def make(self, index: int) -> bytes:
-        """The file of a shard."""
+        """Return shard `index` as the bytes of a Parquet file."""
         start, places, dropped = time.monotonic(), _rows_of(index, self.settings), Counter[str]()
         kept: list[int] = []
         ids: list[np.ndarray] = []
@@ -241,7 +260,7 @@ class _Shards:
 
 
 def _sums(measured: list[Measured]) -> dict[str, Any]:
-    """Sums over the supervised tokens."""
+    """Return sums over the supervised tokens: hard tokens, loss and entropy in nats."""
     asked = [row.rank >= 0 for row in measured]
     return {
         "hard": int(sum((row.rank > 0).sum() for row in measured)),
@@ -251,7 +270,7 @@ def _sums(measured: list[Measured]) -> dict[str, Any]:
 
 
 def _parquet(columns: dict[str, Any], counts: dict[str, Any]) -> bytes:
-    """A table as a Parquet file that has the counts in its metadata."""
+    """Return a table as the bytes of a Parquet file with the counts in its metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -270,11 +289,11 @@ def _parquet(columns: dict[str, Any], counts: dict[str, Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# -- the end ---------------------------------------------------------------------------------------------------------
+# -- completion -----------------------------------------------------------------------------------------------------
 
 
 def _counts(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Sums over the shards there are."""
+    """Return counts summed over the existing shards."""
     import pyarrow.parquet as pq
 
     there = [path for path in _shards(output, settings) if path.exists()]
@@ -293,27 +312,41 @@ def _counts(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return found | {"complete": len(there) == len(_shards(output, settings))}
 
 
-def _finish(output: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    """Complete the data set: the card, then the counts; several processes may do it, to the same end.
+def _finish(output: Path, settings: dict[str, Any], found: dict[str, Any], reference: str | None) -> None:
+    """Complete the data set: write the card, then the counts. Several processes may do this at the same time.
 
     Raises:
-        ValueError: it has no row; nothing is left of it.
+        ValueError: The data set has no row. Its files are removed.
     """
-    for left in (output / "data").glob(".*.tmp"):  # of processes that were killed
+    for left in (output / "data").glob(".*.tmp"):  # left by processes that were killed
         left.unlink(missing_ok=True)
     if not found["kept"]:
         for path in (*_shards(output, settings), output / SETTINGS):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # another process was faster, or somebody put something there
+        with suppress(OSError):  # another process has removed it, or added a file
             (output / "data").rmdir()
             output.rmdir()
         why = ", ".join(f"{reason} ({count})" for reason, count in found["dropped"].items())
         raise ValueError(f"nothing to train on in {found['rows']} rows: {why}")
-    write_atomically(output / CARD, _card(settings, found))
+    write_atomically(output / CARD, _card(settings, found, reference))
     write_atomically(output / COMPLETE, json.dumps(found, indent=1))
 
 
-def _card(settings: dict[str, Any], found: dict[str, Any]) -> str:
+def name_for_card(source: str | None) -> str | None:
+    """Return the public name of a model: a word or Hub id as it is, a local directory as its last component.
+
+    A directory of the Hub's cache (`models--OWNER--NAME/snapshots/COMMIT`) becomes the Hub id.
+    """
+    if source is None or not (os.path.isabs(source) or os.path.isdir(source)):
+        return source
+    parts = Path(os.path.abspath(source)).parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return parts[-1]
+
+
+def _card(settings: dict[str, Any], found: dict[str, Any], reference: str | None) -> str:
+    """Return the text of README.md. It contains no path of this machine, so that the data set can be published."""
     lines = {
         "rows": f"{found['kept']:,} of {found['rows']:,}",
         **{f"dropped: {reason}": f"{count:,}" for reason, count in found["dropped"].items()},
@@ -321,21 +354,21 @@ def _card(settings: dict[str, Any], found: dict[str, Any]) -> str:
         "supervised tokens": f"{found['supervised']:,}",
         "tokens per row": "{min:,} to {max:,}, median {median:,.0f}".format(**found["lengths"]),
     }
-    name = settings["reference"]
-    if name is not None:
+    if reference is not None:
         lines |= {
-            "reference": f"{name} ({settings['reference_dtype']})",
+            "reference": f"{reference} ({settings['reference_dtype']})",
             "hard tokens (top1)": f"{found['hard']:,} ({found['hard_share']:.2%})",
-            "reference's cross-entropy, entropy": f"{found['reference_loss']:.4f}, {found['reference_entropy']:.4f}",
+            "reference's cross-entropy, nats per token": f"{found['reference_loss']:.4f}",
+            "reference's entropy, nats per token": f"{found['reference_entropy']:.4f}",
         }
     lines |= {"longest allowed": f"{settings['max_length']:,} tokens", "seconds": f"{found['seconds']:,.0f}"}
     lines |= {"data, tokenizer": f"{settings['data']}, {settings['tokenizer']}"}
     return CARD_TEXT.format(
         kept=f"{found['kept']:,}",
         rows=f"{found['rows']:,}",
-        labelled="" if name is None else f" and labelled by {name}",
+        labelled="" if reference is None else f" and labelled by {reference}",
         date=date.today().isoformat(),
         versions=", ".join(f"{each} {version_of(each)}" for each in ("tah", "torch", "transformers", "datasets")),
         table="\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in lines.items())]),
-        columns="" if name is None else CARD_COLUMNS,
+        columns="" if reference is None else CARD_COLUMNS,
     )

@@ -1,8 +1,8 @@
-"""Drop the layers of a base model that matter least, so that a TaH model is no larger than the plain one.
+"""Drop the least useful layers of a base, so that a TaH model is no larger than the base (method.md, section 12).
 
-Every layer is left out in turn, and the one whose absence raises the perplexity of held-out texts least is dropped; for
-more than one layer, what is left is measured anew. Perplexity is over all predicted tokens alike, in float32, whatever
-the model's precision, and not an average over batches.
+Each layer is left out in turn. The layer without which the perplexity of held-out texts is lowest is dropped. If
+several layers are dropped, the perplexities are measured again after each. The perplexity is that of the mean loss over
+all supervised tokens, not of a mean over batches. The loss is computed in float32 for any precision of the model.
 
 Shapes: T tokens, D width, V vocabulary.
 """
@@ -32,8 +32,8 @@ from ..markdown import table
 from ..progress import SILENT, Reporter
 
 CHUNK = 512  # tokens whose logits [CHUNK, V] exist in float32 at the same time
-TEXTS = 64  # fewer texts rank layers by luck
-# How configurations describe layers: an entry for each, the numbers of some, or how many come first.
+TEXTS = 64  # with fewer texts the order of the layers is mostly noise
+# Configurations describe layers by one entry per layer, by a list of indices, or by the number of the first layers.
 PER_LAYER = re.compile(r"layer|block|pattern|types")
 INDEX_LISTS = ("moe_layers", "mlp_only_layers")
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
@@ -41,7 +41,12 @@ FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 
 @dataclass
 class Text:
-    """A held-out text: tokens [T], and which of them count (those that a model is trained to produce)."""
+    """A held-out text.
+
+    Args:
+        tokens: Token ids, `[T]`.
+        counts: Whether each token is supervised, `[T]`.
+    """
 
     tokens: list[int]
     counts: list[bool]
@@ -49,17 +54,35 @@ class Text:
 
 @dataclass
 class Round:
-    """One layer dropped. Layers are numbered as in the original model."""
+    """One dropped layer. Layers have the numbers of the original base.
+
+    Args:
+        dropped: Number of the layer.
+        before: Perplexity before it is dropped.
+        after: Perplexity after it is dropped.
+        candidates: Perplexity without each layer, by layer.
+    """
 
     dropped: int
-    before: float  # perplexity
+    before: float
     after: float
-    candidates: dict[int, float]  # layer -> perplexity without it
+    candidates: dict[int, float]
 
 
 @dataclass
 class PruneReport:
-    """What was dropped and why."""
+    """The dropped layers and the perplexities that they were chosen by.
+
+    Args:
+        base: Name of the base.
+        family: `model_type` of the base.
+        layers: Number of layers before pruning.
+        parameters: Number of parameters before pruning.
+        texts: Number of held-out texts.
+        tokens: Number of supervised tokens in them.
+        rounds: One entry per dropped layer.
+        parameters_after: Number of parameters after pruning.
+    """
 
     base: str
     family: str
@@ -72,9 +95,11 @@ class PruneReport:
 
     @property
     def dropped(self) -> list[int]:
+        """Numbers of the dropped layers, in the order of dropping."""
         return [each.dropped for each in self.rounds]
 
     def as_markdown(self) -> str:
+        """Return the report as Markdown."""
         first, last = self.rounds[0], self.rounds[-1]
         lines = [
             f"# {self.base}, pruned",
@@ -83,7 +108,7 @@ class PruneReport:
             f"Parameters: {self.parameters:,} -> {self.parameters_after:,}. "
             f"Perplexity: {first.before:.4f} -> {last.after:.4f}, over {self.tokens:,} tokens of {self.texts} texts.",
             "",
-            "Perplexity without each layer; the lowest of a column is dropped.",
+            "The table has the perplexity without each layer. The layer with the lowest value of a column is dropped.",
             "",
         ]
         rows = []
@@ -109,20 +134,26 @@ def prune(
     progress: Reporter = SILENT,
     dtype: torch.dtype | None = None,
 ) -> PruneReport:
-    """Drop `layers` layers from `base`, in place, and write what is left as a normal checkpoint, whole or not at all.
+    """Drop `layers` layers from `base` in place, and write the result as a normal checkpoint.
+
+    The directory appears only when it is complete.
 
     Args:
-        base: any supported decoder.
-        tokenizer: saved beside the weights; None: none is.
-        texts: held-out texts.
-        layers: how many to drop, greedily.
-        output: directory to make, with `prune.json` and `prune.md` in it.
-        fewest: texts needed.
-        progress: reports the texts, for each layer to drop.
-        dtype: of the checkpoint; the base's own by default.
+        base: Decoder of a supported family.
+        tokenizer: Tokenizer to save beside the weights, or None.
+        texts: Held-out texts.
+        layers: Number of layers to drop, one after the other.
+        output: Directory to create. It also contains `prune.json` and `prune.md`.
+        fewest: Smallest number of texts.
+        progress: Reporter of the texts, for each layer to drop.
+        dtype: Data type of the checkpoint; by default that of the base.
+
+    Returns:
+        The dropped layers and the perplexities.
 
     Raises:
-        ValueError: too few texts or layers, or a family whose layers cannot be moved.
+        ValueError: There are too few texts or layers, the output is not an empty directory, the logits are NaN, or a
+            layer of the family depends on its number.
     """
     target = check_output(output)
     check_layers(base, layers)
@@ -130,7 +161,7 @@ def prune(
     base.eval()
     config = base.config.get_text_config(decoder=True)
     name = base.config.name_or_path or ""
-    name = Path(name).name if Path(name).is_dir() else name  # not where it lies on this machine
+    name = Path(name).name if Path(name).is_dir() else name  # the report contains no path of this machine
     made = PruneReport(
         base=name or config.model_type,
         family=base.config.model_type,
@@ -158,19 +189,27 @@ def prune(
 def perplexities(
     base: PreTrainedModel, texts: Sequence[Text], progress: Reporter = SILENT
 ) -> tuple[float, list[float]]:
-    """Perplexity of the base, and without each of its layers in turn.
+    """Return the perplexity of the base, and its perplexity without each layer.
 
-    A layer is left out by handing on its input. What comes before it is not computed again but handed on as recorded,
-    so all candidates together cost half as much as as many forwards.
+    A layer is left out by using its input as its output. The layers before it do not run again: their recorded outputs
+    are used. All candidates together therefore cost half as much as one forward per layer.
+
+    Args:
+        base: Decoder of a supported family.
+        texts: Held-out texts.
+        progress: Reporter of the texts.
+
+    Raises:
+        ValueError: No token is supervised, or the logits are NaN.
     """
     layers = list(decoder_layers(decoder_of(base), base.config.get_text_config(decoder=True).num_hidden_layers))
     total, without = 0.0, [0.0] * len(layers)
     count = sum(sum(text.counts[1:]) for text in texts)
     if count == 0:
-        raise ValueError("the held-out texts have no token that counts")
+        raise ValueError("the held-out texts have no supervised token")
     with progress.work("leaving out each layer", len(texts), "texts") as work:
         for text in texts:
-            seen: list[tuple[Tensor, Any]] = []  # of each layer: hidden states [1, T, D] that go in, and its output
+            seen: list[tuple[Tensor, Any]] = []  # per layer: its input [1, T, D] and its output
             with _recording(layers, seen):
                 total += _loss(base, text)
             for at in range(len(layers)):
@@ -187,7 +226,7 @@ def _perplexity(loss: float) -> float:
 
 
 def _loss(base: PreTrainedModel, text: Text) -> float:
-    """Cross-entropy of the tokens that count, summed, in nats."""
+    """Return the cross-entropy in nats, summed over the supervised tokens."""
     head, device = head_of(base), base.get_input_embeddings().weight.device
     tokens = torch.tensor([text.tokens], device=device)
     hidden = decoder_of(base)(input_ids=tokens, use_cache=False).last_hidden_state[0]  # [T, D]
@@ -201,7 +240,7 @@ def _loss(base: PreTrainedModel, text: Text) -> float:
 
 @contextmanager
 def _recording(layers: list[nn.Module], seen: list[tuple[Tensor, Any]]) -> Iterator[None]:
-    """Append what goes into every layer and what comes out, while the base runs once."""
+    """Append the input and output of every layer to `seen` while the base runs once."""
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"], out))
@@ -216,7 +255,7 @@ def _recording(layers: list[nn.Module], seen: list[tuple[Tensor, Any]]) -> Itera
 
 @contextmanager
 def _replaying(layers: list[nn.Module], seen: list[tuple[Tensor, Any]], skipped: int) -> Iterator[None]:
-    """`layers` give what they gave before, without running; layer `skipped` gives what came into it."""
+    """Make `layers` return their recorded outputs without running; layer `skipped` returns its input."""
 
     def given(at: int) -> Callable[..., Any]:
         into, out = seen[at]
@@ -237,7 +276,12 @@ def _replaying(layers: list[nn.Module], seen: list[tuple[Tensor, Any]], skipped:
 
 
 def drop_layer(base: PreTrainedModel, index: int) -> None:
-    """Remove a layer in place: from the module list, and from the entries of the configuration that describe layers."""
+    """Remove a layer in place, from the module list and from the configuration.
+
+    Args:
+        base: Decoder of a supported family.
+        index: Number of the layer, from 0.
+    """
     config = base.config.get_text_config(decoder=True)
     number = config.num_hidden_layers
     layers = decoder_layers(decoder_of(base), number)
@@ -250,7 +294,7 @@ def drop_layer(base: PreTrainedModel, index: int) -> None:
         elif name in FIRST_LAYERS and isinstance(value, int) and index < value:
             changes[name] = value - 1
     del layers[index]
-    # The lists first: a configuration may compare their length with the number of layers when that is set.
+    # Lists come first: a configuration may compare their lengths with the number of layers when that number is set.
     for name, value in changes.items():
         setattr(config, name, value)
     config.num_hidden_layers = number - 1
@@ -261,7 +305,7 @@ def drop_layer(base: PreTrainedModel, index: int) -> None:
 
 
 def check_layers(base: PreTrainedModel, layers: int) -> None:
-    """Raises `ValueError` where `base` is of no supported family or has too few layers to drop `layers` of them."""
+    """Raise ValueError if the family of `base` is not supported, or if it has no more than `layers` layers."""
     check_facts(base)
     most = base.config.get_text_config(decoder=True).num_hidden_layers - 1
     if not 1 <= layers <= most:
@@ -269,16 +313,20 @@ def check_layers(base: PreTrainedModel, layers: int) -> None:
 
 
 def check_texts(count: int, fewest: int) -> None:
-    """Raises `ValueError` for too few texts."""
+    """Raise ValueError if `count` is less than `fewest`."""
     if count < fewest:
         raise ValueError(
-            f"only {count} of the {fewest} held-out texts wanted; give more data, or ask for fewer texts "
+            f"there are only {count} of the {fewest} held-out texts; add data, or set a smaller number of texts "
             "(base.prune_texts, --texts)"
         )
 
 
 def check_output(output: str | Path) -> Path:
-    """Where to write; raises `ValueError` if something is there, or nothing can be written there."""
+    """Return the path of the output directory, with links resolved.
+
+    Raises:
+        ValueError: Something exists there, or it is not writable.
+    """
     target = Path(os.path.realpath(output))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} exists and is not an empty directory; choose another --output")
@@ -292,7 +340,7 @@ def check_output(output: str | Path) -> Path:
 
 
 def _save(base: PreTrainedModel, tokenizer: Any, made: PruneReport, target: Path) -> None:
-    """Write beside `target`, see that it loads as what it was saved from, and rename."""
+    """Write the checkpoint beside `target`, check that it loads as the same model, and rename it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -303,7 +351,7 @@ def _save(base: PreTrainedModel, tokenizer: Any, made: PruneReport, target: Path
         (partial / "prune.json").write_text(json.dumps(asdict(made), indent=2) + "\n", "utf-8")
         (partial / "prune.md").write_text(made.as_markdown(), "utf-8")
         if target.exists():
-            target.rmdir()  # empty, or this fails
+            target.rmdir()  # fails unless empty
         partial.chmod(0o755)
         partial.rename(target)
     except BaseException:
@@ -312,7 +360,13 @@ def _save(base: PreTrainedModel, tokenizer: Any, made: PruneReport, target: Path
 
 
 def _check_reload(base: PreTrainedModel, directory: Path) -> None:
-    """A family may build a layer by its number, or by how many there are; then what loads would be another model."""
+    """Check that a saved model computes the same logits when it is loaded.
+
+    The logits differ if the family computes a layer by its number or by the number of layers.
+
+    Raises:
+        ValueError: The logits differ.
+    """
     device = base.get_input_embeddings().weight.device
     again = AutoModelForCausalLM.from_pretrained(
         directory, dtype=base.dtype, attn_implementation=attention_of(base.config), trust_remote_code=False
@@ -322,6 +376,6 @@ def _check_reload(base: PreTrainedModel, directory: Path) -> None:
     want, got = base(ids, use_cache=False).logits, again(ids, use_cache=False).logits
     if not torch.equal(want, got):
         raise ValueError(
-            f"{type(base).__name__} cannot be pruned so: how it computes a layer depends on the layer's number, or on "
-            "how many there are, and what is left would load as another model"
+            f"{type(base).__name__} cannot be pruned: its layers depend on their number or on the number of layers, "
+            "so the saved checkpoint loads as a different model"
         )

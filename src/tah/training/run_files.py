@@ -1,4 +1,4 @@
-"""The files of a training run, `run.json`, `metrics.jsonl` and `curves.png`, and its progress."""
+"""The files of a training run (`run.json`, `metrics.jsonl`, `curves.png`) and its progress line."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ LIBRARIES = ("tah", "torch", "transformers", "accelerate", "datasets", "safetens
 
 
 class TrainingProgress(TrainerCallback):
-    """Reports the steps of a training, with its loss and the share of tokens that iterated.
+    """Callback that reports the steps of a training, with its loss and iterated share.
 
     Args:
-        open_work: begins the piece of work, given its steps and those that were done before.
+        open_work: Function that begins the progress line. It gets the number of all steps and of the steps already
+            done.
+        iterates: Whether the line contains the iterated share. It is left out in stage `decider`, where it does not
+            depend on what is trained.
     """
 
-    def __init__(self, open_work: Callable[[int, int], Work]) -> None:
+    def __init__(self, open_work: Callable[[int, int], Work], iterates: bool = True) -> None:
         self.open_work = open_work
+        self.names = {"loss": "loss", "eval_loss": "validation loss"}
+        if iterates:
+            self.names["iterated_share"] = "iterated"
         self.work: Work | None = None
-        self.newest: dict[str, float] = {}  # of each value, since training and evaluation log theirs apart
+        self.newest: dict[str, float] = {}  # newest value of each name: training and evaluation log separately
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.work = self.open_work(state.max_steps, state.global_step)
@@ -45,16 +51,22 @@ class TrainingProgress(TrainerCallback):
         self.work.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        names = {"loss": "loss", "eval_loss": "validation loss", "iterated_share": "iterated"}
-        self.newest |= {name: logs[name] for name in names if name in (logs or {})}
+        self.newest |= {name: logs[name] for name in self.names if name in (logs or {})}
         if self.work is not None:
             self.work.note = ", ".join(
-                f"{text} {self.newest[name]:.3g}" for name, text in names.items() if name in self.newest
+                f"{text} {self.newest[name]:.3g}" for name, text in self.names.items() if name in self.newest
             )
 
 
 def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -> dict[str, Any]:
-    """What is trained on what, for `run.json` and to compare with on resume."""
+    """Return the contents of `run.json`: recipe, data, parameters and versions. A resumed run is compared with them.
+
+    Args:
+        recipe: Recipe of the run.
+        stage: Stage that is trained.
+        rows: Directory of the labelled rows, with `train` and `validation`.
+        model: Model with `requires_grad` set for the stage.
+    """
     data: dict[str, Any] = {
         str(path.relative_to(rows)): path.stat().st_size for path in sorted(rows.glob("*/data/*.parquet"))
     }
@@ -76,29 +88,36 @@ def run_facts(recipe: Recipe, stage: Stage, rows: Path, model: TaHForCausalLM) -
 
 
 def check_directory(directory: Path, facts: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any.
+    """Return the checkpoint to resume from, or None if training starts at step 0.
+
+    Args:
+        directory: Directory of the stage.
+        facts: Result of `run_facts` for the current call.
+        resume: Whether an existing run may continue.
 
     Raises:
-        ValueError: the directory holds a run that is not to be resumed, or that differs from this one.
+        ValueError: The directory contains a run and `resume` is false, or that run differs from `facts`.
     """
     checkpoint = last_checkpoint(directory / CHECKPOINTS)
     if not resume:
         if (directory / "config.json").is_file() or checkpoint is not None:
             state = "a finished" if (directory / "config.json").is_file() else "an unfinished"
-            raise ValueError(f"{directory} holds {state} run; give --resume, or another --output")
+            raise ValueError(f"{directory} contains {state} run; use --resume, or choose another --output")
         return None
     if checkpoint is not None:
         before = read_facts(directory)
         if differs := differences(_decisive(before), _decisive(facts)):
-            raise ValueError(f"{directory} was trained with {differs}; resume with the same, or use another --output")
+            raise ValueError(
+                f"{directory} was trained with {differs}; resume with the same settings, or choose another --output"
+            )
     return checkpoint
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
-    """The `run.json` of a training that has begun.
+    """Return the `run.json` of a training that has begun.
 
     Raises:
-        ValueError: it is missing or damaged, so that what the checkpoints beside it were made from is unknown.
+        ValueError: The file is missing or damaged. The origin of the checkpoints beside it is then unknown.
     """
     try:
         facts: dict[str, Any] = json.loads((directory / "run.json").read_text("utf-8"))
@@ -112,13 +131,13 @@ def read_facts(directory: Path) -> dict[str, Any]:
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether training had reached its last step."""
+    """Return whether the checkpoint is of the last step of its training."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return bool(state["global_step"] >= state["max_steps"])
 
 
 def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of `run.json` that decides what a training makes."""
+    """Return the part of `run.json` that the result of a training depends on."""
     recipe = json.loads(json.dumps(facts["recipe"]))
     names = ["seed", "base", "model", "backbone"]
     if facts["stage"] == "decider" or (recipe["decider"] or {}).get("joint"):
@@ -128,7 +147,7 @@ def _decisive(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without one that a crash cut short."""
+    """Return the lines of `metrics.jsonl`, without incomplete lines; a crash can leave one."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with suppress(json.JSONDecodeError):
@@ -137,14 +156,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def trim_metrics(path: Path, checkpoint: Path | None) -> None:
-    """Drop what was logged after the checkpoint that training resumes from."""
+    """Remove the lines that were logged after the checkpoint that training resumes from."""
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def draw_curves(directory: Path) -> None:
-    """`curves.png` from `metrics.jsonl`: losses and the iterated share by step."""
+    """Draw `curves.png` from `metrics.jsonl`: losses and iterated share by step."""
     from matplotlib.figure import Figure
 
     from ..stats.charts import as_png, styled
@@ -167,11 +186,12 @@ def draw_curves(directory: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in one step, with an indent of 2."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def _git_commit() -> str | None:
-    """The commit this code is at, "+" appended where files differ from it; None outside a checkout."""
+    """Return the commit of this code, with "+" if files differ from it; None outside a git checkout."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -1,7 +1,8 @@
-"""`tah train`: one stage of a recipe, from labelled data to a checkpoint. `trainer.py` has the losses.
+"""Train one stage of a recipe, from labelled data to a checkpoint (method.md, sections 9 to 11).
 
-A stage's directory holds the checkpoint (safetensors, tokenizer), `run.json` (what ran, on what), `metrics.jsonl`,
-`curves.png`, TensorBoard logs, and `checkpoints/` with the full state to resume from.
+`trainer.py` has the losses. The directory of a stage contains the checkpoint (safetensors, tokenizer), `run.json`
+(recipe, data, versions), `metrics.jsonl`, `curves.png`, TensorBoard logs, and `checkpoints/` with the full state to
+resume from.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .trainer import CHECKPOINTS, Objective, TaHTrainer
 
 
 class Stopped(Exception):
-    """Training was asked to stop (SIGTERM) and has saved a checkpoint."""
+    """SIGTERM stopped a training after it saved a checkpoint."""
 
 
 def train(
@@ -49,29 +50,32 @@ def train(
     data: str = "labels",
     progress: Reporter = SILENT,
 ) -> Path:
-    """Train a stage and return its directory, `output/<stage>`.
+    """Train one stage and return its directory.
 
-    Run it in one process, or in several with torchrun or `accelerate launch`.
+    The function runs in one process, or in several that torchrun or `accelerate launch` started.
 
     Args:
-        recipe: what to train.
-        stage: `backbone`, then `decider`.
-        output: the run's directory; labels are in `output/labels`.
-        resume: go on from the newest complete checkpoint, where there is one.
-        name: of the stage's directory, where it is not `stage`: for baselines beside the main run.
-        data: directory of the rows below `output`.
-        progress: reports steps and losses.
+        recipe: Recipe to train.
+        stage: `backbone`, or `decider` after it.
+        output: Directory of the run. Labels are in `output/labels`.
+        resume: Whether to continue from the newest complete checkpoint, if there is one.
+        name: Name of the stage's directory if it is not `stage`. Baselines beside the main run use it.
+        data: Directory of the rows, relative to `output`.
+        progress: Reporter of steps and losses.
+
+    Returns:
+        Directory of the stage, `output/<stage>` or `output/<name>`.
 
     Raises:
-        ValueError: something is missing or does not fit, a run to resume differs, or the loss is not a number.
-        Stopped: SIGTERM came; `resume=True` continues.
+        ValueError: Labels or the stage before are missing, the run to resume differs, or the loss is not finite.
+        Stopped: SIGTERM arrived. A call with `resume=True` continues.
     """
     directory, held_out = output / (name or stage), output / data / "validation"
     rows = Rows.load(output / data / "train", recipe)
     model, tokenizer = prepare_model(recipe, stage, output)
     dtype = model.dtype
     for parameter in model.parameters():
-        if parameter.requires_grad:  # half precision would round small updates away; `bf16: true` computes in it
+        if parameter.requires_grad:  # half precision rounds small updates to zero; `bf16: true` still computes in it
             parameter.data = parameter.data.float()
     facts = run_facts(recipe, stage, output / data, model)
     checkpoint = check_directory(directory, facts, resume)
@@ -88,36 +92,39 @@ def train(
         write_json(directory / "run.json", facts | {"world_size": trainer.args.world_size})
         trim_metrics(directory / "metrics.jsonl", checkpoint)
     _fit(trainer, checkpoint, directory, progress, f"{recipe.name}: {stage}")
-    for parameter in model.parameters():  # and not the buffers, whose precision positions need
+    for parameter in model.parameters():  # buffers stay: positions need their precision
         parameter.data = parameter.data.to(dtype)
     if stage == "decider":
         _choose_threshold(recipe, model, trainer, directory)
     else:
         _choose_policy(recipe, model)
-    trainer.save_model(str(directory))  # last, so that a directory with config.json is a finished stage
+    trainer.save_model(str(directory))  # last: config.json marks a finished stage
     if trainer.is_world_process_zero():
         draw_curves(directory)
     return directory
 
 
 def _fit(trainer: TaHTrainer, checkpoint: Path | None, directory: Path, progress: Reporter, title: str) -> None:
-    """Train from the start or from a checkpoint to the last step, or raise `Stopped`."""
+    """Train from step 0 or from a checkpoint to the last step. Raise Stopped after SIGTERM."""
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
     with ExitStack() as stack:
         if trainer.is_world_process_zero():
+            iterates = trainer.objective.stage != "decider"
             trainer.add_callback(
-                TrainingProgress(lambda steps, done: stack.enter_context(progress.work(title, steps, "steps", done)))
+                TrainingProgress(
+                    lambda steps, done: stack.enter_context(progress.work(title, steps, "steps", done)), iterates
+                )
             )
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory / "tensorboard"))))
         if checkpoint is not None and is_last(checkpoint):
-            restore(trainer, str(checkpoint))  # Trainer would take one step beyond the end
+            restore(trainer, str(checkpoint))  # train() would take one step beyond the last
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
-        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to go on (tah train: with --resume)")
+        raise Stopped(f"stopped at step {trainer.state.global_step}; run again to continue (tah train: with --resume)")
 
 
 # -- data --------------------------------------------------------------------------------------------------------
@@ -125,17 +132,29 @@ def _fit(trainer: TaHTrainer, checkpoint: Path | None, directory: Path, progress
 
 @dataclass
 class Rows(Dataset):
-    """Labelled rows as the collator takes them: single, or several packed to at most `max_length` tokens."""
+    """Labelled rows in the form of `data.Collator`: single, or packed to at most `max_length` tokens.
+
+    Args:
+        data: Rows that `tah label` made.
+        rule: Rule of hard tokens (method.md (9)). None: the rows have no labels, or the method does not use them.
+        max_depth: Largest depth of a token.
+        seed: Seed of the depth labels.
+        groups: Numbers of the rows that are packed together; None if rows are not packed.
+    """
 
     data: datasets.Dataset
-    rule: str | None  # None: the rows carry no labels, or none are wanted
+    rule: str | None
     max_depth: int
     seed: int
-    groups: list[list[int]] | None  # rows that are packed together
+    groups: list[list[int]] | None
 
     @classmethod
     def load(cls, directory: Path, recipe: Recipe) -> Rows:
-        """Raises `ValueError` where there are no rows, or the recipe's method needs labels that they lack."""
+        """Return the rows in `directory`.
+
+        Raises:
+            ValueError: There are no rows, or they have no labels and the recipe's method needs them.
+        """
         if not (directory / COMPLETE).is_file():
             raise ValueError(f"{directory} has no labelled data; run `tah label` with this recipe and --output first")
         data = datasets.load_dataset("parquet", data_files=str(directory / "data" / "*.parquet"), split="train")
@@ -151,6 +170,7 @@ class Rows(Dataset):
 
     @property
     def packed(self) -> bool:
+        """Whether several rows are packed into one."""
         return self.groups is not None
 
     def __len__(self) -> int:
@@ -171,7 +191,11 @@ class Rows(Dataset):
         return kept
 
     def easy_per_hard(self) -> float:
-        """Tokens that should stop per token that should iterate: the weight that makes the two count alike."""
+        """Return the number of easy tokens per hard token, the default of beta in method.md (11).
+
+        Raises:
+            ValueError: No token is hard.
+        """
         hard = easy = 0
         for index in range(len(self.data)):
             row = self._row(index)
@@ -179,7 +203,7 @@ class Rows(Dataset):
             wanted = np.asarray(row["depth_labels"][:-1])[asked] > 1
             hard, easy = hard + int(wanted.sum()), easy + int((~wanted).sum())
         if hard == 0:
-            raise ValueError("no token of the training data is hard, so there is nothing for a decider to learn")
+            raise ValueError("no token of the training data is hard, so a decider cannot be trained")
         return easy / hard
 
 
@@ -187,20 +211,30 @@ class Rows(Dataset):
 
 
 def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCausalLM, PreTrainedTokenizerBase]:
-    """The model a stage starts from, with what it trains marked by `requires_grad`."""
+    """Return the model and tokenizer that a stage starts from. `requires_grad` marks the parameters that it trains.
+
+    Args:
+        recipe: Recipe to train.
+        stage: Stage to train.
+        output: Directory of the run.
+
+    Raises:
+        ValueError: The stage before is missing, the checkpoint to start from does not match the recipe, or there is
+            nothing to train.
+    """
     backbone = recipe.backbone
     if stage == "decider":
         source = output / "backbone"
         if not (source / "config.json").is_file():
-            raise ValueError(f"{source} is not there yet: train --stage backbone before --stage decider")
+            raise ValueError(f"{source} does not exist: train --stage backbone before --stage decider")
         model = load_tah(str(source), recipe.base.dtype)
         if model.decider is None:
-            raise ValueError(f"{source} has no decider; give the recipe a model.decider and train the backbone again")
+            raise ValueError(f"{source} has no decider; set model.decider in the recipe and train the backbone again")
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
         return model, load_tokenizer(str(source))
     path, kind = find(backbone.init or recipe.base_path(output))
-    torch.manual_seed(recipe.seed)  # adapters, decider and maps are random
+    torch.manual_seed(recipe.seed)  # LoRA, decider and linear maps start with random values
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)
         check_fields(recipe, model.config, path)
@@ -212,12 +246,12 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         joint = recipe.decider is not None and recipe.decider.joint
         parameter.requires_grad_(joint if name.startswith("decider.") else everything or own)
     if model.config.max_depth == 1 and not everything:
-        raise ValueError("backbone.train: lora has nothing to train where no token runs a second pass; use all")
+        raise ValueError("backbone.train: lora has nothing to train if no token runs a second pass; use all")
     return model, load_tokenizer(find(recipe.tokenizer_path(output))[0])
 
 
 def fields_of(recipe: Recipe) -> dict[str, Any]:
-    """TaHConfig's fields for the recipe's method. A policy is chosen when training has ended."""
+    """Return the fields of TaHConfig for the recipe's method. The policy is `never` until training has ended."""
     fields = dict(recipe.model)
     if recipe.backbone.method == "standard":
         fields |= {"max_depth": 1, "lora_rank": 0, "decider": None}
@@ -227,26 +261,36 @@ def fields_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_fields(recipe: Recipe, config: TaHConfig, path: str) -> None:
-    """A TaH checkpoint to continue from must agree with the recipe, field by field; raises `ValueError`."""
+    """Check that a TaH checkpoint to continue from has the method fields of the recipe.
+
+    Args:
+        recipe: Recipe to train.
+        config: Configuration of the checkpoint.
+        path: Path of the checkpoint, for the message.
+
+    Raises:
+        ValueError: A field differs.
+    """
     wanted = {name: value for name, value in fields_of(recipe).items() if name not in ("policy", "decider")}
     for name, value in wanted.items():
         if (is_ := getattr(config, name)) != value:
-            raise ValueError(f"{path} has {name}={is_!r} but the recipe asks for {value!r}; change one of them")
+            raise ValueError(f"{path} has {name}={is_!r} but the recipe has {value!r}; change one of them")
 
 
 def _choose_policy(recipe: Recipe, model: TaHForCausalLM) -> None:
-    """The policy that a backbone's checkpoint uses until it has a trained decider."""
+    """Set the policy that a backbone's checkpoint uses until a decider is trained."""
     config, backbone = model.config, recipe.backbone
     config.policy = {"always": "always", "random": "random", "standard": "never", "paper": "never"}.get(
         backbone.method, "confidence"
     )
     if config.policy == "random":
         config.random_rate, config.random_seed = backbone.share, recipe.seed
-    if config.policy == "confidence":  # iterate where the entropy exceeds tau
+    if config.policy == "confidence":  # 1 - exp(-entropy) exceeds this threshold if the entropy exceeds tau
         config.confidence_measure, config.threshold = "entropy", 1 - math.exp(-backbone.tau)
 
 
 def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows) -> Objective:
+    """Return the objective of a stage, with the weight of hard tokens measured on `rows` if the recipe has none."""
     backbone, decider = recipe.backbone, recipe.decider
     pos_weight = None
     if stage == "decider" and backbone.method == "paper":
@@ -269,9 +313,13 @@ def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows
 
 
 def _choose_threshold(recipe: Recipe, model: TaHForCausalLM, trainer: TaHTrainer, directory: Path) -> None:
-    """Set policy and threshold from held-out tokens, and write the decider's quality."""
+    """Set policy and threshold from held-out tokens, and write `quality.json`.
+
+    Raises:
+        ValueError: There are no validation rows.
+    """
     if trainer.eval_dataset is None:
-        raise ValueError("a threshold is chosen on validation data; give the recipe data.validation_share")
+        raise ValueError("a threshold is chosen on validation data; set data.validation_share in the recipe")
     assert recipe.decider is not None
     size = trainer.args.per_device_eval_batch_size
     batches = DataLoader(trainer.eval_dataset, size, collate_fn=trainer.data_collator)
@@ -286,7 +334,11 @@ def _choose_threshold(recipe: Recipe, model: TaHForCausalLM, trainer: TaHTrainer
 
 
 def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArguments:
-    """The recipe's `training` section over what every run needs."""
+    """Return the `TrainingArguments`: the recipe's `training` section with the values that every run needs.
+
+    Raises:
+        ValueError: The recipe has no section for the stage, or one process has several GPUs.
+    """
     section = recipe.backbone if stage == "backbone" else recipe.decider
     if section is None:
         raise ValueError("the recipe has no decider section, so there is nothing to train in stage decider")
@@ -296,7 +348,7 @@ def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArgumen
         "prediction_loss_only": True,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),  # else several processes would each train alone
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise each of several CPU processes trains alone
         "ddp_find_unused_parameters": False,
     }
     defaults: dict[str, Any] = {
@@ -304,12 +356,12 @@ def _arguments(recipe: Recipe, stage: Stage, directory: Path) -> TrainingArgumen
         "logging_steps": 10,
         "per_device_eval_batch_size": section.training.get("per_device_train_batch_size", 8),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": [],  # TensorBoard is added below, with the run's directory
+        "report_to": [],  # `_fit` adds TensorBoard with the run's directory
     }
     arguments = TrainingArguments(**defaults | section.training | fixed)
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible to one process; start one per GPU (torchrun --nproc_per_node "
-            f"{arguments.n_gpu} -m tah train ...) or show it a single one with CUDA_VISIBLE_DEVICES"
+            f"{arguments.n_gpu} -m tah train ...), or select one with CUDA_VISIBLE_DEVICES"
         )
     return arguments

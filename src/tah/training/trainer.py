@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer with what iteration adds: who iterates in training, two losses, checkpoints that are whole.
+"""Hugging Face's Trainer with the objectives of TaH (method.md, sections 9 to 11) and atomic checkpoints.
 
-Shapes: B batch, T tokens, M = max_depth.
+Shapes: B batch, T tokens, N tokens of a pass, M = max_depth.
 """
 
 from __future__ import annotations
@@ -32,33 +32,47 @@ CHECKPOINTS = "checkpoints"
 
 
 class _UncertainOf(Confidence):
-    """Entropy, among tokens whose depth labels allow more: a prompt's tokens are not to be predicted."""
+    """Policy `confidence` by entropy, among tokens whose depth label allows another pass.
+
+    Prompt tokens never iterate, because they are not predicted.
+    """
 
     def __init__(self) -> None:
         super().__init__("entropy")
 
     def __call__(self, state: DepthState) -> Tensor:
-        """[N]"""
+        """Return continue logits `[N]`."""
         assert state.depth_labels is not None
         return torch.where(state.depth_labels > state.depth, super().__call__(state), -math.inf)
 
 
 @dataclass
 class Objective:
-    """What a stage trains, and on which tokens (the paper's two stages; docs/how-to/train.md).
+    """What a stage trains, and on which tokens.
+
+    | method | tokens that iterate | loss |
+    | --- | --- | --- |
+    | `paper` | hard tokens, by depth label | final output, method.md (10) |
+    | `lookahead` | every supervised token, at all depths | output after each depth, method.md (12) |
+    | `blind` | as `lookahead`, but deeper passes read no text (`attention="blind"`), a control | method.md (12) |
+    | `always`, `random`, `confidence` | by the policy of that name | final output |
+    | `standard` | none, the one-pass baseline | output of depth 1 |
 
     Args:
-        stage: `backbone` (base, adapter, maps) or `decider`.
-        method: which tokens iterate while the backbone is trained, and which tokens a decider is to find.
-            `paper`: hard tokens, by their depth labels; loss of the final output.
-            `lookahead`: every supervised token, all depths; loss after each depth. `blind` is the same, but deeper
-            passes see no text (config `attention="blind"`), the control.
-            `always`, `random`, `confidence`: as the policy of that name; loss of the final output.
-            `standard`: no token.
-        max_depth: most passes.
-        seed: of the sampled shares.
-
-    The other fields are those of the recipe's sections (`recipe.Backbone`, `recipe.Decider`).
+        stage: `backbone` (base, LoRA, linear maps U and Z) or `decider`.
+        method: Which tokens iterate while the backbone is trained, and which tokens should iterate by the decider.
+        max_depth: Largest depth of a token.
+        loss_weights: Weight of the loss at each depth. None: equal weights that add up to 1 in look-ahead training, and
+            only the final output otherwise.
+        share: Share of the tokens that may iterate, drawn again for every step of look-ahead training. For method
+            `random`: share of the tokens that iterate.
+        tau: Entropy in nats above which a token iterates.
+        uncertain: Whether only tokens with an entropy above `tau` iterate in look-ahead training.
+        joint: Whether the decider is trained in stage `backbone`.
+        gain: Gain of a pass in nats above which a token should iterate.
+        pos_weight: Weight of hard tokens in the decider's loss; None for 1.
+        depth_schedule: Pairs of a share of the training and the largest depth from there on.
+        seed: Seed of the sampled shares.
     """
 
     stage: Stage
@@ -76,37 +90,45 @@ class Objective:
 
     @property
     def by_gain(self) -> bool:
-        """Whether the decider learns what a pass gains, and not labels."""
+        """Whether the decider is trained on the gain of each pass and not on labels."""
         return self.method in BY_GAIN
 
     def depth_at(self, progress: float) -> int:
-        """Most passes when `progress` in [0, 1] of the training is done."""
+        """Return the largest depth after the share `progress`, from 0 to 1, of the training."""
         reached = [depth for start, depth in self.depth_schedule if start <= progress]
         return reached[-1] if reached else self.max_depth
 
     def weights(self, depth: int) -> list[float] | None:
-        if self.loss_weights is not None:  # what a shallower start leaves out goes to the depths that run
+        """Return the weights of the losses at depths 1 to `depth`, lambda in method.md (12); None: final output only.
+
+        If fewer depths run than there are weights, the weights of those depths are scaled up to the same sum.
+        """
+        if self.loss_weights is not None:
             scale = sum(self.loss_weights) / sum(self.loss_weights[:depth])
             return [scale * weight for weight in self.loss_weights[:depth]]
         return [1 / depth] * depth if self.by_gain else None
 
     def arguments(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
-        """Arguments of `forward`, those of training as one object."""
+        """Return the keyword arguments of `TaHForCausalLM.forward` for a batch.
+
+        Args:
+            batch: Tensors of `data.Collator`, without `row`.
+            step: Number of the training step.
+            depth: Largest depth in this step.
+            shared: Whether other processes run the same step. Every depth then runs in each process.
+        """
         given = self._given(batch, step, depth, shared)
         its = {field.name: given.pop(field.name) for field in fields(TrainingPass) if field.name in given}
         return given | {"training": TrainingPass(**its)}
 
     def _given(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool) -> dict[str, Any]:
-        """Arguments of `forward` for a batch, at a training step with at most `depth` passes.
-
-        `shared`: other processes run the same step, so every depth must run in each.
-        """
+        """Return the arguments of `forward` and the fields of `TrainingPass` in one dictionary."""
         supervised = shift(batch["labels"]) != IGNORE  # [B, T] positions that predict a supervised token
         given: dict[str, Any] = {**batch, "max_depth": depth, "logits_to_keep": supervised.new_empty(0).long()}
         if shared:
             given["idle"] = True
         if self.stage == "decider" and not self.by_gain:
-            # Only decisions are needed: no token runs the deepest pass, and nothing but the decider is trained.
+            # Only the decisions count (method.md (11)), so no token runs the deepest pass.
             del given["labels"]
             labels = batch["depth_labels"].clamp(max=depth - 1)
             return given | {"policy": "decider", "follow_labels": True, "depth_labels": labels}
@@ -136,20 +158,26 @@ class Objective:
 
     @property
     def _threshold(self) -> float:
-        return 1 - math.exp(-self.tau)  # 1 - exp(-entropy) > 1 - exp(-tau)
+        return 1 - math.exp(-self.tau)  # exceeded by 1 - exp(-entropy) if the entropy exceeds tau
 
     def _sample(self, batch: dict[str, Tensor], step: int) -> Tensor:
-        """[B, T] bool, a share of all tokens; another one at every step, the same on any machine."""
+        """Return a random share of all tokens, `[B, T]` bool. It depends on the step, but not on the machine."""
         ids = batch["input_ids"]
         counted = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         state: Any = _Seen(1, ids.flatten(), batch.get("position_ids", counted).flatten())
         return (Random(self.share, self.seed + 7919 * step)(state) > 0).view_as(ids)
 
     def decider_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: int | Tensor | None) -> Tensor:
-        """The decider's loss from a forward with `arguments` (normalised once, over supervised tokens only)."""
+        """Return the decider's loss (method.md (11)), a scalar.
+
+        Args:
+            out: Output of a forward with `arguments`.
+            batch: Tensors of `data.Collator`, with `labels`.
+            items: Number of supervised tokens over all accumulated batches and processes; None for those of `batch`.
+        """
         assert out.continue_logits is not None
         logits = out.continue_logits
-        decisions = torch.arange(1, logits.shape[2] + 1, device=logits.device)  # asked after this depth
+        decisions = torch.arange(1, logits.shape[2] + 1, device=logits.device)  # the depths with a decision
         asked = (shift(batch["labels"]) != IGNORE)[:, :, None] & ~logits.isnan()
         if not self.by_gain:
             target = batch["depth_labels"][:, :, None] > decisions
@@ -163,7 +191,7 @@ class Objective:
 
 @dataclass
 class _Seen:
-    """The part of a `DepthState` that `Random` reads."""
+    """The fields of `DepthState` that `Random` reads."""
 
     depth: int
     input_ids: Tensor
@@ -171,7 +199,11 @@ class _Seen:
 
 
 class Meter:
-    """Sums since the last log, on the device: share of iterated tokens and cross-entropy by depth."""
+    """Sums since the last log, kept on the device: iterated share and cross-entropy by depth.
+
+    Args:
+        prefix: Prefix of the names in the log.
+    """
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
@@ -179,6 +211,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, out: TaHOutput, batch: dict[str, Tensor]) -> None:
+        """Add the counts and losses of a batch."""
         assert out.depth_count is not None
         supervised = shift(batch["labels"]) != IGNORE
         found = {"tokens": supervised.sum(), "iterated": (supervised & (out.depth_count > 1)).sum()}
@@ -192,7 +225,11 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Averages, and start again. `reduce` adds up the processes' sums."""
+        """Return the averages and reset the sums.
+
+        Args:
+            reduce: Function that adds up the sums of all processes.
+        """
         names, values = list(self.sums), list(self.sums.values())
         total = reduce(torch.stack(values)).tolist() if values else []
         sums, self.sums = dict(zip(names, total, strict=True)), {}
@@ -206,12 +243,13 @@ class Meter:
 class TaHTrainer(TrainerHooks, Trainer):
     """`Trainer` for one stage.
 
-    Checkpoints appear whole or not at all; SIGTERM saves one and stops; a loss that is not a number stops with the
-    step and the rows. Metrics go to `metrics.jsonl` beside the checkpoints' directory.
+    A checkpoint appears only when it is complete. SIGTERM saves a checkpoint and stops the training. A loss that is not
+    finite raises ValueError with the step and the rows. Metrics are written to `metrics.jsonl` beside the directory of
+    the checkpoints.
 
     Args:
-        objective: what is trained.
-        kwargs: as for `Trainer`; batches come from `data.Collator` and have a `row` entry for messages.
+        objective: What the stage trains.
+        kwargs: Arguments of `Trainer`. Batches come from `data.Collator`; their entry `row` is for messages.
     """
 
     def __init__(self, *, objective: Objective, **kwargs: Any) -> None:
@@ -231,11 +269,22 @@ class TaHTrainer(TrainerHooks, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """Return the loss of a batch, with the output if `return_outputs`.
+
+        Args:
+            model: Model as Trainer wraps it.
+            inputs: Batch of `data.Collator`.
+            return_outputs: Whether the output is returned too.
+            num_items_in_batch: Number of supervised tokens over all accumulated batches and processes.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
         batch = dict(inputs)
         rows = batch.pop("row", None)
         inner: TaHForCausalLM = self.accelerator.unwrap_model(self.model)
         training = model.training
-        if self.objective.stage == "decider":  # the frozen parts without dropout
+        if self.objective.stage == "decider":  # no dropout in the frozen parts
             assert inner.decider is not None
             inner.eval()
             inner.decider.train(training)
@@ -253,10 +302,11 @@ class TaHTrainer(TrainerHooks, Trainer):
             raise ValueError(f"the loss is {loss.item()} at step {step + 1}{where}; lower the learning rate")
         self.meters[training].add(out, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes; the sum is meant
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients, but the loss is already divided once
         return (loss, out) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log iterated share and losses by depth too, and append a line to `metrics.jsonl`."""
         evaluated = any(name.startswith("eval_") for name in logs)
         logs |= self.meters[not evaluated].take(lambda sums: self.accelerator.reduce(sums, "sum"))
         super().log(logs, *args, **kwargs)
@@ -268,11 +318,11 @@ class TaHTrainer(TrainerHooks, Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, run: Path, save: Callable[[Path], None]) -> None:
-        """Trainer's checkpoint, written aside and moved into place by one rename when complete.
+        """Write a checkpoint of Trainer beside its place, and rename it when it is complete.
 
         Args:
-            run: directory of the checkpoints.
-            save: Trainer's own way to write one, below the directory that it is given.
+            run: Directory of the checkpoints.
+            save: Trainer's function that writes a checkpoint below a directory.
         """
         name, staging = f"checkpoint-{self.state.global_step}", run / ".saving"
         if self.is_world_process_zero():
@@ -298,18 +348,19 @@ class TaHTrainer(TrainerHooks, Trainer):
 
 
 def _rename_former_tensors(module: torch.nn.Module, state: dict[str, Any], *rest: Any) -> None:
+    """Rename the tensors of older checkpoints in `state`."""
     for name in list(state):
         state[current_tensor(name)] = state.pop(name)
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint below `directory`."""
+    """Return the newest complete checkpoint in `directory`, or None."""
     found = [path for path in directory.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class _StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler taking the machine back) saves a checkpoint after the step and ends the training."""
+    """Save a checkpoint after the current step and end the training when SIGTERM arrives."""
 
     def __init__(self, trainer: TaHTrainer) -> None:
         self.trainer = trainer
@@ -319,7 +370,7 @@ class _StopOnSignal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         try:
             self.before = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # not the main thread: whoever runs us handles signals
+        except ValueError:  # only the main thread can handle signals
             self.before = None
 
     def _note(self, number: int, frame: Any) -> None:
@@ -327,7 +378,7 @@ class _StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stop = self.asked
-        if args.world_size > 1:  # all ranks stop at the same step
+        if args.world_size > 1:  # all processes must stop at the same step
             flags = self.trainer.accelerator.gather(torch.tensor([stop], device=args.device).int())
             stop = bool(flags.any())
         if stop:

@@ -1,8 +1,13 @@
-"""Models that a run makes beside its own: the base and the reference of the embedded experiment, and its controls.
+"""Train the models of `tah run tiny` other than the TaH model: base, reference, baselines and controls.
 
-Standard is the base after more ordinary steps, one pass: as many as the backbone takes (`reference`, which also
-labels), or as many as cost what labels, backbone and decider did (`standard_compute`; training the reference is
-not counted). `blind` is TaH again with deeper passes that see no text, so that what it gains is no reasoning.
+| directory | model |
+| --- | --- |
+| `base` | a Llama trained from random weights |
+| `reference` | the one-pass baseline, the base after as many ordinary steps as the backbone; labels hard tokens |
+| `standard_compute` | the baseline at equal compute: it costs as much as labels, backbone and decider |
+| `blind` | TaH with deeper passes that read no text: its gain is not reasoning about the text |
+
+The cost of the labels does not include the training of the reference.
 """
 
 from __future__ import annotations
@@ -27,15 +32,20 @@ from ...training.run_files import read_metrics
 from ...training.train import Rows, train
 from .tiny import make_tokenizer, read_scratch
 
-FORWARD, TRAINED = 1, 3  # cost of a pass; gradients take two more (Kaplan et al. 2020, section 2.1)
-EVERYWHERE = ("always", "random", "confidence")  # methods that iterate on prompts too
+FORWARD, TRAINED = 1, 3  # cost of a pass without and with gradients (Kaplan et al. 2020, section 2.1)
+EVERYWHERE = ("always", "random", "confidence")  # methods in which prompt tokens iterate too
 
 
 def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/base`: a tokenizer made from the texts, and a Llama trained on them from nothing.
+    """Make `run/base`: a tokenizer trained on the texts, and a Llama trained on them from random weights.
+
+    Args:
+        recipe: Recipe of the run, with section `base.scratch`.
+        run: Directory of the run.
+        progress: Reporter of the steps.
 
     Raises:
-        ValueError: wrong settings.
+        ValueError: A setting is wrong.
     """
     scratch = read_scratch(recipe)
     texts = load_rows(str(run / "data" / "train.jsonl"))
@@ -57,19 +67,36 @@ def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
 
 
 def train_reference(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/reference`: the base, trained on like the backbone but with one pass: the model that labels, and Standard
-    at equal data and steps."""
+    """Make `run/reference`: the one-pass baseline at equal data and steps, which also labels hard tokens.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Reporter of the steps.
+    """
     _train_plain(recipe, run, "reference", run / "base", recipe.backbone.training, progress)
 
 
 def train_standard_compute(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/standard_compute`: as the reference, with more steps: all cost what labels, backbone and decider did."""
+    """Make `run/standard_compute`: the one-pass baseline with `equal_steps` steps.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Reporter of the steps.
+    """
     training = recipe.backbone.training | {"max_steps": equal_steps(recipe, run)}
     _train_plain(recipe, run, "standard_compute", run / "base", training, progress)
 
 
 def train_blind(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/blind`: backbone and decider as the recipe's, but deeper passes see nothing except their own deeper keys."""
+    """Make `run/blind`: backbone and decider of the recipe with `attention: blind` (method.md (7)).
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Reporter of the steps.
+    """
     changed = {"name": f"{recipe.name}-blind", "model": recipe.model | {"attention": "blind"}}
     control, directory = recipe.model_copy(update=changed), run / "blind"
     if not (directory / "backbone" / "config.json").is_file():
@@ -78,24 +105,35 @@ def train_blind(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
 
 
 def equal_steps(recipe: Recipe, run: Path) -> int:
-    """Steps of Standard that cost what labels, backbone and decider did.
+    """Return the number of baseline steps that cost as much as labels, backbone and decider together.
 
-    Cost is counted in passes of a token through the base, 1 each, 3 with gradients; passes are the measured ones
-    (`metrics.jsonl`). Adapter, decider and head are not counted.
+    The unit of cost is a pass of one token through the base: 1 without gradients, 3 with gradients. The passes are
+    measured (`metrics.jsonl`). LoRA, decider and head are not counted.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run, with labels and trained stages.
     """
     counts = [json.loads((run / "labels" / part / COMPLETE).read_text("utf-8")) for part in ("train", "validation")]
-    tokens = counts[0]["tokens"] / len(Rows.load(run / "labels" / "train", recipe))  # of a row, packed or not
+    tokens = counts[0]["tokens"] / len(Rows.load(run / "labels" / "train", recipe))  # mean per row, packed or not
     where = 1.0 if recipe.backbone.method in EVERYWHERE else counts[0]["supervised"] / counts[0]["tokens"]
     cost = FORWARD * sum(count["tokens"] for count in counts) if recipe.uses_labels else 0.0
     stages: tuple[tuple[Stage, int], ...] = (("backbone", TRAINED), ("decider", FORWARD))
     for stage, each in stages:
         if stage == "backbone" or recipe.decider is not None:
             cost += each * tokens * _passes(recipe, stage, run / stage, where)
-    return round(cost / (TRAINED * tokens * _rows_of_a_process(recipe, "backbone")))  # one process trains Standard
+    return round(cost / (TRAINED * tokens * _rows_of_a_process(recipe, "backbone")))  # one process trains the baseline
 
 
 def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> float:
-    """Passes of a whole row in a stage's training; `where`: share of the tokens that may iterate."""
+    """Return the number of passes over whole rows in the training of a stage.
+
+    Args:
+        recipe: Recipe of the run.
+        stage: Trained stage.
+        directory: Directory of the stage.
+        where: Share of the tokens that may iterate.
+    """
     lines = read_metrics(directory / "metrics.jsonl")
     shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
     steps = max(line["step"] for line in lines)
@@ -105,7 +143,7 @@ def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> floa
 
 
 def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
-    """In one step of the optimizer."""
+    """Return the number of rows that one process reads per step of the optimizer."""
     section = recipe.backbone if stage == "backbone" or recipe.decider is None else recipe.decider
     batch = section.training.get("per_device_train_batch_size", 8)
     return batch * section.training.get("gradient_accumulation_steps", 1)
@@ -114,8 +152,18 @@ def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
 def _train_plain(
     recipe: Recipe, run: Path, name: str, start: Path, training: dict[str, Any], progress: Reporter
 ) -> None:
-    """`run/name`: the model in `start` (a directory called `base`) trained as a plain next-token model on the
-    assistant's tokens, with the logs of its training. What a killed run has left in `run/name/work` is continued."""
+    """Make `run/name`: a one-pass model trained on the assistant's tokens, with the logs of its training.
+
+    An unfinished training in `run/name/work` is continued.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        name: Name of the model's directory.
+        start: Directory of the model to start from; its name is `base`.
+        training: `TrainingArguments` as a dictionary.
+        progress: Reporter of the steps.
+    """
     tokenizer, work = load_tokenizer(str(start)), run / name / "work"
     for split in ("train", "validation"):
         rows = load_rows(str(run / "data" / f"{split}.jsonl"))

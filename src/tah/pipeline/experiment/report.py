@@ -1,7 +1,8 @@
-"""The report of a run: how each policy scores on test data beside Standard, in sentences, numbers and pictures.
+"""Compute the report of a run: the scores of each policy and of the one-pass baseline on test data.
 
-The sentences are derived from the numbers. Standard is the run's reference where the run has trained one: the base
-after as many ordinary steps on the same data. Without one, policies are compared to the same model's `never`.
+The baseline is the run's reference model, if the run has trained one: the base after as many ordinary steps on the same
+data. Without it, policies are compared with policy `never` of the same model. In `report.json` and on disk the baseline
+has the name `standard`.
 """
 
 from __future__ import annotations
@@ -32,33 +33,49 @@ from .report_text import as_markdown, draw, statements
 from .scores import TokenScores, proportion, score_answers, score_tokens
 
 SHARES = (0.03, 0.1, 0.2)  # iterated shares of the sweep
-SAMPLES = 2000  # of the rows, for an interval
+SAMPLES = 2000  # bootstrap samples of the rows for an interval
 BASELINES = ("standard", "standard_compute", "never")
-OTHERS = ("standard", "standard_compute", "blind")  # other weights: a second pass corrects or breaks none of its tokens
+OTHERS = (
+    "standard",
+    "standard_compute",
+    "blind",
+)  # models with other weights, whose passes do not correct or break tokens of `never`
 
 
 @dataclass
 class TestSet:
-    """R rows the model was not trained on."""
+    """R rows that the model was not trained on, with n supervised predictions.
+
+    Args:
+        source: Name of the rows in the report.
+        rows: Rows in the form of `Collator`, with `depth_labels` if a reference model has labelled them.
+        ranks: Rank of the text's token under the reference model, `[n]`; 0 is the most probable token.
+        questions: Rows with `messages` and `answer`; empty if the data has no answers.
+    """
 
     source: str
-    rows: list[dict[str, Any]]  # for `Collator`; with `depth_labels` where a reference has labelled them
-    ranks: np.ndarray | None  # [n] of the text's token under the reference, 0 for its first choice
-    questions: list[dict[str, Any]]  # with `messages` and `answer`; empty where the data has no answers
+    rows: list[dict[str, Any]]
+    ranks: np.ndarray | None
+    questions: list[dict[str, Any]]
 
 
 def write_report(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/report` with report.md, report.json and pictures, from a run with a trained backbone.
+    """Make `run/report` with report.md, report.json and pictures.
 
-    Test data is `run/data/test.jsonl` where the recipe generates its data, else the validation rows.
+    Test data is `run/data/test.jsonl` if the recipe generates its data, else the validation rows.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run, with a trained model.
+        progress: Not used.
 
     Raises:
-        ValueError: there is no trained model.
+        ValueError: There is no trained model.
     """
     final = run / ("decider" if recipe.decider is not None else "backbone")
     if not (final / "config.json").is_file():
-        raise ValueError(f"{final} is not there yet: train it before `report`")
-    work = run / f".report.{os.getpid()}"  # `Run` removes it if we are killed
+        raise ValueError(f"{final} does not exist: train it before `report`")
+    work = run / f".report.{os.getpid()}"  # `Run` removes it if this process is killed
     work.mkdir()
     try:
         found = gather(recipe, run, final, work)
@@ -73,7 +90,14 @@ def write_report(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None
 
 
 def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]:
-    """All numbers of the report."""
+    """Return all numbers of the report, the contents of report.json without `statements`.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        final: Directory of the trained model.
+        work: Directory for temporary files.
+    """
     device = device_of_process()
     tokenizer, model = load_tokenizer(str(final)), load_tah(str(final), recipe.base.dtype).to(device)
     test, pad, own = test_set(recipe, run, work, tokenizer), tokenizer.pad_token_id, model.config.policy
@@ -118,7 +142,7 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
 
 
 def _models(recipe: Recipe, run: Path, model: TaHForCausalLM) -> dict[str, tuple[TaHForCausalLM, Rule]]:
-    """The models to compare, each with its rule; in the order of the report."""
+    """Return the models to compare, each with its rule, in the order of the report."""
     found: dict[str, tuple[TaHForCausalLM, Rule]] = {}
     if (run / "reference" / "config.json").is_file():
         found["standard"] = (_plain(run / "reference", recipe), Rule())
@@ -133,15 +157,17 @@ def _models(recipe: Recipe, run: Path, model: TaHForCausalLM) -> dict[str, tuple
 
 
 def _plain(directory: Path, recipe: Recipe) -> TaHForCausalLM:
-    """A plain model of the run as one that never iterates."""
+    """Return a base model of the run as a TaH model that never iterates."""
     base = load_base(str(directory), recipe.base.dtype)
     return TaHForCausalLM.from_base(base, max_depth=1, lora_rank=0, decider=None, policy="never")
 
 
 def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, TokenScores]:
-    """Other ways to choose as many tokens as the model's own policy does, and the oracle where there are labels."""
+    """Return scores of `confidence` and `random` at the iterated share of the model's own policy, and of `oracle`."""
     share = float((own.passes > 1).mean())
-    unsure = score_tokens(model, test.rows, pad, Rule(Confidence("entropy"), 1.0))  # no token iterates
+    unsure = score_tokens(
+        model, test.rows, pad, Rule(Confidence("entropy"), 1.0)
+    )  # the threshold 1.0 lets no token iterate
     threshold = threshold_for_share(unsure.probability, share)
     rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(Random(share, seed))}
     if test.ranks is not None:
@@ -150,9 +176,19 @@ def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, 
 
 
 def test_set(recipe: Recipe, run: Path, work: Path, tokenizer: Any) -> TestSet:
-    """The rows to score on, tokenized and, where the run has its own reference, labelled."""
+    """Return the rows to score on, labelled if the run has trained a reference model.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        work: Directory for temporary files.
+        tokenizer: Tokenizer of the model.
+
+    Raises:
+        ValueError: There are no rows.
+    """
     texts, own = run / "data" / "test.jsonl", run / "reference"
-    source, directory = "validation rows, on which the threshold was chosen too", run / "labels" / "validation"
+    source, directory = "validation rows, on which the threshold was also chosen", run / "labels" / "validation"
     questions = []
     if texts.is_file():
         source, directory = "test rows", work / "tokens"
@@ -174,12 +210,12 @@ def test_set(recipe: Recipe, run: Path, work: Path, tokenizer: Any) -> TestSet:
 
 
 def _asked(row: Mapping[str, Any], values: Sequence[int]) -> np.ndarray:
-    """Those of `values` [T] that are about a supervised token."""
+    """Return the entries of `values` `[T]` at positions that predict a supervised token."""
     return np.asarray(values)[:-1][np.asarray(row["supervised"])[1:]]
 
 
 def _hard(test: TestSet) -> np.ndarray:
-    """[n] bool, the tokens that the labels mark as hard."""
+    """Return which tokens the labels mark as hard, `[n]` bool."""
     return np.concatenate([_asked(row, row["depth_labels"]) > 1 for row in test.rows])
 
 
@@ -187,7 +223,10 @@ def _hard(test: TestSet) -> np.ndarray:
 
 
 def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None) -> dict[str, dict[str, Any]]:
-    """By policy: accuracy, loss, what it iterates, what it corrects and breaks of `never`, and against Standard."""
+    """Return per policy: accuracy, loss, iterated shares, differences to the baselines, corrected and broken tokens.
+
+    Corrected and broken tokens are counted against policy `never`.
+    """
     never, rows = scores["never"], Resampled(scores["never"].row, SAMPLES)
     found: dict[str, dict[str, Any]] = {}
     for name, its in scores.items():
@@ -195,29 +234,36 @@ def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None)
         if name in OTHERS:
             found[name] |= {"fixed": None, "broke": None}
         found[name] |= _minus(name, {other: entry.right for other, entry in scores.items()}, rows)
-    if ranks is not None:  # the same labels as the oracle's, but no pass is run
+    if ranks is not None:  # uses the oracle's labels, but runs no second pass
         found["second_choice"] = {"accuracy": float((ranks <= 1).mean()), "iterated_share": 0.0}
     return found
 
 
 def _compare_answers(right: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return per policy: exact match, and differences to the baselines."""
     rows = Resampled(np.arange(len(right["never"])), SAMPLES)
     return {name: {"exact_match": proportion(its)} | _minus(name, right, rows) for name, its in right.items()}
 
 
 def _minus(name: str, right: Mapping[str, np.ndarray], rows: Resampled) -> dict[str, Estimate]:
-    """Share right of `name` [n] minus that of each baseline it is to beat, paired."""
+    """Return the accuracy of `name` minus that of each other entry of BASELINES, paired by prediction."""
     others = () if name == "standard" else tuple(other for other in BASELINES if other in right and other != name)
     return {f"minus_{other}": paired(right[name], right[other], rows) for other in others}
 
 
 def paired(a: np.ndarray, b: np.ndarray, rows: Resampled) -> Estimate:
-    """Mean of a - b [n] bool, with its interval."""
+    """Return the mean of a - b with its 95 % interval.
+
+    Args:
+        a: Whether each prediction is right, `[n]` bool.
+        b: The same for the other policy.
+        rows: Bootstrap samples of the rows.
+    """
     return rows.estimate(rows.mean(a.astype(float) - b))
 
 
 def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, TokenScores]) -> list[dict[str, Any]]:
-    """Token accuracy at several iterated shares, chosen by the decider, by entropy and at random."""
+    """Return token accuracy at the iterated shares SHARES by policy `decider`, `confidence` and `random`."""
     found = []
     for share in SHARES:
         policies: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": Random(share)}
@@ -230,6 +276,7 @@ def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, 
 
 
 def _against_never(its: TokenScores, never: TokenScores) -> dict[str, Any]:
+    """Return accuracy, loss and iterated shares, and the tokens corrected and broken against policy `never`."""
     return {
         "accuracy": float(its.right.mean()),
         "loss": float(its.loss.mean()),
@@ -241,7 +288,7 @@ def _against_never(its: TokenScores, never: TokenScores) -> dict[str, Any]:
 
 
 def _finding(recipe: Recipe, test: TestSet, scores: Mapping[str, TokenScores]) -> dict[str, dict[str, Any]]:
-    """How well the decider, and entropy without any training, find the tokens that the decider was to find."""
+    """Return how well the decider and the entropy rank the tokens that should iterate; empty if there is no target."""
     if recipe.by_gain:
         gain = recipe.decider.gain if recipe.decider is not None else Decider().gain
         wanted = scores["never"].loss - scores["always"].loss > gain
@@ -261,7 +308,7 @@ def _finding(recipe: Recipe, test: TestSet, scores: Mapping[str, TokenScores]) -
 
 
 def _seconds(run: Path) -> dict[str, dict[str, float]]:
-    """Wall-clock and CPU seconds of the steps before this one."""
+    """Return wall-clock and CPU seconds of the steps before the report."""
     records: Sequence[Any] = [_read_json(path) for path in sorted((run / "steps").glob("*.json"))]
     return {
         record["step"]: {"wall": record["seconds"], "cpu": record.get("cpu_seconds")}

@@ -1,4 +1,4 @@
-"""The sentences, tables and pictures of a report, from its numbers alone (`report.gather`)."""
+"""Write sentences, tables and pictures of a report from its numbers alone (`report.gather`)."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from typing import Any
 from ...files import write_atomically
 from ...markdown import estimate, percent, table
 
-ROWS = {  # in the order of the tables: the name of a row, and what was scored
-    "standard": ("standard", "the base after as many ordinary steps on the same data, one pass"),
+ROWS = {  # in the order of the tables: the name of a row, the model, and which tokens iterate
+    "standard": ("baseline", "the base after as many ordinary steps on the same data", "none"),
     "standard_compute": (
-        "standard (equal compute)",
-        "the base after more ordinary steps: they cost what labels, backbone and decider did, one pass",
+        "baseline (equal compute)",
+        "the base after more ordinary steps, which cost as much as labels, backbone and decider",
+        "none",
     ),
-    "never": ("never", "this model, one pass"),
-    "decider": ("decider", "this model, the trained decider chooses"),
+    "never": ("never", "this model", "none"),
+    "decider": ("decider", "this model", "chosen by the trained decider"),
     "confidence": (
         "confidence at equal share",
-        "this model, the most uncertain tokens iterate, as many as by the model's own policy",
+        "this model",
+        "the most uncertain tokens, as many as by the model's own policy",
     ),
-    "random": ("random at equal share", "this model, as many tokens drawn at random"),
+    "random": ("random at equal share", "this model", "as many tokens, drawn at random"),
     "blind": (
         "blind",
-        "both stages again with deeper passes that see no text, its own decider: its gain is no reasoning",
+        "both stages again, with deeper passes that read no text: its gain is not reasoning about the text",
+        "chosen by its own decider",
     ),
-    "always": ("always", "this model, every token iterates"),
+    "always": ("always", "this model", "all"),
     "oracle": (
         "oracle",
-        "this model with labels that mark the tokens Standard gets wrong: uses the answers, cannot be deployed",
+        "this model; it uses the answers, so it cannot be deployed",
+        "those that the baseline predicts wrongly",
     ),
     "second_choice": (
         "second_choice",
-        "no second pass: Standard's second choice where it is wrong; uses the answers like the oracle",
+        "the baseline; where it is wrong, its second choice counts; this uses the answers like the oracle",
+        "none",
     ),
 }
+OTHER = {"standard": "the baseline", "standard_compute": "the baseline", "never": "`never`"}
 QUALITY = ("auroc", "average_precision", "precision", "recall", "iterated_share", "calibration_error")
 Numbers = Mapping[str, Any]
 
@@ -44,14 +50,18 @@ Numbers = Mapping[str, Any]
 
 
 def statements(found: Numbers) -> list[str]:
-    """The result in sentences, the comparison with Standard first."""
+    """Return the results as sentences, the comparison with the baseline first.
+
+    Args:
+        found: Numbers of the report.
+    """
     answers, tokens, own = found["answers"], found["tokens"], found["policy"]
     scores = answers or tokens
     lines = []
     if "standard" in tokens:
         lines.append(_against("standard", own, answers if "standard" in answers else tokens, "at equal data and steps"))
     else:
-        lines.append("No Standard model was trained on the same data, so no gain over one is measured.")
+        lines.append("The run has no baseline trained on the same data, so the gain over a baseline is not measured.")
     if "standard_compute" in tokens:
         steps = found["equal_compute_steps"]
         lines.append(_against("standard_compute", own, scores, f"at equal compute: {steps} steps"))
@@ -60,61 +70,69 @@ def statements(found: Numbers) -> list[str]:
     if own not in ("never", "always") and answers:
         every = answers["always"]
         lines.append(
-            f"A second pass of every token gets {percent(every['exact_match']['share'])} right: "
-            f"{_signed(every['minus_never'])} against `never`."
+            f"If every token takes a second pass, {percent(every['exact_match']['share'])} of the answers are right. "
+            f"The difference to `never` is {_signed(every['minus_never'])}."
         )
     if own == "decider":
         others = ", ".join(f"{name} {percent(tokens[name]['accuracy'])}" for name in ("never", "confidence", "random"))
         its = tokens[own]
         lines.append(
-            f"Token accuracy along the given texts, {percent(its['iterated_share'])} iterated: {own} "
-            f"{percent(its['accuracy'])}; {others}. Against `never` the decider's second pass "
-            f"corrected {its['fixed']} tokens and broke {its['broke']}."
+            f"The decider iterates {percent(its['iterated_share'])} of the tokens of the given texts. "
+            f"Its token accuracy is {percent(its['accuracy'])} ({others}). "
+            f"Its second passes correct {its['fixed']} tokens and break {its['broke']}, against `never`."
         )
     if "oracle" in tokens:
         lines.append(_about_oracle(tokens))
-    return [*lines, "One run with one seed: intervals cover the choice of test rows, not of the seed."]
+    return [*lines, "This is one run with one seed. The intervals cover the choice of the test rows, not of the seed."]
 
 
 def _against(other: str, own: str, scores: Numbers, how: str) -> str:
-    """The comparison of the model's own policy with a baseline, of answers or of tokens."""
+    """Return the comparison of the model's own policy with another row of the tables, on answers or on tokens."""
     change, answered = scores[own][f"minus_{other}"], "exact_match" in scores[own]
     if change["low"] is not None and change["low"] > 0:
         verb = "beats"
     else:
         verb = "is worse than" if change["high"] is not None and change["high"] < 0 else "does not measurably beat"
     policy = "the decider's policy" if own == "decider" else f"the policy {own}"
-    what, count = "Tokens along the given texts", ""
+    what, count = "On the tokens of the given texts", "the tokens"
     if answered:
-        what, count = "Generated answers", f" of {scores[own]['exact_match']['questions']}"
+        what, count = "On generated answers", f"{scores[own]['exact_match']['questions']} answers"
     its, theirs = (
         percent(scores[name]["exact_match"]["share"] if answered else scores[name]["accuracy"]) for name in (own, other)
     )
-    baseline = "`never`" if other == "never" else "Standard"
-    return f"{what}: {policy} {verb} {baseline} here ({how}): {its} against {theirs}{count} right, {_signed(change)}."
+    return (
+        f"{what}, {policy} {verb} {OTHER[other]} ({how}). It gets {its} of {count} right, {OTHER[other]} {theirs}. "
+        f"The difference is {_signed(change)}."
+    )
 
 
 def _about_oracle(tokens: Numbers) -> str:
+    """Return the gain of the oracle, and whether it needs a second pass."""
     oracle, second = tokens["oracle"]["accuracy"], tokens["second_choice"]["accuracy"]
     if oracle <= tokens["never"]["accuracy"]:
-        return "Even with labels that mark where Standard is wrong, the second pass gains nothing."
-    leak = "less, but the oracle still uses the answers"
+        return "Even if exactly the tokens iterate that the baseline predicts wrongly, second passes gain nothing."
+    leak = "This is less, but the oracle still uses the answers."
     if second >= oracle:
-        leak = "at least as much without any second pass, so the oracle's gain is no evidence of thinking"
+        leak = (
+            "This is at least as much without any second pass, so the gain of the oracle is not evidence that second "
+            "passes help."
+        )
     return (
-        f"With labels that mark where Standard is wrong (they use the answers), the second pass gets "
-        f"{percent(oracle)} of tokens right; taking Standard's second choice there gets {percent(second)}: {leak}."
+        f"If exactly the tokens iterate that the baseline predicts wrongly, {percent(oracle)} of the tokens are right. "
+        f"This uses the answers. If the second choice of the baseline counts at these tokens, {percent(second)} are "
+        f"right. {leak}"
     )
 
 
 def _about_cost(seconds: Numbers) -> list[str]:
-    """Not among the `statements`: it differs from run to run."""
+    """Return the cost as a sentence. It is not one of the `statements`, because it differs from run to run."""
     made = [seconds[name]["cpu"] for name in ("reference", "label", "backbone", "decider") if name in seconds]
     if "reference" not in seconds or len(made) < 2 or None in made:
         return []
     ratio = sum(made[1:]) / made[0]
     return [
-        f"Labels, backbone and decider took {ratio:.1f} times the CPU seconds of Standard; steps are equal, not cost."
+        f"Labels, backbone and decider took {ratio:.1f} times the CPU seconds of the baseline. "
+        "The two have equal steps, not equal cost."
     ]
 
 
@@ -126,6 +144,7 @@ def _signed(change: Numbers | None) -> str:
 
 
 def as_markdown(found: Numbers) -> str:
+    """Return the text of report.md."""
     test, names = found["test"], [name for name in ROWS if name in found["tokens"]]
     hard = "" if test["hard_share"] is None else f", {percent(test['hard_share'])} of them hard"
     lines = [
@@ -133,21 +152,31 @@ def as_markdown(found: Numbers) -> str:
         "",
         *(f"- {line}" for line in [*found["statements"], *_about_cost(found["seconds"])]),
         "",
-        f"Method `{found['method']}`, policy `{found['policy']}` at threshold {found['threshold']:.3f}, seed "
-        f"{found['seed']}. Scored on {test['rows']} {test['source']}: {test['tokens']} tokens{hard}. "
-        "Intervals are 95 %, bootstrap over rows (Wilson for single shares).",
+        table(
+            ["setting", "value"],
+            [
+                ["method", f"`{found['method']}`"],
+                ["policy", f"`{found['policy']}` at threshold {found['threshold']:.3f}"],
+                ["seed", found["seed"]],
+                ["test data", f"{test['rows']} {test['source']}: {test['tokens']} tokens{hard}"],
+                ["intervals", "95 %, bootstrap over rows; Wilson for single shares"],
+            ],
+        ),
+        "",
+        "Rows of the tables below:",
+        "",
+        table(["row", "model", "tokens that iterate"], [ROWS[name] for name in names]),
         "",
     ]
     if found["answers"]:
-        head = ["policy", "exact match", "interval", "iterated", "minus Standard", "minus never"]
+        head = ["policy", "exact match", "interval", "iterated", "minus baseline", "minus never"]
         body = [_answer_line(name, found["answers"][name]) for name in names if name in found["answers"]]
         lines += ["## Answers generated greedily", "", table(head, body), "", "![exact match](answers.png)", ""]
-    head = ["policy", "accuracy", "loss", "iterated", "with prompts", "fixed", "broke", "minus Standard"]
-    lines += ["## Tokens along the given texts", ""]
+    head = ["policy", "accuracy", "loss", "iterated", "with prompts", "corrects", "breaks", "minus baseline"]
+    lines += ["## Tokens of the given texts", ""]
     lines += [table(head, [_token_line(name, found["tokens"][name]) for name in names]), ""]
-    lines += ["Fixed and broke: tokens that a second pass turned right or wrong, against `never`.", ""]
-    lines += [f"- {': '.join(ROWS[name])}" for name in names]
-    lines += ["", "![accuracy by share](sweep.png)", ""]
+    lines += ["Corrects and breaks: tokens that a second pass turns right or wrong, against `never`.", ""]
+    lines += ["![accuracy by share](sweep.png)", ""]
     return "\n".join([*lines, *_decider_part(found), *_cost_part(found)]) + "\n"
 
 
@@ -174,15 +203,15 @@ def _decider_part(found: Numbers) -> list[str]:
             for name, v in found["finding"].items()
         ]
         lines += ["## Finding the tokens that should iterate", ""]
-        lines += [table(["scorer", "AUROC", "average precision", "share to find"], body), ""]
+        lines += [table(["scorer", "AUROC", "average precision", "share that should iterate"], body), ""]
     if quality := found["quality"]:
-        numbers = [f"{key.replace('_', ' ')} {quality[key]:.3f}" for key in QUALITY if quality[key] is not None]
-        lines += [f"On the validation rows, at the threshold: {', '.join(numbers)}.", ""]
+        body = [[key.replace("_", " "), f"{quality[key]:.3f}"] for key in QUALITY if quality[key] is not None]
+        lines += ["## The decider on the validation rows, at the threshold", "", table(["measure", "value"], body), ""]
     return lines
 
 
 def _cost_part(found: Numbers) -> list[str]:
-    models = {"this model": found["parameters"]["tah"], "standard": found["parameters"]["standard"]}
+    models = {"this model": found["parameters"]["tah"], "baseline": found["parameters"]["standard"]}
     columns = [name for name, count in models["this model"].items() if count]
     sizes = [
         [name, *(f"{counts[column]:,}" for column in columns), f"{sum(counts.values()):,}"]
@@ -205,7 +234,12 @@ def _cost_part(found: Numbers) -> list[str]:
 
 
 def draw(found: Numbers, directory: Path) -> None:
-    """answers.png, where answers were generated, and sweep.png."""
+    """Draw sweep.png, and answers.png if there are answers.
+
+    Args:
+        found: Numbers of the report.
+        directory: Directory of the pictures.
+    """
     from ...stats.charts import as_png, new_chart, styled
 
     with styled():
@@ -214,7 +248,9 @@ def draw(found: Numbers, directory: Path) -> None:
             shares = [100 * entry["share"] for entry in answers.values()]
             ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
             errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]
-            axes.bar(list(answers), shares, yerr=errors, capsize=4, color="0.6")
+            axes.bar(
+                [ROWS[name][0].replace(" (", "\n(") for name in answers], shares, yerr=errors, capsize=4, color="0.6"
+            )
             axes.set_ylabel("answers right (%), 95 % interval")
             write_atomically(directory / "answers.png", as_png(figure))
         figure, axes = new_chart()
@@ -224,8 +260,8 @@ def draw(found: Numbers, directory: Path) -> None:
                 axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         for name, style in (("standard", "--"), ("never", ":")):
             if name in found["tokens"]:
-                axes.axhline(100 * found["tokens"][name]["accuracy"], linestyle=style, color="0.4", label=name)
+                axes.axhline(100 * found["tokens"][name]["accuracy"], linestyle=style, color="0.4", label=ROWS[name][0])
         axes.set_xlabel("iterated tokens (%)")
-        axes.set_ylabel("tokens right along the given texts (%)")
+        axes.set_ylabel("token accuracy on the given texts (%)")
         axes.legend()
         write_atomically(directory / "sweep.png", as_png(figure))

@@ -1,4 +1,4 @@
-"""The scores of a model on held-out rows: along the given texts, and on answers it generates itself.
+"""Score a model on held-out rows: on the tokens of the given texts, and on generated answers.
 
 Shapes: B rows of a batch, T tokens, V vocabulary, R rows in all, n supervised predictions of all rows together.
 """
@@ -21,23 +21,32 @@ from ...data.scoring import batches, score_targets
 from ...model import TaHForCausalLM
 from ...policy import Rule
 
-LOGITS = 2**27  # most entries of [B, T, V] at the same time
-TOKENS = 8192  # most tokens of a batch
-ROWS = 128  # that are answered at a time
+LOGITS = 2**27  # largest number of entries of the logits [B, T, V]
+TOKENS = 8192  # largest number of tokens of a batch
+ROWS = 128  # largest number of questions per batch of generation
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 ANSWER = re.compile(r"\\boxed\{([^{}]*)\}|(?:Answer:|####)[ \t]*([^\n]*)")
 
 
 @dataclass
 class TokenScores:
-    """n predictions along the given texts, in the order of the rows (teacher-forced)."""
+    """Teacher-forced predictions of the supervised tokens, in the order of the rows.
 
-    right: np.ndarray  # [n] bool, the most probable token is the text's
-    loss: np.ndarray  # [n] cross-entropy in nats
-    passes: np.ndarray  # [n] int64
-    probability: np.ndarray  # [n] of going on after depth 1, nan where the policy was not asked
-    row: np.ndarray  # [n] int64 in 0..R-1
-    share_of_all: float  # of all tokens, prompts included, that ran a second pass
+    Args:
+        right: Whether the most probable token is the text's, `[n]` bool.
+        loss: Cross-entropy in nats, `[n]`.
+        passes: Number of passes, `[n]` int64.
+        probability: Continue probability after depth 1, `[n]`; NaN without a decision.
+        row: Number of the row, `[n]` int64 from 0 to R-1.
+        share_of_all: Iterated share of all tokens, prompts included.
+    """
+
+    right: np.ndarray
+    loss: np.ndarray
+    passes: np.ndarray
+    probability: np.ndarray
+    row: np.ndarray
+    share_of_all: float
 
 
 @torch.no_grad()
@@ -47,10 +56,10 @@ def score_tokens(
     """Score the predictions of supervised tokens.
 
     Args:
-        model: any; one that never iterates stands for its base.
-        rows: as `data.Collator` takes them.
-        pad_token_id: of the tokenizer.
-        rule: who iterates.
+        model: Model to score. A model that never iterates scores its base.
+        rows: Rows in the form of `data.Collator`.
+        pad_token_id: Padding token of the tokenizer.
+        rule: Policy, threshold and largest depth.
     """
     model.eval()
     collate = Collator(pad_token_id)
@@ -86,26 +95,34 @@ def score_tokens(
 
 @dataclass
 class AnswerScores:
-    """R questions answered by greedy generation."""
+    """Greedy answers to R questions.
 
-    right: np.ndarray  # [R] bool, the final answer is the row's
+    Args:
+        right: Whether the final answer is the row's, `[R]` bool.
+        texts: Generated texts.
+        tokens: Number of generated tokens.
+        iterated: Number of these tokens that iterated.
+    """
+
+    right: np.ndarray
     texts: list[str]
-    tokens: int  # that were generated
-    iterated: int  # of those
+    tokens: int
+    iterated: int
 
     @property
     def iterated_share(self) -> float:
+        """Share of the generated tokens that iterated."""
         return self.iterated / self.tokens
 
 
 def answer_of(text: str) -> str | None:
-    """The final answer in a text: in its last \\boxed{}, or after its last "Answer:" or "####"; None without any."""
+    """Return the final answer in a text: in the last \\boxed{}, or after the last "Answer:" or "####"; else None."""
     found = ANSWER.findall(text)
     return (found[-1][0] or found[-1][1]).strip() if found else None
 
 
 def last_number(text: str) -> str | None:
-    """The last number in a text, so that no answer is marked down for its form; None where there is none."""
+    """Return the last number in a text, for answers in any form; None if there is no number."""
     found = NUMBER.findall(text)
     if not found:
         return None
@@ -122,21 +139,23 @@ def score_answers(
     read: Callable[[str], str | None] = answer_of,
     max_new_tokens: int | None = None,
 ) -> AnswerScores:
-    """Answer the question of every row: all its `messages` but the last.
+    """Generate an answer to every row and compare it with the row's answer.
 
     Args:
-        rows: with `messages`, the last by the assistant, and `answer`.
-        rule: who iterates.
-        read: finds the final answer in a text.
-        max_new_tokens: of an answer; by default a few more than the longest of the rows' own, which is enough for a
-            model that was trained on such.
+        model: Model to score.
+        tokenizer: Tokenizer with a chat template.
+        rows: Rows with `messages`, the last by the assistant, and `answer`. The prompt is all messages but the last.
+        rule: Policy, threshold and largest depth.
+        read: Function that finds the final answer in a text.
+        max_new_tokens: Largest number of generated tokens. The default is 8 more than the longest solution of the rows,
+            which is enough for a model that was trained on such rows.
     """
     model.eval()
     given = tokenizer([row["messages"][-1]["content"] for row in rows])["input_ids"]
     most = max_new_tokens or max(map(len, given)) + 8
     texts = [""] * len(rows)
     iterated = made = 0
-    order = np.argsort([len(ids) for ids in given], kind="stable").tolist()  # rows of a batch end at like times
+    order = np.argsort([len(ids) for ids in given], kind="stable").tolist()  # similar lengths end at similar times
     for start in range(0, len(rows), ROWS):
         places = order[start : start + ROWS]
         prompts = [rows[place]["messages"][:-1] for place in places]
@@ -156,7 +175,7 @@ def score_answers(
         )
         new = out.sequences[:, length:]
         kept = (new == tokenizer.eos_token_id).cumsum(1) - (new == tokenizer.eos_token_id).long() == 0
-        passes = out.depth_count[:, length - 1 : -1]  # the token before each new one is what it cost
+        passes = out.depth_count[:, length - 1 : -1]  # a new token is predicted by the token before it
         iterated, made = iterated + int((passes[kept] > 1).sum()), made + int(kept.sum())
         for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[place] = text
@@ -168,7 +187,7 @@ def score_answers(
 
 
 def proportion(right: np.ndarray) -> dict[str, Any]:
-    """Share of R right answers, with Wilson's 95 % interval."""
+    """Return the share of right answers `[R]` with its 95 % interval by Wilson."""
     n, share, z = len(right), float(right.mean()), 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)

@@ -1,12 +1,12 @@
-"""The embedded experiment's own data and tokenizer: chain sums with every total written out, nothing downloaded.
+"""Data and tokenizer of `tah run tiny`: sums with every intermediate total written out. Nothing is downloaded.
 
-Questions come from reasoning-gym's `chain_sum` ("8 + 7 - 9 ="); the working-out is ours:
+Questions come from reasoning-gym's `chain_sum`, for example "8 + 7 - 9 =". This module adds the solution:
 
     8 + 7 = 15
     15 - 9 = 6
     Answer: 6
 
-The first digit of a total needs the sum of the last, and every wrong total spoils those after it.
+The first digit of a total depends on its last digits, and a wrong total makes all later totals wrong.
 """
 
 from __future__ import annotations
@@ -34,12 +34,22 @@ TEMPLATE = (
     "{% else %}<|user|>{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-AGAIN = 20  # questions drawn per question wanted before we conclude that there are not so many different ones
+AGAIN = 20  # questions drawn per question needed, before an error reports too few different questions
 
 
 class Generate(Part):
-    """`data.generate`: how many rows of each split, how many terms of how many digits a sum has, and whether totals may
-    be negative."""
+    """Section `data.generate` of a recipe.
+
+    Args:
+        train: Number of training rows.
+        validation: Number of validation rows.
+        test: Number of test rows.
+        min_terms: Smallest number of terms of a sum.
+        max_terms: Largest number of terms of a sum.
+        min_digits: Smallest number of digits of a term.
+        max_digits: Largest number of digits of a term.
+        negative: Whether totals may be negative.
+    """
 
     train: Positive
     validation: Positive
@@ -60,7 +70,18 @@ class Generate(Part):
 
 
 class Scratch(Part):
-    """`base.scratch`: sizes of the Llama, and the `TrainingArguments` it is trained with from nothing."""
+    """Section `base.scratch` of a recipe: a Llama that is trained from random weights.
+
+    Args:
+        hidden_size: Width of the hidden states.
+        intermediate_size: Width of the feed-forward layers.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of attention heads.
+        max_position_embeddings: Largest number of positions.
+        initializer_range: Standard deviation of the initial weights.
+        vocab_size: Largest number of tokens; bytes and special tokens need 260.
+        training: `TrainingArguments` as a dictionary.
+    """
 
     hidden_size: Positive
     intermediate_size: Positive
@@ -68,7 +89,7 @@ class Scratch(Part):
     num_attention_heads: Positive
     max_position_embeddings: Positive
     initializer_range: Annotated[float, Field(gt=0)]
-    vocab_size: Annotated[int, Field(ge=260)] = 320  # at most; bytes and special tokens at least
+    vocab_size: Annotated[int, Field(ge=260)] = 320
     training: Training = {}
 
     @model_validator(mode="after")
@@ -85,12 +106,17 @@ class Scratch(Part):
 
 
 def write_data(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """`run/data`: train.jsonl, validation.jsonl and test.jsonl, all of different questions.
+    """Make `run/data` with train.jsonl, validation.jsonl and test.jsonl. No question occurs twice.
+
+    Args:
+        recipe: Recipe of the run.
+        run: Directory of the run.
+        progress: Not used.
 
     Raises:
-        ValueError: the settings are wrong or allow too few different questions.
+        ValueError: A setting is wrong, or there are too few different questions.
     """
-    check_sections(recipe)  # a mistake in base.scratch should not wait for the next step
+    check_sections(recipe)  # reports a mistake in base.scratch before any work
     settings = read_generate(recipe)
     sizes = {name: getattr(settings, name) for name in reversed(SPLITS)}
     drawn = distinct_rows(settings, recipe.seed, sum(sizes.values()))
@@ -101,10 +127,15 @@ def write_data(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
 
 
 def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """`count` rows with different questions.
+    """Yield `count` rows with different questions.
+
+    Args:
+        settings: Section `data.generate`.
+        seed: Random seed.
+        count: Number of rows.
 
     Raises:
-        ValueError: reasoning-gym is not installed, or there are not so many questions.
+        ValueError: reasoning-gym is not installed, or there are too few different questions.
     """
     try:
         import reasoning_gym
@@ -112,7 +143,7 @@ def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[st
         raise ValueError("data.source=tiny needs reasoning-gym: pip install 'tah[train,tiny]'") from error
     names = ("min_terms", "max_terms", "min_digits", "max_digits")
     options = {name: getattr(settings, name) for name in names}
-    # Its question i of seed s + 1 is its question i + 1 of seed s, so that seeds 1 and 2 would give the same data.
+    # reasoning-gym's question i of seed s + 1 is its question i + 1 of seed s. The hash keeps seeds 1 and 2 apart.
     start = int(digest(str(seed))[:12], 16)
     source = reasoning_gym.create_dataset("chain_sum", seed=start, size=AGAIN * count, **options)
     seen: set[str] = set()
@@ -130,12 +161,12 @@ def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[st
         if len(seen) == count:
             return
     raise ValueError(
-        f"data.generate allows only {len(seen)} different questions, not {count}; give more digits or terms"
+        f"data.generate allows only {len(seen)} different questions, not {count}; allow more digits or terms"
     )
 
 
 def working_out(question: str) -> tuple[str, list[int]]:
-    """The text that works a question out, and its totals, the last of which is the answer."""
+    """Return the solution of a question and all its totals. The last total is the answer."""
     first, *rest = question.removesuffix(" =").split(" ")
     totals, lines = [int(first)], []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
@@ -146,7 +177,7 @@ def working_out(question: str) -> tuple[str, list[int]]:
 
 
 def check_disjoint(splits: Mapping[str, Iterable[dict[str, Any]]]) -> None:
-    """Raises `ValueError` where two rows, of one split or of two, ask the same (by hash of the question)."""
+    """Raise ValueError if two rows, of one split or of two, have the same question. Hashes are compared."""
     owner: dict[str, str] = {}
     for name, rows in splits.items():
         for row in rows:
@@ -157,7 +188,7 @@ def check_disjoint(splits: Mapping[str, Iterable[dict[str, Any]]]) -> None:
 
 
 def digest(question: str) -> str:
-    """Hash of a question, whatever its spacing."""
+    """Return a hash of a question that does not depend on its spacing."""
     return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()
 
 
@@ -165,7 +196,7 @@ def digest(question: str) -> str:
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the texts in which every digit is a token; its chat template marks the assistant's tokens."""
+    """Return a byte-level BPE tokenizer with one token per digit. Its chat template marks the assistant's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -184,7 +215,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of `tokenizers` with the tokens `SPECIAL`, with the chat template, as transformers takes it."""
+    """Return a tokenizer of `tokenizers` that has the tokens `SPECIAL` as one of transformers, with chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
@@ -196,7 +227,7 @@ def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
 
 
 def check_sections(recipe: Recipe) -> None:
-    """Raises `ValueError` for a mistake in `data.generate` or `base.scratch`, which the recipe itself does not read."""
+    """Raise ValueError for a mistake in `data.generate` or `base.scratch`, which the recipe itself does not check."""
     if recipe.data.generate is not None:
         read_generate(recipe)
     if recipe.base.scratch is not None:
@@ -204,8 +235,10 @@ def check_sections(recipe: Recipe) -> None:
 
 
 def read_generate(recipe: Recipe) -> Generate:
+    """Return the checked section `data.generate`."""
     return validated(Generate, recipe.data.generate, "data.generate")
 
 
 def read_scratch(recipe: Recipe) -> Scratch:
+    """Return the checked section `base.scratch`."""
     return validated(Scratch, recipe.base.scratch, "base.scratch")
