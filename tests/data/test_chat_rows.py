@@ -686,7 +686,7 @@ PAIRS = {
     "weight 0, tags of the last turn alone": (
         "tags only the last",
         {"messages": [user("a"), answer("bad", weight=0), *HI]},
-        "the chat template does not mark each answer by itself, and one is not to be learnt",
+        "the chat template does not mark each answer by itself, and one is not supervised",
         [],
     ),
     # what Python writes
@@ -958,4 +958,4 @@ def test_a_template_that_ends_no_turn_and_says_nothing_either_is_told_once(token
         found = learn({"messages": [*HI, user("a"), answer("b")]}, tokenizer, name)
         assert found[0] == ["Yo", "b<|im_end|>"]
     del TEMPLATES["named"]
-    assert len(caplog.messages) == 2 and "no end is learnt there" in caplog.messages[0]
+    assert len(caplog.messages) == 2 and "these ends are not trained" in caplog.messages[0]

@@ -1,11 +1,11 @@
-"""A row as tokens, and the mask of those that an assistant is trained to produce.
+"""Convert a row to tokens and the mask of its supervised tokens.
 
-A conversation is rendered by the tokenizer's chat template. Where the template tags the assistant's turns
-(`{% generation %}`), its tags count. Elsewhere a turn is what the conversation up to and with it has beyond the
-conversation before it, rendered with the prompt for an answer. Templates that change earlier turns when more follow
-(Qwen3's drops their reasoning) are rendered again with a mark in the turn's place: what follows the mark shows where
-the turn ends. Turns are found in characters, and tokens by the characters they cover; `chat_template.check_turns`
-checks the result.
+The tokenizer's chat template renders a conversation. If the template tags the assistant's turns (`{% generation %}`),
+its tags count. Otherwise two renderings give a turn: the conversation up to and with the turn, and the conversation
+before it with the prompt for an answer. The turn is the difference. Some templates change earlier turns when more
+follow (Qwen3's drops their reasoning). They are rendered again with a mark in place of the turn, and the text after the
+mark gives the end of the turn. Turns are found in characters, and tokens by the characters they cover.
+`chat_template.check_turns` checks the result.
 
 Shapes: T tokens of the row.
 """
@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix  # of any strings
+from os.path import commonprefix  # works on any strings
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,23 @@ import numpy as np
 from .chat_rows import Messages, Unusable, is_chat, read_chat
 from .chat_template import MARK, LeftOut, NoReasoning, Refused, Renderer, Spans, Turns, check_turns, open_ends, shapes
 
-OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # where two texts part within a marker, as "<think>" and "<tool_call>" do
+OPEN_MARKER = re.compile(r"<[^<>\s]*$")  # two texts differ within a marker, such as "<think>" and "<tool_call>"
 LOG = logging.getLogger(__name__)
 
 
 def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens [T] of a row in one of `rows.FORMS`, and which of them are supervised; never the first.
+    """Return the tokens `[T]` of a row and the mask `[T]` of its supervised tokens; the first is never supervised.
+
+    Args:
+        row: Row in one of `rows.FORMS`.
+        tokenizer: Fast tokenizer of transformers.
 
     Raises:
-        Unusable: the row is malformed, something in it would be lost, or the template hides who speaks.
-        ValueError: no row can be encoded: the tokenizer has no chat template, or does not report offsets.
+        Unusable: The row is malformed, part of it would be lost, or the template does not separate the speakers.
+        ValueError: No row can be encoded: the tokenizer has no chat template, or does not report offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} does not say which characters a token covers; use a fast one")
+        raise ValueError(f"{type(tokenizer).__name__} does not report which characters a token covers; use a fast one")
     try:
         row = _without_none(row)
         chat = is_chat(row)
@@ -48,7 +52,7 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool
     except UnicodeEncodeError as error:
         raise Unusable("half of a surrogate pair, which is no text") from error
     found = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
-    # By their last character, since some tokenizers leave leading whitespace out of a token's offsets.
+    # The last character counts, since some tokenizers leave leading whitespace out of a token's offsets.
     ids, ends = list(found["input_ids"]), np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
     mask = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
@@ -64,9 +68,9 @@ def encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[bool
 
 
 def _supervise_next(ids: list[int], mask: np.ndarray, after: int, tokenizer: Any) -> None:
-    """Supervise the special token at index `after`, which begins the next turn, where the turn before it has no end.
+    """Supervise the special token at index `after`, which begins the next turn, as the end of a turn without one.
 
-    After the last turn comes the end of text, which the caller adds.
+    After the last turn the caller adds the end-of-text token.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     if after < len(ids) and ids[after] in special:
@@ -77,22 +81,22 @@ def _supervise_next(ids: list[int], mask: np.ndarray, after: int, tokenizer: Any
 
 @functools.lru_cache(maxsize=8)
 def _warn_of_no_end(template: str) -> None:
-    """Warn once for a template, not for every row."""
+    """Log a warning once for each template."""
     LOG.warning(
-        "the chat template ends some of the assistant's turns with nothing that a model could stop at: "
-        "no end is learnt there"
+        "the chat template ends some of the assistant's turns without a token at which a model could stop: "
+        "these ends are not trained"
     )
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow gives all rows the same keys and fills up with None; templates test whether a key is there."""
+    """Return a value without None entries. Arrow adds them for missing keys, but templates test for the keys."""
     if isinstance(value, Mapping):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _strings(row: Mapping[str, Any]) -> tuple[str, Spans]:
-    """Prompt and completion, or a text, as it is, and the supervised characters."""
+    """Return prompt and completion, or a text, unchanged, and the supervised characters."""
     prompt, rest = (row["prompt"], row.get("completion")) if "prompt" in row else ("", row.get("text"))
     if not isinstance(prompt, str) or not isinstance(rest, str):
         raise Unusable("malformed row")
@@ -105,9 +109,9 @@ def _strings(row: Mapping[str, Any]) -> tuple[str, Spans]:
 
 
 def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, Sequence[int]]:
-    """The conversation as text, the supervised characters, and where supervised turns without an end stop.
+    """Return the conversation as text, the supervised characters, and the stops of supervised turns without an end.
 
-    Where the template refuses a shape of the conversation, or leaves something out, the next shape is tried.
+    If the template raises an error for a shape of the conversation, or omits something, the next shape is tried.
     """
     chat, why = read_chat(row, tokenizer), None
     for shape in shapes(chat):
@@ -124,10 +128,10 @@ def _chat(row: Mapping[str, Any], tokenizer: Any) -> tuple[str, Spans, Sequence[
 
 
 def _turns(render: Renderer) -> tuple[str, Turns]:
-    """The conversation as text, and the supervised messages with their characters.
+    """Return the conversation as text, and the supervised messages with their characters.
 
-    Tags do not name the message to which they belong, so tagged turns are found all together. Where some answers are
-    not supervised, there has to be a tag for each answer; `check_turns` shows that they are in order.
+    Tags do not name their message, so all tagged turns are found together. If some answers are not supervised, each
+    answer must have a tag of its own; `check_turns` checks their order.
     """
     chat = render.chat
     messages, context = chat.messages, chat.context
@@ -138,7 +142,7 @@ def _turns(render: Renderer) -> tuple[str, Turns]:
         return text, []
     if render.tagged and chat.unsupervised:
         if len(spans) != len(answers):
-            raise Unusable("the chat template does not mark each answer by itself, and one is not to be learnt")
+            raise Unusable("the chat template does not mark each answer by itself, and one is not supervised")
         return text, [([at], [span]) for at, span in zip(answers, spans, strict=True) if at in supervised]
     if render.tagged:
         begin = _end(render, messages, context - 1, text) if context else 0
@@ -155,19 +159,26 @@ def _turns(render: Renderer) -> tuple[str, Turns]:
 
 
 def _end(render: Renderer, messages: Messages, at: int, text: str, ask: bool = False) -> int:
-    """Where message `at` ends in `text`, the whole conversation; with `ask`, where the prompt for an answer to it ends.
+    """Return the end of message `at` in `text`; with `ask`, the end of the prompt for an answer to it.
 
-    Usually that is the length of the conversation up to that message. Where `text` does not begin with that, both are
-    rendered again with a mark in the message's place. What follows the mark in the whole conversation is what follows
-    the message in the text; of that, as much belongs to the message (and the prompt) as also follows the mark when
-    nothing comes after it. That may be less than all: some prompts have a "<think>" that the answer lacks. But what
-    closes the message has to be there, or the answer's header would be taken for its beginning.
+    Usually this is the length of the conversation up to that message. If `text` does not begin with that conversation,
+    both are rendered again with a mark in place of the message. The text after the mark in the whole conversation is
+    the text after the message. Its common prefix with the text after the mark in the shorter conversation belongs to
+    the message (and the prompt). It may be shorter than that text: some prompts have a "<think>" that the answer lacks.
+    It must contain the end of the message, or the header of the answer would count as part of the answer.
+
+    Args:
+        render: Renderer of the conversation.
+        messages: All messages.
+        at: Index of the message.
+        text: Text of the whole conversation.
+        ask: Whether to include the prompt for an answer.
     """
     part = render(messages[: at + 1], ask)[0]
     if text.startswith(part):
         return len(part)
     message = messages[at]
-    # The content alone as well, since some templates show the content or the tool calls, not both.
+    # The second stand-in has the content alone, since some templates show either the content or the tool calls.
     for stand_in in ({**message, "content": MARK}, {"role": message["role"], "content": MARK}):
         marked = [*messages[:at], stand_in, *messages[at + 1 :]]
         try:

@@ -1,7 +1,7 @@
-"""Files of data, opened by `datasets` once they are known to be readable; errors name the line.
+"""Check data files and open them with `datasets`; errors name the line.
 
-The parsers behind `datasets` crash at deeply nested brackets, do not name the line where bytes are not UTF-8, and make
-two rows of a line that ends in a comma too many.
+The checks are necessary because of the parsers behind `datasets`. They crash at deeply nested brackets, do not name the
+line where bytes are not UTF-8, and make two rows of a line with a superfluous comma at its end.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .chat_rows import LARGEST, REASONING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COMPLETE = "complete.json"  # a labelled data set (label.py) has it once all its shards are there
+COMPLETE = "complete.json"  # exists in a labelled data set (label.py) when all its shards are complete
 SPACE = re.compile(r"\s*")
-FIRST = 2**26  # bytes of a file that decide about its columns and their types
+FIRST = 2**26  # bytes of a file that determine its columns and their types
 NULL = b"null"
 HEAD = re.compile(rb"\n[^\S\n]*(\S[^\n]{0,3})")  # the beginning of a line that is not blank
 TEXT_COLUMNS = ("text", "prompt", "completion", "system")  # may hold a text in each row
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion")  # may hold messages
 TURN_KEYS = ("content", "value", *REASONING)  # keys of a message that hold texts
 CHUNK, SMALL = 2**22, 2**26  # bytes
-MOST_PACKED = 100  # times its size a packed file may unpack to, if that is more than SMALL; packed text has about 10
+MOST_PACKED = 100  # most unpacked bytes per packed byte, for results above SMALL; text has about 10
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXTS = (".jsonl", ".json", ".csv")  # in UTF-8; .parquet is not
 
@@ -44,13 +44,14 @@ TEXTS = (".jsonl", ".json", ".csv")  # in UTF-8; .parquet is not
 
 
 def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
-    """The rows of a file.
+    """Return the rows of a file.
 
     Args:
-        columns: our names -> names in the source.
+        path: Path of the file.
+        columns: Names in the source by standard name.
 
     Raises:
-        ValueError: it is no such file, or cannot be read; names the line where that is known.
+        ValueError: The file has an unknown type or cannot be read. The message names the line if it is known.
     """
     import datasets
 
@@ -59,7 +60,7 @@ def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
     if path.stat().st_size < 2**16 and not path.read_bytes().strip():
         return datasets.Dataset.from_dict({})
     lines = _check_text(path) if path.suffix in TEXTS else 0
-    kind = "json" if path.suffix == ".jsonl" else path.suffix[1:]  # the names of readers of `datasets`
+    kind = "json" if path.suffix == ".jsonl" else path.suffix[1:]  # name of a reader of `datasets`
     size = {"chunksize": FIRST} if kind == "json" else {}
     rows = datasets.load_dataset(kind, data_files=str(path), split="train", **size)
     if size and path.stat().st_size > FIRST:
@@ -70,10 +71,16 @@ def open_file(path: Path, columns: Mapping[str, str]) -> Dataset:
 
 
 def open_directory(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
-    """The rows of a directory that `label` or `datasets` has saved, or that holds files of data.
+    """Return the rows of a directory that `label` or `datasets` has saved, or that contains data files.
+
+    Args:
+        path: Path of the directory.
+        split: Name of the split.
+        columns: Names in the source by standard name.
 
     Raises:
-        ValueError: it has no such split, it is not finished, or a file cannot be read; names the file and the line.
+        ValueError: There is no such split, the labelling is not finished, or a file cannot be read. The message names
+            the file and the line.
     """
     import datasets
 
@@ -114,7 +121,7 @@ def _check_each(directory: Path, check: Callable[[Path], None]) -> None:
 
 
 def _check_lengths(rows: Dataset) -> Dataset:
-    """The rows of a labelled data set, whose lists must have one entry per token."""
+    """Return the rows of a labelled data set, after a check that their lists have one entry per token."""
     import pyarrow.compute as pc
 
     def lengths(name: str) -> np.ndarray:
@@ -128,7 +135,7 @@ def _check_lengths(rows: Dataset) -> Dataset:
     return rows
 
 
-# -- what a parser would crash at or misread -------------------------------------------------------------------------
+# -- input that crashes or misleads a parser -------------------------------------------------------------------------
 
 
 def _check_text(path: Path) -> int:
@@ -138,8 +145,8 @@ def _check_text(path: Path) -> int:
         The number of lines that are not blank.
 
     Raises:
-        ValueError: it is not, or has; names the line.
-        OSError: it cannot be read.
+        ValueError: The file fails the check; the message names the line.
+        OSError: The file cannot be read.
     """
     kind = _kind(path)
     decoder, nesting, lines = codecs.getincrementaldecoder("utf-8")(), Nesting(), _Lines()
@@ -167,7 +174,7 @@ def _check_text(path: Path) -> int:
             line += chunk.count(b"\n")
     if decoder.getstate()[0]:
         raise ValueError(f"line {line} is not UTF-8")
-    if is_list and kind != ".csv":  # `datasets` hands the entries of a list to pyarrow, a line each
+    if is_list and kind != ".csv":  # `datasets` passes each entry of a list to pyarrow as a line
         for place, entry in json_values(path):
             if not isinstance(entry, dict | str):
                 raise ValueError(f"{place} is {json.dumps(entry)[:40]}, not an object")
@@ -175,9 +182,9 @@ def _check_text(path: Path) -> int:
 
 
 class _Lines:
-    """Lines of a text that arrives in chunks: how many are not blank, and which begins with null.
+    """Count the lines of a text in chunks that are not blank, and find one that begins with null.
 
-    pyarrow crashes where what it parses begins with null, and it may begin to parse at any line.
+    pyarrow crashes if its input begins with null, and it may begin to parse at any line.
     """
 
     def __init__(self) -> None:
@@ -188,11 +195,11 @@ class _Lines:
         return self._filled + bool(self._rest.strip())
 
     def add(self, chunk: bytes) -> int | None:
-        """The line, counted from 1, that begins with null, if there is one."""
+        """Add a chunk, and return the line, counted from 1, that begins with null; None if there is none."""
         text, self._rest = self._rest + chunk, b""
         lines = text.replace(b"\r", b"\n")
         last = lines.rfind(b"\n")
-        if last >= 0 and len(head := lines[last:].lstrip()) < len(NULL):  # the next chunk decides
+        if last >= 0 and len(head := lines[last:].lstrip()) < len(NULL):  # the next chunk completes this line
             text, self._rest = text[:last], text[last : last + 1] + head
         for line in HEAD.finditer(lines, 0, len(text)):
             if line[1] == NULL:
@@ -203,7 +210,7 @@ class _Lines:
 
 
 def _whole(digits: str) -> int:
-    """A long integer in JSON, cut: Python refuses thousands of digits, and no check needs their value."""
+    """Return an integer of its first 40 digits. Python rejects thousands of digits, and no check needs the value."""
     return int(digits[:40])
 
 
@@ -211,9 +218,9 @@ DECODER = json.JSONDecoder(parse_int=_whole)
 
 
 def json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """The JSON values of a file, or the entries of its list, one by one, each with its place for a message.
+    """Yield the JSON values of a file, or the entries of its list, each with its place for a message.
 
-    It ends before what is no JSON, where the parser raises its own error.
+    The iteration ends at the first invalid JSON, where the parser raises its own error.
     """
     text, at, line, counted, entry, inside, size = "", 0, 1, 0, 0, False, CHUNK
     with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig") as file:
@@ -226,7 +233,7 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
                 value, stop = DECODER.raw_decode(text, at)
             except ValueError:
                 value, stop = None, len(text)
-            # The value may go on, as "1e+" does. Reads double in size, so that a long value takes linear time.
+            # The value may be incomplete, such as "1e+". Reads double in size, so that a long value takes linear time.
             if stop > len(text) - 4:
                 line, text, at, counted = line + text.count("\n", counted, at), text[at:], 0, 0
                 if more := file.read(size):
@@ -242,7 +249,7 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def bad_line(path: Path) -> str | None:
-    """The first line of a .jsonl file that cannot be read, and why; None where there is none, or for other files."""
+    """Return the first invalid line of a .jsonl file and the reason; None for a valid file or another type."""
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     with path.open("rb") as file:
@@ -256,13 +263,13 @@ def bad_line(path: Path) -> str | None:
 
 
 def _check_values(path: Path) -> None:
-    """Check that a .jsonl file holds JSON values and nothing else; they may take several lines, or share one."""
+    """Check that a .jsonl file contains only JSON values. A value may span lines, and a line may have several."""
     if path.suffix == ".jsonl" and (why := bad_line(path)) and not _is_sequence(path.read_text("utf-8-sig")):
         raise ValueError(why)
 
 
 def _is_sequence(text: str) -> bool:
-    """Whether a text consists of JSON values with nothing but white space in between."""
+    """Return whether a text consists of JSON values with only white space in between."""
     decoder, at = json.JSONDecoder(), 0
     while at < len(text):
         try:
@@ -273,11 +280,11 @@ def _is_sequence(text: str) -> bool:
     return True
 
 
-# -- texts that are something else later in the file -----------------------------------------------------------------
+# -- columns whose type changes later in the file --------------------------------------------------------------------
 
 
 def _text_columns(features: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[frozenset[str], frozenset[str]]:
-    """The columns of the source that have nothing but texts, and those whose messages have nothing but texts."""
+    """Return the columns of the source that contain only texts, and those whose messages contain only texts."""
     texts, turns = set(), set()
     for name in {*TEXT_COLUMNS, *TURN_COLUMNS}:
         name = columns.get(name, name)
@@ -295,9 +302,9 @@ def _of_text(feature: Any) -> bool:
 
 
 def _check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: int = 0) -> None:
-    """Check that columns which hold texts (`texts`), or messages (`turns`), do so after the `first` bytes of a file.
+    """Check that columns of texts (`texts`) or messages (`turns`) have the same type after the `first` bytes of a file.
 
-    `datasets` turns other values that come that late into JSON, which would be trained on as if it were the text.
+    `datasets` converts later values of another type to JSON, and training would use this JSON as text.
     """
     texts, turns = list(texts), list(turns)
     if _kind(path) not in (".jsonl", ".json") or not texts + turns:
@@ -315,15 +322,15 @@ def _check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: i
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text, or an integer, whose digits are its text in JSON, too."""
+    """Return whether a value is a text, or an integer, whose text is the same in JSON."""
     return isinstance(value, str) or (type(value) is int and abs(value) < LARGEST)
 
 
 def _late_values(path: Path, keys: Iterable[str], first: int) -> Iterator[tuple[str, Any]]:
-    """Those values of a file that may have something else than a text at one of the keys, each with its place.
+    """Yield the values of a file that may have another type than text at one of the keys, each with its place.
 
-    Most lines are not decoded: a search finds nothing but texts at these keys, at whatever depth. A key may also be
-    spelled with escapes.
+    Most lines are not decoded, since a search shows that these keys have only texts, at any depth. A key may also
+    contain escapes.
     """
     names = b"|".join(re.escape(json.dumps(key)[1:-1].encode()) for key in keys)
     maybe = re.compile(rb'"(?:' + names + rb')"\s*(?:\Z|:\s*(?:\Z|[^"n\s]))|\\u00[5-7]')
@@ -345,7 +352,7 @@ def _late_values(path: Path, keys: Iterable[str], first: int) -> Iterator[tuple[
 
 
 def _kind(path: Path) -> str:
-    """The suffix of a file, packed or not."""
+    """Return the suffix of a file, without the suffix of its compression."""
     return (path.with_suffix("") if path.suffix in PACKED else path).suffix
 
 
@@ -357,7 +364,7 @@ def _opened(path: Path) -> Any:
 
 
 def _with_dates_as_texts(path: Path, rows: Any) -> Any:
-    """Rows of a JSON file, read again where the parser took texts for points in time: "2020-01-01" stays a text."""
+    """Return the rows of a JSON file, with texts such as "2020-01-01" kept as texts, not dates."""
     import datasets
     import pyarrow as pa
 
@@ -371,7 +378,7 @@ def _with_dates_as_texts(path: Path, rows: Any) -> Any:
 
 
 def _timeless(kind: Any) -> Any:
-    """An Arrow type with texts in place of points in time."""
+    """Return an Arrow type with text in place of date and time types."""
     import pyarrow as pa
 
     if pa.types.is_temporal(kind):

@@ -1,9 +1,9 @@
-"""From rows of text to tokens, depth labels and batches.
+"""Convert rows of text to tokens, depth labels and batches.
 
 Shapes: B rows of a batch, T tokens, K documents of a packed row.
 
-A token is *supervised* if the model must produce it: tokens of the assistant, never the first of a document. Position
-t predicts token t + 1, so the depth label of token t + 1 is stored at position t.
+A token is *supervised* if it counts in the loss: tokens of the assistant, but never the first of a document. Position t
+predicts token t + 1, so the depth label of token t + 1 is stored at position t.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("text",), ("input_ids", "supervised"))
-EXTRAS = ("system", "tools", "chat_template_kwargs")  # columns handed to the chat template
-MOST_REASONS = 30  # reasons for dropped rows that are counted with their details: a name, a template's message
+EXTRAS = ("system", "tools", "chat_template_kwargs")  # columns passed to the chat template
+MOST_REASONS = 30  # reasons for dropped rows that are counted separately by their details, such as a name
 RULE = re.compile(r"(top1)|prob<(\d*\.?\d+(?:e-?\d+)?)|rank>(\d+)")
 MISSING = "reading data needs one more package: pip install 'tah[train]'"
 DEEPEST = 1e-3  # a hard token to which the reference gives this probability or less runs `max_depth` passes
@@ -43,10 +43,10 @@ DEEPEST = 1e-3  # a hard token to which the reference gives this probability or 
 
 
 def quiet() -> None:
-    """Switch off the progress bars of `datasets`, and its log lines, which repeat what it raises.
+    """Switch off the progress bars of `datasets`, and its log lines, which only repeat its errors.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: `datasets` is not installed.
     """
     datasets = _datasets()
     datasets.disable_progress_bars()
@@ -64,18 +64,18 @@ def _datasets() -> Any:
 def load_rows(
     source: str, split: str = "train", columns: Mapping[str, str] | None = None, limit: int | None = None
 ) -> Dataset:
-    """Rows in one of the `FORMS`: chat, prompt and completion, text, or a data set made by `label`.
+    """Load rows in one of the `FORMS`: chat, prompt and completion, text, or a data set made by `label`.
 
     Args:
-        source: a hub id (`owner/name`, or `owner/name:config`), a directory (saved by `datasets`, with data files, or
-            labelled), or a file: .jsonl, .json, .parquet or .csv.
-        split: of a hub data set or of a directory; a file has none.
-        columns: our names -> names in the source, where they differ: {"messages": "my_column"}; None where the caller
-            cannot give any, for the message.
-        limit: at most this many rows, from the start.
+        source: Hub id (`owner/name`, or `owner/name:config`), path of a directory (saved by `datasets`, with data
+            files, or labelled), or path of a .jsonl, .json, .parquet or .csv file.
+        split: Split of a hub data set or of a directory; a file has none.
+        columns: Names in the source by standard name, where they differ, such as {"messages": "my_column"}. With None
+            the error for an unknown form does not mention this mapping.
+        limit: Maximum number of rows, from the start.
 
     Raises:
-        ValueError: no such source, nothing in it, an unknown form, or a mapped column that is not there.
+        ValueError: The source does not exist or is empty, its form is unknown, or a mapped column does not exist.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1")
@@ -84,7 +84,7 @@ def load_rows(
         raise ValueError(f"{source} is empty: it has no rows")
     try:
         rows[0]
-    except Exception as error:  # Arrow's schema ends names at a NUL character, which only a row reveals
+    except Exception as error:  # Arrow's schema ends names at a NUL character; only reading a row raises the error
         why = f"its rows cannot be decoded ({first_line(error)!a}); a name may be there twice or hold a NUL character"
         raise ValueError(f"data {source!r} cannot be read: {why}") from error
     rows = _map_columns(rows, source, dict(columns or {}))
@@ -119,13 +119,15 @@ def _open(source: str, split: str, columns: Mapping[str, str]) -> Dataset:
 
 
 def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = False) -> tuple[str, ...]:
-    """The one of the `FORMS` that rows with these columns have.
+    """Return the entry of `FORMS` that fits the columns.
 
     Args:
-        mapped: whether a recipe can name the columns; the message then has its key.
+        columns: Names of the columns.
+        source: Name of the data in messages.
+        mapped: Whether a recipe can map the columns; the message then names the key `data.columns`.
 
     Raises:
-        ValueError: none.
+        ValueError: No form fits.
     """
     for form in FORMS:
         if set(form) <= set(columns):
@@ -136,14 +138,14 @@ def form_of(columns: Sequence[str], source: str = "the data", mapped: bool = Fal
 
 
 def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Dataset:
-    """The rows with our names for their columns, without columns of other forms."""
+    """Return the rows with standard column names, without the columns of other forms."""
     allowed = [name for form in FORMS[:-1] for name in form] + list(EXTRAS)
     for name, given in columns.items():
         if name not in allowed:
             raise ValueError(f"columns: {name!r} is not one of {', '.join(allowed)}")
         if given not in rows.column_names:
             raise ValueError(f"{source} has no column {given!r} for {name}; there are {_listed(rows.column_names)}")
-    # The mapped columns decide the form: a column of another form that happens to be there must not win.
+    # The mapped columns determine the form, even if the source also has columns of another form.
     meant = {name for form in FORMS if set(form) & set(columns) for name in form}
     others = {name for form in FORMS for name in form} - meant if meant else set()
     drop = [n for n in rows.column_names if n in others | set(columns) and n not in columns.values()]
@@ -154,7 +156,7 @@ def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Data
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names of columns in one line; a file may have any number of them, with any characters."""
+    """Return the first 20 column names in one line, with long names and unprintable characters shortened or escaped."""
     shown = [name if name.isprintable() and len(name) <= 60 else f"{name[:60]!r}" for name in names[:20]]
     return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
@@ -169,18 +171,25 @@ def tokenize_row(
     too_long: str = "drop",
     dropped: Counter[str] | None = None,
 ) -> dict[str, list[Any]] | None:
-    """{"input_ids": [T], "supervised": [T] bool} of a row, or None, the reason being counted in `dropped`.
+    """Return the tokens of a row and the mask of the supervised ones, or None if the row is dropped.
 
-    Chat goes through the tokenizer's own template; messages may use OpenAI's or ShareGPT's names. Prompt and completion
-    are both strings, joined as they are, or both lists of messages, of which only the completion's are supervised.
-    Texts and string completions end in the tokenizer's end-of-text token. Rows of which something would be lost are
-    dropped.
+    The tokenizer's chat template renders conversations; messages may use OpenAI's or ShareGPT's names. Prompt and
+    completion are both strings, which are joined unchanged, or both lists of messages, of which only the completion is
+    supervised. Texts and string completions end with the tokenizer's end-of-text token. A row is dropped if part of it
+    would be lost.
 
     Args:
-        too_long: `drop` rows of more than `max_length` tokens, or `cut` them.
+        row: Row in one of the `FORMS`.
+        tokenizer: Fast tokenizer of transformers.
+        max_length: Maximum number of tokens.
+        too_long: Treatment of longer rows: `drop` or `cut`.
+        dropped: Counter of the reasons for dropped rows.
+
+    Returns:
+        `{"input_ids": [T], "supervised": [T] bool}`, or None.
 
     Raises:
-        ValueError: no row could be tokenized: the tokenizer has no chat template, or tells no offsets.
+        ValueError: No row can be tokenized: the tokenizer has no chat template, or does not report offsets.
     """
     dropped = Counter() if dropped is None else dropped
     try:
@@ -193,7 +202,7 @@ def tokenize_row(
         return {"input_ids": ids, "supervised": supervised}
     except Unusable as error:
         reason = str(error)
-        if reason not in dropped and len(dropped) >= MOST_REASONS:  # as many speakers as a play has
+        if reason not in dropped and len(dropped) >= MOST_REASONS:  # unknown speakers can give any number of reasons
             reason = reason.partition(":")[0]
         dropped[reason] += 1
         return None
@@ -203,10 +212,14 @@ def tokenize_row(
 
 
 def check_rule(rule: str) -> tuple[float, int]:
-    """(probability below which, rank above which) a token is hard; one of them is such that it never decides.
+    """Parse a rule for hard tokens.
+
+    Returns:
+        The probability below which and the rank above which a token is hard. One of them has a value that no token
+        reaches.
 
     Raises:
-        ValueError: not a rule.
+        ValueError: The rule has none of the forms `top1`, `prob<P` and `rank>K`.
     """
     found = RULE.fullmatch(rule.replace(" ", ""))
     if not found or (found[2] and not 0 < float(found[2]) <= 1):
@@ -223,19 +236,19 @@ def depth_labels(
     max_depth: int,
     seed: int | Sequence[int],
 ) -> np.ndarray:
-    """Passes [T] int64 that each position should take: 1, or more where the token it predicts is hard.
+    """Return the depth label of each position, `[T]` int64: 1, or more if the predicted token is hard; method.md (9).
 
     Args:
-        ref_rank: [T] of token t + 1 under the reference, 0 for its first choice.
-        ref_prob: [T] of token t + 1 under the reference.
-        supervised: [T] whether token t is to be produced.
-        rule: `top1` (not the first choice), `prob<0.3` or `rank>5`.
-        max_depth: for more than 2, the less probable a hard token, the deeper: 2 + (max_depth - 2) * s passes on
-            average, s = log p / log 0.001 at most 1, rounded up or down at random.
-        seed: of that rounding; give [seed, row], so that rows are not rounded alike.
+        ref_rank: Rank of token t + 1 under the reference model, `[T]`, 0 for its most probable token.
+        ref_prob: Probability of token t + 1 under the reference model, `[T]`.
+        supervised: Whether token t is supervised, `[T]`.
+        rule: Rule for hard tokens: `top1` (not the most probable token), `prob<0.3` or `rank>5`.
+        max_depth: Maximum depth. Above 2 the depth grows as the probability p of a hard token falls: it is
+            2 + (max_depth - 2) * s on average, with s = min(log p / log 0.001, 1), rounded up or down at random.
+        seed: Random seed of the rounding; `[seed, row]` gives each row its own rounding.
 
     Raises:
-        ValueError: not a rule, or lists of different lengths.
+        ValueError: The rule is unknown, or the lists differ in length.
     """
     below, above = check_rule(rule)
     rank, prob = np.asarray(ref_rank, np.int64), np.asarray(ref_prob, np.float64)
@@ -255,14 +268,21 @@ def depth_labels(
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Documents, by index, into rows of at most `max_length` tokens: best fit, longest first.
+    """Pack documents into rows of at most `max_length` tokens: best fit, longest first.
+
+    Args:
+        lengths: Number of tokens of each document.
+        max_length: Maximum number of tokens of a row.
+
+    Returns:
+        The indices of the documents of each row.
 
     Raises:
-        ValueError: a document that fits no row.
+        ValueError: A document is empty or longer than a row.
     """
     packed: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # free tokens -> rows that have as many
-    free: list[int] = []  # the keys of `room`, rising
+    room: dict[int, list[int]] = {}  # rows by number of free tokens
+    free: list[int] = []  # the keys of `room`, in rising order
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         length = int(lengths[index])
         if not 0 < length <= max_length:
@@ -285,25 +305,29 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 class Collator:
-    """Rows to a batch of int64 tensors [B, T].
+    """Collate rows into a batch of int64 tensors `[B, T]`.
 
-    A row has `input_ids` and `supervised`, and may have `depth_labels` and `row` (its number). Padding is on the
-    right, told by `attention_mask`. With `packed`, a row is {"documents": [row, ...]}: there is no mask, `position_ids`
-    begin at 0 in every document, and the tail of a row shorter than the longest is one more document, of padding.
-    Labels are -100 (`IGNORE`) where nothing is to be learnt, and depth labels 1 at padding. `row` is [B] or, packed,
-    [B, K], -1 where a row has fewer documents.
+    A row has `input_ids` and `supervised`, and may have `depth_labels` and `row` (its number). Padding is on the right,
+    with 0 in `attention_mask`. With `packed`, a row is `{"documents": [row, ...]}` and the batch has no mask. There
+    `position_ids` begin at 0 in every document, and padding at the end of a row is one more document. Labels are -100
+    (`IGNORE`) for tokens that do not count in the loss. Depth labels are 1 at padding. `row` is `[B]`, or `[B, K]` with
+    `packed`, where -1 fills rows with fewer documents.
 
     Args:
-        pad_token_id: what padding consists of.
-        max_length: refuse longer rows.
-        packed: rows are lists of documents.
+        pad_token_id: Id of the padding token.
+        max_length: Maximum length; a longer row is an error. None sets no limit.
+        packed: Whether rows are lists of documents.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None, packed: bool = False) -> None:
         self.pad_token_id, self.max_length, self.packed = pad_token_id, max_length, packed
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Raises `ValueError` for a row whose lists differ in length or that is too long."""
+        """Return the batch.
+
+        Raises:
+            ValueError: The lists of a row differ in length, or a row is too long.
+        """
         documents = [row["documents"] if self.packed else [row] for row in rows]
         sizes = [sum(len(document["input_ids"]) for document in row) for row in documents]
         if self.max_length is not None and max(sizes) > self.max_length:
@@ -331,7 +355,7 @@ class Collator:
         return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
 
     def _fill(self, batch: dict[str, np.ndarray], document: Mapping[str, Any], at: int) -> int:
-        """Write a document into a row, its tensors [T] given, from `at` on; where the next one begins."""
+        """Write a document into the arrays `[T]` of a row from `at` on, and return the start of the next document."""
         length = len(document["input_ids"])
         for name in ("supervised", "depth_labels"):
             if (name == "supervised" or name in batch) and len(document[name]) != length:

@@ -1,6 +1,6 @@
-"""The model that labels: how hard each token is for it, and whether it reads the same tokens.
+"""Score tokens with the reference model, and check that its tokenizer is the base's.
 
-Shapes: B rows of a batch, T tokens, N predictions in question, D width, V vocabulary.
+Shapes: B rows of a batch, T tokens, N supervised predictions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from ..model import TaHForCausalLM
 from ..progress import Work
 
 CHUNK = 256  # predictions whose logits [CHUNK, V] exist at the same time, in float32
-PIECE, PIECE_CPU = 64, 8  # predictions that are scored at a time; those of a CPU fit its cache
+PIECE, PIECE_CPU = 64, 8  # predictions scored at a time; on a CPU they fit its cache
 PROBE = 8  # tokens
 
 
 @dataclass
 class Measured:
-    """What the reference makes of token t + 1 at position t of a row; -1, 0, 0 where that is not supervised.
+    """Scores of token t + 1 under the reference model, at position t of a row.
+
+    Where token t + 1 is not supervised, the rank is -1 and the other scores are 0.
 
     Args:
-        rank: [T] int32, 0 for its first choice.
-        prob: [T] float32.
-        entropy: [T] float32 of its prediction, in nats.
+        rank: Rank of the token, `[T]` int32, 0 for the most probable one.
+        prob: Probability of the token, `[T]` float32.
+        entropy: Entropy of the prediction in nats, `[T]` float32.
     """
 
     rank: np.ndarray
@@ -43,13 +45,16 @@ class Measured:
 
 
 class Reference:
-    """A causal language model of any family.
+    """A reference model: a causal language model of any family.
 
-    Where it is a decoder and a head (checked by running 8 tokens), the head runs on supervised predictions only, a
-    few at a time; else rows run one by one through the model's own forward.
+    If the model consists of a decoder and a head, the head runs only on supervised predictions, a few at a time. A run
+    on 8 tokens checks this. Otherwise rows run one by one through the model's own forward.
+
+    Args:
+        model: Model of transformers.
 
     Raises:
-        ValueError: it is not a causal language model.
+        ValueError: The model is not a causal language model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -64,7 +69,7 @@ class Reference:
         name, size = type(self.model).__name__, self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(PROBE, device=self.device)[None] % size
         want = self.model(input_ids=ids).logits[0].float()
-        # Rounding of a deep bf16 model reaches a tenth of the norm; a look ahead or another head, its size.
+        # Rounding in a deep bf16 model reaches a tenth of the norm. Another model changes all of it.
         tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.3) * want.norm()
         padded = torch.cat([ids, ids.flip(1)], dim=1)
         if getattr(self.model.config, "is_encoder_decoder", False) or not (
@@ -72,7 +77,7 @@ class Reference:
         ):
             raise ValueError(f"reference: {name} is not a causal language model: what follows changes its predictions")
         if isinstance(self.model, TaHForCausalLM):
-            return  # its passes are not one decoder
+            return  # it runs several passes, not one decoder
         try:
             decoder, head = decoder_of(self.model), head_of(self.model)
             got = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)[0].float()
@@ -92,13 +97,13 @@ class Reference:
         """Score every supervised token.
 
         Args:
-            ids: rows [T], of any lengths.
-            supervised: rows [T] bool.
-            tokens_per_batch: most tokens of a forward, padding included; a longer row runs alone.
-            work: counts the rows and their tokens, batch by batch.
+            ids: Token ids of the rows, each `[T]`, of any lengths.
+            supervised: Supervised tokens of the rows, each `[T]` bool.
+            tokens_per_batch: Maximum number of tokens of a forward with padding; a longer row runs alone.
+            work: Progress that counts rows and tokens after each batch.
 
         Raises:
-            ValueError: the model computes NaN.
+            ValueError: The model computes NaN.
         """
         result: dict[int, Measured] = {}
         with evaluating(self.model):
@@ -110,7 +115,7 @@ class Reference:
         return [result[at] for at in range(len(ids))]
 
     def _measure(self, ids: list[np.ndarray], supervised: list[np.ndarray]) -> list[Measured]:
-        """Score one batch, padded on the right: a causal model does not see that padding, so it needs no mask."""
+        """Score one batch. Its padding is on the right, so a causal model needs no mask."""
         lengths = [len(row) for row in ids]
         tokens, predicts = np.zeros((len(ids), max(lengths)), np.int64), np.zeros((len(ids), max(lengths)), bool)
         for row, (its, wanted) in enumerate(zip(ids, supervised, strict=True)):
@@ -129,7 +134,7 @@ class Reference:
         return [Measured(rank[at].astype(np.int32), prob[at], entropy[at]) for at in rows]
 
     def _logits(self, x: Tensor, predicts: np.ndarray, lengths: list[int]) -> Iterator[Tensor]:
-        """Logits [n <= CHUNK, V] of the positions `predicts` [B, T] of x [B, T], in their order."""
+        """Yield logits `[n <= CHUNK, V]` of the positions `predicts` `[B, T]` of x `[B, T]`, in their order."""
         if self.decoder is not None and self.head is not None:
             hidden = self.decoder(input_ids=x.to(self.device), use_cache=False).last_hidden_state.flatten(0, 1)
             for at in torch.from_numpy(predicts.ravel().nonzero()[0]).to(hidden.device).split(CHUNK):
@@ -143,14 +148,15 @@ class Reference:
 
 @dataclass
 class TargetScores:
-    """How n predictions rate the token that really follows.
+    """Scores of n target tokens.
 
     Args:
-        rank: [n] int64, 0 for the most probable token; of tokens with the same logit the lower id comes first.
-        log_prob: [n] float32, log-probability in nats.
-        entropy: [n] float32 of the whole distribution, in nats.
-        top_ids: [n, k] int64, the k most probable tokens, most probable first.
-        top_prob: [n, k] float32, their probabilities.
+        rank: Rank of the target, `[n]` int64, 0 for the most probable token. The lower id ranks first among equal
+            logits.
+        log_prob: Log-probability of the target in nats, `[n]` float32.
+        entropy: Entropy of the distribution in nats, `[n]` float32.
+        top_ids: Ids of the k most probable tokens, most probable first, `[n, k]` int64.
+        top_prob: Probabilities of these tokens, `[n, k]` float32.
     """
 
     rank: Tensor
@@ -161,21 +167,24 @@ class TargetScores:
 
     @property
     def prob(self) -> Tensor:
-        """[n] float32, probability."""
+        """Probability of the target, `[n]` float32."""
         return self.log_prob.exp()
 
 
 def score_targets(logits: Tensor, target: Tensor, top_k: int = 0, name: str = "the model") -> TargetScores:
-    """Rank, log-probability and entropy of `target` [n] int64 under `logits` [n, V], and the `top_k` best tokens.
+    """Return rank, log-probability and entropy of the targets, and the most probable tokens.
 
-    The logits are read in pieces that fit a CPU's cache, into buffers that are used again: the plain computation costs
-    as much as the head itself.
+    The function reads the logits in pieces that fit a CPU's cache, and reuses its buffers. Without this it costs as
+    much as the head itself.
 
     Args:
-        name: of the model, for the message.
+        logits: Logits, `[n, V]`.
+        target: Ids of the target tokens, `[n]` int64.
+        top_k: Number of most probable tokens to return.
+        name: Name of the model in messages.
 
     Raises:
-        ValueError: the logits hold NaN or positive infinity.
+        ValueError: The logits contain NaN or positive infinity.
     """
     (n, V), device = logits.shape, logits.device
     target = target.to(device)[:, None]
@@ -195,13 +204,15 @@ def score_targets(logits: Tensor, target: Tensor, top_k: int = 0, name: str = "t
             top, best = _most_probable(z, top_k)
             peak = top[:, :1]
             rank[at] = ((top > own) | ((top == own) & (best < aim))).sum(1)
-            rest = (own <= top[:, -1:]).squeeze(1).nonzero().squeeze(1)  # tokens beside the k may precede the target
+            rest = (
+                (own <= top[:, -1:]).squeeze(1).nonzero().squeeze(1)
+            )  # tokens outside the top k may rank before the target
             if len(rest):
                 rank[start + rest] = _rank(z[rest], own[rest], aim[rest], ids, p[: len(rest)])
         else:
             peak = z.amax(1, keepdim=True)
             rank[at] = _rank(z, own, aim, ids, p)
-        torch.sub(z, peak, out=shifted).clamp_(min=-100)  # a logit of -inf adds nothing to the entropy, not NaN
+        torch.sub(z, peak, out=shifted).clamp_(min=-100)  # a logit of -inf must add 0 to the entropy, not NaN
         mass = torch.exp(shifted, out=p).sum(1, keepdim=True)
         norm = mass.log()
         log_prob[at] = (own - peak - norm).squeeze(1)
@@ -214,9 +225,9 @@ def score_targets(logits: Tensor, target: Tensor, top_k: int = 0, name: str = "t
 
 
 def _rank(z: Tensor, own: Tensor, target: Tensor, ids: Tensor, buffer: Tensor) -> Tensor:
-    """Rank [n] of `target` [n, 1], whose logit is `own` [n, 1], under z [n, V], with a buffer [n, V] float32.
+    """Return the rank `[n]` of `target` `[n, 1]`, whose logit is `own` `[n, 1]`, under z `[n, V]`.
 
-    Comparisons are written as float32, whose sum is faster and exact below 2^24.
+    The buffer `[n, V]` holds comparisons as float32. Their sum is faster, and exact below 2^24.
     """
     rank = torch.gt(z, own, out=buffer).sum(1)
     tied = (torch.eq(z, own, out=buffer).sum(1) > 1).nonzero().squeeze(1)
@@ -226,7 +237,10 @@ def _rank(z: Tensor, own: Tensor, target: Tensor, ids: Tensor, buffer: Tensor) -
 
 
 def _most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of z [n, V] and their ids, both [n, k], falling; of equal ones the lower id comes first."""
+    """Return the k largest entries of z `[n, V]` and their ids, both `[n, k]`, in falling order.
+
+    The lower id comes first among equal entries.
+    """
     top, ids = topk(z, k)
     ids, order = ids.sort()
     top, order = top.gather(1, order).sort(descending=True, stable=True)
@@ -234,7 +248,10 @@ def _most_probable(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices of rows by batch, longest rows first, rows * longest <= `tokens_per_batch` or a single row."""
+    """Return the indices of the rows of each batch, longest rows first.
+
+    A batch has at most `tokens_per_batch` tokens with padding, or a single row.
+    """
     order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
     found, start = [], 0
     while start < len(order):
@@ -246,7 +263,7 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model without dropout; its mode is restored afterwards."""
+    """Set a model to evaluation mode, and restore its mode at the end of the block."""
     training = model.training
     model.eval()
     try:
@@ -256,13 +273,17 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer: Any, max_length: int) -> None:
-    """Whether a reference reads what `tokenizer` writes.
+    """Check that a reference model fits the base's tokenizer and the length of the rows.
 
     Args:
-        reference_tokenizer: the reference's; None: the one at the place it was loaded from, if it was.
+        model: Reference model.
+        tokenizer: Tokenizer of the base.
+        reference_tokenizer: Tokenizer of the reference model. None loads it from the model's own source, if known.
+        max_length: Maximum length of the rows.
 
     Raises:
-        ValueError: a token has another id there, an id has no embedding, or it knows too few positions.
+        ValueError: A token has another id in the reference model, an id has no embedding, or the model has too few
+            positions.
     """
     name = model.name_or_path or type(model).__name__
     if reference_tokenizer is None and model.name_or_path:
@@ -285,10 +306,10 @@ def check_reference(model: PreTrainedModel, tokenizer: Any, reference_tokenizer:
 
 
 def check_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Whether a reference can read rows of `max_length` tokens.
+    """Check that a reference model has at least `max_length` positions.
 
     Raises:
-        ValueError: it has fewer positions.
+        ValueError: The model has fewer positions.
     """
     name = model.name_or_path or type(model).__name__
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

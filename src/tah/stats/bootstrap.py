@@ -1,7 +1,7 @@
-"""Confidence intervals by resampling texts (or questions), and how well a score ranks the tokens it should find.
+"""Bootstrap intervals over texts (or questions), and AUROC and average precision of a score.
 
-Shapes: N tokens of K texts, S samples. Sample 0 is the data itself, so a statistic is an array [S] whose entry 0 is its
-value. Tokens of a text depend on each other, so texts are drawn, not tokens.
+Shapes: N tokens of K texts, S samples. Sample 0 is the data itself, so a statistic is an array `[S]` whose entry 0 is
+its value. The tokens of a text depend on each other, so the bootstrap draws texts, not tokens.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ Estimate = dict[str, "float | None"]
 
 
 class Resampled:
-    """Draws of K texts out of K, with replacement.
+    """Bootstrap samples: draws of K texts out of K, with replacement.
 
     Args:
-        text: [N] text of every token, from 0.
-        samples: how many draws.
-        seed: of the draws.
-        level: share of the draws that an interval covers.
+        text: Index of each token's text, `[N]`.
+        samples: Number of draws.
+        seed: Random seed.
+        level: Share of the draws that an interval covers.
     """
 
     def __init__(self, text: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95) -> None:
         self.names, self.text = np.unique(text, return_inverse=True)
         K = len(self.names)
         draws = np.random.default_rng(seed).multinomial(K, np.full(K, 1 / K), size=samples)
-        self.weights = np.vstack([np.ones(K), draws])  # [S, K] how often each text counts
+        self.weights = np.vstack([np.ones(K), draws])  # [S, K] count of each text
         self.level = level
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """Sum of `values` [N] in every sample: [S]."""
+        """Return the sum of `values` `[N]` in each sample, `[S]`."""
         return self.weights @ np.bincount(self.text, values, len(self.names))
 
     def mean(self, values: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-        """Mean of `values` [N] in every sample: [S]; nan where the weights [N] (1 by default) are all 0."""
+        """Return the mean of `values` `[N]` in each sample, `[S]`; NaN if all weights `[N]` (1 by default) are 0."""
         weight = np.ones(len(self.text)) if weight is None else np.asarray(weight, np.float64)
         return ratio(self.total(values * weight), self.total(weight))
 
     def estimate(self, sampled: np.ndarray) -> Estimate:
-        """The value of a statistic [S] and the ends of its interval; None where undefined, as with a single text."""
+        """Return the value and interval of a statistic `[S]`; an undefined number is None, as with a single text."""
         drawn = sampled[1:][np.isfinite(sampled[1:])]
         low = high = None
         if len(self.names) > 1 and len(drawn):
@@ -47,22 +47,22 @@ class Resampled:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above [S] / below [S], nan where `below` is 0."""
+    """Return above `[S]` / below `[S]`; NaN where `below` is 0."""
     return np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0)
 
 
 def ranking(
     score: np.ndarray, wanted: np.ndarray, text: np.ndarray | None = None, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision, each [S], of a score; nan where all or none of the tokens are wanted.
+    """Return AUROC and average precision of a score, each `[S]`; NaN if all or none of the tokens are positive.
 
-    Tokens with equal scores are taken together: half of their pairs count for AUROC, and a threshold takes all or none.
+    Tokens with equal scores form one group. AUROC counts half of their pairs, and a threshold selects all or none.
 
     Args:
-        score: [N] higher where the token should be found.
-        wanted: [N] bool.
-        text: [N] index of each token's text, 0 to K - 1; needed with `weights`.
-        weights: [S, K] how often each text counts; by default once, with S = 1.
+        score: Score of each token, `[N]`, higher for tokens that are predicted positive.
+        wanted: Whether each token is positive, `[N]` bool.
+        text: Index of each token's text from 0 to K - 1, `[N]`; required with `weights`.
+        weights: Count of each text in each sample, `[S, K]`; by default each text counts once, with S = 1.
     """
     order = np.argsort(-score, kind="stable")
     falling, wanted = score[order], wanted[order].astype(np.float64)

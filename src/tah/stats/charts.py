@@ -1,8 +1,8 @@
-"""Charts with matplotlib: as a PNG, or as an SVG that stands in a page of HTML.
+"""Draw charts with matplotlib, as a PNG or as an SVG inside an HTML page.
 
-The same figure always gives the same bytes. In a page the text of an SVG is text, its colours follow the page's light
-or dark style, and nothing in it has an id, which another chart might have too, or a `style`, which a content security
-policy may forbid.
+The same figure always gives the same bytes. In a page the text of an SVG is text, and its colours follow the light or
+dark style of the page. Its elements have no id, since ids of two charts could collide, and no `style`, since a content
+security policy may forbid it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("charts need one more package: pip install 'tah[report]'") from error
 
-COLOURS = {  # in a page they are its variables of these names: --ink, ...
+COLOURS = {  # an HTML page defines CSS variables of these names: --ink, ...
     "ink": "#1b1d21",
     "soft": "#5d6068",
     "line": "#dedbd3",
@@ -35,7 +35,7 @@ VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tah",
-    "text.parse_math": False,  # a token may hold dollar signs
+    "text.parse_math": False,  # a token may contain dollar signs
     "path.simplify": False,
     "font.size": 11,
     "axes.spines.top": False,
@@ -48,31 +48,36 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": "small",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), COLOURS["soft"]),
 }
-POINT = 72  # to the inch; the unit of an SVG
+POINT = 72  # points per inch; the unit of an SVG
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all charts, for a `with` around drawing and saving, or as a decorator."""
+    """Apply the style of all charts, as a context around drawing and saving, or as a decorator."""
     with matplotlib.rc_context(STYLE):
         yield
 
 
 def new_chart(width: float = 6.4, height: float = 3.9) -> tuple[Figure, Axes]:
-    """A figure of so many inches, and its axes."""
+    """Return a new figure with the given width and height in inches, and its axes."""
     figure = Figure(figsize=(width, height), dpi=POINT, layout="constrained")
     return figure, figure.subplots()
 
 
 def as_png(figure: Figure) -> bytes:
-    """A file, 144 dots to the inch."""
+    """Return a figure as the bytes of a PNG file with 144 dots per inch."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=2 * POINT)
     return content.getvalue()
 
 
 def as_svg(figure: Figure, label: str) -> str:
-    """An `<svg>` element for a page; the label is for those who cannot see it. An artist's `gid` is its class there."""
+    """Return a figure as an `<svg>` element for an HTML page.
+
+    Args:
+        figure: Figure to draw. The `gid` of an artist becomes the class of its element.
+        label: Description for screen readers.
+    """
     content = StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page has more fonts
@@ -87,7 +92,7 @@ def as_svg(figure: Figure, label: str) -> str:
         for child in list(parent):
             if child.tag in ("metadata", "defs"):
                 parent.remove(child)
-            elif child.tag == "use":  # a marker, drawn in its place instead of referred to
+            elif child.tag == "use":  # a marker, copied to its place, since a reference needs an id
                 marker = markers[child.get("{http://www.w3.org/1999/xlink}href", "")]
                 child.tag = "path"
                 child.set("d", marker.get("d", ""))
@@ -99,7 +104,7 @@ def as_svg(figure: Figure, label: str) -> str:
 
 
 def _presented(given: Mapping[str, str]) -> dict[str, str]:
-    """The attributes of an element, each property of its style as one, without the names that matplotlib counts."""
+    """Return the attributes of an element: style properties as attributes, without the ids that matplotlib numbers."""
     found = {name: given[name] for name in ("d", "x", "y", "transform") if name in given}
     for entry in given.get("style", "").split(";"):
         name, _, value = (part.strip() for part in entry.partition(":"))

@@ -1,4 +1,4 @@
-"""The threshold that a decider should use, and its quality, from its probabilities and the effect of second passes.
+"""Choose the threshold of a decider, and measure its quality, from continue probabilities and losses by depth.
 
 Shapes: n supervised tokens.
 """
@@ -12,26 +12,26 @@ import numpy as np
 
 from .bootstrap import ranking
 
-BINS = 10  # of the calibration table
+BINS = 10  # rows of the calibration table
 
 
 @dataclass
 class Decisions:
-    """The decider's probabilities for n supervised tokens after depth 1, and what a second pass does to them."""
+    """The continue probabilities of n supervised tokens after depth 1, and their losses at depth 1 and 2."""
 
-    probability: np.ndarray  # [n] float64, of going on
-    hard: np.ndarray  # [n] bool, whether the token should go on
+    probability: np.ndarray  # [n] float64, continue probability
+    hard: np.ndarray  # [n] bool, whether the token is labelled hard
     loss_one: np.ndarray  # [n] cross-entropy after depth 1, nats
-    loss_two: np.ndarray  # [n] after a second pass of every supervised token
+    loss_two: np.ndarray  # [n] cross-entropy after depth 2 of every supervised token, nats
 
 
 def threshold_for_share(probability: np.ndarray, share: float) -> float:
-    """The threshold that a `share` of the probabilities [n] exceeds, half-way between the two that it separates."""
+    """Return the threshold that a `share` of the probabilities `[n]` exceeds, midway between the two neighbours."""
     return _between(np.sort(probability)[::-1], round(share * len(probability)))
 
 
 def threshold_for_loss(decisions: Decisions) -> float:
-    """The threshold at which the mean cross-entropy is lowest; it does not separate equal probabilities."""
+    """Return the threshold with the lowest mean cross-entropy; it does not separate equal probabilities."""
     order = np.argsort(-decisions.probability, kind="stable")
     falling = decisions.probability[order]
     gained = np.concatenate([[0.0], np.cumsum((decisions.loss_one - decisions.loss_two)[order])])
@@ -40,17 +40,17 @@ def threshold_for_loss(decisions: Decisions) -> float:
 
 
 def _between(falling: np.ndarray, count: int) -> float:
-    """A threshold that `count` of the falling probabilities [n] exceed (fewer where some are equal)."""
+    """Return a threshold that `count` of the probabilities `[n]`, in falling order, exceed; fewer if some are equal."""
     above = falling[count - 1] if count > 0 else 1.0
     below = falling[count] if count < len(falling) else 0.0
     return float(np.clip((above + below) / 2, 0.0, 1.0))
 
 
 def quality(decisions: Decisions, threshold: float) -> dict[str, Any]:
-    """AUROC, average precision, precision and recall at the threshold, calibration, and the losses by policy.
+    """Return AUROC, average precision, precision and recall at the threshold, calibration, and the loss by policy.
 
-    Numbers that are undefined (no token iterates; all or none are hard) are None. `calibration` has, for each tenth of
-    probability, the number of tokens, their mean probability (`said`) and the share of them that is hard (`was`).
+    Undefined numbers (no token iterates; all or none are hard) are None. `calibration` has an entry for each tenth of
+    the probability range: the number of tokens, their mean probability (`said`) and their share of hard tokens (`was`).
     """
     p, hard, goes = decisions.probability, decisions.hard, decisions.probability > threshold
     (auroc,), (average_precision,) = ranking(p, hard)
