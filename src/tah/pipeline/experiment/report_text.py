@@ -77,9 +77,9 @@ def statements(found: Numbers) -> list[str]:
         others = ", ".join(f"{name} {percent(tokens[name]['accuracy'])}" for name in ("never", "confidence", "random"))
         its = tokens[own]
         lines.append(
-            f"The decider iterates {percent(its['iterated_share'])} of the tokens of the given texts. "
-            f"Its token accuracy is {percent(its['accuracy'])} ({others}). "
-            f"Its second passes correct {its['fixed']} tokens and break {its['broke']}, against `never`."
+            f"With the decider, {percent(its['iterated_share'])} of the tokens of the given texts iterate. "
+            f"The token accuracy is {percent(its['accuracy'])} ({others}). "
+            f"The second passes correct {its['fixed']} tokens and break {its['broke']}, against `never`."
         )
     if "oracle" in tokens:
         lines.append(_about_oracle(tokens))
