@@ -115,7 +115,7 @@ def _plain(value: Any, path: str) -> Any:
     if value.keys() == {"__dtype__", "__str__"} and value["__dtype__"] is True and dtype:
         return dtype
     asked = f"{value.get('__module__')}.{value.get('__name__')}" if "__type__" in value else json.dumps(value)
-    raise ValueError(f"{CONFIG} asks for {asked} at {path or 'its top'}, which is not data; refused")
+    raise ValueError(f"{CONFIG} requires {asked} at {path or 'its top'}, which is not data; refused")
 
 
 @dataclass
@@ -164,10 +164,12 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
         stop = _arguments(deciding, {"max_iter": config["max_iter"]} | fresh, "eval_iter_decider")["max_iter"]
         if deciding == trained == MLP:
             arguments = _arguments(MLP, given | fresh, "eval_iter_decider")
-            notes.append("eval_iter_decider names a class, which the original would build untrained; ours is trained")
+            notes.append(
+                "eval_iter_decider names a class, which the original would build untrained; this one is trained"
+            )
     if MLP in (trained, deciding) and (saved is None or trained != MLP):
         missing = f"{path.name} is missing" if saved is None else f"iter_decider is {trained}"
-        raise ValueError(f"{CONFIG} asks for a trained {MLP}, but {missing}")
+        raise ValueError(f"{CONFIG} requires a trained {MLP}, but {missing}")
     if stop < config["max_iter"]:
         notes.append(f"max_iter is {config['max_iter']}, but the decider stops at its own {stop}: max_depth is {stop}")
     policy, depth = "oracle" if deciding == LABEL else "decider", min(stop, config["max_iter"])
@@ -233,7 +235,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         text = str(error)
         asked = re.search(r"GLOBAL (\S+)", text)
-        what = f"asks for {asked[1]}" if asked else f"holds more than tensors and containers ({_reason(text)})"
+        what = f"requires {asked[1]}" if asked else f"holds more than tensors and containers ({_reason(text)})"
         raise ValueError(f"{path.name} {what}, which is not data; refused") from None
     except Exception as error:  # damaged bytes raise errors of many types
         raise ValueError(f"{path.name} is damaged or truncated: torch.load cannot read it") from error
