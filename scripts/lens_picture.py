@@ -1,4 +1,4 @@
-"""Write docs/images/lens.png: the depth lens of the bundled `follow-tah` on its problems. Needs an installed chromium."""
+"""Write docs/images/lens.png: the depth lens of the bundled `follow-tah` on its problems. Needs chromium."""
 
 from __future__ import annotations
 

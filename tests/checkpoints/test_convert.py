@@ -295,7 +295,7 @@ def test_unknown_decider_argument_is_refused(src: Path, tmp_path: Path) -> None:
 
 def test_missing_decider_is_refused(src: Path, tmp_path: Path) -> None:
     (src / "iter_decider.bin").unlink()
-    expected = "tah_config.json asks for a trained MLPIterDecider, but iter_decider.bin is missing"
+    expected = "tah_config.json requires a trained MLPIterDecider, but iter_decider.bin is missing"
     assert refusal(src, tmp_path) == expected
 
 
@@ -338,7 +338,9 @@ def test_evaluation_decider_by_class_takes_its_own_arguments(src: Path, tmp_path
     edit(src / "tah_config.json", eval_iter_decider="MLPIterDecider", eval_iter_decider_kwargs={"threshold": 0.75})
     report, model = converted(src, tmp_path)
     assert model.config.policy == "decider" and report.threshold == 0.75
-    assert "eval_iter_decider names a class, which the original would build untrained; ours is trained" in report.notes
+    assert (
+        "eval_iter_decider names a class, which the original would build untrained; this one is trained" in report.notes
+    )
 
 
 @pytest.mark.parametrize("alias", [None, "", "iter_decider"])
@@ -355,7 +357,7 @@ def test_evaluation_decider_nobody_trained_is_refused(src: Path, tmp_path: Path)
         iter_decider_kwargs={},
         eval_iter_decider="MLPIterDecider",
     )
-    expected = "tah_config.json asks for a trained MLPIterDecider, but iter_decider is IterLabelDecider"
+    expected = "tah_config.json requires a trained MLPIterDecider, but iter_decider is IterLabelDecider"
     assert refusal(src, tmp_path) == expected
 
 

@@ -133,7 +133,7 @@ def test_config_that_asks_for_an_object_is_refused(
     src: Path, tmp_path: Path, change: dict[str, Any], where: str, asked: str
 ) -> None:
     edit(src / "tah_config.json", **change)
-    assert refusal(src, tmp_path) == f"tah_config.json asks for {asked} at {where}, which is not data; refused"
+    assert refusal(src, tmp_path) == f"tah_config.json requires {asked} at {where}, which is not data; refused"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_code_in_the_decider_never_runs(src: Path, tmp_path: Path, kind: Any, as
     torch.load(path, weights_only=False)
     assert marker.exists(), "the payload itself does not work"
     marker.unlink()
-    assert refusal(src, tmp_path) == f"iter_decider.bin asks for {asked}, which is not data; refused"
+    assert refusal(src, tmp_path) == f"iter_decider.bin requires {asked}, which is not data; refused"
     assert not marker.exists()
 
 
@@ -225,7 +225,7 @@ def test_pickles_of_every_protocol_are_refused(src: Path, tmp_path: Path, protoc
     if archive:
         with_pickle(src / "iter_decider.bin", data)
         assert refusal(src, tmp_path).startswith(
-            ("iter_decider.bin asks for posix.system", "iter_decider.bin holds more")
+            ("iter_decider.bin requires posix.system", "iter_decider.bin holds more")
         )
     else:
         (src / "iter_decider.bin").write_bytes(data)
@@ -236,11 +236,11 @@ def test_pickles_of_every_protocol_are_refused(src: Path, tmp_path: Path, protoc
 @pytest.mark.parametrize(
     ("opcodes", "expected"),
     [
-        (b"cposix\nsystem\n(S'touch ran'\ntR.", "iter_decider.bin asks for posix.system, which is not data; refused"),
+        (b"cposix\nsystem\n(S'touch ran'\ntR.", "iter_decider.bin requires posix.system, which is not data; refused"),
         (b"(S'touch ran'\niposix\nsystem\n.", "iter_decider.bin holds more than tensors and containers (Unsupported"),
-        (b"\x80\x02cbuiltins\ngetattr\n.", "iter_decider.bin asks for getattr, which is not data; refused"),
-        (b"\x80\x02c__main__\nX\n)\x81.", "iter_decider.bin asks for __main__.X, which is not data; refused"),
-        (b"\x80\x02ctorch\nload\n.", "iter_decider.bin asks for torch.load, which is not data; refused"),
+        (b"\x80\x02cbuiltins\ngetattr\n.", "iter_decider.bin requires getattr, which is not data; refused"),
+        (b"\x80\x02c__main__\nX\n)\x81.", "iter_decider.bin requires __main__.X, which is not data; refused"),
+        (b"\x80\x02ctorch\nload\n.", "iter_decider.bin requires torch.load, which is not data; refused"),
         (b"\x80\x02\x82\x01.", "iter_decider.bin holds more than tensors and containers (Unsupported operand 130)"),
         (b"\x80\x02", "iter_decider.bin is damaged or truncated: torch.load cannot read it"),
     ],
@@ -278,7 +278,7 @@ def test_truncated_decider_is_refused(src: Path, tmp_path: Path, cut: float) -> 
 def test_objects_among_the_arguments_are_refused(src: Path, tmp_path: Path, value: Any, asked: str) -> None:
     torch.save(payload(src, value), src / "iter_decider.bin")
     message = refusal(src, tmp_path)
-    assert message.startswith(f"iter_decider.bin asks for {asked}") and message.endswith("which is not data; refused")
+    assert message.startswith(f"iter_decider.bin requires {asked}") and message.endswith("which is not data; refused")
 
 
 def test_script_archive_is_refused(src: Path, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_environment_cannot_switch_the_restriction_off(
     marker = tmp_path / "ran"
     torch.save(Command(f"touch {marker}"), src / "iter_decider.bin")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    assert refusal(src, tmp_path) == "iter_decider.bin asks for posix.system, which is not data; refused"
+    assert refusal(src, tmp_path) == "iter_decider.bin requires posix.system, which is not data; refused"
     assert not marker.exists()
 
 

@@ -1,8 +1,8 @@
-"""Files of the original implementation, read as plain data.
+"""Read the files of original checkpoints as plain data.
 
-Everything here comes from a download and is trusted with nothing: `iter_decider.bin`, a pickle, is opened by torch's
-restricted unpickler with nothing added to what it admits, and `tah_config.json` may name dtypes but no other object.
-Whatever a TaH model cannot do is refused with the file and the entry; nothing is guessed.
+These files are untrusted downloads. The pickle `iter_decider.bin` is opened by torch's restricted unpickler without
+additional permitted objects. `tah_config.json` may name dtypes but no other objects. An entry that a TaH model does not
+support raises `ValueError` with the file and the entry; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch import Tensor
 CONFIG, DECIDER = "tah_config.json", "iter_decider.bin"
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 MLP, LABEL = "MLPIterDecider", "IterLabelDecider"
-ARGUMENTS: dict[str, dict[str, Any]] = {  # of each decider class, with its defaults; see convert.py for their source
+ARGUMENTS: dict[
+    str, dict[str, Any]
+] = {  # arguments of each decider class with their defaults; convert.py names the source
     MLP: {
         "topk": 100,
         "hidden_states_size": 1024,
@@ -51,10 +53,11 @@ TAH2 = {"weighted_hidden_method", "iter_attention_impl", "memory_lean_fp32_reduc
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """`tah_config.json`, with dtypes decoded and everything checked but the deciders' arguments.
+    """Return the content of `tah_config.json` with decoded dtypes. Only the deciders' arguments are not checked here.
 
     Raises:
-        ValueError: it is missing or malformed, asks for an object, or asks for what a TaH model cannot do.
+        ValueError: The file is missing or malformed, requires an object, or requires something that a TaH model does
+            not support.
     """
     path = source / CONFIG
     if not path.is_file():
@@ -86,12 +89,12 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def is_original(directory: Path) -> bool:
-    """Whether a directory has the layout of the original implementation."""
+    """Return whether a directory has the layout of the original implementation."""
     return (directory / CONFIG).is_file()
 
 
 def own_files(config: dict[str, Any]) -> list[str]:
-    """The paths that the decider and the adapter may have, by `tah_config.json`."""
+    """Return the possible paths of the decider and the adapter for a `tah_config.json`."""
     kwargs = config.get("iter_decider_kwargs")
     moved = kwargs.get("load_path") if isinstance(kwargs, dict) else None
     files = [DECIDER, "lora/adapter_config.json", "lora/adapter_model.safetensors"]
@@ -101,7 +104,7 @@ def own_files(config: dict[str, Any]) -> list[str]:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """The JSON value with dtypes decoded; any other request for an object is a `ValueError`."""
+    """Return a JSON value with decoded dtypes; any other reference to an object raises `ValueError`."""
     if isinstance(value, list):
         return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -112,18 +115,18 @@ def _plain(value: Any, path: str) -> Any:
     if value.keys() == {"__dtype__", "__str__"} and value["__dtype__"] is True and dtype:
         return dtype
     asked = f"{value.get('__module__')}.{value.get('__name__')}" if "__type__" in value else json.dumps(value)
-    raise ValueError(f"{CONFIG} asks for {asked} at {path or 'its top'}, which is not data; refused")
+    raise ValueError(f"{CONFIG} requires {asked} at {path or 'its top'}, which is not data; refused")
 
 
 @dataclass
 class OriginalDecider:
-    """What decides at inference, and the trained MLP if there is one.
+    """The policy at inference, and the trained MLP if there is one.
 
     Attributes:
-        policy: `decider` or `oracle`.
-        max_depth: after which the model or its decider stops, whichever is first.
-        arguments: of the MLP, complete; only `threshold` and `dtype` without one.
-        state: the MLP's tensors by name, or None.
+        policy: Name of the policy, `decider` or `oracle`.
+        max_depth: Smaller one of the maximum depths of the model and its decider.
+        arguments: All arguments of the MLP; without an MLP only `threshold` and `dtype`.
+        state: Tensors of the MLP by name, or None.
     """
 
     policy: str
@@ -133,10 +136,15 @@ class OriginalDecider:
 
 
 def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> OriginalDecider:
-    """The decider that the original would run at inference; `notes` gets what may surprise.
+    """Return the decider that the original implementation uses at inference.
+
+    Args:
+        source: Directory of the checkpoint.
+        config: Result of `read_config`.
+        notes: List to which the function appends notes about unexpected properties.
 
     Raises:
-        ValueError: it is missing, damaged, not data, or of a class that a TaH model does not have.
+        ValueError: The decider is missing or damaged, is not plain data, or has a class that a TaH model does not have.
     """
     given = dict(config.get("iter_decider_kwargs") or {})
     path = _decider_file(source, given.pop("load_path", None))
@@ -156,10 +164,12 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
         stop = _arguments(deciding, {"max_iter": config["max_iter"]} | fresh, "eval_iter_decider")["max_iter"]
         if deciding == trained == MLP:
             arguments = _arguments(MLP, given | fresh, "eval_iter_decider")
-            notes.append("eval_iter_decider names a class, which the original would build untrained; ours is trained")
+            notes.append(
+                "eval_iter_decider names a class, which the original would build untrained; this one is trained"
+            )
     if MLP in (trained, deciding) and (saved is None or trained != MLP):
         missing = f"{path.name} is missing" if saved is None else f"iter_decider is {trained}"
-        raise ValueError(f"{CONFIG} asks for a trained {MLP}, but {missing}")
+        raise ValueError(f"{CONFIG} requires a trained {MLP}, but {missing}")
     if stop < config["max_iter"]:
         notes.append(f"max_iter is {config['max_iter']}, but the decider stops at its own {stop}: max_depth is {stop}")
     policy, depth = "oracle" if deciding == LABEL else "decider", min(stop, config["max_iter"])
@@ -174,7 +184,7 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
 
 
 def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
-    """The decider's arguments with the class's defaults, checked."""
+    """Check the decider's arguments, and return them with the defaults of the class."""
     if name not in ARGUMENTS:
         raise ValueError(f"{CONFIG}: {entry} is {name!r}, which a TaH model does not have; only {MLP} or {LABEL}")
     for key, value in given.items():
@@ -191,7 +201,7 @@ def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
 
 
 def _decider_file(source: Path, load_path: Any) -> Path:
-    """Where the decider is, which `iter_decider_kwargs.load_path` may move, but not out of the checkpoint."""
+    """Return the path of the decider. `iter_decider_kwargs.load_path` may change it, but only within the checkpoint."""
     if load_path is None:
         return source / DECIDER
     inside = os.path.normpath(load_path) if isinstance(load_path, str) else ".."
@@ -205,13 +215,16 @@ def _decider_file(source: Path, load_path: Any) -> Path:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The `{"class": str, "state_dict": {name: tensor}, "init_args": {...}}` of a decider's file.
+    """Return the `{"class": str, "state_dict": {name: tensor}, "init_args": {...}}` of a decider's file.
 
     Raises:
-        ValueError: the file is damaged, is something else, or asks for anything but tensors, dtypes and containers.
+        ValueError: The file is damaged, has another content, or requires objects other than tensors, dtypes and
+            containers.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # what torch.save writes; torch also reads bare pickles, we do not
+        if (
+            file.read(4) != b"PK\x03\x04"
+        ):  # the format of torch.save; torch also reads bare pickles, which are not supported here
             raise ValueError(f"{path.name} is not an archive written by torch.save; refused")
     admitted = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -222,9 +235,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         text = str(error)
         asked = re.search(r"GLOBAL (\S+)", text)
-        what = f"asks for {asked[1]}" if asked else f"holds more than tensors and containers ({_reason(text)})"
+        what = f"requires {asked[1]}" if asked else f"holds more than tensors and containers ({_reason(text)})"
         raise ValueError(f"{path.name} {what}, which is not data; refused") from None
-    except Exception as error:  # whatever a reader of damaged bytes comes up with
+    except Exception as error:  # damaged bytes raise errors of many types
         raise ValueError(f"{path.name} is damaged or truncated: torch.load cannot read it") from error
     finally:
         torch.serialization.add_safe_globals(admitted)
@@ -232,13 +245,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _reason(text: str) -> str:
-    """The reason in torch's message: its last paragraph but one."""
+    """Return the reason in torch's message, which is its second-last paragraph."""
     paragraphs = [part.strip().splitlines()[0] for part in text.split("\n\n") if part.strip()]
     return paragraphs[-2].rstrip(".") if len(paragraphs) > 1 else "a pickle that torch refuses"
 
 
 def _checked(data: Any, name: str) -> dict[str, Any]:
-    """The decider's dictionary, once every part of it has the type it should."""
+    """Check the types of all parts of the decider's dictionary, and return it."""
     parts = {"class": str, "state_dict": dict, "init_args": dict}
     if not isinstance(data, dict) or any(not isinstance(data.get(key), kind) for key, kind in parts.items()):
         raise ValueError(f"{name} does not hold a decider: it needs class, state_dict and init_args")

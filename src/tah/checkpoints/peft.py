@@ -1,8 +1,8 @@
-"""PEFT LoRA directories, read into and written from the LoRA of a model.
+"""Read PEFT LoRA directories into the LoRA of a model, and write them from it.
 
-A PEFT directory is `adapter_config.json` and `adapter_model.safetensors`. Its tensors are ours under another prefix:
-`base_model.model.<layer>.lora_A.weight` there is `base.<layer>.lora_A.weight` here. PEFT has no depth: loaded by PEFT,
-the adapter changes every pass as it changes the passes from depth 2 on here.
+A PEFT directory has the files `adapter_config.json` and `adapter_model.safetensors`. Its tensors differ only by their
+prefix: `base_model.model.<layer>.lora_A.weight` in PEFT is `base.<layer>.lora_A.weight` here. PEFT has no depth. Loaded
+by PEFT, the adapter changes every pass; here it changes only the passes from depth 2 on.
 
 Shapes: lora_A is [r, I] and lora_B [O, r], of rank r on a layer from width I to O.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# Entries that are read below or change nothing about a finished adapter. PEFT leaves the others empty unless they are
-# used, so a value in any other entry means more than a plain low-rank update.
+# Entries that are read below or do not affect a trained adapter. PEFT leaves the other entries empty unless they are
+# used, so a value in one of them means more than a plain low-rank update.
 PLAIN = """r lora_alpha lora_dropout target_modules exclude_modules use_rslora bias init_lora_weights fan_in_fan_out
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core
     qalora_group_size""".split()
 ALL = "all-linear"
-PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the others also rewrite the base
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # other values also change the base
 
 
 @dataclass
@@ -45,10 +45,10 @@ class Adapter:
     tensors: dict[str, Tensor]
 
     def fields(self, base: nn.Module) -> dict[str, Any]:
-        """The `TaHConfig` fields of a model that this adapter fits.
+        """Return the `TaHConfig` fields of a model that this adapter fits.
 
-        Layers are named by their leaves where the leaves select just these layers of the base, or where the settings
-        name leaves. Otherwise each is named whole.
+        The targets are leaf names if these select exactly the adapted layers of the base, or if the settings have leaf
+        names. Otherwise they are full names.
         """
         rank, alpha, targets = self.settings["r"], self.settings["lora_alpha"], self.settings.get("target_modules")
         leaves = {layer.rpartition(".")[2] for layer in self.layers}
@@ -76,8 +76,13 @@ class Adapter:
         return {name.rpartition(".lora_")[0] for name in self.tensors}
 
     def check_shapes(self, base: nn.Module) -> None:
-        """Raise `ValueError` where a tensor does not fit the base's layer and the rank in the settings, by which models
-        are made. Layers that the base does not have are left to whoever makes the model."""
+        """Check the shapes of the tensors against the base's layers and the rank in the settings.
+
+        Layers that the base does not have are not checked here; building the model raises an error for them.
+
+        Raises:
+            ValueError: A tensor has another shape.
+        """
         rank, modules = self.settings["r"], dict(base.named_modules())
         for name, tensor in self.tensors.items():
             layer, _, kind = name.rpartition(".lora_")
@@ -90,7 +95,11 @@ class Adapter:
 
     @torch.no_grad()
     def copy_to(self, model: TaHForCausalLM) -> None:
-        """Copy into the model's adapter, in its dtype. `ValueError` where the layers or shapes differ."""
+        """Copy the tensors into the model's LoRA, in its dtype.
+
+        Raises:
+            ValueError: The layers or shapes differ.
+        """
         own, path = tensors_of(model), self.source / WEIGHTS
         if differ := sorted(own.keys() ^ self.tensors.keys()):
             verb = "lacks" if differ[0] in own else "adapts"
@@ -106,7 +115,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     """Read a PEFT LoRA directory.
 
     Raises:
-        ValueError: a file is missing or damaged, a layer lacks lora_A or lora_B, a target module has neither, or the
+        ValueError: A file is missing or damaged, a layer lacks lora_A or lora_B, a target module has neither, or the
             adapter does more than add `alpha / r * B A x` to linear layers.
     """
     source = Path(directory)
@@ -134,8 +143,13 @@ def read_adapter(directory: str | Path) -> Adapter:
 
 
 def _check_layers(adapter: Adapter) -> None:
-    """Raise `ValueError` where settings and tensors disagree about the adapted layers. What a regular expression takes
-    is known by the tensors alone: a stranger's expression is not run."""
+    """Check that settings and tensors have the same adapted layers.
+
+    A regular expression from an untrusted file is not run. In that case the layers are those of the tensors.
+
+    Raises:
+        ValueError: They differ.
+    """
     config, layers = adapter.source / CONFIG, adapter.layers
     targets, left_out = (adapter.settings.get(key) for key in ("target_modules", "exclude_modules"))
     for key, value in (("target_modules", targets), ("exclude_modules", left_out)):
@@ -151,7 +165,7 @@ def _check_layers(adapter: Adapter) -> None:
 
 
 def _check_tensors(adapter: Adapter) -> None:
-    """Raise `ValueError` for tensors that are no floating point matrices."""
+    """Raise `ValueError` for tensors that are not floating point matrices."""
     path = adapter.source / WEIGHTS
     for name, tensor in adapter.tensors.items():
         if not tensor.is_floating_point() or tensor.ndim != 2:
@@ -160,7 +174,7 @@ def _check_tensors(adapter: Adapter) -> None:
 
 
 def _check_plain(settings: Any, path: Path) -> None:
-    """Raise `ValueError` for settings that are not of a plain LoRA adapter."""
+    """Raise `ValueError` for settings of anything other than a plain LoRA adapter."""
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type LORA)")
     for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
@@ -177,7 +191,7 @@ def load_peft(model: TaHForCausalLM, directory: str | Path) -> None:
     """Copy a PEFT LoRA directory into the model's LoRA.
 
     Raises:
-        ValueError: it is damaged, or does not fit the model; the message has the arguments of a model that it fits.
+        ValueError: The adapter is damaged or does not fit the model. The message has the arguments of a fitting model.
     """
     adapter, config = read_adapter(directory), model.config
     fields = adapter.fields(model.base)
@@ -192,7 +206,7 @@ def save_peft(model: TaHForCausalLM, directory: str | Path) -> None:
     """Write the model's LoRA as a PEFT directory.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: The model has no LoRA.
     """
     tensors, config = tensors_of(model), model.config
     if not tensors:
@@ -200,7 +214,7 @@ def save_peft(model: TaHForCausalLM, directory: str | Path) -> None:
     modules = dict(model.base.named_modules())
     layers = {name.rpartition(".lora_")[0] for name in tensors}
     leaves = {name.rpartition(".")[2] for name in layers}
-    # PEFT adapts every layer whose name ends in a target, so leaf names will do only where they select just ours.
+    # PEFT adapts every layer whose name ends in a target, so leaf names must select exactly the adapted layers.
     exact = layers == {name for name in modules if name.rpartition(".")[2] in leaves}
     settings: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
     settings |= {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
@@ -213,7 +227,7 @@ def save_peft(model: TaHForCausalLM, directory: str | Path) -> None:
 
 
 def tensors_of(model: TaHForCausalLM) -> dict[str, Tensor]:
-    """The model's adapter parameters, named relative to the base."""
+    """Return the LoRA parameters of a model, with names relative to the base."""
     layers = {name: layer for name, layer in model.base.named_modules() if isinstance(layer, DepthLoRA)}
     down = {f"{name}.lora_A.weight": layer.lora_A.weight for name, layer in layers.items()}
     return down | {f"{name}.lora_B.weight": layer.lora_B.weight for name, layer in layers.items()}

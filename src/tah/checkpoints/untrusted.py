@@ -1,9 +1,9 @@
-"""Whether a directory of unknown origin holds a model that can be loaded: checked before any of it is used.
+"""Check a directory of unknown origin before the model in it is loaded.
 
-The check reads `config.json`, the index and the heads of the safetensors files. It builds the model that the
-configuration describes on the meta device, without memory for weights, and with no more layers than the files could
-fill, since a configuration may ask for ten million of them. What the check leaves (single tensors that are missing or
-have another shape) is found by the loaders, which then allocate little more than the files hold.
+The check reads `config.json`, the index and the headers of the safetensors files. It builds the configured model on the
+meta device, without memory for weights. The number of layers is limited by the files, since a configuration may contain
+ten million of them. Single tensors that are missing or have another shape are found by the loaders, which then allocate
+little more than the files contain.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ..core.compat import set_attention
 from ..errors import first_line, some
 from ..files import parse_json
 
-MOST = 64 * 2**20  # bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
-SLACK = 2**20  # elements by which files and model may differ before this is an error here, and not in the loaders
-BUFFERS = 2**30  # bytes of buffers that no file holds, such as the causal masks of older families
+MOST = 64 * 2**20  # most bytes of a JSON file beside the weights; the index of DeepSeek-V3 has about 8 MB
+SLACK = 2**20  # allowed difference in elements between files and model; the loaders find smaller ones
+BUFFERS = 2**30  # bytes of buffers that are in no file, such as the causal masks of older families
 LAYERS = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?")
 PICKLE = re.compile(r"(?!iter_decider).*\.(bin|pt|pth|ckpt|pkl|bin\.index\.json)")
 
 
 @dataclass
 class Held:
-    """Contents of weight files by their heads: dtype and shape of each tensor by its name."""
+    """Contents of weight files according to their headers: dtype and shape of each tensor by its name."""
 
     tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     size: int = 0  # bytes of the files
@@ -53,17 +53,16 @@ class Held:
 def check_model(
     directory: str | Path, build: Callable[[], Any] | None = None, options: Mapping[str, Any] | None = None
 ) -> Held:
-    """What the weight files of a model hold, once its configuration fits them.
+    """Check that the configuration of a model fits its weight files, and return the contents of the files.
 
     Args:
-        directory: with `config.json` and safetensors weights.
-        build: makes the model that the configuration describes; called once, on the meta device, after all else.
-        options: of `from_pretrained`: the `variant` of the weights, kernels that the caller chose, and
-            `trust_remote_code`.
+        directory: Directory with `config.json` and safetensors weights.
+        build: Function that builds the configured model; called once, on the meta device, after all other checks.
+        options: Options of `from_pretrained`: the `variant` of the weights, kernels, and `trust_remote_code`.
 
     Raises:
-        ValueError: there are no safetensors weights, a file is damaged or is not to be followed, or the configuration
-            describes more than the files hold.
+        ValueError: There are no safetensors weights, a file is damaged or names a forbidden file, or the configuration
+            describes more than the files contain.
     """
     source, options = Path(directory), options or {}
     described = checked_config(source, options)
@@ -75,14 +74,15 @@ def check_model(
 
 
 def checked_config(directory: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `config.json` of a model, where it names no code to download and only a family and dtypes that are known.
+    """Return the `config.json` of a model after a check of its kernels, dtypes and family.
 
     Args:
-        options: of `from_pretrained`: kernels that the caller chose in the place of the configuration's, and
-            `trust_remote_code`, with which the model's own code may define its family.
+        directory: Directory of the model.
+        options: Options of `from_pretrained`: kernels that replace the configuration's, and `trust_remote_code`, with
+            which the model's own code may define its family.
 
     Raises:
-        ValueError: the file is missing or damaged, or is not to be followed.
+        ValueError: The file is missing or damaged, names code to download, or has an unknown family or dtype.
     """
     path, options = Path(directory, "config.json"), options or {}
     if not path.is_file():
@@ -114,10 +114,10 @@ def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", igno
     """Raise `ValueError` unless exactly the tensors of a model were loaded.
 
     Args:
-        info: transformers' `output_loading_info`.
-        what: begins the message: `DIR: not a complete base`.
-        advice: ends it.
-        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+        info: `output_loading_info` of transformers.
+        what: Beginning of the message, such as `DIR: not a complete base`.
+        advice: End of the message.
+        ignored: Kinds of differences to ignore, from `missing`, `unexpected` and `mismatched`.
     """
     shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in info["mismatched_keys"]]
     problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mismatched": shapes}
@@ -128,11 +128,11 @@ def refuse_incomplete(info: Mapping[str, Any], what: str, advice: str = "", igno
 
 
 def weight_files(directory: Path, described: dict[str, Any], variant: str = "") -> list[Path]:
-    """The safetensors files of a model, in the order in which transformers looks for them.
+    """Return the safetensors files of a model. Candidates are tried in the order of transformers.
 
     Raises:
-        ValueError: there are none, one is missing, or a name leads out of the directory or to another kind of file; or
-            transformers would complete them from elsewhere, or with a pickle.
+        ValueError: There are no such files, one is missing, or a name is outside the directory or has another type; or
+            transformers would also load files from elsewhere, or a pickle.
     """
     if (directory / "adapter_config.json").exists():
         raise ValueError(
@@ -155,13 +155,15 @@ def weight_files(directory: Path, described: dict[str, Any], variant: str = "") 
 
 
 def shards(index: Path, there: bool = True) -> list[Path]:
-    """The files that an index of shards names.
+    """Return the files in an index of shards.
 
     Args:
-        there: whether they have to be there.
+        index: Path of the index.
+        there: Whether the files must exist.
 
     Raises:
-        ValueError: it is damaged, or names anything but safetensors files of its own directory, all of them there.
+        ValueError: The index is damaged, names files other than safetensors files of its own directory, or a required
+            file is missing.
     """
     data = read_json(index)
     where = data.get("weight_map")
@@ -178,7 +180,7 @@ def shards(index: Path, there: bool = True) -> list[Path]:
 
 
 def check_name(name: Any, endings: tuple[str, ...], what: str) -> None:
-    """Raise `ValueError` unless `name` is the plain name of a file of one of these kinds."""
+    """Raise `ValueError` unless `name` is a plain file name with one of the endings."""
     plain = isinstance(name, str) and re.fullmatch(r"[^./\\\0\n][^/\\\0\n]*", name) is not None
     if not plain or os.path.basename(name) != name or not name.endswith(endings):
         shown = repr(name) if len(repr(name)) < 100 else f"{repr(name)[:97]}..."
@@ -186,10 +188,10 @@ def check_name(name: Any, endings: tuple[str, ...], what: str) -> None:
 
 
 def read_heads(files: list[Path]) -> Held:
-    """What safetensors files hold, without their contents.
+    """Return the names, dtypes and shapes in safetensors files, read from their headers.
 
     Raises:
-        ValueError: a file is damaged or cut short.
+        ValueError: A file is damaged or truncated.
     """
     held = Held()
     for path in files:
@@ -206,10 +208,10 @@ def read_heads(files: list[Path]) -> Held:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that comes with weights.
+    """Return the JSON object of a file beside the weights.
 
     Raises:
-        ValueError: it is missing, too large, or something else.
+        ValueError: The file is missing, too large, or does not contain a JSON object.
     """
     try:
         if path.stat().st_size > MOST:
@@ -225,10 +227,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> None:
-    """Raise `ValueError` for more layers than there are tensors, or fewer than none.
+    """Raise `ValueError` for a negative number of layers, or more layers than tensors.
 
     Args:
-        tensors: in the weight files; None where they are not there yet, and anything that was ever built will do.
+        described: Content of a `config.json`.
+        tensors: Number of tensors in the weight files. None, before the files exist, allows 10,000 layers.
+        where: Name of the file in messages.
     """
     most = 10_000 if tensors is None else tensors
     for part in parts(described):
@@ -241,13 +245,17 @@ def check_counts(described: dict[str, Any], tensors: int | None, where: str) -> 
 
 
 def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str) -> Any:
-    """The model on the meta device, where weights take no memory; layers do, so there may be only so many.
+    """Build a model on the meta device and return it.
+
+    Weights take no memory there, but modules do, so their number is limited.
 
     Args:
-        tensors: in the weight files; None where they are not there yet, and up to a million parts are built.
+        build: Function that builds the model.
+        tensors: Number of tensors in the weight files. None, before the files exist, allows a million modules.
+        where: Name of the configuration in messages.
 
     Raises:
-        ValueError: there are more, or the model cannot be built.
+        ValueError: The model has too many modules or cannot be built.
     """
     try:
         with _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
@@ -262,14 +270,16 @@ def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str)
 
 
 def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Module:
-    """The base that a `config.json` describes, with eager attention: kernels change no shapes, and may be missing.
+    """Build the base that a `config.json` describes, on the current device.
+
+    It has eager attention, since kernels do not change shapes and may not be installed.
 
     Args:
-        directory: with the `config.json`.
-        trust_remote_code: run code that comes with the model, as the caller asked for.
+        directory: Directory with the `config.json`.
+        trust_remote_code: Whether to run Python code of the model.
 
     Raises:
-        ValueError: transformers has no causal language model of the family.
+        ValueError: Transformers has no causal language model of the family.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not trust_remote_code:
@@ -281,24 +291,28 @@ def empty_base(directory: str | Path, trust_remote_code: bool = False) -> nn.Mod
 def load_base(
     directory: str | Path, options: Mapping[str, Any], name: str, ignored: Collection[str] = ("unexpected",)
 ) -> PreTrainedModel:
-    """A base that has been checked, with all its tensors.
+    """Check a base and load it with all its tensors.
 
     Args:
-        options: of `from_pretrained`.
-        name: what messages call it.
-        ignored: of `missing`, `unexpected` and `mismatched`, what does not matter.
+        directory: Directory of the base.
+        options: Options of `from_pretrained`.
+        name: Name of the base in messages.
+        ignored: Kinds of differences to ignore, from `missing`, `unexpected` and `mismatched`.
 
     Raises:
-        ValueError: it cannot be loaded, or tensors are missing or of another shape.
+        ValueError: The base cannot be loaded, or tensors are missing or have another shape.
     """
     reading = dict(options)
     if reading.pop("ignore_mismatched_sizes", False):
         ignored = (*ignored, "mismatched")
-    if not options.get("gguf_file"):  # which is data too, and read by transformers alone
+    if not options.get("gguf_file"):  # a GGUF file is data, too, and only transformers reads it
         trusted = bool(options.get("trust_remote_code"))
         check_model(directory, lambda: empty_base(directory, trusted), options)
         reading["use_safetensors"] = True
-    reading |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    reading |= {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # `refuse_incomplete` raises for them, by name
     try:
         model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
     except Exception as error:
@@ -308,12 +322,12 @@ def load_base(
 
 
 class _TooMany(Exception):
-    """More modules than allowed."""
+    """The model has more modules than allowed."""
 
 
 @contextmanager
 def _at_most(modules: int) -> Iterator[None]:
-    """Count the modules that this thread puts into others, and raise where they become more than allowed."""
+    """Raise `_TooMany` if this thread registers more than the given number of modules within the block."""
     me, left = threading.get_ident(), modules
 
     def count(module: nn.Module, name: str, value: nn.Module | None) -> None:
@@ -330,9 +344,9 @@ def _at_most(modules: int) -> Iterator[None]:
 
 
 def _check_fit(model: PreTrainedModel, held: Held, source: Path) -> None:
-    """Raise `ValueError` where weights are no floating point numbers, or far fewer than the model needs."""
+    """Raise `ValueError` if weights are not floating point numbers, or far fewer than the model needs."""
     wanted, quantized = dict(model.named_parameters()), _is_quantized(model.config)
-    # Eight weights in a byte are the most that a quantized file can hold.
+    # A quantized file has at most eight weights per byte.
     needed, most = sum(its.numel() for its in wanted.values()), 8 * held.size if quantized else held.elements
     if needed > 1.25 * most + SLACK:
         raise ValueError(f"{source}: config.json needs {needed:,} weights, but the files hold {most:,}")
@@ -348,10 +362,10 @@ def _check_fit(model: PreTrainedModel, held: Held, source: Path) -> None:
 
 
 def _is_quantized(config: Any) -> bool:
-    """Whether transformers will read the weights as quantized ones: it looks in these two places."""
+    """Return whether transformers will read the weights as quantized; it checks these two entries."""
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)
     try:
         return isinstance(found, dict) and bool(AutoHfQuantizer.supports_quant_method(found))
-    except (ValueError, TypeError):  # it names no method
+    except (ValueError, TypeError):  # the entry has no known method
         return False

@@ -1,7 +1,7 @@
-"""Conversations of rows, in one form: messages with a role and a text, tools, and options of the chat template.
+"""Read the conversations of rows into one form: messages with a role and a text, tools, and template options.
 
-Rows use OpenAI's names (role and content, tool_calls), ShareGPT's (from and value, function_call) or a mixture, and
-contents may come in parts. What is not understood is never guessed: such a row is `Unusable`.
+Rows use the names of OpenAI (role and content, tool_calls), of ShareGPT (from and value, function_call) or a mixture.
+Contents may have several parts. A row with an unknown or ambiguous part raises `Unusable`; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ..files import parse_json
 
 Messages = list[dict[str, Any]]
-CALL = "tool call"  # the role of an assistant's tool call that is a message of its own
+CALL = "tool call"  # role of a message that consists of an assistant's tool call
 SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "model", "ai"), "assistant"),
@@ -26,12 +26,17 @@ SPEAKERS = {
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of parts that are text
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
 QUOTED = re.compile(r"""['"](\w+)['"]""")
-WEIGHTS = ("weight", "train", "training", "train_on_turn")  # keys of a message; 0 or false: it is not supervised
-LARGEST = 2**64  # integers that a data set can hold
+WEIGHTS = (
+    "weight",
+    "train",
+    "training",
+    "train_on_turn",
+)  # keys of a message; 0 or false means that it is not supervised
+LARGEST = 2**64  # bound of the integers in a data set
 
 
 class Unusable(ValueError):
-    """A row that cannot be trained on; the message is the reason, the same for all such rows, so that it is counted."""
+    """A row cannot be used for training. The message is the reason, in the same words for all such rows."""
 
 
 @dataclass
@@ -39,12 +44,12 @@ class Chat:
     """A conversation.
 
     Args:
-        messages: each with `role`, and `content` as text unless there is none.
-        context: how many messages at the start are context only.
-        tools: tools that may be called, as the chat template takes them; None where there are none.
-        options: further arguments of the chat template.
-        unsupervised: indices of assistant's messages after the first `context` that are context only, too.
-        template: the chat template.
+        messages: Messages with `role`, and with `content` as text unless it is missing.
+        context: Number of messages at the start that are only context.
+        tools: Tools for the chat template; None if there are none.
+        options: Further arguments of the chat template.
+        unsupervised: Indices of the assistant's messages after the first `context` that are only context, too.
+        template: Chat template.
     """
 
     messages: Messages
@@ -56,20 +61,21 @@ class Chat:
 
 
 def is_chat(row: Mapping[str, Any]) -> bool:
-    """Whether a row in one of `rows.FORMS` is a conversation; else it holds strings."""
+    """Return whether a row in one of `rows.FORMS` is a conversation; otherwise it contains strings."""
     lists = "completion" in row and not isinstance(row["completion"], str)
     return "messages" in row or "conversations" in row or lists
 
 
 def read_chat(row: Mapping[str, Any], tokenizer: Any) -> Chat:
-    """The conversation of a row that `is_chat` and has no entries that are None.
+    """Return the conversation of a row.
 
     Args:
-        tokenizer: has the chat template, which may know roles of its own.
+        row: Conversation in one of `rows.FORMS`, without None entries.
+        tokenizer: Tokenizer with the chat template, which may define roles of its own.
 
     Raises:
-        Unusable: something in it is not understood, is no text, or a supervised message is empty.
-        ValueError: the tokenizer has no chat template.
+        Unusable: Part of the row has an unknown form or is not text, or a supervised message is empty.
+        ValueError: The tokenizer has no chat template.
     """
     tools = _tools(row)
     if tokenizer.chat_template is None:
@@ -133,12 +139,16 @@ def _message(entry: Any, template: str) -> dict[str, Any]:
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether a message has neither tool calls nor a text or reasoning that is more than white space."""
+    """Return whether a message has no tool calls, and no content or reasoning beyond white space."""
     return not message.get("tool_calls") and not any(message.get(key, "").strip() for key in ("content", *REASONING))
 
 
 def _content(entry: Mapping[str, Any]) -> Any:
-    """A message's content or value: the one that is not blank. Two different texts are ambiguous."""
+    """Return the content or the value of a message: the one that is not blank.
+
+    Raises:
+        Unusable: Both have texts, and these differ.
+    """
     content, value = entry.get("content"), entry.get("value")
     if value is None or content == value:
         return content
@@ -150,9 +160,9 @@ def _content(entry: Mapping[str, Any]) -> Any:
 
 
 def _is_supervised(entry: Mapping[str, Any]) -> bool:
-    """Whether an assistant's message is to be trained on, by the keys of OpenAI's and axolotl's files."""
+    """Return whether an assistant's message is supervised, by the keys in files of OpenAI and axolotl."""
     for name in WEIGHTS:
-        if entry.get(name) not in (None, 0, 1):  # True is 1, too
+        if entry.get(name) not in (None, 0, 1):  # True equals 1
             raise Unusable(f"{name} that is neither 0 nor 1")
     if entry.get("train_detail"):
         raise Unusable("train_detail, which is not understood")
@@ -160,7 +170,7 @@ def _is_supervised(entry: Mapping[str, Any]) -> bool:
 
 
 def _role(speaker: Any, template: str) -> str:
-    """A role that chat templates know, or one that this template names."""
+    """Return the standard role of a speaker, or the speaker itself if the template contains its name in quotes."""
     if not isinstance(speaker, str):
         raise Unusable("malformed message")
     name = speaker.strip().lower()
@@ -179,7 +189,7 @@ def _quoted(template: str) -> frozenset[str]:
 
 
 def _text(content: Any) -> str:
-    """The text of a content, which may be in parts. Integers are text; other numbers have several spellings."""
+    """Return the text of a content, which may have parts. Integers are text; other numbers have several spellings."""
     if isinstance(content, str):
         return content
     if isinstance(content, int) and not isinstance(content, bool) and abs(content) < LARGEST:
@@ -198,7 +208,7 @@ def _text(content: Any) -> str:
 
 
 def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools of a row: a list, one tool, or either as JSON."""
+    """Return the tools of a row, which has a list, one tool, or either as JSON; None if there are none."""
     tools = _parsed(row.get("tools"), "tools")
     tools = [tools] if isinstance(tools, dict) else tools
     if not tools:
@@ -210,9 +220,9 @@ def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls, each with its name and its arguments as an object, either in OpenAI's form or as these two alone.
+    """Return tool calls with name and arguments (an object), either in OpenAI's form or as these two alone.
 
-    Arrow writes missing calls as None, or as objects with nothing but None in them: these are no calls.
+    Arrow writes missing calls as None, or as objects that contain only None. These are left out.
     """
     value = _parsed(value, "tool call")
     found = [value] if isinstance(value, dict) else value
@@ -227,7 +237,7 @@ def _call(call: Any) -> dict[str, Any]:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
         raise Unusable("malformed tool call")
     arguments = inner.get("arguments", inner.get("parameters"))
-    for _ in range(2):  # some are encoded twice
+    for _ in range(2):  # some data sets encode arguments twice
         arguments = _parsed(arguments, "tool arguments")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
@@ -237,12 +247,12 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def openai_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call in OpenAI's form, also if it consists of name and arguments alone."""
+    """Return a call in OpenAI's form; a call of only name and arguments is wrapped."""
     return {"type": "function", "function": dict(call)} if "function" not in call else dict(call)
 
 
 def _parsed(value: Any, what: str) -> Any:
-    """The value that a string holds in JSON, None for a blank one; any other value as it is."""
+    """Return the JSON value of a string, None for a blank one, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -252,7 +262,7 @@ def _parsed(value: Any, what: str) -> Any:
 
 
 def nested(value: Any) -> Iterator[Any]:
-    """A value of JSON and all values inside it."""
+    """Yield a JSON value and all values inside it."""
     yield value
     for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
         yield from nested(entry)

@@ -1,9 +1,9 @@
-"""A conversation rendered by a chat template, and the check that the result has all of the conversation, as text.
+"""Render a conversation by a chat template, and check that the result contains the whole conversation as text.
 
-Templates differ in how they take tool calls and messages without a text, so there are several shapes in which the same
-conversation can be handed to them. A template that was not written for a message leaves it out silently, or writes a
-Python list where a text should be. No list of such templates is kept: one check of the rendered text finds that every
-message is shown, and that the assistant's texts and calls stand in the supervised characters.
+Templates expect tool calls and messages without a text in different forms, so there are several shapes of the same
+conversation. A template without support for a message omits it silently, or writes a Python list in place of a text.
+This package has no list of such templates. One check of the rendered text shows that every message is present, and that
+the assistant's texts and calls are in the supervised characters.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..errors import first_line
 from .chat_rows import REASONING, Chat, Messages, Unusable, nested, openai_call
 
-MARK = "\ue000tah\ue001"  # stands in for a message's content, to be found again
-MARKER = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]")  # between an answer and its reasoning, which templates may leave out
-PARTS = re.compile(r"""\{['"]type['"]: ?['"]text['"]""")  # a list of parts that was written as it is
+MARK = "\ue000tah\ue001"  # placeholder for the content of a message
+MARKER = re.compile(r"<[^<>\s]*>|\[/?[A-Z_]+\]")  # markup between an answer and its reasoning; templates may omit it
+PARTS = re.compile(r"""\{['"]type['"]: ?['"]text['"]""")  # a list of parts that was written as a Python list
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template raises at a conversation that it was not written for.
+# Errors that a template raises at a conversation that it does not support.
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Spans = list[tuple[int, int]]  # (start, stop) in characters
-Turns = list[tuple[list[int], Spans]]  # indices of assistant's messages, and the characters in which they stand
+Turns = list[tuple[list[int], Spans]]  # indices of the assistant's messages, and their characters
 
 
 class Refused(Unusable):
@@ -37,11 +37,11 @@ class Refused(Unusable):
 
 
 class LeftOut(Unusable):
-    """The chat template does not show everything, or not as text."""
+    """The chat template omits part of the conversation, or does not write it as text."""
 
 
 class NoReasoning(LeftOut):
-    """The chat template leaves out the reasoning of the last answer, and nothing else."""
+    """The chat template omits the reasoning of the last answer, and nothing else."""
 
 
 # -- rendering -------------------------------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ class NoReasoning(LeftOut):
 
 @dataclass(frozen=True)
 class Shape:
-    """How a conversation is written for a template.
+    """A form of a conversation for a template.
 
     Args:
-        calls: tool calls as the row has them; in OpenAI's form, with a `function`; or in that form with the arguments
-            as a string of JSON. In the latter two, tools are in OpenAI's form too.
-        no_content: the content of a message that has tool calls and no text.
-        parts: contents are lists with one text.
+        calls: Form of tool calls. `given` is the form of the row, `openai` is OpenAI's form with a `function`, and
+            `json` is that form with the arguments as a JSON string. The last two also change tools to OpenAI's form.
+        no_content: Content of a message that has tool calls and no text.
+        parts: Whether contents are lists with one text.
     """
 
     calls: Literal["given", "openai", "json"] = "given"
@@ -63,13 +63,13 @@ class Shape:
     parts: bool = False
 
     def tools(self, given: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The tools in this shape."""
+        """Return the tools in this shape."""
         if given is None or self.calls == "given":
             return given
         return [openai_call(tool) if "name" in tool else tool for tool in given]
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message in this shape."""
+        """Return a message in this shape."""
         message = dict(message)
         if "tool_calls" in message and message["role"] == "assistant":
             message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
@@ -92,7 +92,7 @@ class Shape:
 
 
 def shapes(chat: Chat) -> Iterator[Shape]:
-    """Shapes in which a conversation can be given to a template, from the one that most templates take."""
+    """Yield the shapes of a conversation, beginning with the one that most templates support."""
     called = any("tool_calls" in message for message in chat.messages)
     bare = any("name" in tool for tool in chat.tools or [])
     contents: tuple[Any, ...] = ("absent", "none", "empty") if called else ("absent",)
@@ -104,7 +104,7 @@ def shapes(chat: Chat) -> Iterator[Shape]:
 
 @dataclass(frozen=True)
 class Renderer:
-    """The chat template, for one conversation in one shape."""
+    """The chat template, applied to one conversation in one shape."""
 
     tokenizer: Any
     chat: Chat
@@ -112,14 +112,19 @@ class Renderer:
 
     @cached_property
     def tagged(self) -> bool:
-        """Whether the template marks what an assistant generates."""
+        """Whether the template tags the assistant's turns."""
         return bool(GENERATION_TAG.search(self.chat.template))
 
     def __call__(self, messages: Messages, ask: bool = False, tags: bool = False) -> tuple[str, Spans]:
-        """Messages as text, with the prompt for an answer if `ask`, and the tagged characters if `tags`.
+        """Return messages as text, and the tagged characters.
+
+        Args:
+            messages: Messages to render.
+            ask: Whether to add the prompt for an answer.
+            tags: Whether to return the tagged characters; otherwise that list is empty.
 
         Raises:
-            Refused: the template raises an error.
+            Refused: The template raises an error.
         """
         try:
             texts, found = render_jinja_template(
@@ -135,7 +140,7 @@ class Renderer:
         return texts[0], found[0] if found else []
 
     def is_quoted(self, text: str) -> bool:
-        """Whether the template has written out a list or None of the shape, instead of a text."""
+        """Return whether the template wrote a list or a None of the shape in place of a text."""
         given = json.dumps([self.chat.messages, self.chat.tools], ensure_ascii=False)
         if self.shape.parts and PARTS.search(text) and not PARTS.search(given):
             return True
@@ -146,18 +151,19 @@ class Renderer:
 
 
 def check_turns(render: Renderer, text: str, turns: Turns) -> None:
-    """Check that the template shows every message, and the assistant's messages in the supervised characters.
+    """Check that the text contains every message, and that the supervised characters contain the assistant's messages.
 
     Args:
-        text: the conversation as the template shows it.
-        turns: supervised messages and their characters.
+        render: Renderer of the conversation.
+        text: Rendered conversation.
+        turns: Supervised messages and their characters.
 
     Raises:
-        LeftOut: it does not; names what is missing.
+        LeftOut: The check fails; the message names the missing part.
     """
     chat = render.chat
     _check_marks(render)
-    if "tools" in chat.template:  # a template without a place for tools is used without them
+    if "tools" in chat.template:  # a template that does not support tools is used without them
         functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in chat.tools or []]
         if not all(tool["name"] in text for tool in functions if isinstance(tool.get("name"), str)):
             raise LeftOut("the chat template leaves out a tool")
@@ -191,20 +197,20 @@ def _check_marks(render: Renderer) -> None:
         marked.append(stand_in)
     try:
         shown = render(marked)[0]
-    except Refused:  # it inspects the contents, so only the contents themselves can be checked
+    except Refused:  # the template inspects the contents, so marks cannot replace them
         return
     for mark, what in marks:
         if mark not in shown:
             raise LeftOut(f"the chat template leaves out {what}")
-        # As in {'role': 'user', 'content': 'Hi'}, or in a list of what is in there; 'Hi' alone may well be meant.
+        # As in {'role': 'user', 'content': 'Hi'}, or in a list of its values; 'Hi' alone may be intended.
         if re.search(rf"[\[({{:,] ?'{mark}'[\])}},]", shown):
             raise LeftOut(f"the chat template writes {what.partition(' of the role')[0]} as Python does")
 
 
 def _check_message(message: dict[str, Any], shown: str, at: int) -> int:
-    """Check that an assistant's message stands in `shown` from character `at` on; returns where it ends.
+    """Check that `shown` contains an assistant's message from character `at` on, and return the end of the message.
 
-    Its reasoning may be missing, as long as there is something else.
+    The reasoning may be missing if the message has other parts.
     """
     content = message.get("content", "").strip()
     if f"'content': {content!r}" in shown[at:] and "'content': " not in content:
@@ -219,9 +225,9 @@ def _check_message(message: dict[str, Any], shown: str, at: int) -> int:
 
 
 def _shown_part(content: str, shown: str) -> str:
-    """The longest part of a content that stands in `shown`: all of it, or what follows one of its markers.
+    """Return the longest part of a content that `shown` contains: all of it, or the text after one of its markers.
 
-    What stands before the last marker counts where nothing follows it. The result is empty where no part is shown.
+    If nothing follows the last marker, the text before it counts. The result is empty if `shown` has no part.
     """
     starts = [0, *(marker.end() for marker in MARKER.finditer(content))]
     between = [part.strip() for part in reversed(MARKER.split(content)) if part.strip()]
@@ -230,7 +236,7 @@ def _shown_part(content: str, shown: str) -> str:
 
 
 def _keeps_reasoning(message: dict[str, Any], shown: str) -> bool:
-    """Whether all of a message's content and reasoning is shown, whatever the markers in between are."""
+    """Return whether `shown` contains all content and reasoning of a message, with any markers in between."""
     content, at = message.get("content", "").strip(), 0
     for part in [] if content in shown else MARKER.split(content):
         at = shown.find(part.strip(), at)
@@ -241,7 +247,7 @@ def _keeps_reasoning(message: dict[str, Any], shown: str) -> bool:
 
 
 def _check_call(call: dict[str, Any], shown: str) -> None:
-    """Check that a tool call is shown, its arguments neither as Python writes them nor encoded twice."""
+    """Check that `shown` contains a tool call, with arguments that are not in Python syntax and not encoded twice."""
     inner = call.get("function", call)
     values = list(nested(inner["arguments"]))
     if inner["name"] not in shown or not all(_is_shown(value, shown) for value in values):
@@ -258,7 +264,10 @@ def _check_call(call: dict[str, Any], shown: str) -> None:
 
 
 def _is_shown(value: Any, text: str) -> bool:
-    """Whether a string or an integer stands in a text, plainly or as in JSON; other values have several spellings."""
+    """Return whether a text contains a string or an integer, plain or in JSON.
+
+    The result is True for other values, which have several spellings.
+    """
     if isinstance(value, bool) or not isinstance(value, str | int):
         return True
     value = str(value).strip()
@@ -269,26 +278,28 @@ def _is_shown(value: Any, text: str) -> bool:
 
 
 def open_ends(render: Renderer, text: str, turns: Turns) -> Sequence[int]:
-    """Where those supervised turns end that have no end for a model to stop at: no end-of-text token, no markup."""
-    end = render.tokenizer.eos_token or MARK  # no text has the mark
+    """Return the ends of those supervised turns that close with neither an end-of-text token nor markup."""
+    end = render.tokenizer.eos_token or MARK  # no text contains the mark
     found = []
     for indices, spans in turns:
         message = render.chat.messages[indices[0]] if len(indices) == 1 else None
         for start, stop in spans:
-            turn = text[start:stop]  # which may include its end
+            turn = text[start:stop]  # it may include its end token
             if not turn.rstrip().endswith(end) and not _closes(render, message, turn):
                 found.append(stop)
     return found
 
 
 def _closes(render: Renderer, message: dict[str, Any] | None, turn: str) -> bool:
-    """Whether the text of an assistant's turn ends in something that only ends of turns have.
+    """Return whether the text of an assistant's turn closes with markup that only the ends of turns have.
 
     Args:
-        message: the turn's; None where it is not known.
+        render: Renderer of the conversation.
+        message: Message of the turn; None if it is unknown.
+        turn: Text of the turn.
     """
     if message is not None and "tool_calls" not in message:
-        # A content's own markup belongs to it, or "</answer>" would be taken for the end of the turn.
+        # The content is skipped, so that markup in it such as "</answer>" does not count as the end of the turn.
         part = _shown_part(message.get("content", "").strip(), turn)
         if part and turn[turn.rindex(part) + len(part) :].strip():
             return True

@@ -315,8 +315,8 @@ def _check_late(path: Path, texts: Iterable[str], turns: Iterable[str], first: i
         held = [row.get(name) for name in texts]
         for name in turns:
             messages = row.get(name)
-            said = messages if isinstance(messages, list) else []
-            held += [each.get(key) for each in said if isinstance(each, dict) for key in TURN_KEYS]
+            entries = messages if isinstance(messages, list) else []
+            held += [each.get(key) for each in entries if isinstance(each, dict) for key in TURN_KEYS]
         if not all(each is None or _is_text(each) for each in held):
             raise ValueError(f"{place} has a content that is no text, unlike what comes first; move it there")
 

@@ -69,7 +69,7 @@ class Reference:
         name, size = type(self.model).__name__, self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(PROBE, device=self.device)[None] % size
         want = self.model(input_ids=ids).logits[0].float()
-        # Rounding in a deep bf16 model reaches a tenth of the norm. Another model changes all of it.
+        # Rounding in a deep bf16 model reaches a tenth of the norm. A non-causal model or a wrong head differs more.
         tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.3) * want.norm()
         padded = torch.cat([ids, ids.flip(1)], dim=1)
         if getattr(self.model.config, "is_encoder_decoder", False) or not (
