@@ -51,7 +51,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_
 
 
 def one_of(words: Sequence[str]) -> AfterValidator:
-    """A field whose value is one of `words`."""
+    """Return a validator that accepts only `words`."""
 
     def check(value: str) -> str:
         if value not in words:
@@ -69,7 +69,7 @@ def _refuse(reason: str) -> AfterValidator:
 
 
 def _training_fields() -> dict[str, Any]:
-    """The type of each of `TrainingArguments`, as pydantic is to check it."""
+    """Return the type of each field of `TrainingArguments`, as pydantic checks it."""
     hints = get_type_hints(TrainingArguments)
     found: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(TrainingArguments) if field.init):
@@ -261,7 +261,7 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        """The rules between fields."""
+        """Check the rules between fields."""
         if self.backbone.method == "blind":
             if self.model.get("attention", "blind") != "blind":
                 raise ValueError(f"model.attention={self.model['attention']!r}, but backbone.method=blind needs blind")
@@ -369,12 +369,12 @@ class Recipe(Part):
 
     @property
     def max_depth(self) -> int:
-        """Most passes while training the backbone."""
+        """Largest number of passes in stage 1."""
         return 1 if self.backbone.method == "standard" else int(self.model.get("max_depth", 2))
 
     @property
     def by_gain(self) -> bool:
-        """Whether passes are judged by what they gain, and not by labels."""
+        """Whether the decider learns from the gain of a pass, and not from labels."""
         return self.backbone.method in BY_GAIN
 
     @property
@@ -387,22 +387,22 @@ class Recipe(Part):
         return self.base.prune_layers > 0 or self.base.scratch is not None
 
     def directory(self) -> Path:
-        """Of the run."""
+        """Return the directory of the run."""
         return Path(self.output) if self.output is not None else Path("runs") / self.name
 
     def base_path(self, run: Path) -> str:
-        """Where the model to train is: in the run, or as the recipe names it (for `load.find`)."""
+        """Return the path of the model to train, in the run or as in the recipe (for `load.find`)."""
         return str(run / "base") if self.makes_base else str(self.base.model)
 
     def tokenizer_path(self, run: Path) -> str:
-        """Where the tokenizer is (for `load.find`); pruning a base does not change it."""
+        """Return the path of the tokenizer (for `load.find`). Pruning a base does not change it."""
         return self.base.tokenizer or self.base.model or str(run / "base")
 
     def rows(self, run: Path) -> tuple[Dataset, Dataset]:
-        """The texts to train on, and those held out.
+        """Return the texts to train on and the held-out texts.
 
         Raises:
-            ValueError: the data cannot be read, or there are too few rows to hold any out.
+            ValueError: The data cannot be read, or there are too few rows to hold any out.
         """
         data = self.data
         if data.generate is not None:
@@ -419,16 +419,16 @@ class Recipe(Part):
         return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
     def resolved(self) -> dict[str, Any]:
-        """Every field, defaults too, as plain values."""
+        """Return every field, with defaults, as plain values."""
         return self.model_dump(mode="json")
 
     def save(self, path: str | Path) -> None:
-        """Write it as YAML that `load_recipe` reads, whole or not at all."""
+        """Write the recipe atomically, as YAML that `load_recipe` reads."""
         write_atomically(path, "# Every field as it was used.\n" + yaml.safe_dump(self.resolved(), sort_keys=False))
 
 
 def _check_model(fields: dict[str, Any]) -> None:
-    """`model` makes a `TaHConfig`, as far as that is known without the base; raises `ValueError` with the field."""
+    """Raise `ValueError` with the field if `model` makes no valid `TaHConfig`, as far as is known without the base."""
     own = [name for name in TaHConfig.__annotations__ if name not in ("base_config", *CHOSEN)]
     for name in fields:
         if name in CHOSEN:
@@ -437,7 +437,7 @@ def _check_model(fields: dict[str, Any]) -> None:
             raise ValueError(f"model.{name} is unknown; {suggest(name, own)}")
     if isinstance(fields.get("decider"), dict) and "kind" not in fields["decider"]:
         raise ValueError("model.decider.kind is required: lean (hidden states only) or mlp (the authors')")
-    some_base = {"model_type": "llama", "num_hidden_layers": 10**6}  # its layers are checked when it is known
+    some_base = {"model_type": "llama", "num_hidden_layers": 10**6}  # layers are checked when the base is known
     try:
         TaHConfig(base_config=some_base, policy="never", **copy.deepcopy(fields))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Recipes as files: YAML read without its traps, overrides, and errors that name the key and the nearest valid one."""
+"""Recipe files: a YAML 1.2 reader, overrides, and errors that name the key and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..errors import short
 from ..names import find_recipe, nearest
-from .recipe import Part, Recipe  # before what follows: it says what to install
+from .recipe import Part, Recipe  # first: without pydantic or pyyaml its error names what to install
 
 # isort: split
 import yaml
@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or the packaged one of that name.
+    """Load the recipe in a file, or the packaged recipe of that name.
 
     Args:
-        source: path of a .yaml file, or a name of `names.RECIPE_FILES`.
-        overrides: `key.key=value`, the value in YAML, applied in order.
+        source: Path of a .yaml file, or a name of `names.RECIPE_FILES`.
+        overrides: Changes as `key.key=value`, with the value in YAML, applied in order.
 
     Raises:
-        ValueError: there is no such recipe, or something in it is wrong; one line with the place.
+        ValueError: There is no such recipe, or it has an error. The message is one line and names the place.
     """
     path = find_recipe(str(source))
     values = _read(path)
@@ -40,7 +40,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: 4e-5 is a number and `no` is a word, which pyyaml reads otherwise; a key given twice is an error."""
+    """Read YAML 1.2: `4e-5` is a number and `no` is a string, unlike in pyyaml. A key given twice is an error."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
@@ -103,13 +103,14 @@ PartType = TypeVar("PartType", bound=Part)
 
 
 def validated(kind: type[PartType], values: Any, place: str = "") -> PartType:
-    """A section with these values.
+    """Return a section with these values.
 
     Args:
-        place: of the section in the recipe, for messages.
+        place: Place of the section in the recipe, for messages.
 
     Raises:
-        ValueError: a value is wrong; one line with the place, the value and what is allowed, for the first of them.
+        ValueError: A value is not allowed. The message is one line with the place, the value and what is allowed,
+            for the first such value.
     """
     try:
         return kind.model_validate(values)
@@ -121,7 +122,7 @@ def validated(kind: type[PartType], values: Any, place: str = "") -> PartType:
 
 
 def _location(values: Any, problem: Mapping[str, Any]) -> tuple[str | int, ...]:
-    """The keys and indices that lead to a problem; pydantic also names the member of a union that it tried."""
+    """Return the keys and indices that lead to a problem, without the union members that pydantic adds."""
     found: tuple[str | int, ...] = problem["loc"]
     if problem["type"] == "missing":
         return found
@@ -133,7 +134,7 @@ def _location(values: Any, problem: Mapping[str, Any]) -> tuple[str | int, ...]:
 
 
 def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, Any]) -> str:
-    """One of pydantic's problems as a line."""
+    """Return one of pydantic's problems as a line."""
     location = _location(values, problem)
     where = ".".join(filter(None, [place, *map(str, location)]))
     if problem["type"] == "missing":
@@ -147,9 +148,9 @@ def _in_words(kind: type[Part], values: Any, place: str, problem: Mapping[str, A
         near = nearest(str(location[-1]), names)
         hint = f"did you mean {near}?" if near else f"choose from {', '.join(names[:20])}"
         return f"{where} is unknown; {hint}"
-    inside_union = len(problem["loc"]) > len(location) + 1  # pydantic gives a part of the value then
+    inside_union = len(problem["loc"]) > len(location) + 1  # then pydantic gives only a part of the value
     given = short(reduce(operator.getitem, location, values) if inside_union else problem["input"])
-    if problem["type"] == "value_error":  # raised by a check of ours
+    if problem["type"] == "value_error":  # raised by a validator of this package
         reason = str(problem["ctx"]["error"])
         if isinstance(problem["input"], dict):
             return f"{where}.{reason}" if where else reason
