@@ -16,7 +16,7 @@ from .config import TaHConfig
 from .core.cache import DuoCache
 from .core.families import UnsupportedBase, check_base
 from .load import convert, load_adapter
-from .model import TaHForCausalLM, TaHOutput
+from .model import TaHForCausalLM, TaHOutput, TrainingPass
 from .policy import Always, Confidence, DepthState, Never, Oracle, Policy, Random, Rule
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ __all__ = [
     "TaHConfig",
     "TaHForCausalLM",
     "TaHOutput",
+    "TrainingPass",
     "UnsupportedBase",
     "check_base",
     "convert",
