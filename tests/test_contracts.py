@@ -38,13 +38,14 @@ def test_the_head_of_the_base_model_is_the_logits(output, policy):
 def test_the_base_model_has_the_attributes_of_the_decoder():
     model = wrapped()
     assert model.base_model.layers is model.decoder.layers
+    assert model.get_encoder() is model
+    assert model(token_ids(1, 5)).last_hidden_state is None  # kept only for calls that ask for it
     with pytest.raises(AttributeError):
         _ = model.base_model.no_such_attribute
 
 
 def test_a_head_that_is_not_linear_has_no_base_model_to_call():
     model, ids = wrapped("gemma2"), token_ids(1, 5)
-    assert model(ids).last_hidden_state is None
     with pytest.raises(ValueError, match="soft-cap.*tah train"):
         model.base_model(ids)
     model = wrapped("gemma2", output="zero_init")
@@ -124,12 +125,41 @@ def test_a_peft_model_is_no_base():
     assert isinstance(TaHForCausalLM.from_base(model.merge_and_unload()), TaHForCausalLM)
 
 
-def test_a_base_with_a_loaded_adapter_is_refused():
-    peft = pytest.importorskip("peft", minversion="0.22", reason="transformers 5.24 loads adapters with peft >= 0.22")
-    base = tiny("llama")
-    base.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+def test_a_base_with_injected_adapters_is_refused():
+    peft = pytest.importorskip("peft")
+    base = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], r=2), tiny("llama"))
     with pytest.raises(UnsupportedBase, match="merge_and_unload"):
         TaHForCausalLM.from_base(base)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedBase, match="PEFT"):
+        TaHForCausalLM.from_base(peft.get_peft_model(tiny("llama"), prompts))
+
+
+def test_a_fact_of_the_base_is_set_in_the_base(tmp_path):
+    model = wrapped()
+    model.save_pretrained(tmp_path)
+    again = TaHForCausalLM.from_pretrained(tmp_path, max_position_embeddings=48)
+    assert again.config.base_config.max_position_embeddings == again.config.max_position_embeddings == 48
+    assert "max_position_embeddings" not in {k for k, v in again.config.to_dict().items() if not isinstance(v, dict)}
+
+
+@pytest.mark.grad
+def test_trainer_keeps_depth_labels_that_are_named(tmp_path):
+    labels = torch.ones(8, dtype=torch.long)
+    labels[3] = 2
+    given = [row | {"depth_labels": labels} for row in rows(2)]
+    for named, iterated in ((["labels", "depth_labels"], 1), (None, 0)):
+        arguments = TrainingArguments(str(tmp_path), label_names=named, report_to="none", use_cpu=True)
+        trainer = Trainer(wrapped(policy="oracle"), arguments, train_dataset=given)
+        batch = next(iter(trainer.get_train_dataloader()))
+        depths = trainer.model.eval()(**batch).depth_count
+        assert int((depths > 1).sum()) == 2 * iterated  # control: without the names the column is dropped
+
+
+def test_labels_of_depths_need_tokens():
+    model, ids = wrapped(), token_ids(1, 5)
+    with pytest.raises(ValueError, match="depth_labels need input_ids"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), depth_labels=torch.ones_like(ids))
 
 
 def test_continuous_batching_is_refused_at_once():

@@ -156,6 +156,14 @@ class TaHConfig(PreTrainedConfig):
             return getattr(base.get_text_config(decoder=True), name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; one of `OF_THE_BASE` is set in the base's configuration."""
+        base = vars(self).get("base_config")
+        if name in OF_THE_BASE and isinstance(base, PreTrainedConfig):
+            setattr(base.get_text_config(decoder=True), name, value)
+        else:
+            super().__setattr__(name, value)
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the base's text configuration, from which transformers reads layers, vocabulary and window sizes."""
         base = self.base_config

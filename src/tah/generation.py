@@ -99,6 +99,8 @@ class TaHGeneration:
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
+        if kwargs.get("depth_labels") is not None and kwargs.get("inputs_embeds") is not None:
+            raise ValueError("depth_labels need input_ids: labels of generated tokens follow those of the prompt")
         processors = LogitsProcessorList([*(logits_processor or []), RefuseNaN()])
         token = _model_kwargs.set({})
         try:

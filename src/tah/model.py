@@ -71,12 +71,14 @@ class ForwardKwargs(TypedDict, total=False):
 
     Args:
         depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
-            `training.follow_labels`. They are not shifted, method.md (9).
+            `training.follow_labels`. They are not shifted, method.md (9). `Trainer` drops the column unless it gets
+            `TrainingArguments(label_names=["labels", "depth_labels"])`; without labels `oracle` iterates nowhere.
         shift_labels: Token ids [B, T] that each position should predict, -100 where not supervised, instead of
             `labels`.
         num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: Boundaries of packed rows, from
             `DataCollatorWithFlattening`. They are ignored: `position_ids` contain the same boundaries.
+        output_last_hidden_state: Whether the output has `last_hidden_state`. The default is False.
     """
 
     depth_labels: Tensor
@@ -87,6 +89,7 @@ class ForwardKwargs(TypedDict, total=False):
     max_length_q: int
     max_length_k: int
     seq_idx: Tensor
+    output_last_hidden_state: bool
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
@@ -251,7 +254,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             depth_count=depth_count,
             continue_logits=continue_logits,
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
-            last_hidden_state=running.total.view(B, T, -1) if self.sums_states else None,
+            last_hidden_state=running.total.view(B, T, -1) if kwargs.get("output_last_hidden_state") else None,
         )
 
     def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:
@@ -378,6 +381,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base.set_input_embeddings(value)
 
+    def get_encoder(self, modality: str | None = None) -> TaHForCausalLM:
+        return self  # as in any decoder-only model
+
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
@@ -423,7 +429,8 @@ class SummedStates:
     """A TaH model without its output head: input to summed hidden states, method.md (2).
 
     Libraries that compute logits themselves, such as TRL, apply the head to `model.base_model(...).last_hidden_state`.
-    Other attributes are those of the base's decoder.
+    Other attributes are those of the base's decoder. A call runs no hooks of the TaH model itself. FSDP gathers weights
+    in such hooks, so a forward that it wraps has to make the call, as in TRL.
     """
 
     def __init__(self, model: TaHForCausalLM) -> None:
@@ -443,8 +450,8 @@ class SummedStates:
                 "the head has a soft-cap or a bias, so the summed logits are not the head of one hidden state; train "
                 "with tah train, or choose output='zero_init'"
             )
-        nothing = torch.empty(0, dtype=torch.long)
-        out = TaHForCausalLM.forward(self._tah, *args, **kwargs | {"logits_to_keep": nothing, "return_dict": True})
+        no_logits = {"logits_to_keep": torch.empty(0, dtype=torch.long), "output_last_hidden_state": True}
+        out = TaHForCausalLM.forward(self._tah, *args, **kwargs | no_logits | {"return_dict": True})
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state, **{CACHE: getattr(out, CACHE)})
 
     def __getattr__(self, name: str) -> Any:

@@ -30,7 +30,7 @@ def model_for(tokenizer) -> TaHForCausalLM:
 
 
 @pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 64}], ids=["plain", "packed"])
-def test_sft_has_the_loss_of_the_model_and_trains_every_part(tokenizer, tmp_path, options):
+def test_sft_has_the_loss_of_the_model_and_trains_base_and_lora(tokenizer, tmp_path, options):
     rows = [
         {"messages": [{"role": "user", "content": f"e{i}>e1 e1>e1 e{i}"}, {"role": "assistant", "content": "e1"}]}
         for i in range(4)
@@ -50,4 +50,5 @@ def test_sft_has_the_loss_of_the_model_and_trains_every_part(tokenizer, tmp_path
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     trainer.train()
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
-    assert any("lora_A" in name for name in changed) and any("embed_tokens" in name for name in changed)
+    for part in ("embed_tokens", "q_proj.weight", "lora_A", "lora_B", "norm"):
+        assert any(part in name for name in changed), part

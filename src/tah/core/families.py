@@ -40,10 +40,8 @@ def refuse_peft(base: nn.Module) -> None:
     Raises:
         UnsupportedBase: It contains one.
     """
-    if hasattr(base, "merge_and_unload"):
-        raise UnsupportedBase("the base is a PEFT model; wrap the result of its merge_and_unload()")
-    if getattr(base, "_hf_peft_config_loaded", False):
-        raise UnsupportedBase("the base has a PEFT adapter loaded; load it with peft and wrap merge_and_unload()")
+    if any(type(module).__module__.startswith("peft.") for module in base.modules()):
+        raise UnsupportedBase("the base contains PEFT layers; wrap the result of PeftModel.merge_and_unload()")
 
 
 def head_of(base: PreTrainedModel) -> Head:

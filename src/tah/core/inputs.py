@@ -18,7 +18,7 @@ from .families import stable_positions
 from .loss import shift
 from .masks import DOCUMENT, NEVER, document_masks
 
-LOSS_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels"}
+OTHER_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels", "output_last_hidden_state"}
 # Boundaries of packed rows as `DataCollatorWithFlattening` gives them. The positions contain them too.
 PACKING_ARGUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
@@ -131,7 +131,7 @@ class Tokens:
         for name in NO_SUCH_OUTPUT & set(kwargs):
             if kwargs.pop(name):
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
-        if strange := set(kwargs) - LOSS_ARGUMENTS - PACKING_ARGUMENTS:
+        if strange := set(kwargs) - OTHER_ARGUMENTS - PACKING_ARGUMENTS:
             raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
         return (shift(labels) if targets is None and labels is not None else targets), depth_labels
 

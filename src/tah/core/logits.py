@@ -35,8 +35,8 @@ class TaHOutput(CausalLMOutputWithPast):
             policy did not decide.
         token_loss: Cross-entropy [B, T, max_depth] float32 of each token's output after each depth, if labels are
             given. After a token's last pass the value stays. nan where a token is not supervised or has weight 0.
-        last_hidden_state: Hidden states [B, T, D], summed over the passes of each token, method.md (2). The head of
-            them is the logits. None if the head is not linear and logits are summed.
+        last_hidden_state: Hidden states [B, T, D], summed over the passes of each token, method.md (2), if the call
+            has `output_last_hidden_state`. Their head is the logits, unless the head is not linear.
     """
 
     depth_count: Tensor | None = None
