@@ -266,3 +266,12 @@ def test_moving_files_into_place_is_all_there_is_to_a_save(tmp_path):
         "config.json": "new",
         "model.safetensors": "weights",
     }
+
+
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [(lambda state: None, "NoneType"), (lambda state: torch.ones_like(state.positions), "torch.int64")],
+)
+def test_a_policy_that_returns_no_logits(model, returned, named):
+    with pytest.raises(ValueError, match=f"the policy returned {named}; return a tensor"):
+        model(token_ids(), policy=returned)

@@ -65,7 +65,7 @@ class TaHConfig(PreTrainedConfig):
         policy: Policy: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: Threshold in [0, 1]. A token takes another pass if its continue probability is larger (3).
         decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'), or
-            None. Missing entries have their defaults.
+            None. `kind` is required; other missing entries have their defaults.
         confidence_measure: Confidence of the policy `confidence`: `probability`, the largest probability, or `entropy`,
             exp(-entropy).
         random_rate: Share of tokens that take another pass with the policy `random`, in [0, 1].

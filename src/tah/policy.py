@@ -258,9 +258,13 @@ class BoundRule:
             row: Batch row [N] of each token.
 
         Raises:
-            ValueError: The policy returned NaN or another shape, or labels are missing.
+            ValueError: The policy returned NaN, another shape or another type, or labels are missing.
         """
-        logits = self.policy(state).to(row.device)
+        logits = self.policy(state)
+        if not isinstance(logits, Tensor) or not (logits.is_floating_point() or logits.dtype == torch.bool):
+            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the policy returned {kind}; return a tensor of floating point logits or bool, [N]")
+        logits = logits.to(row.device)
         if logits.shape != row.shape:
             shape = list(logits.shape)
             raise ValueError(f"the policy returned a tensor of shape {shape} for {len(row)} tokens; return [N]")

@@ -142,7 +142,7 @@ def test_what_the_engine_refuses(model, tmp_path):
     (tmp_path / "deep" / "config.json").write_text(json.dumps(config | {"max_depth": 3}))
     with pytest.raises(ValueError, match="^max_depth=3: vLLM serves at most 2; give --max-depth 2$"):
         go(deep, tmp_path / "run", "vllm")
-    with pytest.raises(ValueError, match="^vLLM's cache has room for 64 tokens, and a question with its answer"):
+    with pytest.raises(ValueError, match="^vLLM's cache has room for 64 tokens, but a question with its answer"):
         go(model, tmp_path / "run", "vllm", engine=SMALL | {"max_model_len": 64})
     assert not (tmp_path / "run").exists()
     go(deep, tmp_path / "run", "vllm", max_depth=2, policies=["always"], limit=1)

@@ -82,7 +82,10 @@ def load(
             check(row, kind, f"{hub} row {number}")
     filled = [complete_row(row, kind, number) for number, row in enumerate(rows)]
     if twice := [row for row, times in Counter(row["id"] for row in filled).items() if times > 1]:
-        raise ValueError(f"task {name}: two questions have the id {twice[0]!r}; give each question a different id")
+        raise ValueError(
+            f"task {name}: two questions have the id {twice[0]!r}; give each question a different id (without an "
+            "id, a question has its number, from 0)"
+        )
     return {"test": Dataset.from_list(filled)}
 
 
