@@ -16,6 +16,7 @@ TORCH = f"torch=={distribution('torch').version.partition('+')[0]}"
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["TAH_CACHE"] = str(cwd / "cache")  # the user's may have a converted SmolLM2
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
