@@ -79,7 +79,9 @@ def reference(
     for p, token in enumerate(input_ids):
         x, depth, passes = embed(token), 1, []
         while True:
-            raw, hidden = _one_pass(model.base, text, x, p, depth, stores, attention)
+            raw, hidden, keys = one_pass(model.base, text, x, p, depth, stores, attention)
+            for store, key in zip(stores, keys, strict=True):
+                store.append(key)
             passes.append((raw, hidden[-1]))
             logits = _combine(model, passes)
             depth_logits[depth - 1][p] = logits
@@ -92,10 +94,10 @@ def reference(
     return ReferenceOutput(torch.stack(final), torch.tensor(counts), depth_logits)
 
 
-def _one_pass(
+def one_pass(
     base: Any, text: PreTrainedConfig, x: Tensor, position: int, depth: int, stores: list[list[Key]], attention: str
-) -> tuple[Tensor, list[Tensor]]:
-    """Run input embedding x [D] of one token; store its keys; return its logits [V] and L + 1 hidden states [D]."""
+) -> tuple[Tensor, list[Tensor], list[Key]]:
+    """Run input embedding x [D] of one token; return its logits [V], L + 1 hidden states [D] and its key per layer."""
     cache, masks = DynamicCache(), {}
     for layer, store in enumerate(stores):
         kind = _layer_type(text, layer)
@@ -112,10 +114,9 @@ def _one_pass(
             use_cache=True,
             output_hidden_states=True,
         )
-    for layer, store in enumerate(stores):
-        held = cache.layers[layer]
-        store.append(Key(position, depth, held.keys[:, :, -1:].clone(), held.values[:, :, -1:].clone()))
-    return out.logits[0, 0], [h[0, 0] for h in out.hidden_states]
+    held = cache.layers
+    keys = [Key(position, depth, kv.keys[:, :, -1:].clone(), kv.values[:, :, -1:].clone()) for kv in held]
+    return out.logits[0, 0], [h[0, 0] for h in out.hidden_states], keys
 
 
 def _layer_type(text: PreTrainedConfig, layer: int) -> str:
@@ -126,7 +127,7 @@ def _layer_type(text: PreTrainedConfig, layer: int) -> str:
 
 def _sees(text: PreTrainedConfig, kind: str, attention: str, position: int, depth: int, key: Key) -> bool:
     """Whether a query at (position, depth) sees `key`, of an earlier token or of an earlier pass of its own."""
-    if key.depth > depth:
+    if key.position > position or key.depth > depth:
         return False
     if attention != "duo" and key.depth > 1 and key.position != position:
         return False
