@@ -121,12 +121,12 @@ class RunningOutput:
             hit = (at >= 0).nonzero().squeeze(1)
             yield hit, hidden[at[hit]]
 
-    def summed_hidden(self) -> Tensor:
-        """Return the final hidden states [B*T, D] of each token, summed over its passes."""
+    def summed(self, B: int, T: int) -> Tensor:
+        """Return the final hidden states [B, T, D] of each token, summed over its passes."""
         total = self.total
         for tokens, hidden in self.deeper:
             total = total.index_add(0, tokens, hidden.to(total.dtype))
-        return total
+        return total.view(B, T, -1)
 
     @property
     def is_single_matrix(self) -> bool:

@@ -72,12 +72,12 @@ class Mixture(RunningOutput):
         at[ran] = torch.arange(len(ran), device=ran.device)
         return hidden[at[tokens]]
 
-    def summed_hidden(self) -> Tensor:
-        """Return the final hidden states [B*T, D] of each token, summed with the weights of its passes."""
+    def summed(self, B: int, T: int) -> Tensor:
+        """Return the final hidden states [B, T, D] of each token, summed with the weights of its passes."""
         total = self.total * self.weights[0][:, None].to(self.total.dtype)
         for (tokens, hidden), weight in zip(self.deeper, self.weights[1:], strict=True):
             total = total.index_add(0, tokens, (hidden * weight[tokens, None]).to(total.dtype))
-        return total
+        return total.view(B, T, -1)
 
     @property
     def is_single_matrix(self) -> bool:
