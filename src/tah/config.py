@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version
 
 from .core.compat import kernels_of
 from .errors import short
-from .names import ATTENTION, CONFIDENCE_MEASURES, NEXT_INPUT, OUTPUT, POLICIES, unknown
+from .names import ATTENTION, CONFIDENCE_MEASURES, DECISIONS, NEXT_INPUT, OUTPUT, POLICIES, unknown
 
 # Former names of fields and of their tensors, in checkpoints and recipes of versions before 0.2.
 FORMER_FIELDS = {"reembed": "next_input", "combine": "output"}
@@ -37,6 +37,7 @@ DECIDER_DEFAULTS: dict[str, dict[str, Any]] = {
         "normalize_input": False,
         "dropout": 0.1,
     },
+    "tah2": {"width": None},
 }
 
 
@@ -50,12 +51,16 @@ class TaHConfig(PreTrainedConfig):
         max_depth: Most passes that a token may take, >= 1. 1 is the base.
         mix_topk: Number k of tokens in the mix of the next input (4).
         next_input: Input at depth >= 2. `topk`: mix of token embeddings (4), the paper. `hidden`: token embedding plus
-            the input map U of the last hidden state (5).
+            the input map U of the last hidden state (5). `mlp`: a network of the token embedding and the last hidden
+            state (13), the updater of TaH2.
+        next_input_width: Inner width of the network of `next_input="mlp"`. None: the hidden size.
+        next_input_norms: Whether the network of `next_input="mlp"` has a norm before its MLP, and one at its end.
         attention: Keys to which a query at depth >= 2 attends (7). `duo`: keys of all depths up to its own, the paper.
             `own`: keys of depth 1 and its own deeper keys. `blind`: its own deeper keys only, so it reads no text (a
             control: the gain of such a pass is not reasoning).
         output: Output after depth >= 2. `sum`: sum of the logits of all depths (2), the paper. `zero_init`: logits of
-            h1 + Z h2, where the output map Z starts at zero (8).
+            h1 + Z h2, where the output map Z starts at zero (8). `mixture`: log-probabilities of the mixture of all
+            passes, weighted by the continue probabilities (15), TaH2. `even`: the same with equal weights.
         lora_rank: Rank of the LoRA that is active at depth >= 2 (6). 0 means no LoRA.
         lora_alpha: Numerator of the scale lora_alpha / lora_rank of the LoRA.
         lora_dropout: Dropout on the input of the LoRA in training, in [0, 1).
@@ -64,12 +69,15 @@ class TaHConfig(PreTrainedConfig):
             linear layers). The output head never has LoRA.
         policy: Policy: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: Threshold in [0, 1]. A token takes another pass if its continue probability is larger (3).
-        decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'), or
-            None. `kind` is required; other missing entries have their defaults.
+        decision: `threshold`: a token continues if its continue probability is larger than the threshold (3).
+            `sample`: it continues with its continue probability, drawn by a hash of `random_seed`, position, depth and
+            token id.
+        decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'),
+            `{"kind": "tah2", ...}` (of TaH2), or None. `kind` is required; other missing entries have their defaults.
         confidence_measure: Confidence of the policy `confidence`: `probability`, the largest probability, or `entropy`,
             exp(-entropy).
         random_rate: Share of tokens that take another pass with the policy `random`, in [0, 1].
-        random_seed: Random seed of the policy `random`.
+        random_seed: Random seed of the policy `random` and of the decision `sample`.
 
     Raises:
         ValueError: A value is out of range. The message has the field, the value and the allowed values.
@@ -78,13 +86,16 @@ class TaHConfig(PreTrainedConfig):
     model_type = "tah"
     sub_configs = {"base_config": AutoConfig}
     keys_to_ignore_at_inference = [  # of the output, so that `Trainer.predict` returns the logits alone
-        *("past_key_values", "cache", "depth_count", "continue_logits", "token_loss", "last_hidden_state"),
+        *("past_key_values", "cache", "depth_count", "continue_logits", "token_loss", "mixture_weights", "pass_loss"),
+        "last_hidden_state",
     ]
 
     base_config: dict | PreTrainedConfig | None = None
     max_depth: int = 2
     mix_topk: int = 100
     next_input: str = "topk"
+    next_input_width: int | None = None
+    next_input_norms: list[bool] = dataclasses.field(default_factory=lambda: [True, True])
     attention: str = "duo"
     output: str = "sum"
     lora_rank: int = 16
@@ -93,6 +104,7 @@ class TaHConfig(PreTrainedConfig):
     lora_targets: list[str] | None = None
     policy: str = "decider"
     threshold: float = 0.5
+    decision: str = "threshold"
     decider: dict | None = dataclasses.field(default_factory=lambda: {"kind": "lean"})
     confidence_measure: str = "probability"
     random_rate: float = 0.07
@@ -177,11 +189,13 @@ class TaHConfig(PreTrainedConfig):
             ("attention", ATTENTION),
             ("output", OUTPUT),
             ("policy", POLICIES),
+            ("decision", DECISIONS),
             ("confidence_measure", CONFIDENCE_MEASURES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown(name, getattr(self, name), allowed))
-        for name, low in (("mix_topk", 1), ("lora_rank", 0)):
+        width = [] if self.next_input_width is None else [("next_input_width", 1)]
+        for name, low in [("mix_topk", 1), ("lora_rank", 0), *width]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer >= {low}")
@@ -192,11 +206,16 @@ class TaHConfig(PreTrainedConfig):
             raise ValueError(f"lora_alpha={short(self.lora_alpha)} must be a finite number")
         if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
             raise ValueError(f"random_seed={short(self.random_seed)} must be an integer")
-        names = self.lora_targets
-        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"lora_targets={short(names)} must be a list of layer names, or None")
+        self._check_lists()
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
             raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
+
+    def _check_lists(self) -> None:
+        norms, names = self.next_input_norms, self.lora_targets
+        if not isinstance(norms, list | tuple) or [type(norm) for norm in norms] != [bool, bool]:
+            raise ValueError(f"next_input_norms={short(norms)} must be two of true, false: before the MLP, at the end")
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"lora_targets={short(names)} must be a list of layer names, or None")
 
 
 def current_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -325,6 +344,9 @@ def _complete_decider(decider: dict | None, num_layers: int) -> dict | None:
         allowed = ", ".join(DECIDER_DEFAULTS[kind])
         raise ValueError(f"a {kind} decider has no option {', '.join(sorted(unknown))}; it takes {allowed}")
     full = {"kind": kind, **DECIDER_DEFAULTS[kind], **decider}
+    if kind == "tah2":  # it reads the last hidden state only
+        _check_decider({name: value for name, value in full.items() if value is not None})
+        return full
     if full["layers"] is None:
         full["layers"] = sorted({max(1, num_layers * quarter // 4) for quarter in (1, 2, 3, 4)})
     if not isinstance(full["layers"], list | tuple):

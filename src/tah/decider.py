@@ -3,7 +3,7 @@
 Shapes: N tokens, n tokens of a chunk, D width of the base, k largest logits.
 
 Called with a [`DepthState`], a decider returns continue logits [N]. It reads hidden states of the pass that just ran
-and has no input for the depth. No gradient flows from it into the model.
+and has no input for the depth. No gradient flows from it into the model, except from the decider of TaH2.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .core.next_input import EPS, GatedMLP, reset_parts
 from .policy import DepthState
 
 CHUNK = 512  # tokens per chunk, so that the features of a long prompt are not all copied at once
@@ -151,20 +152,69 @@ class MLPDecider(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
-def build_decider(described: dict[str, Any], hidden_size: int, vocab_size: int) -> LeanDecider | MLPDecider:
+class TaH2Decider(nn.Module):
+    """The decider of TaH2, method.md (14), on token embedding, last hidden state and probabilities of this pass alone.
+
+    It reads as many of the largest probabilities as the base is wide. With gradients, its loss reaches the whole model.
+
+    Args:
+        hidden_size: Width D of the base.
+        width: Inner width of its MLP. None: D.
+        num_layers: Number of layers of the base.
+    """
+
+    def __init__(self, hidden_size: int, width: int | None, num_layers: int) -> None:
+        super().__init__()
+        self.layers = (num_layers,)
+        self.norm_embed = nn.RMSNorm(hidden_size, EPS)
+        self.norm_hidden = nn.RMSNorm(hidden_size, EPS)
+        self.norm_probs = nn.RMSNorm(hidden_size, EPS)
+        self.proj = nn.Linear(3 * hidden_size, hidden_size, bias=False)
+        self.mlp = GatedMLP(hidden_size, width or hidden_size)
+        self.norm_out = nn.RMSNorm(hidden_size, EPS)
+        self.score = nn.Linear(hidden_size, 1, bias=False)
+        self.reset_parameters()
+
+    def forward(self, state: DepthState) -> Tensor:
+        """Return continue logits [N]."""
+        device, dtype = self.score.weight.device, self.score.weight.dtype
+        (hidden,) = (state.hidden[k] for k in self.layers)
+        parts = [state.embeds(), hidden, state.map_pass_logits(self._largest)]
+        norms = [self.norm_embed, self.norm_hidden, self.norm_probs]
+        x = torch.cat([norm(part.to(device, dtype)) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+        return self.score(self.norm_out(self.mlp(self.proj(x)))).squeeze(-1).float()
+
+    def _largest(self, logits: Tensor) -> Tensor:
+        """Return the D largest probabilities [n, D] of logits [n, V], largest first, 0 beyond the vocabulary."""
+        width = self.score.in_features
+        largest = logits.float().softmax(-1).topk(min(width, logits.shape[-1])).values
+        return F.pad(largest, (0, width - largest.shape[-1]))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the weights as the authors' code does."""
+        reset_parts(self)
+        nn.init.normal_(self.score.weight, std=0.01)
+
+
+Decider = LeanDecider | MLPDecider | TaH2Decider
+
+
+def build_decider(described: dict[str, Any], text: Any) -> Decider:
     """Return a new decider.
 
     Args:
         described: The entry `decider` of a `TaHConfig`.
-        hidden_size: Width D of the base.
-        vocab_size: Size V of the vocabulary.
+        text: Text configuration of the base, from which the sizes are read.
 
     Raises:
         ValueError: `topk` is larger than the vocabulary.
     """
     options = {key: value for key, value in described.items() if key != "kind"}
     if described["kind"] == "lean":
-        return LeanDecider(hidden_size, **options)
-    if options["topk"] > vocab_size:
-        raise ValueError(f"decider topk={options['topk']} is more than the vocabulary of {vocab_size} tokens")
-    return MLPDecider(hidden_size, **options)
+        return LeanDecider(text.hidden_size, **options)
+    if described["kind"] == "tah2":
+        return TaH2Decider(text.hidden_size, num_layers=text.num_hidden_layers, **options)
+    if options["topk"] > text.vocab_size:
+        raise ValueError(f"decider topk={options['topk']} is more than the vocabulary of {text.vocab_size} tokens")
+    return MLPDecider(text.hidden_size, **options)

@@ -78,6 +78,8 @@ class TaHGeneration:
           t + 1 was predicted. It is 0 at the last token, which did not run.
         * `continue_logits` and `continue_prob` [B, S, max_depth - 1]: the policy's continue logits and their sigmoid,
           nan where there was no decision.
+        * `mixture_weights` [B, S, max_depth], if the output is a mixture: the weight of each pass in the prediction of
+          the next token, 0 for a pass that did not run.
 
         With `inputs_embeds`, S includes the prompt, although `sequences` does not contain it.
 
@@ -108,6 +110,9 @@ class TaHGeneration:
             if not isinstance(out, Tensor) and hasattr(out, "sequences"):
                 out["depth_count"], out["continue_logits"] = self._depths(out)
                 out["continue_prob"] = out["continue_logits"].sigmoid()
+                weights = self.mixture_weights(out["depth_count"], out["continue_logits"])  # type: ignore[attr-defined]
+                if weights is not None:
+                    out["mixture_weights"] = weights
         finally:
             _model_kwargs.reset(token)
         return out

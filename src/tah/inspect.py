@@ -43,7 +43,7 @@ def _count_base(source: str) -> int:
 def _inspect_tah(source: str, path: str) -> dict[str, Any]:
     model = load_tah(path)
     config, sizes = model.config, parameter_counts(model)
-    decider = config.decider and {"kind": config.decider["kind"], "layers": config.decider["layers"]}
+    decider = config.decider and {name: config.decider[name] for name in ("kind", "layers") if name in config.decider}
     return {
         "model": source,
         "kind": "tah",

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,63 +32,18 @@ from .core.compat import CACHE, PrivateHooks, allow_replay_with_cache, given_cac
 from .core.depth import at_depth, replay_contexts
 from .core.families import UnsupportedBase, check_base, check_facts, decoder_layers, decoder_of, head_of, refuse_peft
 from .core.head import Head
-from .core.inputs import Tokens
+from .core.inputs import ForwardKwargs, Tokens, TrainingPass
 from .core.logits import RunningOutput, TaHOutput, capture_hidden, select
 from .core.lora import add_lora
 from .core.loss import DepthLoss
 from .core.masks import take_ready_masks
-from .core.next_input import mixed_embedding
+from .core.mixture import mixture_weights, pass_losses
+from .core.next_input import NextInputMLP, mixed_embedding
 from .core.packing import lay_out, pack
 from .decider import build_decider
 from .generation import TaHGeneration
+from .names import MIXTURES
 from .policy import BoundRule, DepthState, Policy, Rule
-
-
-@dataclass(frozen=True)
-class TrainingPass:
-    """Arguments of a forward that only training needs.
-
-    Args:
-        follow_labels: Whether the depth labels decide who iterates. The policy still returns its continue logits.
-        loss_weights: Weight of the output after each depth 1..max_depth, method.md (12). By default only the output
-            after a token's last pass counts, method.md (10).
-        idle: Whether to run one token through the deeper passes where no token iterates, and to add 0 times the result
-            to the loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. The
-            default is True in training with labels.
-    """
-
-    follow_labels: bool = False
-    loss_weights: Sequence[float] | None = None
-    idle: bool | None = None
-
-
-class ForwardKwargs(TypedDict, total=False):
-    """Further arguments of [`TaHForCausalLM.forward`].
-
-    They are no parameters of its signature because `Trainer` takes every parameter with "label" in its name for a
-    required label (`transformers.utils.find_labels`).
-
-    Args:
-        depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
-            `training.follow_labels`. They are not shifted, method.md (9). `Trainer` drops the column unless it gets
-            `TrainingArguments(label_names=["labels", "depth_labels"])`; without labels `oracle` iterates nowhere.
-        shift_labels: Token ids [B, T] that each position should predict, -100 where not supervised, instead of
-            `labels`.
-        num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call.
-        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: Boundaries of packed rows, from
-            `DataCollatorWithFlattening`. They are ignored: `position_ids` contain the same boundaries.
-        output_last_hidden_state: Whether the output has `last_hidden_state`. The default is False.
-    """
-
-    depth_labels: Tensor
-    shift_labels: Tensor
-    num_items_in_batch: int | Tensor
-    cu_seq_lens_q: Tensor
-    cu_seq_lens_k: Tensor
-    max_length_q: int
-    max_length_k: int
-    seq_idx: Tensor
-    output_last_hidden_state: bool
 
 
 class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedModel, GenerationMixin):
@@ -117,15 +71,18 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             path = next((f"{name}." for name, module in self.base.named_modules() if name and module is decoder), "")
             add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, path)
         width, like = text.hidden_size, next(self.get_input_embeddings().parameters())
-        self.decider = build_decider(config.decider, width, text.vocab_size) if config.decider else None
-        # The linear maps of two method options: U of the next input, method.md (5), and Z of the output, (8).
-        self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
-        self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
-        if self.next_input_map is not None:
+        self.decider, self.next_input_map, self.next_input_mlp, self.output_map = None, None, None, None
+        if config.decider:
+            self.decider = build_decider(config.decider, text)
+        if config.next_input == "hidden":  # U in method.md (5)
+            self.next_input_map = nn.Linear(width, width, bias=False)
             nn.init.normal_(self.next_input_map.weight, std=0.02)
-        if self.output_map is not None:
+        if config.next_input == "mlp":  # method.md (13)
+            self.next_input_mlp = NextInputMLP(width, config.next_input_width or width, config.next_input_norms)
+        if config.output == "zero_init":  # Z in method.md (8)
+            self.output_map = nn.Linear(width, width, bias=False)
             nn.init.zeros_(self.output_map.weight)
-        for part in (self.decider, self.next_input_map, self.output_map):
+        for part in (self.decider, self.next_input_map, self.next_input_mlp, self.output_map):
             if part is not None:
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
@@ -191,12 +148,14 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         # in the cache. The base gets a view of the cache for this pass, and its layers write keys and values there.
         pass_cache = None if cache is None else tokens.open_pass(cache, deeper=rule.max_depth > 1)
         hidden, features = self._run(1, pass_cache, rule.policy, **tokens.stock_inputs(pass_cache, self.decoder))
-        # The logits of a token are the sum over its passes, method.md (2). `running` holds a sum of hidden states
-        # [B*T, D]. The head runs only on tokens whose logits the policy, the next input, the loss or the caller needs.
-        # If the policy reads logits, the `num_best` most probable tokens can be kept for the next input, so that the
-        # head does not run twice.
-        num_best = self.config.mix_topk if self.next_input_map is None else 0
-        running = fast.running_output(self.head, hidden.to(tokens.valid.device), self.output_map, num_best)
+        # The logits of a token are the sum over its passes, method.md (2), or a mixture of them, (15). `running` holds
+        # hidden states [B*T, D]. The head runs only on tokens whose logits the policy, the next input, the loss or the
+        # caller needs. If the policy reads logits, the `num_best` most probable tokens can be kept for the next input,
+        # so that the head does not run twice.
+        num_best = self.config.mix_topk if self.config.next_input == "topk" else 0
+        running = fast.running_output(
+            self.config.output, self.head, hidden.to(tokens.valid.device), self.output_map, num_best
+        )
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1  # not narrower in a call with a smaller max_depth
         continue_logits = torch.full((B * T, columns), math.nan, device=tokens.valid.device)
@@ -204,7 +163,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if targets is None else DepthLoss(targets, rule.max_depth, training.loss_weights)
         kept = use_cache or past is not None
-        idle = self.training and loss is not None if training.idle is None else training.idle
+        has_loss = self.training and loss is not None
+        idle = has_loss if training.idle is None else training.idle
 
         for depth in range(1, rule.max_depth):
             # The policy decides which of the tokens that just ran take another pass, method.md (3) ...
@@ -215,46 +175,51 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 hidden=features,
                 depth_labels=tokens.select(depth_labels, active),
                 map_logits=partial(running.map_logits, active),
+                map_pass_logits=partial(running.map_pass_logits, hidden),
+                embeds=partial(self._embeds, tokens, active),
             )
             new_logits, iterates = rule.decide(state, row=active // T)  # [N], [N] bool
             del state, features  # frees the hidden states of a long prompt
-            where = (active, active.new_tensor(depth - 1))
-            continue_logits = continue_logits.index_put(where, new_logits.to(continue_logits))
+            continue_logits = continue_logits.index_put(
+                (active, active.new_tensor(depth - 1)), new_logits.to(continue_logits)
+            )
             if loss is not None:
                 loss.add(running, depth, active, iterates)  # before deeper passes add to the output
             if idle and not iterates.any():
                 zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
                 if loss is not None:  # without a loss the passes still keep sharded processes (FSDP) in step
                     loss.add_zero(zero)
-            active, hidden = active[iterates], hidden[iterates]
+            active, hidden, go_logits = active[iterates], hidden[iterates], new_logits[iterates]
             if len(active) == 0:
                 break
 
-            # ... and those run again at their position, on the next input, method.md (4) or (5).
+            # ... and those run again at their position, on the next input, method.md (4), (5) or (13).
             assert cache is not None
             embeds = self._next_input(tokens, running, active, hidden)  # [M, D]
             hidden, features = self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds)  # [M, D]
-            running.add(active, hidden)
+            running.add(active, hidden, go_logits)
             depth_count = depth_count.flatten().index_add(0, active, torch.ones_like(active)).view(B, T)
 
         if loss is not None:
             loss.add(running, rule.max_depth, active)  # tokens that took all passes
+        done = (rule, cache, tokens, running, targets, depth_count, idle)
+        pass_loss = self._pass_loss(*done) if training.side_passes else None
         if cache is not None and self.config.attention != "duo":
             cache.drop_deep()  # `own`, `blind`: only a token's later passes attend to its deeper keys, method.md (7)
         continue_logits = continue_logits.view(B, T, columns)
         if cache is not None and kept:
             cache.commit(depth_count, continue_logits.detach())
-        no_logits = logits_to_keep is None and self.training and loss is not None
-        logits = None if no_logits else self._logits(running, B, T, 0 if logits_to_keep is None else logits_to_keep)
         value = None if loss is None else loss.value(running, kwargs.get("num_items_in_batch"))  # fills loss.by_depth
         return TaHOutput(
             loss=value,
-            logits=logits,
+            logits=None if logits_to_keep is None and has_loss else self._logits(running, B, T, logits_to_keep),
             **{CACHE: cache if use_cache else None},
             depth_count=depth_count,
             continue_logits=continue_logits,
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
-            last_hidden_state=running.total.view(B, T, -1) if kwargs.get("output_last_hidden_state") else None,
+            pass_loss=pass_loss,
+            mixture_weights=self.mixture_weights(depth_count, continue_logits.detach()),
+            last_hidden_state=running.summed_hidden().view(B, T, -1) if kwargs.get("output_last_hidden_state") else None,
         )
 
     def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:
@@ -291,10 +256,12 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         tokens: Tokens,
         active: Tensor,
         embeds: Tensor,
+        alone: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the tokens `active` [M] at `depth` >= 2 on inputs [M, D].
 
-        Only rows with an active token take part, their tokens packed left.
+        Only rows with an active token take part, their tokens packed left. With `alone`, each attends to no other token
+        of this pass.
 
         Returns:
             Final hidden states [M, D] and, by index, the hidden states [M, D] that the policy reads.
@@ -303,7 +270,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         positions = tokens.positions[packed.rows].gather(1, packed.columns)  # [R, P]
         # Order keys are positions that also distinguish the documents of a row (masks.py).
         order_keys = tokens.order_keys[packed.rows].gather(1, packed.columns)
-        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active])
+        pass_cache = cache.open_deeper_pass(depth, packed, tokens.order_keys.flatten()[active], alone)
         take_ready_masks(self.decoder)
         masks = pass_cache.masks(self.decoder.config, order_keys, self.config.attention, embeds.dtype)
         inputs = {"inputs_embeds": lay_out(embeds, packed), "position_ids": positions, "attention_mask": masks}
@@ -335,21 +302,63 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 zero = zero + 0 * out.float().sum()
         return zero
 
+    def _pass_loss(
+        self,
+        rule: BoundRule,
+        cache: DuoCache | None,
+        tokens: Tokens,
+        running: RunningOutput,
+        targets: Tensor | None,
+        depth_count: Tensor,
+        everywhere: bool,
+    ) -> Tensor:
+        """Return `TaHOutput.pass_loss`. With `everywhere`, every depth runs, because other processes run it."""
+
+        def run_alone(depth: int, active: Tensor, hidden: Tensor) -> Tensor:
+            """Return the final hidden states [M, D] of the pass after `depth`, without a change of the cache."""
+            assert cache is not None
+            with cache.forgetting():
+                embeds = self._next_input(tokens, running, active, hidden)
+                return self._run_again(depth + 1, cache, rule.policy, tokens, active, embeds, alone=True)[0]
+
+        if targets is None:
+            raise ValueError("side passes need labels")
+        limits = rule.max_depth if rule.row_depth is None else rule.row_depth
+        return pass_losses(running, targets, depth_count, limits, run_alone, everywhere)
+
     def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Return next inputs [M, D] of the tokens `active` [M], whose last pass ended in `hidden` [M, D].
 
-        This is the mix of token embeddings, method.md (4), or the token's embedding plus U h, method.md (5).
+        This is the mix of token embeddings, method.md (4), the token's embedding plus U h, (5), or a network of
+        embedding and h, (13).
         """
-        embed = self.get_input_embeddings()
+        if self.next_input_mlp is not None:
+            return self.next_input_mlp(self._embeds(tokens, active), hidden)
         if self.next_input_map is not None:
-            own = embed(tokens.ids) if tokens.embeds is None else tokens.embeds
-            return own.flatten(0, 1)[active] + self.next_input_map(hidden)
-        return mixed_embedding(running, active, embed)
+            return self._embeds(tokens, active) + self.next_input_map(hidden)
+        return mixed_embedding(running, active, self.get_input_embeddings())
 
-    def _logits(self, running: RunningOutput, B: int, T: int, keep: int | Tensor) -> Tensor:
-        """Return logits [B, K, V] of the K tokens to keep."""
+    def _embeds(self, tokens: Tokens, active: Tensor) -> Tensor:
+        """Return the embeddings [M, D] of the tokens `active` [M], the inputs of depth 1."""
+        if tokens.embeds is not None:
+            return tokens.embeds.flatten(0, 1)[active]
+        return self.get_input_embeddings()(tokens.select(tokens.ids, active))
+
+    def mixture_weights(self, depth_count: Tensor, continue_logits: Tensor) -> Tensor | None:
+        """Return the weight [B, T, max_depth] of each pass, method.md (15), or None where the output is a sum.
+
+        Args:
+            depth_count: Passes [B, T] of each token.
+            continue_logits: Continue logits [B, T, max_depth - 1].
+        """
+        if self.config.output not in MIXTURES:
+            return None
+        return mixture_weights(depth_count, continue_logits, self.config.output == "even")
+
+    def _logits(self, running: RunningOutput, B: int, T: int, keep: int | Tensor | None) -> Tensor:
+        """Return logits [B, K, V] of the K tokens to keep, see `forward`. None: of all."""
         index = torch.arange(B * T, device=running.total.device).view(B, T)
-        index = index[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        index = index[:, keep if isinstance(keep, Tensor) else slice(-(keep or 0), None)]
         logits = running.logits(index.flatten())
         return logits.view(B, index.shape[1], logits.shape[-1])
 
@@ -363,7 +372,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
     @property
     def sums_states(self) -> bool:
         """Whether the logits are the head of one hidden state per token, the sum over its passes."""
-        return self.output_map is not None or self.head.is_linear
+        return self.config.output not in MIXTURES and (self.output_map is not None or self.head.is_linear)
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -447,8 +456,8 @@ class SummedStates:
         """
         if not self._tah.sums_states:
             raise ValueError(
-                "the head has a soft-cap or a bias, so the summed logits are not the head of one hidden state; train "
-                "with tah train, or choose output='zero_init'"
+                "the output is a mixture, or the head has a soft-cap or a bias, so the logits are not the head of one "
+                "hidden state; train with tah train, or choose output='zero_init'"
             )
         no_logits = {"logits_to_keep": torch.empty(0, dtype=torch.long), "output_last_hidden_state": True}
         out = TaHForCausalLM.forward(self._tah, *args, **kwargs | no_logits | {"return_dict": True})

@@ -15,9 +15,11 @@ from typing import Literal
 POLICIES = ("decider", "oracle", "always", "never", "confidence", "random")
 LABEL_FREE = ("decider", "confidence", "always", "never", "random")  # `oracle` needs labels, and a prompt has none
 CONFIDENCE_MEASURES = ("probability", "entropy")
-NEXT_INPUT = ("topk", "hidden")
+NEXT_INPUT = ("topk", "hidden", "mlp")
 ATTENTION = ("duo", "own", "blind")
-OUTPUT = ("sum", "zero_init")
+OUTPUT = ("sum", "zero_init", "mixture", "even")
+MIXTURES = ("mixture", "even")  # outputs that are log-probabilities
+DECISIONS = ("threshold", "sample")
 
 STAGES = ("backbone", "decider")  # of training
 Stage = Literal["backbone", "decider"]

@@ -46,6 +46,9 @@ class DepthState:
     """`map_logits(f)` applies f: [n, V] -> [n, ...] to the accumulated logits, a chunk of tokens at a time, so that no
     [N, V] is needed. Call it only while the policy runs, because later passes add to the same sums. With `ahead=True`
     it also prepares the next input of these tokens; use this in a policy that makes most of them iterate."""
+    map_pass_logits: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    """`map_pass_logits(f)` does the same with the logits of the last pass alone."""
+    embeds: Callable[[], Tensor]  # `embeds()` returns the token embeddings [N, D], the inputs of depth 1
 
 
 class Policy:
@@ -142,11 +145,16 @@ class Random(Policy):
         self.rate, self.seed = rate, seed
 
     def __call__(self, state: DepthState) -> Tensor:
-        draw = torch.full_like(state.positions, self.seed)
-        for part in (state.positions, torch.full_like(state.positions, state.depth), state.input_ids):
-            if part is not None:
-                draw = _scramble(draw + part)
-        return torch.where(draw.double() / 2**31 < self.rate, math.inf, -math.inf)
+        return torch.where(_draw(state, self.seed) < self.rate, math.inf, -math.inf)
+
+
+def _draw(state: DepthState, seed: int) -> Tensor:
+    """Return a number [N] float64 in [0, 1) for each token, a hash of seed, position, depth and token id."""
+    draw = torch.full_like(state.positions, seed)
+    for part in (state.positions, torch.full_like(state.positions, state.depth), state.input_ids):
+        if part is not None:
+            draw = _scramble(draw + part)
+    return draw.double() / 2**31
 
 
 def _scramble(x: Tensor) -> Tensor:
@@ -234,7 +242,8 @@ class Rule:
         max_depth = _per_row("max_depth", max_depth, rows, check_max_depth)
         by_row = max_depth if isinstance(max_depth, Tensor) else None
         deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
-        return BoundRule(policy, threshold, deepest, by_row, follow_labels)
+        seed = config.random_seed if config.decision == "sample" else None
+        return BoundRule(policy, threshold, deepest, by_row, follow_labels, seed)
 
 
 @dataclass(frozen=True)
@@ -246,12 +255,13 @@ class BoundRule:
     max_depth: int  # the largest of all rows
     row_depth: Tensor | None = None  # [B] maximum depth of each row, if rows differ
     follow_labels: bool = False  # whether the depth labels decide instead of the policy
+    seed: int | None = None  # seed of decisions that are drawn with the continue probability; None: threshold
 
     def decide(self, state: DepthState, row: Tensor) -> tuple[Tensor, Tensor]:
         """Return continue logits [N] and, as [N] bool, which tokens take another pass, method.md (3).
 
-        A token continues if sigmoid(logit), computed in the precision of the logits, is larger than the threshold, and
-        always if the logit is +inf.
+        A token continues if sigmoid(logit), computed in the precision of the logits, is larger than the threshold (or,
+        with a seed, than a random number), and always if the logit is +inf.
 
         Args:
             state: State of the N tokens that just ran.
@@ -274,12 +284,14 @@ class BoundRule:
             raise ValueError(
                 f"the policy returned NaN after depth {state.depth}: hidden states or logits are not finite"
             )
-        threshold = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
-        go = (logits.sigmoid().float() > threshold) | (logits == math.inf)
+        bound = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
+        if self.seed is not None:
+            bound = _draw(state, self.seed)
+        go = (logits.sigmoid().float() > bound) | (logits == math.inf)
         if self.follow_labels:
             if state.depth_labels is None:
                 raise ValueError("follow_labels needs depth_labels")
-            go = state.depth_labels > state.depth
+            go = torch.where(state.depth_labels == 0, go, state.depth_labels > state.depth)
         if self.row_depth is not None:  # in a row at its maximum depth there is no decision
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked

@@ -317,9 +317,8 @@ def _check_decider(decider: OriginalDecider, base: PreTrainedModel, fields: dict
     assert decider.state is not None
     config = TaHConfig(base_config=base.config, **fields)
     text, state = base.config.get_text_config(decoder=True), decider.state
-    sizes = text.hidden_size, text.vocab_size
     try:
-        empty = build_empty(lambda: build_decider(config.decider or {}, *sizes), len(state), CONFIG)
+        empty = build_empty(lambda: build_decider(config.decider or {}, text), len(state), CONFIG)
     except ValueError as error:
         raise ValueError(f"{DECIDER} does not fit its arguments: {error}") from error
     own = empty.state_dict()

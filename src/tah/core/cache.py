@@ -88,13 +88,14 @@ class DuoCache(Cache):
         self.has_documents = documents
         return PassCache(self, 1, start, deeper=deeper)
 
-    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor) -> PassCache:
+    def open_deeper_pass(self, depth: int, packed: Packed, order_keys: Tensor, alone: bool = False) -> PassCache:
         """Open a pass at `depth` >= 2 for M chosen tokens.
 
         Args:
             depth: Depth of the pass.
             packed: Layout of the tokens in the [R, P] input of the pass.
             order_keys: Order keys [M] of the tokens.
+            alone: Whether each token attends to no other token of this pass. Open such a pass inside `forgetting`.
 
         Returns:
             The view of the cache for this pass.
@@ -115,10 +116,10 @@ class DuoCache(Cache):
         if not writable(self.deep_order_keys):
             self.deep_order_keys, self.deep_depths = self.deep_order_keys.clone(), self.deep_depths.clone()
         self.deep_order_keys[row, slots] = order_keys
-        self.deep_depths[row, slots] = depth
+        self.deep_depths[row, slots] = -depth if alone else depth  # see `masks.depth_masks`
         self.deep_length = self.deep_length.index_add(0, row, torch.ones_like(row))
         self.deep_width = width
-        return PassCache(self, depth, self.order_keys.length, DeepWrite(slots, used, width, packed))
+        return PassCache(self, depth, self.order_keys.length, DeepWrite(slots, used, width, packed, alone))
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
@@ -217,6 +218,7 @@ class DeepWrite:
     used: int  # slots in use in the longest row of this pass
     width: int  # slots in use in the longest row of the cache
     packed: Packed
+    alone: bool = False  # whether each token attends to no other token of this pass
 
 
 class PassCache(Cache):
@@ -251,7 +253,8 @@ class PassCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values [R, H, P, K] of a layer; return all to which the pass attends, [R, H, S, K]."""
-        in_place = not torch.is_grad_enabled()
+        # The backward of earlier passes needs their keys as they were.
+        in_place = not torch.is_grad_enabled() and not (self.write is not None and self.write.alone)
         layers = self.cache.layers
         while len(layers) <= layer_idx:
             layers.append(DuoLayer())
@@ -315,4 +318,5 @@ class PassCache(Cache):
         depths = self.cache.deep_depths[rows, newest_first].flip(1)
         base = self.cache.order_keys.view[rows]
         documents = self.cache.has_documents
-        return depth_masks(config, self.depth, order_keys, deep, depths, base, attention, dtype, documents)
+        alone = self.write.alone
+        return depth_masks(config, self.depth, order_keys, deep, depths, base, attention, dtype, documents, alone)

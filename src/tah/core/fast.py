@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..names import MIXTURES
 from .compat import is_watched
 from .head import Head
 from .logits import CHUNK, RunningOutput, best_of, joined
+from .mixture import Mixture
 
 ENABLED = True
 SDPA = nn.functional.scaled_dot_product_attention
@@ -161,8 +163,15 @@ def _is_few(x: Tensor) -> bool:
 # -- logits ----------------------------------------------------------------------------------------------------------
 
 
-def running_output(head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int) -> RunningOutput:
-    """Return the running output of a call; without gradients, one that keeps logits for later use."""
+def running_output(
+    output: str, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int
+) -> RunningOutput:
+    """Return the running output of a call for the configured `output`.
+
+    A sum without gradients keeps logits for later use.
+    """
+    if output in MIXTURES:
+        return Mixture(head, hidden, output == "even", num_best)
     kind = RememberingOutput if ENABLED and not torch.is_grad_enabled() else RunningOutput
     return kind(head, hidden, output_map, num_best)
 
@@ -179,8 +188,8 @@ class RememberingOutput(RunningOutput):
         self.stale: list[Tensor] = []  # tokens whose logits in `memo` lack a pass
         self.prepared: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [N] and their `best`, until the next pass
 
-    def add(self, tokens: Tensor, hidden: Tensor) -> None:
-        super().add(tokens, hidden)
+    def add(self, tokens: Tensor, hidden: Tensor, continue_logits: Tensor) -> None:
+        super().add(tokens, hidden, continue_logits)
         self.stale.append(tokens)
         self.prepared = None
 

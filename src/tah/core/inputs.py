@@ -5,9 +5,9 @@ Shapes: B batch, T tokens of this call, D width, N chosen tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +22,56 @@ OTHER_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels", "output
 # Boundaries of packed rows as `DataCollatorWithFlattening` gives them. The positions contain them too.
 PACKING_ARGUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 NO_SUCH_OUTPUT = {"output_attentions", "output_hidden_states"}
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """Arguments of a forward that only training needs.
+
+    Args:
+        follow_labels: Whether the depth labels decide who iterates. The policy still returns its continue logits.
+        loss_weights: Weight of the output after each depth 1..max_depth, method.md (12). By default only the output
+            after a token's last pass counts, method.md (10).
+        idle: Whether to run one token through the deeper passes where no token iterates, and to add 0 times the result
+            to the loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. The
+            default is True in training with labels.
+        side_passes: Whether to compute `TaHOutput.pass_loss`, from which TaH2 makes its labels, method.md (16). Every
+            supervised token that stops runs one more pass, without gradients and without other tokens noticing.
+    """
+
+    follow_labels: bool = False
+    loss_weights: Sequence[float] | None = None
+    idle: bool | None = None
+    side_passes: bool = False
+
+
+class ForwardKwargs(TypedDict, total=False):
+    """Further arguments of `TaHForCausalLM.forward`.
+
+    They are no parameters of its signature because `Trainer` takes every parameter with "label" in its name for a
+    required label (`transformers.utils.find_labels`).
+
+    Args:
+        depth_labels: Passes [B, T] that each token should take, for the policy `oracle` and for
+            `training.follow_labels`. They are not shifted, method.md (9). `Trainer` drops the column unless it gets
+            `TrainingArguments(label_names=["labels", "depth_labels"])`; without labels `oracle` iterates nowhere.
+        shift_labels: Token ids [B, T] that each position should predict, -100 where not supervised, instead of
+            `labels`.
+        num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: Boundaries of packed rows, from
+            `DataCollatorWithFlattening`. They are ignored: `position_ids` contain the same boundaries.
+        output_last_hidden_state: Whether the output has `last_hidden_state`. The default is False.
+    """
+
+    depth_labels: Tensor
+    shift_labels: Tensor
+    num_items_in_batch: int | Tensor
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+    seq_idx: Tensor
+    output_last_hidden_state: bool
 
 
 @dataclass

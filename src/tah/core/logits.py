@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .head import Head
@@ -35,13 +36,21 @@ class TaHOutput(CausalLMOutputWithPast):
             policy did not decide.
         token_loss: Cross-entropy [B, T, max_depth] float32 of each token's output after each depth, if labels are
             given. After a token's last pass the value stays. nan where a token is not supervised or has weight 0.
+        mixture_weights: Weight [B, T, max_depth] float32 of each pass in the output of its token, method.md (15), where
+            the output is a mixture. 0 for a pass that did not run.
+        pass_loss: Cross-entropy [B, T, max_depth] float32 of each pass alone, with `TrainingPass(side_passes=True)`.
+            The entry after a token's last pass is that of one more pass, as if this token alone had continued. nan
+            where a token is not supervised, and beyond.
         last_hidden_state: Hidden states [B, T, D], summed over the passes of each token, method.md (2), if the call
-            has `output_last_hidden_state`. Their head is the logits, unless the head is not linear.
+            has `output_last_hidden_state`; in a mixture with the weights of the passes. Their head is the logits, if
+            the head is linear and the output is a sum.
     """
 
     depth_count: Tensor | None = None
     continue_logits: Tensor | None = None
     token_loss: Tensor | None = None
+    mixture_weights: Tensor | None = None
+    pass_loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
     @property
@@ -70,8 +79,14 @@ class RunningOutput:
         self.total = hidden.flatten(0, 1)  # [B*T, D]
         self.deeper: list[tuple[Tensor, Tensor]] = []  # (tokens [M], hidden [M, D]) where sums are not allowed
 
-    def add(self, tokens: Tensor, hidden: Tensor) -> None:
-        """Add a deeper pass of `tokens` [M] with final hidden states [M, D]."""
+    def add(self, tokens: Tensor, hidden: Tensor, continue_logits: Tensor) -> None:
+        """Add a deeper pass.
+
+        Args:
+            tokens: Flat indices [M] of the tokens that ran it.
+            hidden: Their final hidden states [M, D].
+            continue_logits: The continue logits [M] after which they took this pass. A mixture weighs by them.
+        """
         if self.output_map is not None:
             self.total = self.total.index_add(0, tokens, self.output_map(hidden).to(self.total.dtype))
         elif self.head.is_linear:
@@ -92,13 +107,31 @@ class RunningOutput:
     def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Return accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
         logits = head(self.total[tokens])
+        for hit, hidden in self.passes(tokens):
+            logits = logits.index_add(0, hit, head(hidden))
+        return logits
+
+    def passes(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each pass that is kept apart, the n of `tokens` [N] that ran it, as indices [n], and their final
+        hidden states [n, D]."""
         for ran, hidden in self.deeper:
             at = tokens.new_full((len(self.total),), -1)
             at[ran] = torch.arange(len(ran), device=ran.device)
             at = at[tokens]  # [N], -1 where the token did not run this pass
             hit = (at >= 0).nonzero().squeeze(1)
-            logits = logits.index_add(0, hit, head(hidden[at[hit]]))
-        return logits
+            yield hit, hidden[at[hit]]
+
+    def summed_hidden(self) -> Tensor:
+        """Return the final hidden states [B*T, D] of each token, summed over its passes."""
+        total = self.total
+        for tokens, hidden in self.deeper:
+            total = total.index_add(0, tokens, hidden.to(total.dtype))
+        return total
+
+    @property
+    def is_single_matrix(self) -> bool:
+        """Return whether the output is one matrix times one hidden state per token."""
+        return self.head.is_single_matrix
 
     def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
         """Apply f: [n, V] -> [n, ...] to the accumulated logits of `tokens` [N], `CHUNK` of them at a time.
@@ -114,9 +147,28 @@ class RunningOutput:
         """
         return torch.cat([f(self.logits(chunk)) for chunk in tokens.split(CHUNK)])
 
+    def map_pass_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply f: [n, V] -> [n, ...] to the logits of one pass alone, `CHUNK` tokens at a time.
+
+        The backward computes the logits again, so that no [N, V] is kept.
+
+        Args:
+            hidden: Final hidden states [N, D] of the pass.
+            f: Function of logits.
+
+        Returns:
+            The results [N, ...].
+        """
+        return torch.cat([replayed(lambda part: f(self.head(part)), chunk) for chunk in hidden.split(CHUNK)])
+
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights [N, k] float32 of method.md (4) for `tokens` [N], and the ids [N, k] of their tokens."""
         return joined([best_of(self.logits(chunk), self.num_best) for chunk in tokens.split(CHUNK)])
+
+
+def replayed(f: Callable[..., Any], *inputs: Any) -> Any:
+    """Return f(*inputs); with gradients, the backward computes it again instead of keeping what is inside."""
+    return checkpoint(f, *inputs, use_reentrant=False) if torch.is_grad_enabled() else f(*inputs)
 
 
 def best_of(logits: Tensor, k: int, topk: Callable[[Tensor, int], Any] = torch.topk) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def is_single_matrix(output: RunningOutput) -> bool:
     """
     if hasattr(output.head.linear.weight, "ds_id"):
         raise ValueError("training under ZeRO-3 is not supported; use FSDP2 or ZeRO-2")
-    return output.head.is_single_matrix
+    return output.is_single_matrix
 
 
 def cross_entropy(head: Head, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

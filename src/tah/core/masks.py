@@ -40,6 +40,7 @@ def depth_masks(
     attention: str,
     dtype: torch.dtype,
     documents: bool = False,
+    alone: bool = False,
 ) -> Any:
     """Return ready masks over the keys [deeper slots | depth-1 slots].
 
@@ -48,11 +49,12 @@ def depth_masks(
         depth: Depth of the queries, >= 2.
         query: Order keys [R, N] of the queries.
         deep: Order keys [R, W] of the deeper slots, `NEVER` where empty.
-        deep_depths: Depths [R, W] of the deeper slots.
+        deep_depths: Depths [R, W] of the deeper slots. Negative for keys that only their own token sees.
         base: Order keys [R, n] of the depth-1 slots, `NEVER` at padding.
         attention: `duo`, `own` or `blind`.
         dtype: Type of the activations, for float masks.
         documents: Whether rows may hold several documents.
+        alone: Whether some of `deep_depths` are negative.
 
     Returns:
         A mask [R, 1, N, S] (or a `BlockMask`), or a dict of masks by layer type where the base's layers differ.
@@ -60,6 +62,8 @@ def depth_masks(
     q = query[:, :, None]  # [R, N, 1]
     visible_deep = deep[:, None] <= q if attention == "duo" else deep[:, None] == q
     visible_deep = visible_deep & (deep_depths <= depth)[:, None]
+    if alone:
+        visible_deep = visible_deep & ((deep_depths > 0)[:, None] | (deep[:, None] == q))
     visible_base = base[:, None] <= (q if attention != "blind" else -1)
     visible = torch.cat([visible_deep, visible_base.expand(*query.shape, -1)], dim=2)  # [R, N, S]
     return ready_masks(config, q, torch.cat([deep, base], dim=1)[:, None], visible, dtype, documents)

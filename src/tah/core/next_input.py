@@ -1,10 +1,11 @@
-"""The paper's next input, method.md (4): token embeddings weighted by the probabilities of the best tokens so far.
+"""Next inputs: the paper's mix of token embeddings, method.md (4), and the network of TaH2, (13).
 
 Shapes: M tokens that run the next pass, k = mix_topk, n tokens of a part of them, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,61 @@ from .compat import is_offloaded
 from .logits import RunningOutput
 
 ROWS = 64  # tokens mixed at a time
+EPS = 1e-6  # of the norms of TaH2, whatever that of the base
+
+
+class GatedMLP(nn.Module):
+    """The MLP of TaH2's networks, [..., D] -> [..., D]: W_down (silu(W_gate x) * W_up x).
+
+    Args:
+        width: Width D.
+        inner: Inner width.
+    """
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NextInputMLP(nn.Module):
+    """The next input of TaH2, method.md (13): a network of the token embedding and the last hidden state.
+
+    Its output is the whole next input, without a residual connection.
+
+    Args:
+        width: Width D of the base.
+        inner: Inner width of the MLP.
+        norms: Whether there is a norm before the MLP, and one at the end.
+    """
+
+    def __init__(self, width: int, inner: int, norms: Sequence[bool]) -> None:
+        super().__init__()
+        self.norm_embed, self.norm_hidden = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.proj = nn.Linear(2 * width, width, bias=False)
+        self.norm_pre = nn.RMSNorm(width, EPS) if norms[0] else nn.Identity()
+        self.mlp = GatedMLP(width, inner)
+        self.norm_out = nn.RMSNorm(width, EPS) if norms[1] else nn.Identity()
+
+    def forward(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        """Return next inputs [M, D] from token embeddings and last hidden states [M, D]."""
+        x = self.proj(torch.cat([self.norm_embed(embeds), self.norm_hidden(hidden)], dim=-1))
+        return self.norm_out(self.mlp(self.norm_pre(x)))
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights as the authors' code does."""
+        reset_parts(self)
+
+
+def reset_parts(module: nn.Module) -> None:
+    """Initialise the linear layers and norms inside `module` by PyTorch's defaults."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.RMSNorm):
+            part.reset_parameters()
 
 
 def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> Tensor:
@@ -29,7 +85,7 @@ def mixed_embedding(total: RunningOutput, tokens: Tensor, embed: nn.Module) -> T
         tokens: Flat indices [M].
         embed: Input embedding of the base.
     """
-    sparse = torch.is_grad_enabled() and total.head.is_single_matrix and is_plain(embed)
+    sparse = torch.is_grad_enabled() and total.is_single_matrix and is_plain(embed)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not sparse):
         weights, ids = total.best(tokens)
     if not sparse:

@@ -61,7 +61,7 @@ class TaHForCausalLM(nn.Module):
         self.base: Any = init_vllm_registered_model(
             vllm_config, prefix="base", hf_config=base, architectures=[FAMILIES[base.model_type]]
         )
-        self.decider = build_decider(config.decider, base.hidden_size, base.vocab_size) if config.decider else None
+        self.decider = build_decider(config.decider, base) if config.decider else None
         wanted = self.decider.layers if self.decider is not None else ()
         self.decoder.aux_hidden_state_layers = tuple(sorted({k for k in wanted if k < base.num_hidden_layers}))
         width = base.hidden_size
@@ -236,6 +236,8 @@ class TaHForCausalLM(nn.Module):
                 hidden={k: x[index] for k, x in features.items()},
                 depth_labels=None,
                 map_logits=partial(logits.map, index),
+                map_pass_logits=partial(logits.map, index),
+                embeds=partial(self.embed_input_ids, ids[index]),
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
             _, go[index] = BoundRule(policy, threshold, max_depth=2).decide(state, row[index])

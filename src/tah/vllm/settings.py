@@ -56,6 +56,11 @@ def _check_checkpoint(config: TaHConfig) -> None:
         )
     if config.attention == "blind":
         raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
+    for name, value in {"next_input": "mlp", "output": "mixture", "decision": "sample"}.items():
+        if getattr(config, name) in (value, "even"):
+            raise ValueError(f"{name}={getattr(config, name)!r} is not supported in vLLM; use model.generate")
+    if config.decider is not None and config.decider["kind"] == "tah2":
+        raise ValueError("a decider of kind 'tah2' is not supported in vLLM; use model.generate")
     if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
         raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
 
