@@ -55,9 +55,9 @@ FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "stochastic_sampling": Fals
 
 # Tensors by the authors' names: our names, and the shapes in D and I.
 MLP = {
-    "mlp.gate_proj": ("gate_proj", "ID"),
-    "mlp.up_proj": ("up_proj", "ID"),
-    "mlp.down_proj": ("down_proj", "DI"),
+    "mlp.gate_proj": ("mlp.gate_proj", "ID"),
+    "mlp.up_proj": ("mlp.up_proj", "ID"),
+    "mlp.down_proj": ("mlp.down_proj", "DI"),
 }
 TENSORS = {
     UPDATER: {
