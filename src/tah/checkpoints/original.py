@@ -221,7 +221,7 @@ def arguments_of(name: Any, given: dict[str, Any], entry: str, known: dict[str, 
     Raises:
         ValueError: The class or an argument is unknown, or an argument has another type than its default.
     """
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{CONFIG}: {entry} is {name!r}, which a TaH model does not have; only {' or '.join(known)}")
     for key, value in given.items():
         default = known[name].get(key)
