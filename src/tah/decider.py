@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .core import fast
 from .core.next_input import EPS, GatedMLP, reset_parts
 from .policy import DepthState
 
@@ -187,7 +188,7 @@ class TaH2Decider(nn.Module):
     def _largest(self, logits: Tensor) -> Tensor:
         """Return the D largest probabilities [n, D] of logits [n, V], largest first, 0 beyond the vocabulary."""
         width = self.score.in_features
-        largest = logits.float().softmax(-1).topk(min(width, logits.shape[-1])).values
+        largest, _ = fast.topk(logits.float().softmax(-1), min(width, logits.shape[-1]))
         return F.pad(largest, (0, width - largest.shape[-1]))
 
     @torch.no_grad()

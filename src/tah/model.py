@@ -219,7 +219,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             token_loss=None if loss is None else loss.by_depth.view(B, T, -1),
             pass_loss=pass_loss,
             mixture_weights=self.mixture_weights(depth_count, continue_logits.detach()),
-            last_hidden_state=running.summed_hidden().view(B, T, -1) if kwargs.get("output_last_hidden_state") else None,
+            last_hidden_state=running.summed(B, T) if kwargs.get("output_last_hidden_state") else None,
         )
 
     def _cache(self, past: DuoCache | None, use_cache: bool, rule: BoundRule, length: int) -> DuoCache | None:

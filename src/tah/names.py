@@ -31,6 +31,7 @@ METHODS = (
     "random",
     "confidence",
     "blind",
+    "tah2",
 )  # rules for iteration in training
 BY_GAIN = ("lookahead", "blind")  # methods whose decider is trained on the gain of a pass, without depth labels
 BY_SHARE = (*BY_GAIN, "random")  # methods that iterate a sampled share of the tokens

@@ -156,6 +156,11 @@ def _next_input(model: Any, embed: Any, token: Tensor, features: Features) -> Te
     return top.softmax(0) @ embed(ids)
 
 
+def unused(*args: Any) -> Any:
+    """Stand for what only the decider of TaH2 reads (`reference_tah2.py`)."""
+    raise AssertionError
+
+
 def by_labels(depth_labels: Tensor) -> Decide:
     """The oracle's decisions: as many passes as `depth_labels` [T] say."""
     return lambda position, depth, features: int(depth_labels[position]) > depth
@@ -172,6 +177,8 @@ def by_policy(policy: Any, threshold: float = 0.5, depth_labels: Tensor | None =
             hidden={k: h[None] for k, h in enumerate(features.hidden)},
             depth_labels=None if depth_labels is None else depth_labels[position : position + 1],
             map_logits=lambda f: f(features.logits[None]),
+            map_pass_logits=unused,
+            embeds=unused,
         )
         go = policy(state).float()
         return bool(go == math.inf or go.sigmoid() > threshold)

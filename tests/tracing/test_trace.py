@@ -10,7 +10,7 @@ import torch
 
 from helpers.families import tiny
 from helpers.models import shake, token_ids
-from helpers.reference import by_labels, by_policy, reference
+from helpers.reference import by_labels, by_policy, reference, unused
 from helpers.scores import plain_scores
 from helpers.traces import fails, guided, model_of, rows, trace, works
 from tah import TaHForCausalLM
@@ -54,6 +54,8 @@ def test_trace_equals_plain_loops(words, config):
                 hidden={k: h[None] for k, h in enumerate(features.hidden)},
                 depth_labels=None,
                 map_logits=lambda f: f(features.logits[None]),
+                map_pass_logits=unused,
+                embeds=unused,
             )
             said[depth, position] = model.decider(state).sigmoid().item()
             return True

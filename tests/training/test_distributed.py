@@ -42,11 +42,11 @@ def test_evaluation_keeps_ranks_in_step(tmp_path):
     assert torch.load(tmp_path / "out.pt")["loss"].item() == pytest.approx(alone()["loss"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["paper", "lookahead"])
+@pytest.mark.parametrize("method", ["paper", "lookahead", "tah2"])
 def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
     """`tah train` under torchrun (2 ranks x 1 row) = in one process (1 x 2 rows): the same weights after 3 updates."""
     from safetensors.torch import load_file
-    from test_train import labelled
+    from test_train import TAH2, labelled
 
     labelled(tmp_path / "train", rows=6)
     labelled(tmp_path / "validation", rows=4, seed=1)
@@ -60,7 +60,9 @@ def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
         values = {
             "name": "ranks",
             "base": {"model": str(tiny_base), "dtype": "float32"},
-            "model": {"max_depth": 2, "lora_rank": 4, "mix_topk": 16, "decider": {"kind": "lean", "width": 8}},
+            "model": TAH2
+            if method == "tah2"
+            else {"max_depth": 2, "lora_rank": 4, "mix_topk": 16, "decider": {"kind": "lean", "width": 8}},
             "data": {"source": "unused.jsonl", "max_length": 40},
             "label": {"reference": str(tiny_base)} if method == "paper" else None,
             "backbone": {"method": method, "training": step | {"per_device_train_batch_size": size}},

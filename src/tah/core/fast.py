@@ -168,11 +168,12 @@ def running_output(
 ) -> RunningOutput:
     """Return the running output of a call for the configured `output`.
 
-    A sum without gradients keeps logits for later use.
+    Without gradients, it is one that keeps logits for later use.
     """
+    remembers = ENABLED and not torch.is_grad_enabled()
     if output in MIXTURES:
-        return Mixture(head, hidden, output == "even", num_best)
-    kind = RememberingOutput if ENABLED and not torch.is_grad_enabled() else RunningOutput
+        return (RememberingMixture if remembers else Mixture)(head, hidden, output == "even", num_best)
+    kind = RememberingOutput if remembers else RunningOutput
     return kind(head, hidden, output_map, num_best)
 
 
@@ -241,6 +242,34 @@ class RememberingOutput(RunningOutput):
         seen, weights, ids = self.prepared
         at = torch.searchsorted(seen, tokens).to(ids.device)  # `tokens` is a sorted subset of `seen`
         return weights[at], ids[at]
+
+
+class RememberingMixture(Mixture):
+    """A mixture that keeps the logits of a pass with few tokens after a decider read them, for the output."""
+
+    def __init__(self, head: Head, hidden: Tensor, even: bool, num_best: int) -> None:
+        super().__init__(head, hidden, even, num_best)
+        self.known: dict[int, Tensor] = {}  # logits [n, V] of the tokens of a pass, by depth
+
+    def so_far(self) -> RememberingMixture:
+        now = super().so_far()
+        assert isinstance(now, RememberingMixture)
+        now.known = {}
+        return now
+
+    def map_pass_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        everyone = len(self.deeper[-1][0] if self.deeper else self.total)
+        if torch.is_grad_enabled() or len(hidden) > MEMO or len(hidden) != everyone:
+            return super().map_pass_logits(hidden, f)
+        depth = 1 + len(self.deeper)
+        if depth not in self.known:
+            self.known[depth] = self.head(hidden)
+        return f(self.known[depth].clone())  # f may overwrite the logits
+
+    def pass_logits(self, head: Callable[[Tensor], Tensor], depth: int, at: Tensor) -> Tensor:
+        if depth in self.known and not torch.is_grad_enabled():
+            return self.known[depth][at]
+        return super().pass_logits(head, depth, at)
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

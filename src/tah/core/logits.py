@@ -107,26 +107,26 @@ class RunningOutput:
     def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Return accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
         logits = head(self.total[tokens])
-        for hit, hidden in self.passes(tokens):
-            logits = logits.index_add(0, hit, head(hidden))
+        for (_, hidden), (hit, at) in zip(self.deeper, self.found(tokens), strict=True):
+            logits = logits.index_add(0, hit, head(hidden[at]))
         return logits
 
-    def passes(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each pass that is kept apart, the n of `tokens` [N] that ran it, as indices [n], and their final
-        hidden states [n, D]."""
-        for ran, hidden in self.deeper:
+    def found(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each pass that is kept apart, which n of `tokens` [N] ran it, as indices into `tokens` [n] and
+        into the tokens of the pass [n]."""
+        for ran, _ in self.deeper:
             at = tokens.new_full((len(self.total),), -1)
             at[ran] = torch.arange(len(ran), device=ran.device)
             at = at[tokens]  # [N], -1 where the token did not run this pass
             hit = (at >= 0).nonzero().squeeze(1)
-            yield hit, hidden[at[hit]]
+            yield hit, at[hit]
 
-    def summed_hidden(self) -> Tensor:
-        """Return the final hidden states [B*T, D] of each token, summed over its passes."""
+    def summed(self, B: int, T: int) -> Tensor:
+        """Return the final hidden states [B, T, D] of each token, summed over its passes."""
         total = self.total
         for tokens, hidden in self.deeper:
             total = total.index_add(0, tokens, hidden.to(total.dtype))
-        return total
+        return total.view(B, T, -1)
 
     @property
     def is_single_matrix(self) -> bool:

@@ -57,27 +57,22 @@ class Mixture(RunningOutput):
     def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Return log-probabilities [N, V] float32 of `tokens` [N]."""
         first, *deeper = [weight.clamp(min=SMALLEST).log()[tokens, None] for weight in self.weights]
-        logp = head(self.total[tokens]).float().log_softmax(-1) + first
-        for weight, (hit, hidden) in zip(deeper, self.passes(tokens), strict=True):
-            own = head(hidden).float().log_softmax(-1) + weight[hit]
+        logp = self.pass_logits(head, 1, tokens).float().log_softmax(-1) + first
+        for depth, (weight, (hit, at)) in enumerate(zip(deeper, self.found(tokens), strict=True), start=2):
+            own = self.pass_logits(head, depth, at).float().log_softmax(-1) + weight[hit]
             logp = logp.index_put((hit,), torch.logaddexp(logp[hit], own))
         return logp
 
-    def pass_hidden(self, depth: int, tokens: Tensor) -> Tensor:
-        """Return the final hidden states [N, D] of one pass of `tokens` [N], all of which ran it."""
-        if depth == 1:
-            return self.total[tokens]
-        ran, hidden = self.deeper[depth - 2]
-        at = tokens.new_empty(len(self.total))
-        at[ran] = torch.arange(len(ran), device=ran.device)
-        return hidden[at[tokens]]
+    def pass_logits(self, head: Callable[[Tensor], Tensor], depth: int, at: Tensor) -> Tensor:
+        """Return the logits [n, V] of one pass alone, for some of its tokens, as indices [n] into them."""
+        return head((self.total if depth == 1 else self.deeper[depth - 2][1])[at])
 
-    def summed_hidden(self) -> Tensor:
-        """Return the final hidden states [B*T, D] of each token, summed with the weights of its passes."""
+    def summed(self, B: int, T: int) -> Tensor:
+        """Return the final hidden states [B, T, D] of each token, summed with the weights of its passes."""
         total = self.total * self.weights[0][:, None].to(self.total.dtype)
         for (tokens, hidden), weight in zip(self.deeper, self.weights[1:], strict=True):
             total = total.index_add(0, tokens, (hidden * weight[tokens, None]).to(total.dtype))
-        return total
+        return total.view(B, T, -1)
 
     @property
     def is_single_matrix(self) -> bool:
@@ -120,16 +115,17 @@ def pass_losses(
             each = torch.nn.functional.cross_entropy(running.head(rows).float(), target[some], reduction="none")
             found[some, depth - 1] = each
 
-    for depth in range(1, most + 1):
-        ran = ((target != IGNORE) & (count >= depth)).nonzero().squeeze(1)
-        note(depth, ran, running.pass_hidden(depth, ran) if len(ran) else running.total[ran])
-        if depth == most:
-            break
-        stopped = ((target != IGNORE) & (count == depth) & (limit > depth)).nonzero().squeeze(1)
-        if len(stopped):
-            note(depth + 1, stopped, run_alone(depth, stopped, running.pass_hidden(depth, stopped)))
-        elif everywhere:
-            run_alone(depth, count.new_zeros(1), running.total[:1])
+    everyone = torch.arange(len(target), device=target.device)
+    for depth, (tokens, hidden) in enumerate([(everyone, running.total), *running.deeper], start=1):
+        counts = target[tokens] != IGNORE
+        note(depth, tokens[counts], hidden[counts])
+        stops = counts & (count[tokens] == depth) & (limit[tokens] > depth)
+        if stops.any():
+            note(depth + 1, tokens[stops], run_alone(depth, tokens[stops], hidden[stops]))
+        elif everywhere and depth < most:
+            run_alone(depth, tokens[:1], hidden[:1])
+    for depth in range(len(running.deeper) + 2, most) if everywhere else ():
+        run_alone(depth, everyone[:1], running.total[:1])  # other processes may have run it
     return found.view(*targets.shape, most)
 
 

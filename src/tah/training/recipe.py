@@ -19,14 +19,23 @@ from typing_extensions import TypedDict
 
 try:
     import yaml
-    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator, model_validator
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        ConfigDict,
+        Field,
+        PlainSerializer,
+        WrapValidator,
+        model_serializer,
+        model_validator,
+    )
 except ImportError as error:
     raise ImportError("recipes need pydantic and pyyaml: pip install 'tah[train]'") from error
 
 from ..config import TaHConfig, current_fields
 from ..data.rows import check_rule, load_rows
 from ..files import write_atomically
-from ..names import BY_GAIN, BY_SHARE, DTYPES, METHODS, suggest
+from ..names import BY_GAIN, BY_SHARE, DTYPES, METHODS, MIXTURES, suggest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,6 +190,9 @@ class Backbone(Part):
             about as much as `standard`. It is not allowed with `decider.joint`, which learns from all tokens.
         depth_schedule: Pairs (share of training done, most passes from then on), both rising. The first pair has share
             0 and depth 2, because with one pass LoRA, maps and a joint decider would not be trained.
+        coverage: Share of the total gain that hard tokens have, one number per depth, for `tah2`, method.md (16). The
+            last number holds for deeper depths too.
+        decider_weight: Weight of the decider's loss, for `tah2`, method.md (17).
         init: TaH or base checkpoint to start from, instead of `base.model`.
         training: Arguments of `TrainingArguments`.
     """
@@ -193,8 +205,18 @@ class Backbone(Part):
     tau: Annotated[float, Field(ge=0)] = 0.3
     uncertain: bool = False
     depth_schedule: list[Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Positive], Field(strict=False)]] = []
+    coverage: list[Annotated[float, Field(gt=0, le=1)]] = [0.99]
+    decider_weight: Annotated[float, Field(ge=0)] = 0.05
     init: str | None = None
     training: Training = {}
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: Any) -> dict[str, Any]:
+        """Return the fields without those of `tah2` for other methods, so that recipes of older runs stay equal."""
+        fields: dict[str, Any] = write(self)
+        if self.method != "tah2":
+            del fields["coverage"], fields["decider_weight"]
+        return fields
 
 
 class Decider(Part):
@@ -271,6 +293,7 @@ class Recipe(Part):
         self._check_base()
         self._check_labels()
         self._check_depths()
+        self._check_tah2()
         self._check_decider()
         self._check_shares()
         self._check_controls()
@@ -320,6 +343,18 @@ class Recipe(Part):
             )
         if weights is not None and depths and sum(weights[: depths[0]]) == 0:
             raise ValueError(f"backbone.loss_weights={weights} leave no loss at depth {depths[0]} of depth_schedule")
+
+    def _check_tah2(self) -> None:
+        if self.backbone.method != "tah2":
+            return
+        if self.decider is not None:
+            raise ValueError("backbone.method=tah2 trains the decider together with the backbone; set decider=null")
+        if self.model.get("decider", {}) is None:
+            raise ValueError("backbone.method=tah2 trains a decider, and model.decider is null; drop that line")
+        if self.model.get("output", "sum") not in MIXTURES:
+            raise ValueError(f"backbone.method=tah2 needs model.output={' or '.join(MIXTURES)}")
+        if not self.backbone.coverage:
+            raise ValueError("backbone.coverage=[] must have at least one number, such as 0.99")
 
     def _check_decider(self) -> None:
         decider, method = self.decider, self.backbone.method
@@ -376,6 +411,11 @@ class Recipe(Part):
     def by_gain(self) -> bool:
         """Whether the decider learns from the gain of a pass, and not from labels."""
         return self.backbone.method in BY_GAIN
+
+    @property
+    def joint(self) -> bool:
+        """Whether stage 1 trains the decider too."""
+        return self.backbone.method == "tah2" or (self.decider is not None and self.decider.joint)
 
     @property
     def uses_labels(self) -> bool:
@@ -436,7 +476,7 @@ def _check_model(fields: dict[str, Any]) -> None:
         if name not in own:
             raise ValueError(f"model.{name} is unknown; {suggest(name, own)}")
     if isinstance(fields.get("decider"), dict) and "kind" not in fields["decider"]:
-        raise ValueError("model.decider.kind is required: lean (hidden states only) or mlp (the authors')")
+        raise ValueError("model.decider.kind is required: lean (hidden states only), mlp or tah2 (the authors')")
     some_base = {"model_type": "llama", "num_hidden_layers": 10**6}  # layers are checked when the base is known
     try:
         TaHConfig(base_config=some_base, policy="never", **copy.deepcopy(fields))

@@ -242,8 +242,8 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
     everything = backbone.train == "all"
     for name, parameter in model.named_parameters():
-        own = "lora_" in name or name.startswith(("next_input_map.", "output_map."))
-        joint = recipe.decider is not None and recipe.decider.joint
+        own = "lora_" in name or name.startswith(("next_input_map.", "next_input_mlp.", "output_map."))
+        joint = recipe.joint
         parameter.requires_grad_(joint if name.startswith("decider.") else everything or own)
     if model.config.max_depth == 1 and not everything:
         raise ValueError("backbone.train: lora has nothing to train if no token runs a second pass; use all")
@@ -280,9 +280,13 @@ def check_fields(recipe: Recipe, config: TaHConfig, path: str) -> None:
 def _choose_policy(recipe: Recipe, model: TaHForCausalLM) -> None:
     """Set the policy that a backbone's checkpoint uses until a decider is trained."""
     config, backbone = model.config, recipe.backbone
-    config.policy = {"always": "always", "random": "random", "standard": "never", "paper": "never"}.get(
-        backbone.method, "confidence"
-    )
+    config.policy = {
+        "always": "always",
+        "random": "random",
+        "standard": "never",
+        "paper": "never",
+        "tah2": "decider",
+    }.get(backbone.method, "confidence")
     if config.policy == "random":
         config.random_rate, config.random_seed = backbone.share, recipe.seed
     if config.policy == "confidence":  # 1 - exp(-entropy) exceeds this threshold if the entropy exceeds tau
@@ -304,10 +308,12 @@ def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows
         share=backbone.share,
         tau=backbone.tau,
         uncertain=backbone.uncertain,
-        joint=stage == "backbone" and decider is not None and decider.joint,
+        joint=stage == "backbone" and recipe.joint,
         gain=decider.gain if decider is not None else 0.05,
         pos_weight=pos_weight,
         depth_schedule=backbone.depth_schedule if stage == "backbone" else (),
+        coverage=backbone.coverage,
+        decider_weight=backbone.decider_weight,
         seed=recipe.seed,
     )
 

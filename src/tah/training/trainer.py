@@ -27,6 +27,7 @@ from ..core.loss import IGNORE, decider_loss, shift
 from ..model import TaHForCausalLM, TrainingPass
 from ..names import BY_GAIN, Stage
 from ..policy import Confidence, DepthState, Random
+from .joint import gain_labels, joint_decider_loss
 
 CHECKPOINTS = "checkpoints"
 
@@ -57,6 +58,7 @@ class Objective:
     | `blind` | as `lookahead`, but deeper passes read no text (`attention="blind"`), a control | method.md (12) |
     | `always`, `random`, `confidence` | by the policy of that name | final output |
     | `standard` | none, the one-pass baseline | output of depth 1 |
+    | `tah2` | by the model's own decider, which is trained too | final output and the decider's loss, method.md (17) |
 
     Args:
         stage: `backbone` (base, LoRA, linear maps U and Z) or `decider`.
@@ -72,6 +74,8 @@ class Objective:
         gain: Gain of a pass in nats above which a token should iterate.
         pos_weight: Weight of hard tokens in the decider's loss; None for 1.
         depth_schedule: Pairs of a share of the training and the largest depth from there on.
+        coverage: Share of the total gain that hard tokens have, by depth, method.md (16), for `tah2`.
+        decider_weight: Weight of the decider's loss for `tah2`.
         seed: Seed of the sampled shares.
     """
 
@@ -86,6 +90,8 @@ class Objective:
     gain: float = 0.05
     pos_weight: float | None = None
     depth_schedule: Sequence[tuple[float, int]] = ()
+    coverage: Sequence[float] = (0.99,)
+    decider_weight: float = 0.05
     seed: int = 0
 
     @property
@@ -145,6 +151,7 @@ class Objective:
         given["loss_weights"] = self.weights(depth)
         given["policy"] = {
             "paper": "oracle",
+            "tah2": "decider",
             "standard": "never",
             "always": "always",
             "random": Random(self.share, self.seed),
@@ -152,6 +159,8 @@ class Objective:
         }[self.method]
         if self.method == "standard":
             given["max_depth"] = 1
+        if self.method == "tah2":
+            given["side_passes"] = True
         if self.method == "confidence":
             given["threshold"] = self._threshold
         return given
@@ -295,6 +304,9 @@ class TaHTrainer(TrainerHooks, Trainer):
         loss = out.loss
         if self.objective.stage == "decider":
             loss = self.objective.decider_loss(out, batch, num_items_in_batch)
+        elif self.objective.method == "tah2":
+            if training:
+                loss = loss + self.objective.decider_weight * self._joint_loss(out, batch, num_items_in_batch)
         elif self.objective.joint:
             loss = loss + self.objective.decider_loss(out, batch, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -304,6 +316,19 @@ class TaHTrainer(TrainerHooks, Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, but the loss is already divided once
         return (loss, out) if return_outputs else loss
+
+    def _joint_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: Tensor | int | None) -> Tensor:
+        """Return the decider's loss of TaH2, method.md (17), for the tokens of this step in all processes."""
+        supervised = shift(batch["labels"]) != IGNORE
+
+        def gather(gains: Tensor) -> Tensor:
+            """Join the gains of all processes. The padding is 0, which is no gain."""
+            joined = self.accelerator.gather(self.accelerator.pad_across_processes(gains))
+            return joined[joined > 0]
+
+        labels = gain_labels(out, supervised, self.objective.coverage, gather)
+        items = supervised.sum().clamp(min=1) if items is None else items
+        return joint_decider_loss(out, labels, items, lambda sums: self.accelerator.reduce(sums, "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log iterated share and losses by depth too, and append a line to `metrics.jsonl`."""
