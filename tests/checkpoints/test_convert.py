@@ -92,7 +92,7 @@ def test_config_and_report(src: Path, tmp_path: Path) -> None:
     assert report.base_family == "qwen3" and report.max_depth == 2 and report.threshold == config.threshold
     assert str(report).splitlines() == [
         "base       qwen3, float32",
-        f"parameters {report.parameters:,} with adapter and decider",
+        f"parameters {report.parameters:,} in all",
         "max_depth  2",
         "threshold  0.415",
     ]

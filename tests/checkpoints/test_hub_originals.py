@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.hub_cache import SECOND, publish, use
-from helpers.originals import GOLDEN, Command, edit
+from helpers.originals import Command, copied, edit
 from tah import TaHForCausalLM, UnsupportedBase, convert
 from tah.checkpoints.contents import contents as file_hash
 from tah.checkpoints.convert import files_read
@@ -31,8 +31,7 @@ NAME = "nics-efc/TaH-tiny"
 @pytest.fixture
 def original(request: pytest.FixtureRequest, tmp_path: Path, tiny_base: Path) -> Path:
     """A checkpoint that the authors' code wrote, with a tokenizer, as theirs on the hub have one."""
-    source = tmp_path / "original"
-    shutil.copytree(GOLDEN / getattr(request, "param", "S") / "ckpt", source)
+    source = copied(getattr(request, "param", "S"), tmp_path).rename(tmp_path / "original")
     for path in [*tiny_base.glob("*token*"), tiny_base / "chat_template.jinja"]:
         shutil.copy(path, source)
     return source
@@ -74,7 +73,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-@pytest.mark.parametrize("original", ["S", "L"], indirect=True)
+@pytest.mark.parametrize("original", ["S", "L", "T"], indirect=True)
 def test_a_hub_id_is_what_converting_by_hand_makes(hub: Path, original: Path, tmp_path: Path) -> None:
     path, kind = find(NAME)
     assert kind == "tah" and made(tmp_path) == [f"nics-efc--TaH-tiny-{'1' * 12}-tah-v1"]
@@ -294,10 +293,10 @@ def test_what_cannot_be_converted_is_one_line(capsys: pytest.CaptureFixture[str]
     publish(hub, "someone/evil", original)
     assert "which is not data; refused" in fails(capsys, "generate", "someone/evil", "Hi")
     assert "which is not data; refused" in fails(capsys, "inspect", original)
-    edit(original / "tah_config.json", weighted_hidden_method="even_mix")
+    edit(original / "tah_config.json", iter_attention_mode="same_iter")
     publish(hub, "nics-efc/TaH2", original)
-    assert "is a TaH2 checkpoint" in fails(capsys, "generate", "nics-efc/TaH2", "Hi")
-    assert "is a TaH2 checkpoint" in fails(capsys, "inspect", original)
+    assert "iter_attention_mode is 'same_iter', which a" in fails(capsys, "generate", "nics-efc/TaH2", "Hi")
+    assert "iter_attention_mode is 'same_iter', which a" in fails(capsys, "inspect", original)
     (original / "tah_config.json").write_text("{")
     assert "tah_config.json is not JSON" in fails(capsys, "generate", original, "Hi")
     assert made(hub.parent) == [] and not marker.exists()

@@ -40,7 +40,7 @@ OUR_NAMES = {
     },
 }
 for _names in OUR_NAMES.values():
-    _names |= {f"mlp.{part}_proj": f"{part}_proj" for part in ("gate", "up", "down")}
+    _names |= {f"mlp.{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 
 
 def our_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """Checkpoints of the original implementation, and what tests do to them.
 
-The two in `data/` were written by the original code itself; tests break copies of them.
+Those in `tests/golden` were written by the original code itself; tests break copies of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.golden_tah2 import official
 from tah import TaHForCausalLM, convert
 from tah.checkpoints.convert import ConversionReport
 
@@ -23,7 +24,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def copied(name: str, tmp_path: Path) -> Path:
+    """A writable copy of checkpoint S, L or T."""
     source = tmp_path / f"original_{name}"
+    if name == "T":
+        return official(source)
     shutil.copytree(GOLDEN / name / "ckpt", source)
     return source
 
@@ -47,10 +51,10 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def edit_pickle(source: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    data = torch.load(source / "iter_decider.bin", weights_only=True)
+def edit_pickle(source: Path, change: Callable[[dict[str, Any]], Any], name: str = "iter_decider.bin") -> None:
+    data = torch.load(source / name, weights_only=True)
     change(data)
-    torch.save(data, source / "iter_decider.bin")
+    torch.save(data, source / name)
 
 
 def cut_in_half(path: Path) -> None:

@@ -80,7 +80,7 @@ class Tah2:
         return x if weight is None else weight * x / (x.pow(2).mean() + EPS).sqrt()
 
     def _mlp(self, name: str, x: Tensor) -> Tensor:
-        gate, up, down = (self.weights[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        gate, up, down = (self.weights[f"{name}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 

@@ -19,6 +19,14 @@ The converter reproduces the original loader in these surprising cases, and the 
 
 Defaults of MLPIterDecider in the paper: layers (16, 20, 24, 28), widths (256, 512, 256), dropout 0.3, threshold
 0.5, max_iter 3. Assumed, from the original's constructor: topk 100, expansion 4, normalize_input False, dtype bfloat16.
+
+A checkpoint of TaH2 (`original_tah2.py`) has an updater besides, no adapter, and other rules:
+
+* The threshold is `iter_decider_kwargs.threshold`, else the one among the weights. It is rounded to the base's dtype:
+  0.47 is 0.4707031 in bfloat16. The authors' server reads the one in the file's arguments instead.
+* A decider stops at its own `max_iter`, or at the model's if it has none. A token that the decider continues at the
+  last depth keeps its whole probability here; the original loses a part of it if the decider's `max_iter` is larger.
+* `iter_attention_mode` is `causal` when absent (`attention="own"` here).
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +48,18 @@ from ..errors import some
 from ..files import new_directory
 from .contents import contents
 from .hub import TOKENIZER, Snapshot, is_repository
-from .original import CONFIG, DECIDER, READ, OriginalDecider, own_files, read_config, read_decider
+from .original import (
+    CONFIG,
+    DECIDER,
+    READ,
+    READ_TAH2,
+    OriginalDecider,
+    is_tah2,
+    own_files,
+    read_config,
+    read_decider,
+)
+from .original_tah2 import OriginalTaH2, read_tah2
 from .peft import Adapter, read_adapter
 from .untrusted import build_empty, checked_config, load_base, read_json, weight_files
 from .user_cache import cache_dir, make_once
@@ -65,7 +85,7 @@ class ConversionReport:
     def __str__(self) -> str:
         lines = [
             f"base       {self.base_family}, {self.dtype}",
-            f"parameters {self.parameters:,} with adapter and decider",
+            f"parameters {self.parameters:,} in all",
             f"max_depth  {self.max_depth}",
             f"threshold  {self.threshold:.7g}",
         ]
@@ -87,6 +107,29 @@ def convert(
         source = _downloaded(Snapshot(str(src)))
     notes: list[str] = []
     config = read_config(source)
+    tah2 = read_tah2(source, config, notes) if is_tah2(source, config) else None
+    make = _make_model if tah2 is None else partial(_make_tah2_model, tah2)
+    model = make(source, config, model_class, threshold, notes)
+    with new_directory(target) as work:
+        model.save_pretrained(work)
+        for name in TOKENIZER:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, work / name)
+    return ConversionReport(
+        base_family=model.base.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        max_depth=model.config.max_depth,
+        threshold=model.config.threshold,
+        dtype=str(model.dtype).removeprefix("torch."),
+        unknown_keys=sorted(config.keys() - (READ | {"mix_topk"} if tah2 is None else READ_TAH2)),
+        notes=notes,
+    )
+
+
+def _make_model(
+    source: Path, config: dict[str, Any], model_class: type[TaHForCausalLM], threshold: float | None, notes: list[str]
+) -> TaHForCausalLM:
+    """Return the model of a TaH checkpoint."""
     decider = read_decider(source, config, notes)
     adapter = _read_lora(source, config)
     base = _load_base(source, config["embedding_key"])
@@ -100,20 +143,26 @@ def convert(
         adapter.copy_to(model)
     if decider.state is not None:
         _copy_decider(decider, model)
-    with new_directory(target) as work:
-        model.save_pretrained(work)
-        for name in TOKENIZER:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, work / name)
-    return ConversionReport(
-        base_family=base.config.model_type,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        max_depth=fields["max_depth"],
-        threshold=fields["threshold"],
-        dtype=str(base.dtype).removeprefix("torch."),
-        unknown_keys=sorted(config.keys() - READ - {"mix_topk"}),
-        notes=notes,
-    )
+    return model
+
+
+def _make_tah2_model(
+    parts: OriginalTaH2,
+    source: Path,
+    config: dict[str, Any],
+    model_class: type[TaHForCausalLM],
+    threshold: float | None,
+    notes: list[str],
+) -> TaHForCausalLM:
+    """Return the model of a TaH2 checkpoint."""
+    base = _load_base(source, config["embedding_key"])
+    parts.check(base.config.get_text_config(decoder=True).hidden_size)
+    given = parts.threshold if threshold is None else threshold
+    rounded = _rounded_threshold(given, (base.dtype,), notes)
+    notes += parts.rounding(base.dtype)
+    model = model_class.from_base(base, threshold=rounded, **parts.fields)
+    parts.copy_to(model)
+    return model
 
 
 def converted(name: str, found: Path | Snapshot, model_class: type[TaHForCausalLM]) -> Path:
@@ -180,11 +229,7 @@ def _config_fields(
     """Return the fields of the checkpoint's `TaHConfig`, without its base."""
     arguments, dtype = decider.arguments, base.dtype
     given = arguments["threshold"] if threshold is None else threshold
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
-        raise ValueError(f"threshold={given!r} must be a number in [0, 1]")
-    rounded = torch.tensor(given, dtype=arguments["dtype"]).to(dtype).item()
-    if abs(rounded - given) > 1e-6:
-        notes.append(f"threshold {given} is {rounded:.7g} in the decider's precision, as in the original")
+    rounded = _rounded_threshold(given, (arguments["dtype"], dtype), notes)
     fields: dict[str, Any] = {
         "max_depth": decider.max_depth,
         "mix_topk": config["mix_topk"],
@@ -212,6 +257,18 @@ def _config_fields(
         if any(tensor.dtype != dtype for tensor in adapter.tensors.values()):
             notes.append(f"the adapter is rounded to the base's {dtype}; the original computes it in float32")
     return fields
+
+
+def _rounded_threshold(given: Any, dtypes: tuple[torch.dtype, ...], notes: list[str]) -> float:
+    """Return a threshold, checked and rounded to each of `dtypes`."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise ValueError(f"threshold={given!r} must be a number in [0, 1]")
+    value = torch.tensor(given, dtype=torch.float64)
+    for dtype in dtypes:
+        value = value.to(dtype)
+    if abs(value.item() - given) > 1e-6:
+        notes.append(f"threshold {given} is {value.item():.7g} in the decider's precision, as in the original")
+    return value.item()
 
 
 def _read_lora(source: Path, config: dict[str, Any]) -> Adapter | None:

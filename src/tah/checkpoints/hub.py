@@ -1,8 +1,8 @@
 """Download models of the hub, so that they can be checked before use.
 
 A download has two parts. The first has the files that describe a model (JSON, tokenizer, chat template). The second has
-the weights, under the names that the first part contains. No other files are downloaded: no pickle except the
-`iter_decider.bin` of an original checkpoint, and no copies of the weights in other formats.
+the weights, under the names that the first part contains. No other files are downloaded: no pickle except
+`iter_decider.bin` and `input_updater.bin` of an original checkpoint, and no copies of the weights in other formats.
 """
 
 from __future__ import annotations

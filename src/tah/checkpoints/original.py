@@ -1,6 +1,7 @@
 """Read the files of original checkpoints as plain data.
 
-These files are untrusted downloads. The pickle `iter_decider.bin` is opened by torch's restricted unpickler without
+This module reads checkpoints of TaH, and what they have in common with those of TaH2; `original_tah2.py` reads the
+rest of the latter. The files are untrusted downloads. Pickles are opened by torch's restricted unpickler without
 additional permitted objects. `tah_config.json` may name dtypes but no other objects. An entry that a TaH model does not
 support raises `ValueError` with the file and the entry; nothing is guessed.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CONFIG, DECIDER = "tah_config.json", "iter_decider.bin"
+CONFIG, DECIDER, UPDATER = "tah_config.json", "iter_decider.bin", "input_updater.bin"
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 MLP, LABEL = "MLPIterDecider", "IterLabelDecider"
 ARGUMENTS: dict[
@@ -49,11 +50,22 @@ ONLY: dict[str, tuple[Any, ...]] = {  # entries whose other values a TaH model c
 READ = {"embedding_key", "max_iter", "iter_decider", "eval_iter_decider", "iter_label_generator", "train_loss"}
 READ |= {"eval_loss", *ONLY}
 READ |= {f"{key}_kwargs" for key in READ}
-TAH2 = {"weighted_hidden_method", "iter_attention_impl", "memory_lean_fp32_reductions"}
+
+# The same for TaH2, where null stands for the class in the file.
+MLP_UPDATER, NO_UPDATER = "Qwen3MLPUpdater", "IdentityUpdater"
+MLP_DECIDER, ALWAYS, NEVER = "Qwen3MLPIterDecider", "AlwaysIterDecider", "TrivialIterDecider"
+ONLY_TAH2: dict[str, tuple[Any, ...]] = {
+    "input_updater": (MLP_UPDATER, NO_UPDATER, None),
+    "iter_decider": (MLP_DECIDER, ALWAYS, NEVER, None),
+    "iter_attention_mode": ("duo", "causal"),
+    "weighted_hidden_method": ("stop_prob_mix", "even_mix"),
+}
+SIGNS_OF_TAH2 = {"weighted_hidden_method", "iter_attention_impl", "memory_lean_fp32_reductions"}
+READ_TAH2 = (READ | SIGNS_OF_TAH2 | {"attn_implementation"}) - {"adapter", "adapter_kwargs"}
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """Return the content of `tah_config.json` with decoded dtypes. Only the deciders' arguments are not checked here.
+    """Return the content of `tah_config.json` with decoded dtypes. Only the arguments of classes are not checked here.
 
     Raises:
         ValueError: The file is missing or malformed, requires an object, or requires something that a TaH model does
@@ -68,24 +80,37 @@ def read_config(source: Path) -> dict[str, Any]:
         raise ValueError(f"{CONFIG} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} is not a JSON object")
-    named = [str(config.get(key)) for key in ("input_updater", "iter_decider")]
-    if TAH2 & config.keys() or (source / "input_updater.bin").exists() or any(n.startswith("Qwen3MLP") for n in named):
-        raise ValueError(f"{source} is a TaH2 checkpoint, which this converter does not support")
+    tah2 = is_tah2(source, config)
     for key, value in config.items():
-        if key in ONLY and value not in ONLY[key]:
-            allowed = " or ".join(repr(option) for option in ONLY[key])
-            raise ValueError(f"{CONFIG}: {key} is {value!r}, which a TaH model cannot represent; only {allowed}")
+        only, model = (ONLY_TAH2, "TaH2") if tah2 else (ONLY, "TaH")
+        if key in only and value not in only[key]:
+            allowed = " or ".join(repr(option) for option in only[key])
+            raise ValueError(f"{CONFIG}: {key} is {value!r}, which a {model} model cannot represent; only {allowed}")
         if key in READ and key.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"{CONFIG}: {key} is {value!r}, not a JSON object")
-    config = {"embedding_key": "model.embed_tokens", "adapter": "lora", **config}
+    config = {"embedding_key": "model.embed_tokens", **config}
+    _check_count(config.get("max_iter"), "max_iter")
+    if tah2:
+        return config
+    config = {"adapter": "lora", **config}
     mixing = {"topk": 100, **(config.get("input_updater_kwargs") or {})}
     if mixing.get("use_hidden_states"):
         raise ValueError(f"{CONFIG}: input_updater_kwargs.use_hidden_states, which a TaH model cannot represent")
     config["mix_topk"] = mixing["topk"]
-    for key, name in (("max_iter", "max_iter"), ("mix_topk", "input_updater_kwargs.topk")):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise ValueError(f"{CONFIG}: {name} is {config.get(key)!r}, not an integer >= 1")
+    _check_count(config["mix_topk"], "input_updater_kwargs.topk")
     return config
+
+
+def _check_count(value: Any, name: str) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{CONFIG}: {name} is {value!r}, not an integer >= 1")
+
+
+def is_tah2(source: Path, config: dict[str, Any]) -> bool:
+    """Return whether a checkpoint with this `tah_config.json` is one of TaH2."""
+    named = [str(config.get(key)) for key in ("input_updater", "iter_decider")]
+    by_name = any(name.startswith("Qwen3MLP") for name in named)
+    return bool(SIGNS_OF_TAH2 & config.keys()) or (source / UPDATER).exists() or by_name
 
 
 def is_original(directory: Path) -> bool:
@@ -94,10 +119,10 @@ def is_original(directory: Path) -> bool:
 
 
 def own_files(config: dict[str, Any]) -> list[str]:
-    """Return the possible paths of the decider and the adapter for a `tah_config.json`."""
+    """Return the possible paths of decider, updater and adapter for a `tah_config.json`."""
     kwargs = config.get("iter_decider_kwargs")
     moved = kwargs.get("load_path") if isinstance(kwargs, dict) else None
-    files = [DECIDER, "lora/adapter_config.json", "lora/adapter_model.safetensors"]
+    files = [DECIDER, UPDATER, "lora/adapter_config.json", "lora/adapter_model.safetensors"]
     if isinstance(moved, str) and not set("*?[") & set(moved):
         files += [os.path.normpath(moved), f"{os.path.normpath(moved)}/{DECIDER}"]
     return files
@@ -147,7 +172,7 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
         ValueError: The decider is missing or damaged, is not plain data, or has a class that a TaH model does not have.
     """
     given = dict(config.get("iter_decider_kwargs") or {})
-    path = _decider_file(source, given.pop("load_path", None))
+    path = decider_file(source, given.pop("load_path", None))
     saved = read_pickle(path) if path.is_file() else None
     trained = config.get("iter_decider") or (saved["class"] if saved else None)
     if saved is None:
@@ -155,15 +180,16 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
     elif not given and saved["class"] == trained:
         given = saved["init_args"]
         notes.append(f"{CONFIG} has no iter_decider_kwargs; the arguments saved in {DECIDER} are used")
-    arguments = _arguments(trained, given, "iter_decider")
+    arguments = arguments_of(trained, given, "iter_decider", ARGUMENTS)
     deciding, stop = config.get("eval_iter_decider") or "iter_decider", arguments["max_iter"]
     if deciding == "iter_decider":
         deciding = trained
     else:
         fresh = config.get("eval_iter_decider_kwargs") or {}
-        stop = _arguments(deciding, {"max_iter": config["max_iter"]} | fresh, "eval_iter_decider")["max_iter"]
+        fresh_arguments = {"max_iter": config["max_iter"]} | fresh
+        stop = arguments_of(deciding, fresh_arguments, "eval_iter_decider", ARGUMENTS)["max_iter"]
         if deciding == trained == MLP:
-            arguments = _arguments(MLP, given | fresh, "eval_iter_decider")
+            arguments = arguments_of(MLP, given | fresh, "eval_iter_decider", ARGUMENTS)
             notes.append(
                 "eval_iter_decider names a class, which the original would build untrained; this one is trained"
             )
@@ -183,12 +209,22 @@ def read_decider(source: Path, config: dict[str, Any], notes: list[str]) -> Orig
     return OriginalDecider(policy, depth, arguments, state)
 
 
-def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
-    """Check the decider's arguments, and return them with the defaults of the class."""
-    if name not in ARGUMENTS:
-        raise ValueError(f"{CONFIG}: {entry} is {name!r}, which a TaH model does not have; only {MLP} or {LABEL}")
+def arguments_of(name: Any, given: dict[str, Any], entry: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the arguments of a class, completed with defaults.
+
+    Args:
+        name: Name of the class.
+        given: Arguments in the file.
+        entry: Entry of `tah_config.json` that names the class.
+        known: Arguments of each class with their defaults.
+
+    Raises:
+        ValueError: The class or an argument is unknown, or an argument has another type than its default.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{CONFIG}: {entry} is {name!r}, which a TaH model does not have; only {' or '.join(known)}")
     for key, value in given.items():
-        default = ARGUMENTS[name].get(key)
+        default = known[name].get(key)
         if default is None:
             raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is not an argument of {name}")
         kinds = (int, float) if type(default) is float else (type(default),)
@@ -197,10 +233,10 @@ def _arguments(name: Any, given: dict[str, Any], entry: str) -> dict[str, Any]:
             fits = value != [] and all(type(item) is int for item in value)
         if not fits:
             raise ValueError(f"{CONFIG}: {entry}_kwargs.{key} is {value!r}, which {name} does not take")
-    return ARGUMENTS[name] | given
+    return known[name] | given
 
 
-def _decider_file(source: Path, load_path: Any) -> Path:
+def decider_file(source: Path, load_path: Any) -> Path:
     """Return the path of the decider. `iter_decider_kwargs.load_path` may change it, but only within the checkpoint."""
     if load_path is None:
         return source / DECIDER
@@ -215,7 +251,7 @@ def _decider_file(source: Path, load_path: Any) -> Path:
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """Return the `{"class": str, "state_dict": {name: tensor}, "init_args": {...}}` of a decider's file.
+    """Return the `{"class": str, "state_dict": {name: tensor}, "init_args": {...}}` of a decider or an updater.
 
     Raises:
         ValueError: The file is damaged, has another content, or requires objects other than tensors, dtypes and
@@ -251,10 +287,10 @@ def _reason(text: str) -> str:
 
 
 def _checked(data: Any, name: str) -> dict[str, Any]:
-    """Check the types of all parts of the decider's dictionary, and return it."""
+    """Check the types of all parts of the dictionary in a file `name`, and return it."""
     parts = {"class": str, "state_dict": dict, "init_args": dict}
     if not isinstance(data, dict) or any(not isinstance(data.get(key), kind) for key, kind in parts.items()):
-        raise ValueError(f"{name} does not hold a decider: it needs class, state_dict and init_args")
+        raise ValueError(f"{name} does not hold class, state_dict and init_args")
     for key, tensor in data["state_dict"].items():
         plain = isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
         if not isinstance(key, str) or not plain or not tensor.is_floating_point():
