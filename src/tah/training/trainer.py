@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..config import current_tensor
@@ -167,6 +167,30 @@ class Objective:
         state: Any = _Seen(1, ids.flatten(), batch.get("position_ids", counted).flatten())
         return (Random(self.share, self.seed + 7919 * step)(state) > 0).view_as(ids)
 
+    def loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, Tensor],
+        state: TrainerState,
+        shared: bool,
+        items: int | Tensor | None,
+    ) -> tuple[Tensor, TaHOutput]:
+        """Run a forward and return the loss, a scalar, and the output.
+
+        Args:
+            model: A TaH model, as a trainer wraps it.
+            batch: Tensors of `data.Collator`, without `row`.
+            state: State of the trainer, with the number of the step.
+            shared: Whether other processes run the same step.
+            items: Number of supervised tokens over all accumulated batches and processes; None for those of `batch`.
+        """
+        step = state.global_step
+        depth = self.depth_at(step / max(1, state.max_steps))
+        out = model(**self.arguments(batch, step, depth, shared), num_items_in_batch=items)
+        if self.stage == "decider":
+            return self.decider_loss(out, batch, items), out
+        return (out.loss + self.decider_loss(out, batch, items) if self.joint else out.loss), out
+
     def decider_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: int | Tensor | None) -> Tensor:
         """Return the decider's loss (method.md (11)), a scalar.
 
@@ -288,15 +312,8 @@ class TaHTrainer(TrainerHooks, Trainer):
             assert inner.decider is not None
             inner.eval()
             inner.decider.train(training)
-        step, most = self.state.global_step, max(1, self.state.max_steps)
-        depth = self.objective.depth_at(step / most)
-        given = self.objective.arguments(batch, step, depth, shared=self.args.world_size > 1)
-        out = model(**given, num_items_in_batch=num_items_in_batch)
-        loss = out.loss
-        if self.objective.stage == "decider":
-            loss = self.objective.decider_loss(out, batch, num_items_in_batch)
-        elif self.objective.joint:
-            loss = loss + self.objective.decider_loss(out, batch, num_items_in_batch)
+        step = self.state.global_step
+        loss, out = self.objective.loss(model, batch, self.state, self.args.world_size > 1, num_items_in_batch)
         if not torch.isfinite(loss):
             where = f" (rows {rows.tolist()})" if rows is not None else ""
             raise ValueError(f"the loss is {loss.item()} at step {step + 1}{where}; lower the learning rate")
