@@ -1,4 +1,4 @@
-"""Which heads TRL applies to a sum of passes: the log-probabilities of a family are those of the model, or it is refused."""
+"""Which heads TRL applies to a sum of passes: a family has the log-probabilities of the model, or it is refused."""
 
 import pytest
 import torch
