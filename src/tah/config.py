@@ -166,6 +166,8 @@ class TaHConfig(PreTrainedConfig):
         in `base_config` only."""
         if name in OF_THE_BASE and isinstance(base := vars(self).get("base_config"), PreTrainedConfig):
             return getattr(base.get_text_config(decoder=True), name)
+        if name == "auto_map":  # TRL reads it from every configuration whose class is not in transformers
+            return {}
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

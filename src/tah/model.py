@@ -18,7 +18,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
@@ -34,7 +36,7 @@ from .core.families import UnsupportedBase, check_base, check_facts, decoder_lay
 from .core.head import Head
 from .core.inputs import ForwardKwargs, Tokens, TrainingPass
 from .core.logits import RunningOutput, TaHOutput, capture_hidden, select
-from .core.lora import add_lora
+from .core.lora import DepthLoRA, add_lora
 from .core.loss import DepthLoss
 from .core.masks import take_ready_masks
 from .core.mixture import mixture_weights, pass_losses
@@ -162,9 +164,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         active = tokens.indices()  # [N] flat indices b * T + t of the tokens that just ran, without padding
         hidden, features = select(hidden, features, tokens.valid, every=not tokens.padded)
         loss = None if targets is None else DepthLoss(targets, rule.max_depth, training.loss_weights)
-        kept = use_cache or past is not None
         has_loss = self.training and loss is not None
         idle = has_loss if training.idle is None else training.idle
+        zero = running.total.new_zeros((), dtype=torch.float32)
 
         for depth in range(1, rule.max_depth):
             # The policy decides which of the tokens that just ran take another pass, method.md (3) ...
@@ -186,9 +188,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             if loss is not None:
                 loss.add(running, depth, active, iterates)  # before deeper passes add to the output
             if idle and not iterates.any():
-                zero = self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
-                if loss is not None:  # without a loss the passes still keep sharded processes (FSDP) in step
-                    loss.add_zero(zero)
+                zero = zero + self._idle(range(depth, rule.max_depth), rule, cache, tokens, running, active, hidden)
             active, hidden, go_logits = active[iterates], hidden[iterates], new_logits[iterates]
             if len(active) == 0:
                 break
@@ -202,12 +202,14 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
 
         if loss is not None:
             loss.add(running, rule.max_depth, active)  # tokens that took all passes
+        if idle:
+            self._add_zero(zero, rule.max_depth, running, loss)
         done = (rule, cache, tokens, running, targets, depth_count, idle)
         pass_loss = self._pass_loss(*done) if training.side_passes else None
         if cache is not None and self.config.attention != "duo":
             cache.drop_deep()  # `own`, `blind`: only a token's later passes attend to its deeper keys, method.md (7)
         continue_logits = continue_logits.view(B, T, columns)
-        if cache is not None and kept:
+        if cache is not None and (use_cache or past is not None):
             cache.commit(depth_count, continue_logits.detach())
         value = None if loss is None else loss.value(running, kwargs.get("num_items_in_batch"))  # fills loss.by_depth
         return TaHOutput(
@@ -325,6 +327,27 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             raise ValueError("side passes need labels")
         limits = rule.max_depth if rule.row_depth is None else rule.row_depth
         return pass_losses(running, targets, depth_count, limits, run_alone, everywhere)
+
+    def _add_zero(self, zero: Tensor, max_depth: int, running: RunningOutput, loss: DepthLoss | None) -> None:
+        """Add the zero of idle passes to the loss, or without labels to the output, from which the caller makes a loss.
+
+        If several processes train, it also reaches the parameters that no path of the method connects to the logits:
+        the decider's, whose decisions have no gradient, and in a call of one pass those of all deeper passes. DDP waits
+        for a gradient of every parameter, unless it has `find_unused_parameters`. In a process alone they stay without
+        a gradient, so that weight decay does not change them.
+        """
+        if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            parts: list[nn.Module | None] = [self.decider]
+            if max_depth == 1:
+                parts += [self.next_input_map, self.next_input_mlp, self.output_map]
+                parts += [child for lora in self.modules() if isinstance(lora, DepthLoRA) for child in lora.children()]
+            for weight in (weight for part in parts if part is not None for weight in part.parameters()):
+                if weight.requires_grad and not isinstance(weight, DTensor):  # FSDP does not wait
+                    zero = zero + 0 * weight.float().sum().to(zero.device)
+        if loss is not None:
+            loss.add_zero(zero)
+        else:
+            running.total = running.total + zero
 
     def _next_input(self, tokens: Tokens, running: RunningOutput, active: Tensor, hidden: Tensor) -> Tensor:
         """Return next inputs [M, D] of the tokens `active` [M], whose last pass ended in `hidden` [M, D].
@@ -459,8 +482,10 @@ class SummedStates:
                 "the output is a mixture, or the head has a soft-cap or a bias, so the logits are not the head of one "
                 "hidden state; train with tah train, or choose output='zero_init'"
             )
+        # The caller computes a loss, so processes that train together run the same passes, as in a call with labels.
+        given = {"training": TrainingPass(idle=self._tah.training)} | kwargs
         no_logits = {"logits_to_keep": torch.empty(0, dtype=torch.long), "output_last_hidden_state": True}
-        out = TaHForCausalLM.forward(self._tah, *args, **kwargs | no_logits | {"return_dict": True})
+        out = TaHForCausalLM.forward(self._tah, *args, **given | no_logits | {"return_dict": True})
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state, **{CACHE: getattr(out, CACHE)})
 
     def __getattr__(self, name: str) -> Any:

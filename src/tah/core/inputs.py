@@ -33,8 +33,9 @@ class TrainingPass:
         loss_weights: Weight of the output after each depth 1..max_depth, method.md (12). By default only the output
             after a token's last pass counts, method.md (10).
         idle: Whether to run one token through the deeper passes where no token iterates, and to add 0 times the result
-            to the loss. In distributed training (DDP, FSDP) every process needs a gradient for the same parameters. The
-            default is True in training with labels.
+            to the loss, or without labels to `last_hidden_state`. In distributed training (DDP, FSDP) every process
+            needs a gradient for the same parameters, also for those that the loss cannot reach, such as the decider's.
+            The default is True in training with labels.
         side_passes: Whether to compute `TaHOutput.pass_loss`, from which TaH2 makes its labels, method.md (16). Every
             supervised token that stops runs one more pass, without gradients and without other tokens noticing.
     """

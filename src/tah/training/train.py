@@ -308,7 +308,7 @@ def objective_of(recipe: Recipe, stage: Stage, model: TaHForCausalLM, rows: Rows
         share=backbone.share,
         tau=backbone.tau,
         uncertain=backbone.uncertain,
-        joint=stage == "backbone" and recipe.joint,
+        joint=stage == "backbone" and decider is not None and decider.joint,
         gain=decider.gain if decider is not None else 0.05,
         pos_weight=pos_weight,
         depth_schedule=backbone.depth_schedule if stage == "backbone" else (),

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..config import current_tensor
@@ -176,6 +177,45 @@ class Objective:
         state: Any = _Seen(1, ids.flatten(), batch.get("position_ids", counted).flatten())
         return (Random(self.share, self.seed + 7919 * step)(state) > 0).view_as(ids)
 
+    def loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, Tensor],
+        state: TrainerState,
+        shared: bool,
+        items: int | Tensor | None,
+    ) -> tuple[Tensor, TaHOutput]:
+        """Run a forward and return the loss, a scalar, and the output.
+
+        Args:
+            model: A TaH model, as a trainer wraps it.
+            batch: Tensors of `data.Collator`, without `row`.
+            state: State of the trainer, with the number of the step.
+            shared: Whether other processes run the same step.
+            items: Number of supervised tokens over all accumulated batches and processes; None for those of `batch`.
+        """
+        step = state.global_step
+        depth = self.depth_at(step / max(1, state.max_steps))
+        out = model(**self.arguments(batch, step, depth, shared), num_items_in_batch=items)
+        if self.stage == "decider":
+            return self.decider_loss(out, batch, items), out
+        if self.method == "tah2" and model.training:
+            return out.loss + self.decider_weight * self._joint_loss(out, batch, items), out
+        return (out.loss + self.decider_loss(out, batch, items) if self.joint else out.loss), out
+
+    def _joint_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: Tensor | int | None) -> Tensor:
+        """Return the decider's loss of TaH2, method.md (17), for the tokens of this step in all processes."""
+        supervised = shift(batch["labels"]) != IGNORE
+
+        def join(gains: Tensor) -> Tensor:
+            """Join the gains of all processes. The padding is 0, which is no gain."""
+            joined = gather(pad_across_processes(gains))
+            return joined[joined > 0]
+
+        labels = gain_labels(out, supervised, self.coverage, join)
+        items = supervised.sum().clamp(min=1) if items is None else items
+        return joint_decider_loss(out, labels, items, lambda sums: reduce(sums, "sum"))
+
     def decider_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: int | Tensor | None) -> Tensor:
         """Return the decider's loss (method.md (11)), a scalar.
 
@@ -297,18 +337,8 @@ class TaHTrainer(TrainerHooks, Trainer):
             assert inner.decider is not None
             inner.eval()
             inner.decider.train(training)
-        step, most = self.state.global_step, max(1, self.state.max_steps)
-        depth = self.objective.depth_at(step / most)
-        given = self.objective.arguments(batch, step, depth, shared=self.args.world_size > 1)
-        out = model(**given, num_items_in_batch=num_items_in_batch)
-        loss = out.loss
-        if self.objective.stage == "decider":
-            loss = self.objective.decider_loss(out, batch, num_items_in_batch)
-        elif self.objective.method == "tah2":
-            if training:
-                loss = loss + self.objective.decider_weight * self._joint_loss(out, batch, num_items_in_batch)
-        elif self.objective.joint:
-            loss = loss + self.objective.decider_loss(out, batch, num_items_in_batch)
+        step = self.state.global_step
+        loss, out = self.objective.loss(model, batch, self.state, self.args.world_size > 1, num_items_in_batch)
         if not torch.isfinite(loss):
             where = f" (rows {rows.tolist()})" if rows is not None else ""
             raise ValueError(f"the loss is {loss.item()} at step {step + 1}{where}; lower the learning rate")
@@ -316,19 +346,6 @@ class TaHTrainer(TrainerHooks, Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, but the loss is already divided once
         return (loss, out) if return_outputs else loss
-
-    def _joint_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: Tensor | int | None) -> Tensor:
-        """Return the decider's loss of TaH2, method.md (17), for the tokens of this step in all processes."""
-        supervised = shift(batch["labels"]) != IGNORE
-
-        def gather(gains: Tensor) -> Tensor:
-            """Join the gains of all processes. The padding is 0, which is no gain."""
-            joined = self.accelerator.gather(self.accelerator.pad_across_processes(gains))
-            return joined[joined > 0]
-
-        labels = gain_labels(out, supervised, self.objective.coverage, gather)
-        items = supervised.sum().clamp(min=1) if items is None else items
-        return joint_decider_loss(out, labels, items, lambda sums: self.accelerator.reduce(sums, "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log iterated share and losses by depth too, and append a line to `metrics.jsonl`."""

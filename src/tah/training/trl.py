@@ -1,0 +1,210 @@
+"""TRL's trainers for TaH models: supervised fine-tuning on every depth, and GRPO at given depth.
+
+`trl.SFTTrainer` and `trl.DPOTrainer` take a TaH model without this module. They train the logits of its last passes,
+and the model's own policy decides in every forward which tokens iterate.
+
+Shapes: B completions, P tokens of the longest prompt, C tokens of the longest completion, S tokens of a rollout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model import TaHForCausalLM
+from .trainer import Meter, Objective
+
+try:
+    import trl
+except ImportError as error:
+    raise ImportError("tah.training.trl needs TRL: pip install 'trl==1.16.*'") from error
+
+WRITTEN_FOR = "1.16"  # the TRL whose private methods `GivenDepthGRPOTrainer` overrides
+
+
+class LookAheadSFTTrainer(trl.SFTTrainer):
+    """`trl.SFTTrainer` with the loss of the output after each depth, method.md (12), for any head.
+
+    Rows may be padded, packed or padding-free. `compute_loss` is the method that TRL names for losses of one's own. The
+    log has `iterated_share` and `loss_depth_1`, ... instead of TRL's entropy and token accuracy.
+
+    Args:
+        args: As in `trl.SFTTrainer`.
+        objective: An `Objective` of stage `backbone` and method `lookahead` (or `blind`). The default is every depth of
+            the model, with equal weights.
+        kwargs: As in `trl.SFTTrainer`.
+
+    Raises:
+        ValueError: The model is no TaH model, or the objective needs depth labels, which TRL's rows do not have.
+    """
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = tah_model(self.model)
+        self.objective = objective or Objective("backbone", "lookahead", model.config.max_depth)
+        if self.objective.stage != "backbone" or not self.objective.by_gain:
+            raise ValueError(
+                f"LookAheadSFTTrainer has no depth labels for the objective {self.objective.stage} "
+                f"{self.objective.method}; use method lookahead, or tah train"
+            )
+        if self.objective.joint and model.decider is None:
+            raise ValueError("joint=True trains the decider, but the model has none; give from_base a decider")
+        self.meters = {True: Meter(), False: Meter("eval_")}  # training and evaluation
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a batch, and if `return_outputs` the output with logits of the model's own policy.
+
+        Args:
+            model: Model as Trainer wraps it.
+            inputs: Batch of TRL's collator: `input_ids` [B, T], `labels` [B, T], `attention_mask` or `position_ids`.
+            return_outputs: Whether the output is returned too, which runs another forward.
+            num_items_in_batch: Number of supervised tokens over all accumulated batches and processes.
+        """
+        shared, training = self.args.world_size > 1, model.training
+        loss, out = self.objective.loss(model, inputs, self.state, shared, num_items_in_batch)
+        self.meters[training].add(out, inputs)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients, but the loss is already divided once
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log iterated share and losses by depth too."""
+        evaluated = any(name.startswith("eval_") for name in logs)
+        logs |= self.meters[not evaluated].take(lambda sums: self.accelerator.reduce(sums, "sum"))
+        super().log(logs, start_time)
+
+
+class GivenDepthGRPOTrainer(trl.GRPOTrainer):
+    """`trl.GRPOTrainer` for a TaH model: reinforcement learning of tokens, at the depths that the rollout took.
+
+    The policy of the model decides once, while the completions are generated. All later forwards over them, those of
+    the old, the new and the reference policy, take the same depths, so their log-probabilities belong to the same
+    computation: the importance ratio before an update is 1. Without this, each update changes some decisions, and the
+    ratio compares different computations.
+
+    Which token iterates gets no gradient, because a thresholded decision has none. The decider stays as it is, unless
+    an optimizer changes it by weight decay.
+
+    Args:
+        args: As in `trl.GRPOTrainer`.
+        kwargs: As in `trl.GRPOTrainer`.
+
+    Raises:
+        ImportError: Another TRL is installed than the one whose private methods this class overrides.
+        ValueError: The model is no TaH model, its head has a soft-cap or a bias, or completions would not come from
+            `generate`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not trl.__version__.startswith(f"{WRITTEN_FOR}."):
+            raise ImportError(
+                f"GivenDepthGRPOTrainer is written for trl {WRITTEN_FOR}, not {trl.__version__}: "
+                f"pip install 'trl=={WRITTEN_FOR}.*'"
+            )
+        super().__init__(*args, **kwargs)
+        if not tah_model(self.model).sums_states:  # otherwise refused only after the first rollout
+            raise ValueError(
+                "the head has a soft-cap or a bias, so TRL cannot apply it to a sum of passes; choose "
+                "output='zero_init'"
+            )
+        others = {
+            "use_vllm": self.use_vllm,
+            "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
+            "rollout_func": self.rollout_func,
+            "tools": self.tools,
+            "environment_factory": self.environment_factories,
+        }
+        if given := [name for name, value in others.items() if value]:
+            raise ValueError(
+                f"{', '.join(given)}: depths are known only if the model's generate makes a completion in one turn; "
+                "use trl.GRPOTrainer, which decides again in every forward"
+            )
+        self.generation_config.return_dict_in_generate = True
+        self._depths = torch.empty(0)  # [B, S] passes of the tokens of the completions that are in use
+        self._sequences = torch.empty(0)  # [B, S] their tokens
+
+    # The four methods below are private in TRL 1.16, and GRPOTrainer calls each of them in that version.
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate completions and keep the depth of every token."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        generate = model.generate
+
+        def recording(*given: Any, **options: Any) -> Tensor:
+            out = generate(*given, **options)
+            self._depths, self._sequences = out.depth_count.clamp(min=1), out.sequences  # the last token did not run
+            return out.sequences
+
+        model.generate = recording
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            del model.generate
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add the depths [B, P + C] to TRL's batch, which it shuffles and splits with the completions."""
+        batch = super()._generate_and_score_completions(inputs)
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        real = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool()
+        if not torch.equal(_fit(self._sequences, ids.shape[1], 0)[real], ids[real]):
+            raise ValueError("the tokens of the update are not those of the rollout, so their depths are unknown")
+        batch["depth_labels"] = depths = _fit(self._depths, ids.shape[1], 1)
+        before = slice(batch["prompt_ids"].shape[1] - 1, -1)  # token t predicts token t + 1
+        again = (depths[:, before] > 1) & (batch["completion_mask"] > 0)
+        shares = self.accelerator.gather(torch.stack([again.sum(), batch["completion_mask"].sum()])[None].float())
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["iterated_share"].append((shares[:, 0].sum() / shares[:, 1].sum().clamp(min=1)).item())
+        return batch
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch at the depths of its rollout."""
+        self._depths = inputs["depth_labels"]
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute log-probabilities [B, C] of the completions at the depths of their rollout."""
+        rows = iter(_fit(self._depths, input_ids.shape[1], 1).split(batch_size or len(input_ids)))
+
+        def at_given_depth(**given: Any) -> Any:
+            return model(**given, policy="oracle", depth_labels=next(rows))
+
+        return super()._get_per_token_logps_and_entropies(
+            at_given_depth, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+        )
+
+
+def tah_model(model: Any) -> TaHForCausalLM:
+    """Return the TaH model that a trainer has, also below PEFT.
+
+    Raises:
+        ValueError: It has another model.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, TaHForCausalLM):
+        raise ValueError(f"the model is a {type(inner).__name__}; make a TaH model with TaHForCausalLM.from_base(...)")
+    return inner
+
+
+def _fit(rows: Tensor, length: int, fill: int) -> Tensor:
+    """Return `rows` [B, S] cut or filled on the right to [B, length]."""
+    return F.pad(rows, (0, max(0, length - rows.shape[1])), value=fill)[:, :length]
