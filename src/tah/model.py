@@ -40,6 +40,7 @@ from .core.loss import DepthLoss
 from .core.masks import take_ready_masks
 from .core.next_input import mixed_embedding
 from .core.packing import lay_out, pack
+from .core.quantised import freeze_quantised
 from .decider import build_decider
 from .generation import TaHGeneration
 from .policy import BoundRule, DepthState, Policy, Rule
@@ -418,6 +419,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
         refuse_peft(base)
         check_base(base)
+        freeze_quantised(base)
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
         if base.generation_config is not None:
