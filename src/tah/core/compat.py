@@ -97,7 +97,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def renew_hooked_forward(module: nn.Module) -> None:
-    """Let accelerate's hook call the forward of the module's present class. It keeps that of the class it was added to."""
+    """Let accelerate's hook call the forward of the module's present class instead of that of its former class."""
     if "_old_forward" in vars(module):
         module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
 

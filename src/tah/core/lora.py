@@ -35,7 +35,7 @@ class DepthLoRA(nn.Module):
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer without LoRA, [..., I] -> [..., O]."""
-        return super().forward(x)
+        return self.stock.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer, [..., I] -> [..., O]."""
@@ -67,9 +67,13 @@ _KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
 
 
 @cache
-def _over(stock: type) -> type:
-    """Return the class of a quantised layer's class with LoRA by depth."""
-    return type(f"LoRA{stock.__name__}", (DepthLoRA, stock), {"stock": stock, "__module__": __name__})
+def _over(stock: Any) -> type:
+    """Return the class of a quantised layer with LoRA by depth.
+
+    Its first base is the layer's class, since Python lets an object change to a class of the same layout only.
+    """
+    own = {"stock": stock, "forward": DepthLoRA.forward, "__module__": __name__}
+    return type(f"LoRA{stock.__name__}", (stock, DepthLoRA), own)
 
 
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
@@ -119,7 +123,8 @@ def add_lora(
     adapted: list[str] = []
     for name, module in list(decoder.named_modules()):
         # Exact types, or quantised: any other subclass, such as a router, has another forward.
-        kind = _KINDS.get(type(module)) or (_over(type(module)) if is_quantised_layer(module) else None)
+        stock: Any = type(module)
+        kind = _KINDS.get(stock) or (_over(stock) if is_quantised_layer(module) else None)
         if kind is None or not is_target(prefix + name, targets):
             continue
         inputs, outputs = widths(module)

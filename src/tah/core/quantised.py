@@ -23,6 +23,12 @@ def is_packed(tensor: Tensor) -> bool:
     return type(tensor) not in PLAIN or not tensor.is_floating_point() or tensor.dtype.itemsize == 1
 
 
+def plain_values(tensor: Any) -> Tensor:
+    """Return the numbers of a tensor: dequantised if it is a packed subclass with a floating point dtype."""
+    facade = is_packed(tensor) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return tensor.dequantize() if facade else tensor
+
+
 def is_quantised_layer(module: nn.Module) -> bool:
     """Return whether a module is a quantised linear layer: it has two widths, and a packed tensor of its own."""
     if not all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features")):
@@ -74,19 +80,28 @@ def check_frozen(base: nn.Module) -> None:
 
 
 def check_gradient(module: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise `ValueError` if a layer in training has an input with a gradient and an output without.
+    """Raise `ValueError` if the input of a layer in training has a gradient that its output does not pass on.
 
-    Layers that also quantise their input may detach it. The gradients of all LoRA below would be wrong.
+    Layers that quantise their input, too, may detach it, and some kernels have no backward, for which torch only warns.
+    The gradients of all LoRA below would be wrong.
 
     Args:
         module: The layer.
         x: Its input [..., I].
         y: Its output [..., O].
     """
-    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+    if not x.requires_grad or not torch.is_grad_enabled():
+        return
+    node, passes = y.grad_fn, y.requires_grad
+    for _ in range(4):  # from the output to the kernel: casts and views
+        if node is None or node is x.grad_fn:
+            break
+        passes = passes and node.name() != "WarnNotImplemented"
+        node = node.next_functions[0][0] if node.next_functions else None
+    if not passes:
         raise ValueError(
             f"a quantised layer ({quantisation_of(module)}) passes no gradient to its input, so the adapter cannot be "
-            "trained; choose a quantisation of weights only"
+            "trained; choose a quantisation of weights only, with a kernel that has a backward"
         )
 
 
