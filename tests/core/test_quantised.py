@@ -104,10 +104,11 @@ def wrap(base: PreTrainedModel, **options) -> TaHForCausalLM:
 def dequantised(model: TaHForCausalLM, directory: Path, quantised: PreTrainedModel) -> TaHForCausalLM:
     """The same model around a plain base, whose weights are what each quantised layer computes for unit vectors.
 
-    `quantised` is the model's base, loaded again: bitsandbytes changes its weights in the first forward.
+    `quantised` is the model's base, loaded again. It is in training mode, since bitsandbytes changes its 4-bit weights
+    for a less exact kernel in evaluation.
     """
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    layers = dict(quantised.named_modules())
+    layers = dict(quantised.train().named_modules())
     with torch.no_grad():
         for name, layer in base.named_modules():
             if isinstance(layer, nn.Linear) and is_quantised_layer(layers[name]):
@@ -149,7 +150,7 @@ def test_loss_and_gradients_equal_those_of_the_dequantised_base(directory, name)
     losses = [each(ids, labels=ids, depth_labels=depths).loss for each in (model, plain)]
     for loss in losses:
         loss.backward()
-    near = 1e-4 if not name.startswith("bitsandbytes") else 0.1  # it multiplies in half precision
+    near = 0.1 if name == "bitsandbytes-8bit" else 1e-4  # it multiplies in half precision
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=near / 10)
     wanted = dict(plain.named_parameters())
     lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
@@ -346,7 +347,7 @@ def test_damaged_and_foreign_tensors_are_refused(llama, tmp_path):
     wrap(load(llama, "torchao-int8")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"lora_rank": 5}))
-    with pytest.raises(ValueError, match=r"the weights in .* do not fit config.json: base.model.layers.0"):
+    with pytest.raises(ValueError, match="model.safetensors does not fit its config.json: base.model.layers.0"):
         TaHForCausalLM.from_pretrained(tmp_path, base=str(llama))
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "model.safetensors").read_bytes()

@@ -91,7 +91,8 @@ def load_adapter(
     own = _adapter(build_empty(lambda: model_class(TaHConfig(**config)), tensors, f"{source / file}"))
     wrong = sorted(own.keys() ^ saved.keys()) or [n for n in own if own[n].shape != saved[n].shape]
     if wrong := wrong or [n for n in own if not saved[n].is_floating_point()]:
-        raise ValueError(f"the weights in {source} do not fit {file}: {wrong[0]}")
+        weights = WEIGHTS if file == SETTINGS else "model.safetensors"
+        raise ValueError(f"{source / weights} does not fit its {file}: {wrong[0]}")
     model = model_class.from_base(base, **settings)
     with torch.no_grad():
         for name, tensor in _adapter(model).items():
