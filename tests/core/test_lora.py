@@ -8,7 +8,7 @@ from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 
 from helpers.families import tiny
-from helpers.models import shake, token_ids
+from helpers.models import distance, shake, token_ids
 from tah import TaHForCausalLM
 
 
@@ -24,10 +24,10 @@ def test_lora_is_active_in_layers_with_hooks_of_accelerate(family):
     model, ids = shake(TaHForCausalLM.from_base(hooked, **options)), token_ids(2)
     model.load_state_dict(wanted.state_dict())
     made = model(ids).logits
-    assert torch.equal(made, wanted(ids).logits)
+    assert distance(made, wanted(ids).logits) < 1e-5
     remove_hook_from_submodules(model)
-    assert torch.equal(model(ids).logits, made)
+    assert distance(model(ids).logits, made) < 1e-5
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.zero_()
-    assert not torch.allclose(model(ids).logits, made)  # control: LoRA changes the logits
+    assert distance(model(ids).logits, made) > 0.1  # control: LoRA changes the logits

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -49,8 +50,11 @@ def no_grad_by_default(request):
         yield
 
 
-def installed(module: str):
-    return pytest.mark.skipif(find_spec(module) is None, reason=f"{module} is not installed")
+def installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def nf4(**options) -> BitsAndBytesConfig:
@@ -67,11 +71,18 @@ FORMATS = {
     "bitsandbytes-8bit": (lambda: BitsAndBytesConfig(load_in_8bit=True), 0.02, "Linear8bitLt(Int8Params)"),
     "bitsandbytes-4bit": (lambda: nf4(bnb_4bit_compute_dtype=torch.float32), 0.02, "Linear4bit(Params4bit nf4)"),
 }
-NEEDS = {
-    "quanto": installed("optimum.quanto" if find_spec("optimum") else "optimum"),
-    "bitsandbytes": installed("bitsandbytes"),
-}
-EVERY = [pytest.param(name, marks=NEEDS.get(name.partition("-")[0], ())) for name in FORMATS]
+PACKED = {"gptq": "TorchLinear(int32)", "awq": "AwqTorchLinear(int32)"}  # quantised before they are loaded
+FORMATS |= {name: (None, 1e-5, kind) for name, kind in PACKED.items()}
+PACKAGES = {"quanto": ["optimum.quanto"], "bitsandbytes": ["bitsandbytes"], "gptq": ["gptqmodel", "optimum.gptq"]}
+PACKAGES["awq"] = PACKAGES["gptq"]
+
+
+def needs(name: str):
+    missing = [each for each in PACKAGES.get(name.partition("-")[0], ()) if not installed(each)]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+EVERY = [pytest.param(name, marks=needs(name)) for name in FORMATS]
 AO = ["torchao-int8", "torchao-int4"]
 OPTIONS = {"policy": "oracle", "mix_topk": 16, "lora_rank": 4}
 
@@ -91,8 +102,43 @@ def llama(tmp_path_factory) -> Path:
     return made
 
 
+def packed(directory: Path, name: str) -> Path:
+    """A checkpoint of random 4-bit numbers in the format `gptq` or `awq`, beside the unquantised base."""
+    made = directory.parent / name
+    if made.exists():
+        return made
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    tensors, random = base.state_dict(), torch.Generator().manual_seed(0)
+    for layer, module in base.model.named_modules(prefix="model"):
+        if isinstance(module, nn.Linear):
+            widths = {"in_features": module.in_features, "out_features": module.out_features, "bias": False}
+            kind = TorchLinear if name == "gptq" else AwqTorchLinear
+            for key, its in kind(bits=4, group_size=32, sym=False, desc_act=False, **widths).state_dict().items():
+                low, high = torch.iinfo(its.dtype).min if its.dtype == torch.int32 else 0, 2**31 - 1
+                if key == "g_idx":
+                    its = torch.arange(module.in_features, dtype=torch.int32) // 32
+                elif key == "scales":
+                    its = torch.rand(its.shape, generator=random).to(its.dtype) / 20
+                else:
+                    its = torch.randint(low, high, its.shape, generator=random, dtype=its.dtype)
+                tensors[f"{layer}.{key}"] = its
+            del tensors[f"{layer}.weight"]
+    base.config.save_pretrained(made)
+    save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((made / "config.json").read_text())
+    settings = {"quant_method": name, "bits": 4, "group_size": 32, "backend": "torch", "zero_point": True}
+    settings |= {"desc_act": False, "sym": False} if name == "gptq" else {"format": "gemm"}
+    (made / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return made
+
+
 def load(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The base, quantised while it is loaded."""
+    """The base in a format."""
+    if name in PACKED:
+        return AutoModelForCausalLM.from_pretrained(packed(directory, name), dtype=dtype).eval()
     config = FORMATS[name][0]()
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=dtype).eval()
 
@@ -264,12 +310,13 @@ def test_trainer_trains_the_adapter_saves_it_alone_and_resumes(llama, name, tmp_
     wanted = model.eval()(ids).logits
     assert torch.equal(resumed.eval()(ids).logits, wanted)
 
-    for base in (str(llama), load(llama, name)):
+    source = str(packed(llama, name) if name in PACKED else llama)
+    for base in (source, load(llama, name)):
         loaded = TaHForCausalLM.from_pretrained(checkpoint, base=base)
         assert torch.equal(loaded(ids).logits, wanted)
         assert quantisation_of(loaded.base) == FORMATS[name][2]
     assert torch.equal(load_adapter(load(llama, name), checkpoint)(ids).logits, wanted)
-    one_pass = TaHForCausalLM.from_pretrained(checkpoint, base=str(llama), policy="never")
+    one_pass = TaHForCausalLM.from_pretrained(checkpoint, base=source, policy="never")
     assert torch.equal(one_pass(ids).logits, load(llama, name)(ids).logits)
 
 
