@@ -82,7 +82,8 @@ def needs(name: str):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-EVERY = [pytest.param(name, marks=needs(name)) for name in FORMATS]
+# Importing gptqmodel takes a minute.
+EVERY = [pytest.param(name, marks=[needs(name)] + [pytest.mark.slow] * (name in PACKED)) for name in FORMATS]
 AO = ["torchao-int8", "torchao-int4"]
 OPTIONS = {"policy": "oracle", "mix_topk": 16, "lora_rank": 4}
 
@@ -129,8 +130,9 @@ def packed(directory: Path, name: str) -> Path:
     base.config.save_pretrained(made)
     save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((made / "config.json").read_text())
-    settings = {"quant_method": name, "bits": 4, "group_size": 32, "backend": "torch", "zero_point": True}
+    settings = {"quant_method": name, "bits": 4, "group_size": 32, "zero_point": True}
     settings |= {"desc_act": False, "sym": False} if name == "gptq" else {"format": "gemm"}
+    settings["backend"] = "torch" if name == "gptq" else "torch_awq"
     (made / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return made
 
