@@ -40,7 +40,7 @@ from .core.loss import DepthLoss
 from .core.masks import take_ready_masks
 from .core.next_input import mixed_embedding
 from .core.packing import lay_out, pack
-from .core.quantised import check_frozen, freeze_quantised, is_quantised
+from .core.quantised import check_frozen, freeze_quantised
 from .decider import build_decider
 from .generation import TaHGeneration
 from .policy import BoundRule, DepthState, Policy, Rule
@@ -131,7 +131,6 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
                 part.to(device=like.device, dtype=like.dtype)
         for layer in decoder_layers(self.decoder, text.num_hidden_layers):
             allow_replay_with_cache(layer)  # PassCache.update can run a second time without changing the cache
-        self.quantised = is_quantised(self.base)
         self.post_init()
 
     # -- the method ----------------------------------------------------------------------------------------------
@@ -361,7 +360,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         Raises:
             ValueError: The base is quantised, and one of its parameters requires a gradient.
         """
-        if mode and self.quantised:
+        if mode and not self.training:
             check_frozen(self.base)
         return super().train(mode)
 

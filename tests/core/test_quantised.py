@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -255,6 +257,23 @@ def test_a_quantised_embedding_and_head_are_read_through_their_modules(llama):
     assert distance(model.get_parameter(at).grad, plain.get_parameter(at).grad) < 1e-3
 
 
+def test_the_base_of_a_trained_model_can_be_quantised_for_inference(llama, tmp_path):
+    plain, ids = wrap(AutoModelForCausalLM.from_pretrained(llama), policy="always"), token_ids(2)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantization_config would quantise LoRA and decider, too; load without it"):
+        TaHForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    model = TaHForCausalLM.from_pretrained(tmp_path)
+    own = lambda module, name: isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name  # noqa: E731
+    quantize_(model.base, Int8WeightOnlyConfig(), own)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    quantize_(base, Int8WeightOnlyConfig(), own)
+    before = wrap(base, policy="always")
+    before.load_state_dict({n: t for n, t in plain.named_parameters() if "lora_" in n or "decider" in n}, strict=False)
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    assert distance(model(ids).logits, plain(ids).logits) > 1e-4  # control
+    assert quantisation_of(model.base) == FORMATS["torchao-int8"][2]
+
+
 def test_fast_paths_leave_quantised_weights_to_their_layers(llama, monkeypatch):
     model, ids = wrap(load(llama, "torchao-int8")), token_ids(2)
     layer = model.base.model.layers[0].mlp.up_proj
@@ -323,6 +342,20 @@ def test_trainer_trains_the_adapter_saves_it_alone_and_resumes(llama, name, tmp_
 
 
 @pytest.mark.grad
+@pytest.mark.parametrize("name", AO)
+def test_checkpointing_of_activations_changes_no_gradient(llama, name):
+    model, ids = wrap(load(llama, name), policy="always"), token_ids(2)
+    found = []
+    for replayed in (False, True):
+        model.train().zero_grad()
+        if replayed:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        found.append({key: weight.grad for key, weight in model.named_parameters() if "lora_" in key})
+    assert all(torch.equal(found[0][key], found[1][key]) and found[0][key].any() for key in found[0])
+
+
+@pytest.mark.grad
 def test_a_quantisation_of_activations_is_refused_in_training(llama):
     quantisation = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     base = AutoModelForCausalLM.from_pretrained(llama, quantization_config=quantisation, dtype=torch.float32)
@@ -335,7 +368,7 @@ def test_a_quantisation_of_activations_is_refused_in_training(llama):
 @pytest.mark.grad
 def test_training_the_base_is_refused(llama):
     model = wrap(load(llama, "torchao-int8"))
-    model.train().requires_grad_(True)
+    model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"embed_tokens.weight requires a gradient, but the base is quantised"):
         model.train()
     plain = TaHForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(llama), lora_rank=4)
@@ -403,6 +436,12 @@ def test_damaged_and_foreign_tensors_are_refused(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         TaHForCausalLM.from_pretrained(tmp_path, base=str(llama))
+
+
+def test_the_example_runs():
+    script = Path(__file__).parents[2] / "examples" / "hf_quantised.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0 and "difference to dequantised weights" in done.stdout, done.stderr
 
 
 def test_a_fingerprint_reads_packed_weights(llama):

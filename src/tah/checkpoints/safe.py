@@ -55,6 +55,11 @@ class SafeCheckpoint:
             check_checkpoint(source, cls, kwargs)  # type: ignore[arg-type]
             if Path(source, BASE).is_file():
                 return _load_on_base(cls, source, _without_places(kwargs))  # type: ignore[arg-type]
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    f"{source}: quantization_config would quantise LoRA and decider, too; load without it, and quantise"
+                    " model.base with a filter that leaves out layers with 'lora_' in their name (torchao: quantize_)"
+                )
             kwargs = _without_places(kwargs) | {"use_safetensors": True}
         wants_info = kwargs.pop("output_loading_info", False)
         ignored = ("mismatched",) if kwargs.pop("ignore_mismatched_sizes", False) else ()
