@@ -61,14 +61,19 @@ def find(source: str, weights: bool = True) -> tuple[str, Kind]:
     return directory, "tah" if described["model_type"] == "tah" else "base"
 
 
-def load_tah(path: str, dtype: str = "auto") -> TaHForCausalLM:
+def load_tah(path: str, dtype: str = "auto", base: str | None = None) -> TaHForCausalLM:
     """Load the TaH checkpoint at `path`.
+
+    Args:
+        path: Path of the checkpoint.
+        dtype: Dtype of the model.
+        base: Directory or hub id of the base, if the checkpoint has none because the base is quantised.
 
     Raises:
         ValueError: The checkpoint is damaged or incomplete.
     """
     try:
-        return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype))
+        return TaHForCausalLM.from_pretrained(path, dtype=_known(dtype), **({} if base is None else {"base": base}))
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(path) and "\n" not in str(error):
             raise  # the message is one line of this package and ends with advice

@@ -42,6 +42,7 @@ from .core.masks import take_ready_masks
 from .core.mixture import mixture_weights, pass_losses
 from .core.next_input import NextInputMLP, mixed_embedding
 from .core.packing import lay_out, pack
+from .core.quantised import check_frozen, freeze_quantised
 from .decider import build_decider
 from .generation import TaHGeneration
 from .names import MIXTURES
@@ -385,6 +386,16 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         logits = running.logits(index.flatten())
         return logits.view(B, index.shape[1], logits.shape[-1])
 
+    def train(self, mode: bool = True) -> TaHForCausalLM:
+        """Set training mode, as in torch.
+
+        Raises:
+            ValueError: The base is quantised, and one of its parameters requires a gradient.
+        """
+        if mode and not self.training:
+            check_frozen(self.base)
+        return super().train(mode)
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     @property
@@ -450,6 +461,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             raise UnsupportedBase("this is a TaH model already; load it with TaHForCausalLM.from_pretrained")
         refuse_peft(base)
         check_base(base)
+        freeze_quantised(base)
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
         if base.generation_config is not None:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 pytest.importorskip("datasets")
 pytest.importorskip("pydantic")
@@ -23,6 +23,7 @@ pytest.importorskip("pydantic")
 from datasets import Dataset
 
 from tah import TaHForCausalLM
+from tah.load import load_tah
 from tah.names import METHODS
 from tah.progress import SILENT
 from tah.training.recipe_file import load_recipe
@@ -183,6 +184,30 @@ def test_stages_train_their_own_parts(run, recipe_of, tiny_base):
     second = weights(train(recipe, "decider", run))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed and all(name.startswith("decider.") for name in changed)
+
+
+def test_both_stages_train_beside_a_quantised_base(run, recipe_of, tiny_base, tmp_path):
+    quantization = pytest.importorskip("torchao", reason="torchao is not installed").quantization
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=config, dtype=torch.float32)
+    base.save_pretrained(tmp_path / "int8")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "int8")
+    quantised = {"model": str(tmp_path / "int8"), "dtype": "float32"}
+    with pytest.raises(ValueError, match="is quantised, so its weights cannot be trained; set backbone.train: lora"):
+        train(recipe_of(base=quantised), "backbone", run)
+    recipe, ids = recipe_of(base=quantised, backbone={"train": "lora"}), torch.randint(40, 80, (2, 9))
+    losses = []
+    for stage in ("backbone", "decider"):
+        made = train(recipe, stage, run)
+        losses.append([line["loss"] for line in read_metrics(made / "metrics.jsonl") if "loss" in line])
+        assert (made / "model.safetensors").stat().st_size < 200_000  # without the base
+    assert all(each and all(map(math.isfinite, each)) for each in losses)
+    first, last = (load_tah(str(run / stage), base=str(tmp_path / "int8")) for stage in ("backbone", "decider"))
+    assert torch.equal(last(ids, policy="never").logits, base(ids).logits)
+    assert torch.equal(first(ids, policy="always").logits, last(ids, policy="always").logits)
+    start, _ = prepare_model(recipe, "backbone", run)
+    assert not torch.equal(start(ids, policy="always").logits, last(ids, policy="always").logits)
+    assert not torch.equal(first.decider.output.weight, last.decider.output.weight)
 
 
 def test_joint_decider_and_schedule(run, recipe_of):

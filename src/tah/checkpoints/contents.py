@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from ..config import former_tensor
+from ..core.quantised import is_packed, plain_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,14 +55,15 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
     Args:
         model: Model to hash.
         of_base: Whether to skip LoRA and round to bfloat16, so that a base has the same hash in every precision.
+            Quantised weights are skipped, too: another machine may quantise a few of them otherwise.
     """
     digest = hashlib.sha256() if of_base else hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        if of_base and ".lora_" in name:
+        if of_base and (".lora_" in name or is_packed(parameter)):
             continue
         digest.update(former_tensor(name).encode())  # results of versions before 0.2 keep their hash
         if not parameter.is_meta:
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)].cpu()
+            values = plain_values(parameter.detach()).flatten()[:: max(1, parameter.numel() // 1024)].cpu()
             digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())
     return digest.hexdigest()
 

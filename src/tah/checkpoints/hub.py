@@ -37,7 +37,7 @@ RARE = (
     "sentencepiece.model spm.model spm_char.model source.spm target.spm tekken.json tokenizer.model.v* *.tiktoken "
     "additional_chat_templates/*.jinja"
 ).split()
-MODEL = ("config.json", "generation_config.json", "model.safetensors.index*.json", CONFIG)
+MODEL = ("config.json", "generation_config.json", "base.json", "model.safetensors.index*.json", CONFIG)
 
 
 class Snapshot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -17,16 +18,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..config import FORMER_TENSORS, KERNELS
 from ..core.compat import drop_renaming, set_attention
 from ..core.families import UnsupportedBase
+from ..core.quantised import is_quantised
+from .adapter import BASE, base_source, facts_of, is_own, load_adapter, own_fields
 from .convert import converted, reconversion
 from .hub import OPTIONS, Snapshot, is_repository
 from .original import is_original
-from .untrusted import check_model, checked_config, load_base, refuse_incomplete
+from .untrusted import check_model, checked_config, load_base, read_heads, refuse_incomplete, weight_files
 
 if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
 PLACES = {"subfolder", "revision", *OPTIONS}  # options that locate a model in a repository
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|base\.json")
 
 
 class SafeCheckpoint:
@@ -36,7 +39,9 @@ class SafeCheckpoint:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a TaH checkpoint like `from_pretrained` of transformers, but strictly.
 
-        An original checkpoint is converted into the cache first.
+        An original checkpoint is converted into the cache first. A checkpoint of a model with a quantised base contains
+        the adapter alone. Its base is then loaded from its own source, with the remaining options, or it is the option
+        `base`: a model, or a directory or hub id.
 
         Raises:
             ValueError: The weights are not safetensors, a tensor is missing, unexpected or has another shape, or a file
@@ -48,6 +53,13 @@ class SafeCheckpoint:
             source = find(source, kwargs, cls)  # type: ignore[arg-type]
             advice = reconversion(source)
             check_checkpoint(source, cls, kwargs)  # type: ignore[arg-type]
+            if Path(source, BASE).is_file():
+                return _load_on_base(cls, source, _without_places(kwargs))  # type: ignore[arg-type]
+            if kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    f"{source}: quantization_config would quantise LoRA and decider, too; load without it, and quantise"
+                    " model.base with a filter that leaves out layers with 'lora_' in their name (torchao: quantize_)"
+                )
             kwargs = _without_places(kwargs) | {"use_safetensors": True}
         wants_info = kwargs.pop("output_loading_info", False)
         ignored = ("mismatched",) if kwargs.pop("ignore_mismatched_sizes", False) else ()
@@ -71,9 +83,13 @@ class SafeCheckpoint:
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save configuration and weights as safetensors. An older checkpoint stays until the new one is complete.
 
+        With a quantised base the weights are those of the adapter alone, and `base.json` has the facts of the base.
         All files are first written to a temporary directory inside the target, and then moved one by one.
         """
         target = Path(save_directory)
+        if quantised := is_quantised(self.base):  # type: ignore[attr-defined]
+            given = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+            kwargs["state_dict"] = {name: tensor for name, tensor in given.items() if is_own(name)}
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
         fresh = not target.exists()
@@ -82,6 +98,9 @@ class SafeCheckpoint:
             # Inside the target, which may be a separate file system, so that each move is a rename.
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
                 super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
+                if quantised:
+                    facts = facts_of(self.base)  # type: ignore[attr-defined]
+                    Path(temporary, BASE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
                 replace_files(Path(temporary), target)
         except BaseException:
             if fresh and not any(target.iterdir()):
@@ -151,6 +170,9 @@ def check_checkpoint(
     """
     options = options or {}
     given = options.get("config")
+    if Path(directory, BASE).is_file():  # `load_adapter` compares settings and tensors
+        read_heads(weight_files(Path(directory), checked_config(directory, options)))
+        return
 
     def empty() -> TaHForCausalLM:
         chosen = {name: options[name] for name in KERNELS if options.get(name) is not None}
@@ -165,6 +187,29 @@ def check_checkpoint(
         if advice := reconversion(directory):
             raise ValueError(f"{str(error).removesuffix('; copy them again')}{advice}") from error
         raise
+
+
+def _load_on_base(model_class: type[TaHForCausalLM], directory: str, options: dict[str, Any]) -> Any:
+    """Load a checkpoint that contains the adapter alone, and its base.
+
+    Args:
+        model_class: Class of the model.
+        directory: Directory of the checkpoint.
+        options: Options of `from_pretrained`: `base`, fields of the configuration, and options for the base.
+
+    Raises:
+        ValueError: The base cannot be found or loaded, or the adapter belongs to another one.
+    """
+    base, wants_info = options.pop("base", None), options.pop("output_loading_info", False)
+    fields = {name: options.pop(name) for name in own_fields() if name in options}
+    if not isinstance(base, PreTrainedModel):
+        name, known = base_source(directory, base)
+        if checked_config(find(name, options, None, weights=False), options).get("quantization_config"):
+            del known["quantization_config"]  # the files of the base are quantised already
+        base = load_plain(name, **known | {name: value for name, value in options.items() if value != "auto"})
+    model = load_adapter(model_class, base, directory, **fields)
+    model.name_or_path = model.config.name_or_path = directory
+    return (model, {}) if wants_info else model
 
 
 def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:

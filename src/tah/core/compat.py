@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -93,6 +94,12 @@ def is_watched(module: nn.Module) -> bool:
     Global hooks of all modules, which counters of operations use, do not count.
     """
     return is_offloaded(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def renew_hooked_forward(module: nn.Module) -> None:
+    """Let accelerate's hook call the forward of the module's present class instead of that of its former class."""
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
 
 
 def drop_renaming(model: Any, former: Collection[str]) -> None:

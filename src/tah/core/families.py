@@ -22,6 +22,7 @@ from .head import Head
 from .lora import DepthLoRA
 from .masks import own_configs, take_ready_masks
 from .packing import pack
+from .quantised import is_quantised
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 PROBE_TOKENS = 8
@@ -140,7 +141,7 @@ def check_base(base: PreTrainedModel) -> None:
         UnsupportedBase: A requirement is not met. The message has the reason.
     """
     check_facts(base)
-    name, training = type(base).__name__, base.training
+    name, training, quantised = type(base).__name__, base.training, is_quantised(base)
     if any(isinstance(module, DepthLoRA) for module in base.modules()):
         raise UnsupportedBase(f"this {name} is part of a TaH model already; load the base again")
     config = base.config.get_text_config(decoder=True)
@@ -149,7 +150,10 @@ def check_base(base: PreTrainedModel) -> None:
     try:
         for key in reach:
             setattr(config, key, 3)
-        reason = _probe(base, config)
+        with torch.set_grad_enabled(
+            quantised
+        ):  # without gradients, bitsandbytes would change weights to inference only
+            reason = _probe(base, config, quantised)
     except Exception as error:
         line = str(error).strip().splitlines()
         reason = f"its forward fails with a DuoCache: {type(error).__name__}: {line[0][:120] if line else ''}"
@@ -162,7 +166,7 @@ def check_base(base: PreTrainedModel) -> None:
         raise UnsupportedBase(f"{name} cannot be wrapped: {reason}")
 
 
-def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+def _probe(base: PreTrainedModel, config: PreTrainedConfig, quantised: bool) -> str | None:
     """Return the reason why the base gives other results with `DuoCache` and ready masks, or None."""
     decoder, head = decoder_of(base), head_of(base)
     embed = base.get_input_embeddings()
@@ -171,10 +175,12 @@ def _probe(base: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     embeds = embed(ids)
     # Cloned before each use, because some families scale their input in place.
     embeds = torch.cat([embeds[:, :-late], (embeds[:, -late:] + embeds[:, :late]) / 2], dim=1)
+    embeds = embeds.detach().requires_grad_(quantised)
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     want = base(inputs_embeds=embeds.clone(), position_ids=positions, use_cache=False).logits[0].float()
-    # The rounding error of a deep bfloat16 model reaches a tenth of the norm. That of a wrong mask reaches the norm.
-    tolerance = 1e-3 if decoder.dtype == torch.float32 else 0.3
+    # The rounding error of a deep bfloat16 model reaches a tenth of the norm, and so may that of quantised activations.
+    # The error of a wrong mask reaches the norm.
+    tolerance = 1e-3 if decoder.dtype == torch.float32 and not quantised else 0.3
 
     def differs(got: Tensor, want: Tensor) -> bool:
         return not (got.float() - want).norm() <= tolerance * want.norm()

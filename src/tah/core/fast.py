@@ -24,6 +24,7 @@ from .compat import is_watched
 from .head import Head
 from .logits import CHUNK, RunningOutput, best_of, joined
 from .mixture import Mixture
+from .quantised import PLAIN
 
 ENABLED = True
 SDPA = nn.functional.scaled_dot_product_attention
@@ -38,8 +39,13 @@ DENSE = 12
 
 
 def allowed(*modules: nn.Module) -> bool:
-    """Return whether code may use the weights of these modules without calling them: no gradients and no hooks."""
-    return ENABLED and not torch.is_grad_enabled() and not any(map(is_watched, modules))
+    """Return whether code may use the weights of these modules without calling them.
+
+    It may without gradients, without hooks, and if the weights are plain numbers and not quantised ones.
+    """
+    if not ENABLED or torch.is_grad_enabled() or any(map(is_watched, modules)):
+        return False
+    return all(type(getattr(module, "weight", None)) in PLAIN for module in modules)
 
 
 def float32_cpu(x: Tensor) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .quantised import is_packed
+
 
 @dataclass
 class Head:
@@ -50,5 +52,5 @@ class Head:
 
     @property
     def is_single_matrix(self) -> bool:
-        """Return whether logits are one matrix times a hidden state, without a bias or a soft-cap."""
-        return self.is_linear and type(self.linear) is nn.Linear
+        """Return whether logits are one plain matrix times a hidden state, without a bias or a soft-cap."""
+        return self.is_linear and type(self.linear) is nn.Linear and not is_packed(self.linear.weight)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import fast
-from .compat import mark_initialized
+from .compat import mark_initialized, renew_hooked_forward
 from .depth import current_depth
+from .quantised import check_gradient, compute_dtype, is_quantised_layer
 
 
 class DepthLoRA(nn.Module):
@@ -33,7 +35,7 @@ class DepthLoRA(nn.Module):
 
     def stock_forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer without LoRA, [..., I] -> [..., O]."""
-        return super().forward(x)
+        return self.stock.forward(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the layer, [..., I] -> [..., O]."""
@@ -42,6 +44,8 @@ class DepthLoRA(nn.Module):
         if (y := fast.adapted(x, self)) is not None:
             return y
         y = self.stock_forward(x)
+        if self.training:
+            check_gradient(self, x, y)
         x = x.to(self.lora_A.weight.dtype)  # LoRA may be float32 beside a half-precision base, as in PEFT
         low = self.lora_B(self.lora_A(self.lora_dropout(x) if self.training else x))
         return torch.add(y, low.to(y.dtype), alpha=self.lora_scale)
@@ -62,6 +66,16 @@ class LoRAConv1D(DepthLoRA, Conv1D):
 _KINDS: dict[type, type] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
 
 
+@cache
+def _over(stock: Any) -> type:
+    """Return the class of a quantised layer with LoRA by depth.
+
+    Its first base is the layer's class, since Python lets an object change to a class of the same layout only.
+    """
+    own = {"stock": stock, "forward": DepthLoRA.forward, "__module__": __name__}
+    return type(f"LoRA{stock.__name__}", (stock, DepthLoRA), own)
+
+
 def is_target(name: str, targets: Iterable[str] | None) -> bool:
     """Return whether a layer of the base is among `targets`.
 
@@ -76,7 +90,7 @@ def is_target(name: str, targets: Iterable[str] | None) -> bool:
 
 
 def widths(linear: nn.Module) -> tuple[int, int]:
-    """Return (I, O) of an `nn.Linear` or a `Conv1D`."""
+    """Return (I, O) of an `nn.Linear`, a `Conv1D` or a quantised layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return linear.in_features, linear.out_features  # type: ignore[return-value]
@@ -92,6 +106,9 @@ def add_lora(
 ) -> list[str]:
     """Add LoRA to linear layers below `decoder`, in place, and return their names.
 
+    Quantised layers are linear layers, too. LoRA has the dtype of its layer's weight, and beside integers that in which
+    the decoder computes.
+
     Args:
         decoder: The base without its output head.
         rank: Rank r > 0.
@@ -105,18 +122,22 @@ def add_lora(
     """
     adapted: list[str] = []
     for name, module in list(decoder.named_modules()):
-        # Exact types only: a subclass (router, quantised or ternary layer) has another forward.
-        if type(module) not in _KINDS or not is_target(prefix + name, targets):
+        # Exact types, or quantised: any other subclass, such as a router, has another forward.
+        stock: Any = type(module)
+        kind = _KINDS.get(stock) or (_over(stock) if is_quantised_layer(module) else None)
+        if kind is None or not is_target(prefix + name, targets):
             continue
         inputs, outputs = widths(module)
-        weight: Any = module.weight
-        factory = {"device": weight.device, "dtype": weight.dtype}
+        tensor = next(its for its in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        floats = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        factory: Any = {"device": tensor.device, "dtype": tensor.dtype if floats else compute_dtype(decoder)}
         lora = {
             "lora_A": nn.Linear(inputs, rank, bias=False, **factory),
             "lora_B": nn.Linear(rank, outputs, bias=False, **factory),
             "lora_dropout": nn.Dropout(dropout),
         }
-        module.__class__ = _KINDS[type(module)]
+        module.__class__ = kind
+        renew_hooked_forward(module)
         for child, layer in lora.items():
             mark_initialized(layer)  # otherwise the base initialises B like any linear layer
             module.add_module(child, layer)

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ..checkpoints.adapter import BASE
 from ..config import TaHConfig
 from ..core.compat import restore
+from ..core.quantised import is_packed, is_quantised
 from ..data.data_files import COMPLETE
 from ..data.rows import Collator, depth_labels, pack
 from ..load import find, load_base, load_tah, load_tokenizer
@@ -93,7 +95,8 @@ def train(
         trim_metrics(directory / "metrics.jsonl", checkpoint)
     _fit(trainer, checkpoint, directory, progress, f"{recipe.name}: {stage}")
     for parameter in model.parameters():  # buffers stay: positions need their precision
-        parameter.data = parameter.data.to(dtype)
+        if not is_packed(parameter):
+            parameter.data = parameter.data.to(dtype)
     if stage == "decider":
         _choose_threshold(recipe, model, trainer, directory)
     else:
@@ -227,7 +230,7 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
         source = output / "backbone"
         if not (source / "config.json").is_file():
             raise ValueError(f"{source} does not exist: train --stage backbone before --stage decider")
-        model = load_tah(str(source), recipe.base.dtype)
+        model = load_tah(str(source), recipe.base.dtype, _base_of(source, recipe, output))
         if model.decider is None:
             raise ValueError(f"{source} has no decider; set model.decider in the recipe and train the backbone again")
         model.requires_grad_(False)
@@ -241,6 +244,8 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     else:
         model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
     everything = backbone.train == "all"
+    if everything and is_quantised(model.base):
+        raise ValueError(f"{path} is quantised, so its weights cannot be trained; set backbone.train: lora")
     for name, parameter in model.named_parameters():
         own = "lora_" in name or name.startswith(("next_input_map.", "next_input_mlp.", "output_map."))
         joint = recipe.joint
@@ -248,6 +253,14 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     if model.config.max_depth == 1 and not everything:
         raise ValueError("backbone.train: lora has nothing to train if no token runs a second pass; use all")
     return model, load_tokenizer(find(recipe.tokenizer_path(output))[0])
+
+
+def _base_of(source: Path, recipe: Recipe, output: Path) -> str | None:
+    """Return the base of a checkpoint without it, as the recipe names it; None if it is in the checkpoint."""
+    if not (source / BASE).is_file():
+        return None
+    path, kind = find(recipe.backbone.init or recipe.base_path(output))
+    return path if kind == "base" else None
 
 
 def fields_of(recipe: Recipe) -> dict[str, Any]:
