@@ -93,11 +93,17 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     line = lines_of(alone)["samples/never/gsm8k.jsonl"][2]
     assert (line["number"], line["sample"]) == (1, 0)
 
-    with open(path := tmp_path / "again" / path.relative_to(directory), "ab") as file:
+    path = tmp_path / "again" / path.relative_to(directory)
+    with open(path, "ab") as file:
         file.write(b'{"policy":')
+    part = path.with_name("gsm8k.jsonl.1")
+    kept = [json.loads(line) | {"seconds": 99} for line in part.open()]
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     done = run([sys.executable, "-m", "tah", *words, "-o", str(tmp_path / "again")])
     assert done.returncode == 0, done.stderr[-2000:]
     check_equal(tmp_path / "again", alone)
+    finished = [json.loads(line) for line in path.open()]
+    assert [(line["number"], line["sample"]) for line in finished if line["seconds"] == 99] == [(1, 0), (1, 1)]
     (note,) = lines_of_tah(done)
     assert note == f"tah: {path}: the last line is incomplete, so its question is answered again"
 
