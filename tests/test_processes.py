@@ -95,7 +95,7 @@ METRIC = "metric_list:\n  - {metric: %s, aggregation: mean, higher_is_better: tr
 
 
 def test_tasks_of_lm_eval_in_two_processes(pair, pupil, tmp_path, monkeypatch):
-    """Its scores and answers are those of one process. Likelihoods are computed by the first one, which a note reports."""
+    """The scores and answers of one process. The first process computes likelihoods alone, which a note reports."""
     questions = [
         {"q": f"how many {at}?", "a": "It is \\boxed" if at % 2 else "none", "right": at % 2} for at in range(5)
     ]
@@ -139,7 +139,8 @@ def test_tasks_of_lm_eval_in_two_processes(pair, pupil, tmp_path, monkeypatch):
     lines = [
         [json.loads(line) | {"seconds": 0} for line in (tmp_path / run / name).open()] for run in ("alone", "both")
     ]
-    assert lines[0] == lines[1] and len(lines[0]) == 5
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 5
     assert {path.name for path in (tmp_path / "both" / "samples" / "never").iterdir()} == {
         "lm_eval.free.jsonl",
         "lm_eval.free.json",
