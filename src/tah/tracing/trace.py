@@ -148,7 +148,11 @@ def _trace(
             if processes.owns(number):
                 processes.tell(f"batch {number}")
     if lead:
+        for number in range(1, processes.world):  # a process that starts late has to find its part as it was
+            processes.wait_for(f"end of process {number}")
         parts.remove()
+    else:
+        processes.tell(f"end of process {processes.rank}")
     return file.finish()
 
 
