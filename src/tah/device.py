@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .errors import first_line
+from .processes import local_rank
 from .progress import SILENT, Reporter
 
 HARDWARE = {"cuda": "this GPU", "mps": "this Mac's GPU", "cpu": "this CPU"}  # names in errors and notes
@@ -26,12 +27,17 @@ class Machine:
         mps: Whether there is an Apple GPU.
         bfloat16: Device types that multiply bfloat16 in hardware.
         other: Further device types that the installed torch supports.
+        gpus: Number of GPUs.
+        process: Number of this process among those that a launcher started on this machine; None if it is alone. Each
+            of them has a GPU of its own.
     """
 
     cuda: bool = False
     mps: bool = False
     bfloat16: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
+    gpus: int = 1
+    process: int | None = None
 
     @classmethod
     def here(cls) -> Machine:
@@ -44,7 +50,8 @@ class Machine:
         }
         current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         other = () if current is None or current.type in HARDWARE else (current.type,)
-        return cls(cuda, mps, tuple(kind for kind, has in able.items() if has), other)
+        native = tuple(kind for kind, has in able.items() if has)
+        return cls(cuda, mps, native, other, torch.cuda.device_count(), local_rank())
 
     def choose_device(self) -> str:
         """Return the device type for `auto`: the first available of CUDA, MPS and CPU."""
@@ -69,8 +76,10 @@ class Machine:
     def check_device(self, name: str) -> torch.device:
         """Return the torch device with this name, or the chosen one for `auto`.
 
+        Of several processes on this machine, each one gets the GPU with its own number, unless `name` has a number.
+
         Raises:
-            ValueError: This machine has no such device.
+            ValueError: This machine has no such device, or fewer GPUs than processes.
         """
         kinds = [kind for kind, there in (("cuda", self.cuda), ("mps", self.mps)) if there]
         known = ", ".join(["auto", "cpu", *kinds, *self.other])
@@ -82,6 +91,13 @@ class Machine:
             raise ValueError(
                 f"device {name!r} cannot be used: this machine or this torch has none; choose from {known}"
             )
+        if device.type == "cuda" and device.index is None and self.process is not None:
+            if self.process >= self.gpus:
+                raise ValueError(
+                    f"device {name!r}: process {self.process} of this machine has no GPU of its own, because there are "
+                    f"{self.gpus}; start at most {self.gpus} processes, or give --device cpu or cuda:N"
+                )
+            return torch.device("cuda", self.process)
         return device
 
 
@@ -130,6 +146,8 @@ def put(
     """
     machine = machine or Machine.here()
     where = machine.check_device(device)
+    if where.type == "cuda" and machine.process is not None:
+        torch.cuda.set_device(where)  # kernels start on the current device
     saved = model.dtype
     chosen = machine.choose_dtype(where.type, saved) if dtype == "auto" else saved
     try:

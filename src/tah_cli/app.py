@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from . import bench, evaluate, serve, train, understand, use
+from .checks import check_processes
 from .groups import DefaultGroup, Group
-from .options import note
 
 USER_ERRORS = (ValueError, OSError, ImportError)
 LONGEST_LINE = 600  # maximum characters of an error message; --debug prints the whole message
@@ -80,6 +80,8 @@ def top(
         typer.echo(f"tah {installed('tah')}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    else:
+        check_processes(context.invoked_subcommand)
 
 
 def run(arguments: list[str]) -> int:
@@ -93,7 +95,8 @@ def run(arguments: list[str]) -> int:
     | 130 | The user interrupted the command. |
     | 141 | The reader of stdout or stderr closed its pipe. |
 
-    An error is one line on stderr. With `--debug` or TAH_DEBUG the traceback precedes it.
+    An error is one line on stderr. With `--debug` or TAH_DEBUG the traceback precedes it. Of several processes, the one
+    that fails first prints its line.
 
     Args:
         arguments: Words after `tah`.
@@ -120,10 +123,20 @@ def run(arguments: list[str]) -> int:
             if debug:
                 typer.echo(traceback.format_exc().encode("utf-8", "backslashreplace").decode(), err=True, nl=False)
             code, line = _explained(error)
-            note(line)
+            if _reports():
+                typer.echo(f"tah: {line}", err=True)
         except BrokenPipeError:  # stderr is closed, too
             return _quietly(141)
         return code
+
+
+def _reports() -> bool:
+    """Return whether this process reports its error: it is alone, or the first of several processes to fail."""
+    if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        return True
+    from tah.processes import first_to_fail
+
+    return first_to_fail()
 
 
 def _explained(error: Exception) -> tuple[int, str]:
@@ -137,6 +150,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     else:
         code, line = 1, f"unexpected {type(error).__name__}: {error}"
     line = " ".join(line.split()) or type(error).__name__
+    if (process := os.environ.get("RANK", "0")) != "0":
+        line = f"process {process}: {line}"
     hint = " (--debug prints the traceback)" if code == 1 else ""
     if len(line) + len(hint) > LONGEST_LINE:
         hint = hint or " (--debug prints the whole message)"

@@ -6,6 +6,21 @@ import os
 
 from .names import words
 
+SHARED = ("run", "label", "train", "eval", "trace")  # commands that several processes run together
+
+
+def check_processes(command: str) -> None:
+    """Check that torchrun or `accelerate launch` started a command that several processes run together.
+
+    Raises:
+        ValueError: Every process would run the whole command.
+    """
+    if command not in SHARED and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            f"tah {command} runs in one process; start it without torchrun and accelerate launch (in several processes "
+            f"run: {', '.join(SHARED)})"
+        )
+
 
 def check_model(source: str | None) -> str | None:
     """Return `source`, if it may be a model.

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .checks import check_model, check_policies, check_run, check_tasks, split
+from .checks import check_model, check_policies, check_processes, check_run, check_tasks, split
 from .names import words
-from .options import number, quiet, reporter, word
+from .options import is_first, number, quiet, reporter, word
 
 Code = Annotated[bool, typer.Option("--allow-code-execution", help="Run the programs of the answers in a sandbox.")]
 
@@ -99,7 +99,7 @@ def evaluate(
     """Evaluate a model on benchmarks.
 
     DIR keeps the answers, so a killed run continues. Each result has a 95 % interval, the mean depth of the answers,
-    and their cost relative to the base.
+    and their cost relative to the base. On several GPUs: torchrun --nproc-per-node 8 -m tah eval ...
     """
     files, drawing = _files(data), _drawing(greedy, temperature=temperature, top_p=top_p, top_k=top_k)
     words.check_questions(files, words.expand_tasks(split(tasks)))
@@ -107,6 +107,7 @@ def evaluate(
     from tah.evaluation.eval_report import as_markdown
     from tah.evaluation.evaluate import evaluate as run_evaluation
     from tah.evaluation.request import Sampling
+    from tah.processes import Processes
 
     results = run_evaluation(
         model,
@@ -127,8 +128,10 @@ def evaluate(
         dtype=dtype,
         device=device,
         progress=reporter(),
+        processes=Processes.started(),
     )
-    typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
+    if is_first():
+        typer.echo(json.dumps(results) if as_json else as_markdown(results), nl=as_json)
 
 
 def compare(
@@ -149,6 +152,7 @@ def compare(
 
     Differences have paired 95 % bootstrap intervals. Both runs must have the same data and the same protocol.
     """
+    check_processes("eval compare")
     from tah.evaluation.eval_report import compare as run_comparison
     from tah.evaluation.eval_report import compared_markdown
 
@@ -173,6 +177,7 @@ def regrade(
     `tah eval compare` needs two runs with verdicts of the same grader version. This command updates a run of an older
     version: it replaces the verdicts and results in DIR and keeps the answers.
     """
+    check_processes("eval regrade")
     check_run(str(directory))
     files = _files(data)
     from tah.evaluation.regrade import as_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,18 +16,24 @@ if TYPE_CHECKING:
     from tah.session import Session
 
 
+def is_first() -> bool:
+    """Return whether this is the first of the processes that torchrun or `accelerate launch` started: it prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
-    """Print a line on stderr."""
-    typer.echo(f"tah: {text}", err=True)
+    """Print a line on stderr, in the first process only."""
+    if is_first():
+        typer.echo(f"tah: {text}", err=True)
 
 
 def reporter() -> Reporter:
-    """Return a reporter that prints progress on stderr."""
-    from tah.progress import Reporter
+    """Return a reporter that prints progress on stderr, in the first process only."""
+    from tah.progress import SILENT, Reporter
 
     from .terminal import make_console
 
-    return Reporter(make_console(stderr=True))
+    return Reporter(make_console(stderr=True)) if is_first() else SILENT
 
 
 def quiet(data: bool = False) -> None:

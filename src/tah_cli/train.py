@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ import typer
 from . import options
 from .checks import check_data, check_recipe
 from .names import words
-from .options import model_argument, note, number, quiet, reporter, word
+from .options import is_first, model_argument, note, number, quiet, reporter, word
 
 if TYPE_CHECKING:
     from tah.training.recipe import Recipe
@@ -100,7 +99,7 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, output: Out
     """
     directory = _make(lambda steps, plan, run: steps.run(plan, run, reporter()), recipe, overrides, output)
     report = directory / "report" / "report.md"
-    if report.is_file() and os.environ.get("RANK", "0") == "0":
+    if report.is_file():
         note(f"report: {report}")
 
 
@@ -121,6 +120,6 @@ def _make(
     except Stopped as stopped:
         note(str(stopped))
         raise typer.Exit(143) from stopped
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts one process per GPU
+    if is_first():
         typer.echo(str(result))
     return plan.directory()

@@ -13,9 +13,10 @@ import typer
 from . import options
 from .checks import check_target
 from .names import words
-from .options import model_argument, note, number, open_session, quiet, reporter, word
+from .options import is_first, model_argument, note, number, open_session, quiet, reporter, word
 
 if TYPE_CHECKING:
+    from tah.processes import Processes
     from tah.session import Session
     from tah.tracing.trace_file import Trace
 
@@ -67,8 +68,12 @@ def trace(
     """Count the predictions that later passes correct and break.
 
     The command runs every token of the texts at every depth, and prints the accuracy of each policy. The default policy
-    of a base model without a trained second pass is confidence.
+    of a base model without a trained second pass is confidence. On several GPUs: torchrun --nproc-per-node 8 -m tah
+    trace ... -o FILE
     """
+    from tah.processes import Processes
+
+    processes = Processes.started()
     session = open_session(model, dtype, device)
     if session.wrapped and policy is None:
         policy = "confidence"  # a wrapped base iterates no token by default, and such a trace would be empty
@@ -81,7 +86,9 @@ def trace(
     from tah.tracing.tables import as_markdown
 
     options = {"rule": Rule(policy, threshold), "run_policy": own_policy, "top_k": top_k}
-    found = _trace(session, data, split, limit, output, max_length=max_length, **options)
+    found = _trace(session, data, split, limit, output, processes, max_length=max_length, **options)
+    if not is_first():
+        return
     stats = statistics(found, every=every)
     typer.echo(json.dumps(stats, ensure_ascii=False) if as_json else as_markdown(stats), nl=as_json)
 
@@ -113,7 +120,7 @@ def tune(
 
     config = check_tunable(model)
     session = open_session(model, dtype, device)
-    found = _trace(session, data, split, limit, None, max_length=max_length, run_policy=False, top_k=1)
+    found = _trace(session, data, split, limit, None, None, max_length=max_length, run_policy=False, top_k=1)
     chosen = choose(found, target, config.score)
     before = write_threshold(config.path, chosen["threshold"])
     if as_json:
@@ -240,7 +247,15 @@ def _words_of(row: Mapping[str, Any]) -> str:
     return " ".join(content for content in contents if isinstance(content, str))
 
 
-def _trace(session: Session, data: str, split: str, limit: int | None, output: Path | None, **options: Any) -> Trace:
+def _trace(
+    session: Session,
+    data: str,
+    split: str,
+    limit: int | None,
+    output: Path | None,
+    processes: Processes | None,
+    **options: Any,
+) -> Trace:
     """Trace a source of texts; print notes about words without a token and about rows that are left out."""
     from tah.tracing.texts import read_rows
     from tah.tracing.trace import TraceRequest
@@ -252,7 +267,7 @@ def _trace(session: Session, data: str, split: str, limit: int | None, output: P
     if unknown := session.unknown_words(" ".join(_words_of(rows[at]) for at in range(min(len(rows), LOOKED_AT)))):
         note(unknown)
     request = TraceRequest(data=data, model=session.source, limit=limit, **options)
-    found = run_trace(session.model, session.tokenizer, rows, output, request, progress=reporter())
+    found = run_trace(session.model, session.tokenizer, rows, output, request, progress=reporter(), processes=processes)
     for reason, count in found.header["left_out"].items():
         note(f"{count} of {len(rows)} rows: {reason}")
     return found

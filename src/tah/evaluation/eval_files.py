@@ -2,6 +2,7 @@
 
     run.json                      settings (model, data, protocol) and versions
     samples/POLICY/TASK.jsonl     one answer per line, appended by batch; verdicts are added when the task is finished
+    samples/POLICY/TASK.jsonl.N   answers of process N of several, until the first process joins them
     questions/TASK.jsonl          questions with their right answers or tests, so that answers can be graded again
     results.json, results.md      computed from the samples
 
@@ -19,12 +20,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..files import differences, write_atomically
+from ..processes import Processes
 from ..progress import Work
 
 LOCK = ".lock"
@@ -161,11 +164,14 @@ def read_run(directory: Path) -> dict[str, Any]:
 class Samples:
     """The answers of one policy to one task, in a file to which answers are appended.
 
+    Of several processes, the first one appends to the file, and each of the others to a part of its own.
+
     Args:
         directory: Directory of the run.
         policy: Name of the policy.
         task: Name of the task.
         ids: Ids of the questions, by number.
+        processes: Processes that share the answers. By default this process answers alone.
 
     Attributes:
         repaired: Note about an incomplete last line, or None.
@@ -176,37 +182,26 @@ class Samples:
         ValueError: A line before the last is damaged.
     """
 
-    def __init__(self, directory: Path, policy: str, task: str, ids: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        policy: str,
+        task: str,
+        ids: Sequence[str] = (),
+        processes: Processes | None = None,
+    ) -> None:
         self.path = directory / "samples" / policy / f"{task.replace(':', '.')}.jsonl"
         self.scores = self.path.with_suffix(".json")
-        self.policy, self.task, self.ids = policy, task, ids
+        self.policy, self.task, self.ids, self.processes = policy, task, ids, processes or Processes()
         self.work: Work | None = None
+        self.added = 0  # answers of this process in this call
         self.repaired: str | None = None
         self.size: int | None = None  # bytes of the complete lines; None if no incomplete line follows them
         self.lines: dict[tuple[int, int], dict[str, Any]] = {}  # by number and sample
         if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        *lines, rest = content.split(b"\n")  # `rest` is an incomplete line, or empty
-        size = len(content) - len(rest)
-        for at, line in enumerate(lines, 1):
-            try:
-                found = json.loads(line)
-                _generated(found)
-                key, *_ = (found["number"], found["sample"]), found["prompt"], found["question"], found["verdict"]
-                self.lines[key] = found
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                if at < len(lines):
-                    raise ValueError(
-                        f"{self.path} line {at} is damaged ({type(error).__name__}); delete that line, and tah eval "
-                        "answers its question again"
-                    ) from error
-                size -= len(line) + 1
-        if size < len(content):
-            self.repaired = f"{self.path}: the last line is incomplete, so its question is answered again"
-            self.size = size
+            self.lines, size, self.repaired = _read(self.path)
+            if self.repaired and self.processes.lead:
+                self.size = size
 
     def find(self, asked: Asked) -> Generated | None:
         """Return the answer to a request, or None if the file does not have it.
@@ -238,16 +233,44 @@ class Samples:
             }
             self.lines[asked.number, asked.sample] = line
             text += _line(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.path if self.processes.lead else part_of(self.path, self.processes.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if self.size is not None:
-            os.truncate(self.path, self.size)
+            os.truncate(path, self.size)
             self.size = None
-        with open(self.path, "ab") as file:
+        with open(path, "ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        self.added += len(answers)
+        self._count(len(answers))
+
+    def _count(self, answers: int) -> None:
+        """Count new answers of this process, and show those of all processes."""
+        if self.processes.world > 1:
+            total = self.processes.add(f"answers of {self.policy} to {self.task}", answers)
+            answers = 0 if self.work is None else total - (self.work.done - self.work.first)
         if self.work is not None:
-            self.work.advance(len(answers))
+            self.work.advance(answers)
+
+    def join(self) -> None:
+        """End the share of this process. The first process waits for the others, and joins their parts to the file.
+
+        Raises:
+            OtherProcessFailed: Another process has failed.
+        """
+        key = f"share of {self.policy} of {self.task} in process"
+        if not self.processes.lead:
+            self.processes.tell(f"{key} {self.processes.rank}", str(self.added))
+            return
+        for number in range(1, self.processes.world):
+            added = int(self.processes.wait_for(f"{key} {number}", meanwhile=lambda: self._count(0)))
+            part = part_of(self.path, number)
+            there = partial(_has, part, added)
+            self.processes.see(there, f"{part} lacks answers of process {number}")
+        self._count(0)
+        self.lines, *_ = _join(self.path)
+        self.size = None
 
     @property
     def graders(self) -> set[str]:
@@ -294,6 +317,80 @@ def read_questions(directory: Path, task: str) -> list[dict[str, Any]] | None:
         return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it, and give --data again") from error
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def join_parts(directory: Path) -> list[str]:
+    """Join the parts that the processes of an earlier, killed call left in the directory of a run.
+
+    Returns:
+        Notes about incomplete last lines.
+    """
+    paths = {path.with_suffix("") for path in (directory / "samples").glob("*/*.jsonl.*") if path.suffix[1:].isdigit()}
+    return [note for path in sorted(paths) for note in _join(path)[1]]
+
+
+def part_of(path: Path, process: int) -> Path:
+    """Return the path of the answers of a process other than the first."""
+    return path.with_name(f"{path.name}.{process}")
+
+
+def _join(path: Path) -> tuple[dict[tuple[int, int], dict[str, Any]], list[str]]:
+    """Join the parts of a file of answers to it, in the order of questions and samples. The parts are removed.
+
+    Returns:
+        The lines by question and sample, and notes about incomplete last lines.
+
+    Raises:
+        ValueError: A line before the last of a file is damaged.
+    """
+    parts = [part for part in path.parent.glob(f"{path.name}.*") if part.suffix[1:].isdigit()]
+    lines: dict[tuple[int, int], dict[str, Any]] = {}
+    notes = []
+    for each in (path, *parts):
+        if each.exists():
+            found, _, note = _read(each)
+            lines = found | lines  # a graded line of the file itself counts before its copy in a part
+            notes += [note] if note else []
+    lines = dict(sorted(lines.items()))
+    if parts:
+        write_atomically(path, "".join(map(_line, lines.values())))
+    for part in parts:
+        part.unlink()
+    return lines, notes
+
+
+def _has(part: Path, answers: int) -> bool:
+    """Return whether a part has this number of answers."""
+    return not answers or (part.exists() and len(_read(part)[0]) >= answers)
+
+
+def _read(path: Path) -> tuple[dict[tuple[int, int], dict[str, Any]], int, str | None]:
+    """Return the lines of a file of answers, the size of its complete lines in bytes, and a note if there are others.
+
+    Raises:
+        ValueError: A line before the last is damaged.
+    """
+    content = path.read_bytes()
+    *lines, rest = content.split(b"\n")  # `rest` is an incomplete line, or empty
+    size, kept = len(content) - len(rest), dict[tuple[int, int], dict[str, Any]]()
+    for at, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            _generated(found)
+            key, *_ = (found["number"], found["sample"]), found["prompt"], found["question"], found["verdict"]
+            kept[key] = found
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if at < len(lines):
+                raise ValueError(
+                    f"{path} line {at} is damaged ({type(error).__name__}); delete that line, and tah eval "
+                    "answers its question again"
+                ) from error
+            size -= len(line) + 1
+    note = f"{path}: the last line is incomplete, so its question is answered again"
+    return kept, size, note if size < len(content) else None
 
 
 def _generated(line: Mapping[str, Any]) -> Generated:

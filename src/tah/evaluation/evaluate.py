@@ -13,7 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,12 @@ from ..checkpoints.contents import weights_fingerprint
 from ..files import write_atomically
 from ..names import STOCK_TASK
 from ..policy import Rule
+from ..processes import Processes
 from ..progress import SILENT, Reporter
 from ..session import Session
-from .eval_files import Samples, alone, facts_of_data, open_run, write_questions
+from .eval_files import Samples, alone, facts_of_data, join_parts, open_run, write_questions
 from .eval_report import named_gaps, write_results
-from .harness import TaHLM
+from .harness import ShareDone, TaHLM
 from .request import Request, build, quiet, vllm_version
 from .sandbox import Sandbox
 from .tasks import CODE
@@ -47,6 +48,7 @@ def evaluate(
     threshold: float | None = None,
     max_depth: int | None = None,
     progress: Reporter = SILENT,
+    processes: Processes | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks, and return the results. An unfinished evaluation in `output` is continued.
@@ -60,38 +62,60 @@ def evaluate(
         policies: Names of policies. Each one answers all tasks. By default the policy of the checkpoint.
         threshold: Threshold of the policies; by default that of the checkpoint.
         max_depth: Maximum number of passes per token; by default that of the checkpoint.
-        progress: Reporter of each task's answers and of notes to the user.
+        progress: Reporter of each task's answers and of notes to the user. Only the first process reports.
+        processes: Processes that share the answers, as `Processes.started()` returns them; all of them make this call.
+            By default this process answers alone.
         options: Other fields of `Request`, by name. None is the default.
 
     Returns:
         Content of `results.json`: `results` by policy and task, `average` by policy, and the settings.
 
     Raises:
-        ValueError: A setting, a file or the model cannot be used. The message names a solution.
+        ValueError: A setting, a file or the model cannot be used. The message names a solution. `OtherProcessFailed`:
+            another process has raised an error.
         ImportError: The backend is vLLM, which is not installed.
     """
+    processes = processes or Processes()
     asked = tuple(Rule(policy, threshold, max_depth) for policy in dict.fromkeys(policies or (None,)))
     given = {name: value for name, value in options.items() if value is not None}
-    request = Request(model, tasks, output, rules=asked, **given)
-    if any(name in CODE for name in request.tasks):
-        Sandbox().check()
-    with quiet():
-        built = build(request.tasks, request.data, request.sampling, request.asking)
-        session = _open(request, progress)
-        if of_base := session.as_itself(request.rules[0]):
-            progress.note(of_base)
-        request = replace(request, rules=[session.rule(rule) for rule in request.rules])
-        with closing(_harness(request, session, built, progress)) as lm:
-            shared = [str(rule.policy) for rule in request.rules if rule.policy in ("decider", "confidence")]
-            if len(shared) > 1:
-                common = f"the threshold {lm.rule.threshold:.4g}, although their probabilities are not comparable"
-                progress.note(f"{' and '.join(shared)} both use {common}")
-            settings = _settings(request, lm, built)
-            if gaps := settings["ours"]:
-                progress.note(f"protocol {request.protocol}: not published, so tah chose it: {named_gaps(gaps)}")
-            with alone(Path(output)):
-                _answer_all(request, lm, built, settings, progress)
-    return write_results(Path(output))
+    with processes, quiet():
+        request = Request(model, tasks, output, rules=asked, **given)
+        if any(name in CODE for name in request.tasks):
+            Sandbox().check()
+        return _evaluate(request, processes, progress if processes.lead else SILENT)
+
+
+def _evaluate(request: Request, processes: Processes, progress: Reporter) -> dict[str, Any]:
+    """Run a request, and return the results. The first process writes all files but the parts of the others."""
+    output = Path(request.output)
+    built = build(request.tasks, request.data, request.sampling, request.asking)
+    session = _open(request, progress)
+    if of_base := session.as_itself(request.rules[0]):
+        progress.note(of_base)
+    request = replace(request, rules=[session.rule(rule) for rule in request.rules])
+    with closing(_harness(request, session, built, processes, progress)) as lm:
+        shared = [str(rule.policy) for rule in request.rules if rule.policy in ("decider", "confidence")]
+        if len(shared) > 1:
+            common = f"the threshold {lm.rule.threshold:.4g}, although their probabilities are not comparable"
+            progress.note(f"{' and '.join(shared)} both use {common}")
+        settings = _settings(request, lm, built)
+        if gaps := settings["ours"]:
+            progress.note(f"protocol {request.protocol}: not published, so tah chose it: {named_gaps(gaps)}")
+        with alone(output) if processes.lead else nullcontext():
+            if processes.lead:
+                open_run(output, settings)
+                for note in join_parts(output):
+                    progress.note(note)
+            processes.agree("evaluation", settings, without=("started", "device"))
+            processes.see((output / "run.json").is_file, f"{output}/run.json of the first process is not there")
+            _answer_all(request, lm, built, progress)
+    if processes.lead:
+        results = write_results(output)
+        processes.tell("results")
+        return results
+    processes.wait_for("results")
+    found: dict[str, Any] = json.loads((output / "results.json").read_text("utf-8"))
+    return found
 
 
 def _open(request: Request, progress: Reporter) -> Session:
@@ -111,7 +135,9 @@ def _open(request: Request, progress: Reporter) -> Session:
     return session
 
 
-def _harness(request: Request, session: Session, built: Mapping[str, Any], progress: Reporter) -> TaHLM:
+def _harness(
+    request: Request, session: Session, built: Mapping[str, Any], processes: Processes, progress: Reporter
+) -> TaHLM:
     """Return the model that lm-eval evaluates.
 
     Raises:
@@ -132,28 +158,29 @@ def _harness(request: Request, session: Session, built: Mapping[str, Any], progr
         options["reference"] = Session.open(
             request.reference, dtype=request.dtype, device=request.device, progress=progress
         )
-    return TaHLM(session, batch_size=request.batch_size or 1, **options)
+    return TaHLM(session, batch_size=request.batch_size or 1, processes=processes, **options)
 
 
-def _answer_all(
-    request: Request, lm: TaHLM, built: Mapping[str, Any], settings: dict[str, Any], progress: Reporter
-) -> None:
+def _answer_all(request: Request, lm: TaHLM, built: Mapping[str, Any], progress: Reporter) -> None:
     """Answer every task with every policy. Answers that the directory already has are not computed again."""
-    output, limit = Path(request.output), request.limit
-    open_run(output, settings)
+    output, limit, processes = Path(request.output), request.limit, lm.processes
     for rule, (name, task) in itertools.product(request.rules, built.items()):
         policy = str(rule.policy)
         questions = list(task.eval_docs)[:limit]
         ids = [str(doc.get("id", number)) for number, doc in enumerate(questions)]
-        samples, of = Samples(output, policy, name, ids), len(ids) * int(task.config.repeats)
+        samples, of = Samples(output, policy, name, ids, processes), len(ids) * int(task.config.repeats)
         if samples.repaired:
             progress.note(samples.repaired)
         stock = name.startswith(STOCK_TASK)
         with progress.work(f"{name}, {policy}", of, "answers", len(samples.lines)) as samples.work:
             if samples.scores.is_file() if stock else samples.graded(of):
                 continue
-            if not stock:
+            if not stock and processes.lead:
                 write_questions(output, name, questions)
+            if task.OUTPUT_TYPE != "generate_until" and processes.world > 1:
+                progress.note(f"{name} compares likelihoods, which the first process computes alone")
+                if not processes.lead:
+                    continue
             lm.use(rule)
             answer_task(lm, task, samples, limit=limit, raw=request.raw)
 
@@ -167,17 +194,22 @@ def answer_task(lm: TaHLM, task: Any, samples: Samples, *, limit: int | None = N
         samples: File of the answers. The metrics of lm-eval's own tasks are written next to it.
         limit: Maximum number of questions, from the first.
         raw: Whether to leave out the chat template.
+
+    Of several processes, only the first one grades. The function returns when its share is answered in the others.
     """
     stock = samples.task.startswith(STOCK_TASK)
     lm.log, lm.think_end_token = samples, "</think>" if stock else None
-    found = run_evaluator(
-        lm,
-        {"tasks": {task.task_name: task}},
-        limit=limit,
-        apply_chat_template=not raw,
-        bootstrap_iters=1000 if stock else 0,
-        confirm_run_unsafe_code=not stock,  # for our tasks, `Request` has already checked allow_code_execution
-    )
+    try:
+        found = run_evaluator(
+            lm,
+            {"tasks": {task.task_name: task}},
+            limit=limit,
+            apply_chat_template=not raw,
+            bootstrap_iters=1000 if stock else 0,
+            confirm_run_unsafe_code=not stock,  # for our tasks, `Request` has already checked allow_code_execution
+        )
+    except ShareDone:
+        return
     if stock:
         write_atomically(samples.scores, json.dumps(found["results"][task.task_name], default=str) + "\n")
     else:

@@ -34,6 +34,7 @@ from ..data.scoring import check_reference
 from ..errors import first_line
 from ..generation import RefuseNaN
 from ..policy import DepthState, Policy, Rule
+from ..processes import Processes, count
 from ..session import Session
 from .eval_files import Asked, Generated, Samples
 
@@ -48,6 +49,10 @@ except ImportError as error:
 # Ends of a prompt that belong to the answer: a chat template opens the thoughts, and a protocol opens a code block.
 # Without its opening, an answer could not be parsed.
 OPENINGS = ("<think>", "```python\n")
+
+
+class ShareDone(Exception):
+    """A process other than the first has answered its share. It ends lm-eval's evaluator before the grading."""
 
 
 @register_model("tah")
@@ -68,10 +73,12 @@ class TaHLM(HFLM):
         device: Device; by default `auto` as in `Request`.
         batch_size: Number of questions computed together.
         log: File of the answers. An answer that it has is not generated again.
+        processes: Processes that share the batches; they need a log. By default this process answers alone.
         options: Options of lm-eval's `HFLM`.
 
     Raises:
-        ValueError: The model cannot be loaded, or does not have the tokenizer of its reference.
+        ValueError: The model cannot be loaded, does not have the tokenizer of its reference, or lm-eval's own command
+            runs in several processes.
     """
 
     def __init__(
@@ -87,8 +94,14 @@ class TaHLM(HFLM):
         device: str | None = None,
         batch_size: int | str = 1,
         log: Samples | None = None,
+        processes: Processes | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(pretrained, str) and count() > 1:  # all processes would answer all questions
+            raise ValueError(
+                f"the model tah of lm-eval runs in one process, not in {count()}; several processes need tah eval "
+                "--tasks lm_eval:NAME"
+            )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size {batch_size!r} must be a positive integer")
         place: dict[str, Any] = {"dtype": dtype, "device": device or "auto"}
@@ -106,7 +119,7 @@ class TaHLM(HFLM):
             chat_template_args=thinking | (options.pop("chat_template_args", None) or {}),
             **options,
         )
-        self.session, self.seed, self.log = session, int(seed), log
+        self.session, self.seed, self.log, self.processes = session, int(seed), log, processes or Processes()
         self.reference = Session.open(reference, **place) if isinstance(reference, str) else reference
         self.use(Rule(policy, threshold, max_depth))
 
@@ -139,10 +152,11 @@ class TaHLM(HFLM):
         """Return the answers to lm-eval's requests, in order. A task with `repeats` has several requests per question.
 
         Batches do not depend on the log: if one answer of a batch is missing, the whole batch runs. A resumed run
-        therefore has the rounding of an uninterrupted one.
+        therefore has the rounding of an uninterrupted one. Several processes share these same batches.
 
         Raises:
             ValueError: A prompt leaves too few positions of the model for the answer.
+            ShareDone: This process has answered its share, and another one joins and grades the answers.
         """
         seen: Counter[tuple[str, int]] = Counter()
         wanted = []
@@ -152,10 +166,17 @@ class TaHLM(HFLM):
             wanted.append(Asked(*key, seen[key], prompt, options))
             seen[key] += 1
         self._check_lengths(wanted)
+        groups = itertools.groupby(wanted, key=lambda asked: asked.options)
+        batches = [batch for _, group in groups for batch in self._batches(list(group))]
+        mine = {at: self.answer_batch(batch) for at, batch in enumerate(batches) if self.processes.owns(at)}
+        if self.processes.world > 1:
+            assert self.log is not None
+            self.log.join()
+            if not self.processes.lead:
+                raise ShareDone
         found: list[str] = []
-        for _, group in itertools.groupby(wanted, key=lambda asked: asked.options):
-            for batch in self._batches(list(group)):
-                found += map(self.cut_text, batch, self.answer_batch(batch))
+        for at, batch in enumerate(batches):
+            found += map(self.cut_text, batch, mine[at] if at in mine else self.answer_batch(batch))
         return found
 
     def _batches(self, asked: list[Asked]) -> Iterator[list[Asked]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from typing import Any
 
 from ..names import BACKENDS, POLICIES, STOCK_TASK, check_questions, expand_tasks, nearest, unknown
 from ..policy import Rule
+from ..processes import count
 from ..session import Session
 from . import tasks as ours
 from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
 
 import lm_eval  # isort: skip  # the error of `harness.py` names the packages to install
+from lm_eval.api import task as lm_eval_task  # isort: skip
 from lm_eval.tasks import TaskManager  # isort: skip
 
 STOCK_NAMES = re.compile(
@@ -141,6 +144,11 @@ class Request:
         if not self.drawing.greedy and self.drawing.temperature < 0.01:
             given = self.drawing.temperature
             raise ValueError(f"temperature {given}: vLLM samples at 0.01 or more; give 0.01, or --greedy")
+        if (processes := count()) > 1:
+            raise ValueError(
+                f"--backend vllm runs in one process, not in {processes}; start tah eval without torchrun and "
+                "accelerate launch, or use --backend transformers"
+            )
         vllm_version()
 
     @property
@@ -256,16 +264,18 @@ def vllm_version() -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the warnings of lm-eval and of the Hub.
+    """Hide the warnings of lm-eval and of the Hub, and lm-eval's bar while it writes prompts.
 
     lm-eval logs settings and warns about intended choices. The Hub logs every retry without a network; the final error
-    is enough.
+    is enough. TQDM_DISABLE comes too late for the bar if the command runs as `python -m tah`, which imports tqdm first.
     """
     levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "huggingface_hub", "datasets"))}
     for log in levels:
         log.setLevel(logging.ERROR)
+    bar, lm_eval_task.tqdm = lm_eval_task.tqdm, functools.partial(lm_eval_task.tqdm, disable=True)
     try:
         yield
     finally:
+        lm_eval_task.tqdm = bar
         for log, level in levels.items():
             log.setLevel(level)

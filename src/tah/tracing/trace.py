@@ -31,11 +31,12 @@ from ..data.scoring import batches, evaluating
 from ..model import TaHForCausalLM
 from ..names import MIXTURES
 from ..policy import Oracle, Rule
+from ..processes import Processes
 from ..progress import SILENT, Reporter
 from ..streaming import Pieces
 from .recorder import Recorder
 from .texts import Text, texts_of
-from .trace_file import VERSION, Trace, TracedText, TraceFile
+from .trace_file import VERSION, Key, Parts, Trace, TracedText, TraceFile, load_trace, part_of
 
 LONGEST = 2048  # default maximum number of tokens of a text
 
@@ -76,6 +77,7 @@ def trace(
     request: TraceRequest | None = None,
     *,
     progress: Reporter = SILENT,
+    processes: Processes | None = None,
 ) -> Trace:
     """Return a trace of texts. The model reads the true tokens (teacher forcing).
 
@@ -87,25 +89,71 @@ def trace(
         rows: Rows in one of the forms of `data.load_rows`. `texts.read_rows` reads them from a file.
         output: Path of the trace file. Each batch is appended to it. An unfinished file is continued.
         request: Settings; by default those of `TraceRequest()`.
-        progress: Reporter of finished texts.
+        progress: Reporter of finished texts. Only the first process reports.
+        processes: Processes that share the batches, as `Processes.started()` returns them; all of them make this call.
+            They need `output`, a file that all of them can read. By default this process traces alone.
+
+    Returns:
+        The trace. In a process other than the first: the texts that this process has traced.
 
     Raises:
-        ValueError: No row can be traced, a setting is out of range, or `output` is another file or another trace.
+        ValueError: No row can be traced, a setting is out of range, `output` is another file or another trace, or
+            several processes have no `output`. `OtherProcessFailed`: another process has raised an error.
     """
+    processes = processes or Processes()
+    with processes:
+        return _trace(model, tokenizer, rows, output, request, processes, progress if processes.lead else SILENT)
+
+
+def _trace(
+    model: TaHForCausalLM,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    output: str | Path | None,
+    request: TraceRequest | None,
+    processes: Processes,
+    progress: Reporter,
+) -> Trace:
+    if output is None and processes.world > 1:
+        raise ValueError(f"{processes.world} processes join their texts in a file: give -o FILE (output)")
     request = request or TraceRequest()
     tracer = _Tracer(model, tokenizer, request)
     texts, left_out = texts_of(rows, tokenizer, tracer.max_length, request.data)
     texts = texts[: request.limit]
     check_ids((int(text.ids.max()) for text in texts), model, request.data, "it was made for another tokenizer")
-    file = TraceFile(output, tracer.header(texts, left_out))
-    finished = {text.key for text in file.trace.texts}
-    with evaluating(model), progress.work("tracing", len(texts), "texts", len(finished)) as work:
-        for batch in batches([len(text.ids) - 1 for text in texts], request.tokens_per_batch):
-            todo = {texts[at].key for at in batch} - finished
-            if todo:  # run the whole batch, so that a continued trace has the rounding of an uninterrupted one
-                traced = [text for text in tracer.trace([texts[at] for at in batch]) if text.key in todo]
-                file.add(traced, partial(strings_of, tokenizer))
-                work.advance(len(traced), sum(len(text.ids) - 1 for text in traced))
+    header, lead = tracer.header(texts, left_out), processes.lead
+    file = TraceFile(output, header) if lead else None
+    processes.agree("trace", header)
+    if file is None:
+        assert output is not None
+        processes.see(Path(output).exists, f"{output} of the first process is not there")
+        finished, file = load_trace(output).texts, TraceFile(part_of(output, processes.rank), header)
+    else:
+        finished = file.trace.texts
+    parts, done = Parts(output, header), {text.key for text in finished}  # of earlier calls
+    with evaluating(model), progress.work("tracing", len(texts), "texts", len(done)) as work:
+        for number, batch in enumerate(batches([len(text.ids) - 1 for text in texts], request.tokens_per_batch)):
+            its = [texts[at] for at in batch]
+            missing = {text.key: text for text in its if text.key not in done}
+            todo, traced = missing.keys() - parts.texts.keys(), dict[Key, TracedText]()
+            if processes.owns(number) and todo:
+                # Run the whole batch, so that a continued trace has the rounding of an uninterrupted one.
+                traced = {text.key: text for text in tracer.trace(its) if text.key in todo}
+            if lead and missing:
+                if todo and not traced:
+                    processes.wait_for(f"batch {number}")
+                    processes.see(partial(parts.have, todo), f"{output} lacks texts of another process")
+                traced |= {key: parts.texts.pop(key) for key in missing.keys() - traced.keys()}
+            file.add([traced[key] for key in missing if key in traced], partial(strings_of, tokenizer))
+            work.advance(len(missing), sum(len(text.ids) - 1 for text in missing.values()))
+            if processes.owns(number):
+                processes.tell(f"batch {number}")
+    if lead:
+        for number in range(1, processes.world):  # a process that starts late has to find its part as it was
+            processes.wait_for(f"end of process {number}")
+        parts.remove()
+    else:
+        processes.tell(f"end of process {processes.rank}")
     return file.finish()
 
 

@@ -15,14 +15,17 @@ The file is JSON lines. The first line is the header: model, data, settings. Eve
     final          {rank, prob, top} of the predictions with depth > 1; missing if `passes` has the same values
     strings        text of the token ids that no earlier line has
 
-Each batch is appended as whole lines, so a killed run loses at most its last batch.
+Each batch is appended as whole lines, so a killed run loses at most its last batch. Of several processes, the first one
+writes the file. Process N of the others writes its texts to a part, a file with the suffix `.N`, from which the first
+one appends them in the order of the batches. The file is therefore the same for any number of processes.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,6 +293,74 @@ def _read(path: Path) -> tuple[Trace, int]:
     return Trace(header, sorted(texts.values(), key=lambda text: text.key), strings), size
 
 
+def _check_same(path: Path, before: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the trace in a file has the settings of `header`."""
+    if differs := differences(before, json.loads(_plain(header)), without=ABOUT):
+        raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file, or delete it")
+
+
+def part_of(path: str | Path, process: int) -> Path:
+    """Return the path of the texts of a process other than the first."""
+    return Path(f"{path}.{process}")
+
+
+class Parts:
+    """The texts that other processes, or processes of an earlier call, have written to parts of a trace.
+
+    Args:
+        path: Path of the trace. None: it has no parts.
+        header: Header of the trace.
+
+    Attributes:
+        texts: Texts of the parts, by key.
+
+    Raises:
+        ValueError: A part is not of this trace, or is damaged.
+    """
+
+    def __init__(self, path: str | Path | None, header: dict[str, Any]) -> None:
+        self.path, self.header = None if path is None else Path(path), header
+        self.texts: dict[Key, TracedText] = {}
+        self._taken: dict[Path, int] = {}  # bytes that have been read
+        self.read()
+
+    def files(self) -> list[Path]:
+        """Return the paths of the parts."""
+        if self.path is None:
+            return []
+        return sorted(part for part in self.path.parent.glob(f"{glob.escape(self.path.name)}.*") if _is_part(part))
+
+    def read(self) -> None:
+        """Read the lines that have been appended since the last call."""
+        for part in self.files():
+            if part not in self._taken:
+                trace, self._taken[part] = _read(part)
+                _check_same(part, trace.header, self.header)
+                self.texts |= {text.key: text for text in trace.texts}
+                continue
+            with open(part, "rb") as file:
+                file.seek(self._taken[part])
+                lines = file.read().split(b"\n")[:-1]
+            self._taken[part] += sum(len(line) + 1 for line in lines)
+            found = (parse_line(line, self.header)[0] for line in lines)
+            self.texts |= {text.key: text for text in found}
+
+    def have(self, keys: Collection[Key]) -> bool:
+        """Return whether the parts contain these texts."""
+        if not self.texts.keys() >= set(keys):
+            self.read()
+        return self.texts.keys() >= set(keys)
+
+    def remove(self) -> None:
+        """Remove the parts, after their texts are in the trace."""
+        for part in self.files():
+            part.unlink()
+
+
+def _is_part(path: Path) -> bool:
+    return path.suffix[1:].isdigit()
+
+
 class TraceFile:
     """A trace that is written line by line.
 
@@ -313,8 +384,7 @@ class TraceFile:
 
     def _continue(self, path: Path) -> None:
         self.trace, size = _read(path)
-        if differs := differences(self.trace.header, json.loads(_plain(self.header)), without=ABOUT):
-            raise ValueError(f"{path} is a trace with other settings: {differs}; choose another file, or delete it")
+        _check_same(path, self.trace.header, self.header)
         os.truncate(path, size)
 
     def add(self, texts: Sequence[TracedText], strings_of: Callable[[list[int]], dict[int, str]]) -> None:
@@ -327,7 +397,7 @@ class TraceFile:
             kept, _ = parse_line(lines[-1], self.header)  # with the rounding of the file
             self.trace.texts.append(kept)
             self.trace.strings |= new
-        if self.path is not None:
+        if self.path is not None and lines:
             with open(self.path, "ab") as file:
                 file.write("".join(lines).encode())
                 file.flush()
