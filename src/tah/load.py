@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .checkpoints import adapter, safe
 from .checkpoints import convert as original
 from .checkpoints.chat_template import check_template
+from .checkpoints.contents import parameter_counts as parameter_counts
 from .checkpoints.smollm2 import smollm2_base, smollm2_tah
 from .checkpoints.untrusted import build_empty, check_counts, checked_config, empty_base
 from .errors import first_line
@@ -133,15 +134,6 @@ def _known(dtype: str) -> str:
     if dtype not in DTYPES:
         raise ValueError(unknown("dtype", dtype, DTYPES))
     return dtype
-
-
-def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
-    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`."""
-    sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
-    for name, parameter in model.named_parameters():
-        part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        sizes["linear_maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
-    return sizes
 
 
 def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> original.ConversionReport:
