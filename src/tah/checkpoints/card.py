@@ -224,7 +224,7 @@ def _checked(source: str | Path | Mapping[str, Any], model: TaHForCausalLM) -> d
         ValueError: The directory has no results, or they are of other weights.
     """
     if isinstance(source, Mapping):
-        name, found = "the results", dict(source)
+        name, found = "the evaluation", dict(source)
     else:
         name, path = str(source), Path(source, "results.json")
         if not path.is_file():
@@ -234,7 +234,7 @@ def _checked(source: str | Path | Mapping[str, Any], model: TaHForCausalLM) -> d
         raise ValueError(f"{name} has no entry {missing[0]}; give the -o directory of a finished tah eval")
     dtype = getattr(torch, str(found["dtype"]), None)
     if found["weights"] not in (weights_fingerprint(model), weights_fingerprint(model, dtype=dtype)):
-        raise ValueError(f"{name} has an evaluation of other weights; evaluate this model with tah eval")
+        raise ValueError(f"{name} is of other weights than the model; evaluate the model with tah eval")
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .card import CARD, is_ours, warn_of
@@ -57,7 +57,7 @@ def upload(
 
     Args:
         directory: Directory of the files.
-        names: Names of the files, and of directories with a slash at the end.
+        names: Names of the files and directories to upload, if they exist.
         repo_id: Id of the repository, created if it does not exist.
         commit_message: First line of the commit's message.
         commit_description: Rest of the commit's message.
@@ -80,10 +80,14 @@ def upload(
     if theirs is not None and not is_ours(theirs):
         warn_of(f"{CARD} of {repo_id}")
         names = [name for name in names if name != CARD]
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=directory,
-        allow_patterns=list(names),
+    files = [path for name in names for path in sorted([directory / name, *(directory / name).rglob("*")])]
+    return api.create_commit(
+        repo_id,
+        [
+            CommitOperationAdd(path.relative_to(directory).as_posix(), str(path))
+            for path in dict.fromkeys(files)
+            if path.is_file()
+        ],
         commit_message=commit_message or "Upload model",
         commit_description=commit_description,
         revision=revision,

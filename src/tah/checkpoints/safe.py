@@ -118,7 +118,7 @@ class SafeCheckpoint:
                         (work / CARD).write_text(str(made), "utf-8")
                     elif card is not None:
                         warn_of(target / CARD)
-                names = _names(work)
+                names = os.listdir(work)
                 replace_files(work, target)
         except BaseException:
             if fresh and not any(target.iterdir()):
@@ -159,7 +159,7 @@ class SafeCheckpoint:
             made.data["tags"] = list(dict.fromkeys([*made.data.get("tags", ()), *own]))
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, auto_map=auto_map, card=made, max_shard_size=max_shard_size)
-            return upload(Path(directory), _names(Path(directory)), repo_id, **options)
+            return upload(Path(directory), os.listdir(directory), repo_id, **options)
 
     def _card(self, auto_map: bool, name: str | None, token: Any, directory: Path | None = None) -> ModelCard:
         """Return the card of this model. With the name of a repository the base's card is fetched for its license."""
@@ -267,11 +267,6 @@ def load_plain(source: str | os.PathLike[str], **options: Any) -> PreTrainedMode
     if directory != str(source):
         model.name_or_path = model.config.name_or_path = str(source)
     return model
-
-
-def _names(directory: Path) -> list[str]:
-    """Return the names of the files and directories to upload; a pattern of the Hub for a directory ends in a slash."""
-    return sorted(path.name + "/" * path.is_dir() for path in directory.iterdir())
 
 
 def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
