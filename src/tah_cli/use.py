@@ -135,10 +135,12 @@ def card(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a TaH checkpoint.")],
     results: Annotated[
         list[Path] | None,
-        typer.Option("--results", metavar="DIR", help="Directory of a finished tah eval of DIR; may be repeated."),
+        typer.Option(
+            "--results", metavar="DIR", help="Directory of a finished tah eval of DIR; may be repeated. [default: none]"
+        ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id under which DIR will be published.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id under which DIR will be published. [default: none]")
     ] = None,
     license: Annotated[
         str | None,
