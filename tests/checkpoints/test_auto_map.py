@@ -199,3 +199,15 @@ def test_our_loaders_run_no_code(places, tmp_path, capsys):
     script = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(evil)!r}, trust_remote_code=True)"
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert mark.exists()  # the control: the code does run where the caller asks transformers for it
+
+
+@pytest.mark.slow
+def test_the_example_runs():
+    """It exits with an error if `pipeline` or lm-eval computes something else."""
+    pytest.importorskip("lm_eval")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "hf_pipeline.py")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("answer: pipeline 'the value is Answer: ")

@@ -234,13 +234,13 @@ def test_push_to_hub(tiny_checkpoint, tmp_path):
     assert sum(name.endswith(".safetensors") for name in saved) > 1
     other = ModelCard(hub.files("me/whole", "next")["README.md"].decode())
     assert other.data.license == "mit" and "# Another\n" in other.text
-    told = [(each["repository"], each["branch"], each["summary"], each["pr"]) for each in hub.commits]
+    told = [(each["repository"], each["branch"], each["summary"]) for each in hub.commits]
     assert told == [
-        ("me/whole", "main", "Upload model", False),
-        ("me/whole", "main", "Upload tokenizer", False),
-        ("me/person", "main", "New weights", False),
-        ("me/saved", "main", "Saved", False),
-        ("me/whole", "next", "Upload model", False),
-        ("me/whole", "main", "Upload model", True),
+        ("me/whole", "main", "Upload model"),
+        ("me/whole", "main", "Upload tokenizer"),
+        ("me/person", "main", "New weights"),
+        ("me/saved", "main", "Saved"),
+        ("me/whole", "next", "Upload model"),
+        ("me/whole", "refs/pr/1", "Upload model"),
     ]
     assert all(str(tmp_path) not in text.decode("utf-8", "replace") for text in (*files.values(), *saved.values()))

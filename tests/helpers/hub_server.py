@@ -69,17 +69,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"files": modes})
         header, *operations = (json.loads(line) for line in body.splitlines())
         assert kind == "commit" and all(each["key"] == "file" for each in operations)
+        if pull := "create_pr=1" in self.path:
+            branches.setdefault(branch := "refs/pr/1", dict(branches["main"]))
         for each in operations:
             branches[branch][each["value"]["path"]] = base64.b64decode(each["value"]["content"])
         names = sorted(each["value"]["path"] for each in operations)
-        self.hub.commits.append(
-            {"repository": repository, "branch": branch, "files": names, "pr": "create_pr=1" in self.path}
-            | header["value"]
-        )
+        self.hub.commits.append({"repository": repository, "branch": branch, "files": names} | header["value"])
         oid = sha(branches[branch])
-        pull = f"{self.hub.url}/{repository}/discussions/1" if "create_pr=1" in self.path else None
+        discussion = f"{self.hub.url}/{repository}/discussions/1" if pull else None
         url = f"{self.hub.url}/{repository}/commit/{oid}"
-        return self.answer({"commitUrl": url, "commitOid": oid, "pullRequestUrl": pull})
+        return self.answer({"commitUrl": url, "commitOid": oid, "pullRequestUrl": discussion})
 
     def chunks(self) -> Iterator[bytes]:
         """Parts of a body that is sent in chunks."""
