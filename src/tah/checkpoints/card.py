@@ -177,11 +177,11 @@ def _use(name: str | None, auto_map: bool) -> str:
 
 def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield the rows of the table of the model: sizes, settings and training."""
-    config, sizes = model.config, parameter_counts(model)
-    added = sum(size for part, size in sizes.items() if part != "base")
-    yield "parameters", f"{sum(sizes.values()):,}"
-    if sizes["base"]:
-        yield "added to the base", f"{added:,} ({percent(added / sizes['base'], '.2f')} of the base)"
+    config, total = model.config, model.num_parameters()  # it counts packed 4-bit weights one by one
+    added = sum(size for part, size in parameter_counts(model).items() if part != "base")
+    yield "parameters", f"{total:,}"
+    if total > added:  # weights that are shared out among processes may be empty here
+        yield "added to the base", f"{added:,} ({percent(added / (total - added), '.2f')} of the base)"
     yield "dtype", str(model.dtype).removeprefix("torch.")
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"base_config"}
     for field in dataclasses.fields(TaHConfig):
