@@ -205,6 +205,7 @@ def test_auto_classes_and_save_load_exact(tmp_path):
     )
     model.save_pretrained(tmp_path / "m")
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

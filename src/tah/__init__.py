@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .checkpoints.adapter import save_adapter
+from .checkpoints.card import model_card
 from .checkpoints.peft import load_peft, save_peft
 from .config import TaHConfig
 from .core.cache import DuoCache
@@ -58,6 +59,7 @@ __all__ = [
     "convert",
     "load_adapter",
     "load_peft",
+    "model_card",
     "save_adapter",
     "save_peft",
 ]

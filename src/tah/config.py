@@ -178,6 +178,10 @@ class TaHConfig(PreTrainedConfig):
         else:
             super().__setattr__(name, value)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing; see `SafeCheckpoint.register_for_auto_class`."""
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the base's text configuration, from which transformers reads layers, vocabulary and window sizes."""
         base = self.base_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,13 @@ from transformers.utils import logging
 
 from .checkpoints import adapter, safe
 from .checkpoints import convert as original
+from .checkpoints.card import CARD, MARK, is_ours, model_card, trained_with
 from .checkpoints.chat_template import check_template
+from .checkpoints.contents import parameter_counts as parameter_counts
 from .checkpoints.smollm2 import smollm2_base, smollm2_tah
 from .checkpoints.untrusted import build_empty, check_counts, checked_config, empty_base
 from .errors import first_line
+from .files import write_atomically
 from .model import TaHForCausalLM
 from .names import DTYPES, MODELS, nearest, unknown
 
@@ -140,15 +144,6 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
-    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`."""
-    sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
-    for name, parameter in model.named_parameters():
-        part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        sizes["linear_maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
-    return sizes
-
-
 def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None) -> original.ConversionReport:
     """Convert an original checkpoint to a TaH checkpoint. After an error `dst` is not left behind.
 
@@ -163,6 +158,33 @@ def convert(src: str | Path, dst: str | Path, *, threshold: float | None = None)
             not support; or `dst` is not empty. The message is one line with the file and the entry.
     """
     return original.convert(src, dst, TaHForCausalLM, threshold)
+
+
+def write_card(
+    directory: str, results: Sequence[str | Path] = (), *, name: str | None = None, license: str | None = None
+) -> Path:
+    """Write the model card of a TaH checkpoint on this machine, and return its path.
+
+    Args:
+        directory: Directory of the checkpoint. If it is one of `tah train`, the card has the facts of the training.
+        results: Directories of finished evaluations of the checkpoint (`tah eval -o`).
+        name: Id of the repository in which the checkpoint will be published.
+        license: License, as an identifier of the Hub; by default that of the base, if it is known.
+
+    Raises:
+        ValueError: The directory has no TaH checkpoint, or a card that tah did not make, or an evaluation cannot be
+            used.
+    """
+    path = Path(directory, CARD)
+    if not os.path.isdir(directory) or find(directory) != (directory, "tah"):
+        raise ValueError(f"{directory} is not the directory of a TaH checkpoint")
+    if path.exists() and not is_ours(path):
+        raise ValueError(f"{path} is not a card that tah made, so it stays; move it, or add this line to it: {MARK}")
+    model = load_tah(directory)
+    run, mapped = directory if trained_with(directory) else None, bool(getattr(model.config, "auto_map", None))
+    made = model_card(model, results, name=name, license=license, run=run, auto_map=mapped)
+    write_atomically(path, str(made))
+    return path
 
 
 def load_adapter(base: PreTrainedModel, directory: str | Path) -> TaHForCausalLM:

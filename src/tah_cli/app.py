@@ -33,7 +33,7 @@ eval_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 bench_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert),
+    "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert, use.card),
     "Train": (train.run, train.label, train.train, train.prune),
     "Understand": (understand.trace, understand.report, understand.tune),
 }

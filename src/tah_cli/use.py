@@ -1,4 +1,4 @@
-"""The commands that use a model: generate, chat, inspect, convert, demo."""
+"""The commands that use a model: generate, chat, inspect, convert, card, demo."""
 
 from __future__ import annotations
 
@@ -129,6 +129,32 @@ def convert(
     quiet()
     report = run_convert(source, target, threshold=threshold)
     typer.echo(f"{report}\nwritten to {target}")
+
+
+def card(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a TaH checkpoint.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results", metavar="DIR", help="Directory of a finished tah eval of DIR; may be repeated. [default: none]"
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id under which DIR will be published. [default: none]")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="License, such as apache-2.0. [default: that of the base, if it is known]"),
+    ] = None,
+) -> None:
+    """Write the model card of a checkpoint, DIR/README.md, with the results of evaluations.
+
+    A README.md that this program did not write stays, and the command fails.
+    """
+    from tah.load import write_card
+
+    quiet()
+    typer.echo(f"written to {write_card(directory, results or (), name=name, license=license)}")
 
 
 def demo(

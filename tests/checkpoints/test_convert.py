@@ -112,7 +112,7 @@ def test_only_a_native_checkpoint_is_written(src: Path, tmp_path: Path) -> None:
     (src / "modeling_evil.py").write_text("left behind")
     convert(src, tmp_path / "out")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"config.json", "generation_config.json", "model.safetensors", *files}
+    assert written == {"README.md", "config.json", "generation_config.json", "model.safetensors", *files}
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~_umask()

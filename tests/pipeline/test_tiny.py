@@ -55,7 +55,7 @@ MINIATURE = [
     ),
 ]
 MODEL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-STAGE = MODEL | {"run.json", "metrics.jsonl", "curves.png", "checkpoints"}
+STAGE = MODEL | {"README.md", "run.json", "metrics.jsonl", "curves.png", "checkpoints"}
 FILES = {
     "data": {"train.jsonl", "validation.jsonl", "test.jsonl"},
     "base": MODEL | {"training-run.json", "training-metrics.jsonl", "training-curves.png"},

@@ -1,4 +1,4 @@
-"""Record the sources of a result (hashes and versions), and check that its files are unchanged."""
+"""Record the sources of a result (hashes, versions, sizes), and check that its files are unchanged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import former_tensor
@@ -17,6 +18,8 @@ from ..core.quantised import is_packed, plain_values
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..model import TaHForCausalLM
 
 LARGE = 64 * 2**20  # bytes; larger files count by size and time of change
 LOGS = ("checkpoints", "tensorboard")  # parts of a result that no later step reads; a user may delete them
@@ -49,13 +52,14 @@ def contents(source: str | None, names: Iterable[str] | None = None) -> str | No
     return f"files {digest.hexdigest()[:12]}"
 
 
-def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
+def weights_fingerprint(model: nn.Module, of_base: bool = False, dtype: torch.dtype | None = None) -> str:
     """Return a hash of about 1024 values of every weight. Further training of the model changes the hash.
 
     Args:
         model: Model to hash.
         of_base: Whether to skip LoRA and round to bfloat16, so that a base has the same hash in every precision.
             Quantised weights are skipped, too: another machine may quantise a few of them otherwise.
+        dtype: Precision to round to, for the hash of the model after a load in that precision.
     """
     digest = hashlib.sha256() if of_base else hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
@@ -64,8 +68,18 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False) -> str:
         digest.update(former_tensor(name).encode())  # results of versions before 0.2 keep their hash
         if not parameter.is_meta:
             values = plain_values(parameter.detach()).flatten()[:: max(1, parameter.numel() // 1024)].cpu()
-            digest.update((values.bfloat16() if of_base else values).float().numpy().tobytes())
+            values = values.to(torch.bfloat16 if of_base else dtype or values.dtype)
+            digest.update(values.float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
+    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`."""
+    sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
+    for name, parameter in model.named_parameters():
+        part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
+        sizes["linear_maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
+    return sizes
 
 
 def version_of(name: str) -> str | None:

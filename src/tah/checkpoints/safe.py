@@ -1,4 +1,4 @@
-"""Find and check checkpoints, load them strictly, and save them atomically."""
+"""Find and check checkpoints, load them strictly, save them atomically, and publish them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,15 +21,20 @@ from ..core.compat import drop_renaming, set_attention
 from ..core.families import UnsupportedBase
 from ..core.quantised import is_quantised
 from .adapter import BASE, base_source, facts_of, is_own, load_adapter, own_fields
+from .card import CARD, fetch_base_card, is_ours, model_card, trained_with, warn_of
 from .convert import converted, reconversion
 from .hub import OPTIONS, Snapshot, is_repository
 from .original import is_original
+from .publish import set_auto_map, upload
 from .untrusted import check_model, checked_config, load_base, read_heads, refuse_incomplete, weight_files
 
 if TYPE_CHECKING:
     from ..model import TaHForCausalLM
 
 PLACES = {"subfolder", "revision", *OPTIONS}  # options that locate a model in a repository
+UPLOAD = {  # options of `save_pretrained` with `push_to_hub`
+    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+}
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|base\.json")
 
 
@@ -80,11 +86,30 @@ class SafeCheckpoint:
         refuse_incomplete(info, f"{source}: not a complete TaH checkpoint", advice, ignored)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save configuration and weights as safetensors. An older checkpoint stays until the new one is complete.
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        push_to_hub: bool = False,
+        auto_map: bool = False,
+        card: ModelCard | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save configuration, weights (safetensors) and a model card. An older checkpoint stays until the new one is
+        complete.
 
-        With a quantised base the weights are those of the adapter alone, and `base.json` has the facts of the base.
-        All files are first written to a temporary directory inside the target, and then moved one by one.
+        All files are first written to a temporary directory inside the target, and then moved one by one. The tokenizer
+        is saved by its own `save_pretrained`, as in transformers. With a quantised base the weights are those of the
+        adapter alone, and `base.json` has the facts of the base.
+
+        Args:
+            save_directory: Target directory, created if it is missing.
+            args: Further arguments of `save_pretrained` of transformers.
+            push_to_hub: Whether to upload the saved files to `repo_id`, by default the name of the directory.
+            auto_map: Whether the checkpoint also has `modeling_tah.py`, a module of one import, with which the Auto
+                classes load it in a process that has not imported `tah` (`trust_remote_code=True`).
+            card: Content of `README.md`; by default that of `tah.model_card`. A card that tah did not write stays.
+            kwargs: Further arguments of `save_pretrained` of transformers, and of `push_to_hub`.
         """
         target = Path(save_directory)
         if quantised := is_quantised(self.base):  # type: ignore[attr-defined]
@@ -92,22 +117,82 @@ class SafeCheckpoint:
             kwargs["state_dict"] = {name: tensor for name, tensor in given.items() if is_own(name)}
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(target, *args, **kwargs)  # type: ignore[misc]
+        hub = {name: kwargs.pop(name) for name in UPLOAD & kwargs.keys()} if push_to_hub else {}
+        repository: str = hub.pop("repo_id", target.name)
         fresh = not target.exists()
         target.mkdir(parents=True, exist_ok=True)
         try:
             # Inside the target, which may be a separate file system, so that each move is a rename.
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+                work = Path(temporary)
                 super().save_pretrained(temporary, *args, **kwargs)  # type: ignore[misc]
                 if quantised:
                     facts = facts_of(self.base)  # type: ignore[attr-defined]
-                    Path(temporary, BASE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-                replace_files(Path(temporary), target)
+                    (work / BASE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+                if (work / "config.json").is_file():  # other processes, and adapters of PEFT, have none
+                    set_auto_map(work, auto_map)
+                    if not (target / CARD).exists() or is_ours(target / CARD):
+                        name = repository if push_to_hub else None
+                        made = card or self._card(auto_map, name, hub.get("token"), target)
+                        (work / CARD).write_text(str(made), "utf-8")
+                    elif card is not None:
+                        warn_of(target / CARD)
+                names = os.listdir(work)
+                replace_files(work, target)
         except BaseException:
             if fresh and not any(target.iterdir()):
                 target.rmdir()
             raise
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)  # type: ignore[attr-defined]
+            upload(target, [*names, CARD], repository, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        auto_map: bool = False,
+        card: ModelCard | None = None,
+        tags: Sequence[str] | str | None = None,
+        max_shard_size: int | str = "50GB",
+        **options: Any,
+    ) -> Any:
+        """Save the model into a temporary directory, and upload it to the Hub in one commit.
+
+        A model card in the repository that tah did not write stays. The tokenizer is uploaded by its own
+        `push_to_hub`; call it after this one, which makes the card.
+
+        Args:
+            repo_id: Id of the repository (`OWNER/NAME`), created if it does not exist.
+            auto_map: As in `save_pretrained`.
+            card: Model card; by default that of `tah.model_card`, with the license of the base's card on the Hub.
+            tags: Further tags of the card.
+            max_shard_size: Largest size of a file of weights.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision` and `create_pr`, as in
+                transformers.
+
+        Returns:
+            Description of the commit, from `huggingface_hub`.
+        """
+        made = card or self._card(auto_map, repo_id, options.get("token"))
+        if own := [tags] if isinstance(tags, str) else [*(tags or ())]:
+            made.data["tags"] = list(dict.fromkeys([*made.data.get("tags", ()), *own]))
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, auto_map=auto_map, card=made, max_shard_size=max_shard_size)
+            return upload(Path(directory), os.listdir(directory), repo_id, **options)
+
+    def _card(self, auto_map: bool, name: str | None, token: Any, directory: Path | None = None) -> ModelCard:
+        """Return the card of this model. With the name of a repository the base's card is fetched for its license."""
+        if name is not None:
+            fetch_base_card(self, token)  # type: ignore[arg-type]
+        run = directory if directory is not None and trained_with(directory) else None
+        return model_card(self, name=name, run=run, auto_map=auto_map)  # type: ignore[arg-type]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing. The Auto classes call this method after a load with `trust_remote_code=True`.
+
+        That of transformers makes `save_pretrained` copy the source files of the class into the checkpoint.
+        """
 
 
 def find(
