@@ -190,6 +190,31 @@ def test_answers_and_steps_are_those_of_another_solver(task):
         assert list(zip(problem.answers, map(len, problem.traces), strict=True)) == SOLVERS[task](*parsed(problem))
 
 
+def test_no_question_is_on_the_way_of_a_later_one():
+    """An answer that is already in the text would save steps."""
+    for task in ("follow", "assign", "collatz"):
+        for problem in drawn(task, 1000):
+            for at, trace in enumerate(problem.traces):
+                assert not set(trace[:-1]) & set(problem.questions[:at])
+    for problem in drawn("relations", 1000):
+        above = {fact[0]: fact[2] for fact in problem.facts if len(fact) == 3}
+        for at, place in enumerate(problem.questions):
+            while (place := above[place]) != above[place]:
+                assert place not in problem.questions[:at]
+    for problem in drawn("carry", 1000):  # the carry of an answered column is not open at a later question
+        assert all(sum(pairs(problem.facts)[int(column)]) != 8 for column in problem.questions[1:])
+
+
+def test_the_example_of_the_docstring_is_right():
+    (example,) = re.findall(r"^    (\w.*)$", nine.__doc__, re.MULTILINE)
+    line, reply = re.split(r"\s+->\s+", example)
+    task, *words = line.split()
+    answers = SOLVERS[task](words[:-6], words[-6::2])
+    assert reply.split() == [
+        word for asked, (answer, _) in zip(words[-6::2], answers, strict=True) for word in (asked, answer)
+    ]
+
+
 def test_the_solver_of_another_task_is_wrong():
     """The check above can fail: `swaps` and `assign` have the same words and another meaning."""
     wrong = [

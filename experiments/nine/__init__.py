@@ -9,9 +9,9 @@ the blanks, which is seven tokens with the end:
 | --- | --- | --- | --- | --- |
 | follow | where the way from a place ends, given an arrow per place | one arrow | .56 | .18 |
 | swaps | where a ball is after seven swaps of cups | a swap that moves it | .56 | .17 |
-| assign | the value of a variable after eight assignments | back to the variable that was copied | .55 | .17 |
-| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .42 |
-| relations | how a place relates to its root, given neighbours | one relation, composed in S3 | .58 | .20 |
+| assign | the value of a variable after ten assignments | back to the variable that was copied | .56 | .18 |
+| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .41 |
+| relations | how a place relates to its root, given neighbours | one relation, composed in S3 | .59 | .20 |
 | machine | the state in which a fixed machine stops, given letters and final states | one letter | .62 | .23 |
 | circuit | the value of a gate, given what six gates read | one level of gates | .76 | .44 |
 | insertion | the place of a thing in a row after nine insertions | a later insertion before it | .77 | .45 |
@@ -21,7 +21,7 @@ In `follow`, `swaps` and `assign`, the second step looks up the result of the fi
 it does not. The number of steps is 1, 1, 2 or 3 with equal odds for every question of every task, and the number for
 one question is independent of the others. A line of a task always has the same number of words, and none of its words
 determines the number of steps. In `carry`, the column to the right of a question reveals whether there is a second one.
-An answer that is already in the text saves no steps, except where the steps are counted with it (`circuit`).
+No question is on the way from a later one to its answer. In `circuit` it may be, and the steps are counted with it.
 
 The last two columns are measured by `tests/test_nine.py`. They are for a solver that gets the result of the first step
 and whether it is the answer. If it is not, the solver gives the most frequent answer for this result. All steps

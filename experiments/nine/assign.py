@@ -1,6 +1,6 @@
 """`assign`: variables get each other's values, one assignment after the other; what is the value of one at the end?
 
-The facts are eight assignments in their order: "3>5" gives variable 3 the value of variable 5. Before the first one,
+The facts are ten assignments in their order: "3>5" gives variable 3 the value of variable 5. Before the first one,
 the value of each variable is its own name. A step goes back from a variable to the one whose value it got last. The
 next step looks up the result of the step before, among the earlier assignments.
 """
@@ -8,19 +8,20 @@ next step looks up the result of the step before, among the earlier assignments.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import SYMBOLS, Problem, draw
+from .problem import SYMBOLS, Line, Problem, draw
 
-ASSIGNMENTS = 8
+ASSIGNMENTS = 10
 
 
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         assignments = [rng.sample(SYMBOLS, 2) for _ in range(ASSIGNMENTS)]
 
-        def solve(variable: str, answered: dict[str, str]) -> list[str]:
+        def solve(variable: str, answered: Mapping[str, str]) -> list[str]:
             trace: list[str] = []
             for to, source in reversed(assignments):
                 if to == variable:

@@ -8,8 +8,9 @@ get their values that the values known before determine. Values in answers to ea
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import BLANK, SYMBOLS, Problem, draw
+from .problem import BLANK, SYMBOLS, Line, Problem, draw
 
 GATES = 6
 
@@ -29,14 +30,14 @@ def step(reads: dict[str, tuple[str, str]], known: dict[str, str]) -> dict[str, 
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         gates = rng.sample(SYMBOLS[2:], GATES)
         reads = {gate: _inputs(rng, gates[:at]) for at, gate in enumerate(gates)}
         facts = [(gate, f"{one}>{other}") for gate, (one, other) in reads.items()]
         rng.shuffle(facts)
 
-        def solve(gate: str, answered: dict[str, str]) -> list[str]:
-            known = {"0": "0", "1": "1"} | answered
+        def solve(gate: str, answered: Mapping[str, str]) -> list[str]:
+            known = {"0": "0", "1": "1", **answered}
             trace: list[str] = []
             while gate not in known:
                 known = step(reads, known)

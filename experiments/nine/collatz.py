@@ -8,8 +8,9 @@ rule once; at least one step is made.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import ODDS, SYMBOLS, Problem, draw
+from .problem import ODDS, SYMBOLS, Line, Problem, draw
 
 MARKED = 4
 
@@ -17,12 +18,13 @@ MARKED = 4
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         even, odd = rng.choices(range(len(SYMBOLS)), k=2)
         marked = sorted(rng.sample(SYMBOLS, MARKED))
 
-        def solve(asked: str, answered: dict[str, str]) -> list[str]:
-            number, trace = int(asked), []
+        def solve(asked: str, answered: Mapping[str, str]) -> list[str]:
+            number = int(asked)
+            trace: list[str] = []
             while not trace or trace[-1] not in marked:
                 if len(trace) == max(ODDS) or (trace and trace[-1] in answered):
                     return []  # too many steps, or the answer to a question on the way would save steps

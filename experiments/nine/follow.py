@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 
 from .forest import forest, path
-from .problem import Problem, draw
+from .problem import Line, Problem, draw
 
 
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         target = forest(rng, places=9, roots=3)
         facts = [f"{one}>{other}" for one, other in target.items()]
         rng.shuffle(facts)

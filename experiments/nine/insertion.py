@@ -8,18 +8,19 @@ insertion at or before its place, which moves it on by one.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import SYMBOLS, Problem, draw
+from .problem import SYMBOLS, Line, Problem, draw
 
 
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         things = rng.sample(SYMBOLS, len(SYMBOLS))
         places = [rng.randint(0, at) for at in range(len(things))]
 
-        def solve(thing: str, answered: dict[str, str]) -> list[str]:
+        def solve(thing: str, answered: Mapping[str, str]) -> list[str]:
             at = things.index(thing)
             place = places[at]
             trace = [SYMBOLS[place]]

@@ -8,8 +8,9 @@ last letter. `CHANGE` has the new state for each letter and state. It is the sam
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import LETTERS, ODDS, SYMBOLS, Problem, draw
+from .problem import LETTERS, ODDS, SYMBOLS, Line, Problem, draw
 
 READ = max(ODDS)
 FINAL = 3
@@ -20,10 +21,10 @@ CHANGE = {letter: dict(zip(SYMBOLS, _fixed.sample(SYMBOLS, len(SYMBOLS)), strict
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         final, letters = sorted(rng.sample(SYMBOLS, FINAL)), rng.choices(LETTERS, k=READ)
 
-        def solve(state: str, answered: dict[str, str]) -> list[str]:
+        def solve(state: str, answered: Mapping[str, str]) -> list[str]:
             trace = []
             for letter in letters:
                 state = CHANGE[letter][state]

@@ -23,6 +23,7 @@ LENGTH = 2 + FACTS + 2 * QUESTIONS + 1 + MADE  # tokens of a row: <|user|>, task
 
 Trace = Sequence[str]
 Solve = Callable[[str, Mapping[str, str]], Trace]
+Line = tuple[Iterable[str], Sequence[str], Solve]  # facts, words that may be asked about, and how to answer
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Problem:
         return [0] * (len(self.tokens) - MADE) + [*made, 0]
 
 
-def draw(task: str, rng: random.Random, line: Callable[[], tuple[Iterable[str], Sequence[str], Solve]]) -> Problem:
+def draw(task: str, rng: random.Random, line: Callable[[], Line]) -> Problem:
     """Draw a problem whose questions have numbers of steps as in `ODDS`.
 
     The numbers are drawn before the line, and lines are drawn until one has fitting questions. So the numbers of a

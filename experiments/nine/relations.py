@@ -9,9 +9,10 @@ of its arrows, one after the other. Their order matters. A step adds one arrow t
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 from .forest import forest, path
-from .problem import LETTERS, Problem, draw
+from .problem import LETTERS, Line, Problem, draw
 
 
 def after(first: str, second: str) -> str:
@@ -26,13 +27,13 @@ def after(first: str, second: str) -> str:
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         target = forest(rng, places=7, roots=1)
         relation = {place: rng.choice(LETTERS) for place, above in target.items() if above != place}
         facts = [[f"{place}>{above}", *relation.get(place, "")] for place, above in target.items()]
         rng.shuffle(facts)
 
-        def solve(asked: str, answered: dict[str, str]) -> list[str]:
+        def solve(asked: str, answered: Mapping[str, str]) -> list[str]:
             trace: list[str] = []
             for place in [asked, *path(target, asked, answered)][:-1]:
                 trace.append(after(trace[-1], relation[place]) if trace else relation[place])

@@ -8,8 +8,9 @@ before, among the later swaps.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
-from .problem import SYMBOLS, Problem, draw
+from .problem import SYMBOLS, Line, Problem, draw
 
 SWAPS = 7
 
@@ -17,10 +18,10 @@ SWAPS = 7
 def make(rng: random.Random, n: int) -> list[Problem]:
     """Return `n` problems."""
 
-    def line():  # noqa: ANN202
+    def line() -> Line:
         swaps = [rng.sample(SYMBOLS, 2) for _ in range(SWAPS)]
 
-        def solve(place: str, answered: dict[str, str]) -> list[str]:
+        def solve(place: str, answered: Mapping[str, str]) -> list[str]:
             trace = []
             for one, other in swaps:
                 if place in (one, other):
