@@ -221,15 +221,19 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     if first:
         train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed, f"{name} before")
         cost += first * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0)
-    curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed, name)
+    curve = train(model, objective_of(variant, seed, steps=steps), rows, tokenizer, steps, size, seed, name)
     share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
     cost += steps * size.batch * row_flops(model, variant, length, share)
-    if variant.method == "paper":  # the decider is trained last, on the frozen model and labels without noise
+    decider_cost = 0.0
+    if variant.last:  # the decider is trained on the frozen model, in the paper's method on labels without noise
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
-        second, rows.depth_labels = round(size.steps * 0.4), labels.hard
+        if variant.method == "paper":
+            rows.depth_labels = labels.hard
+        second = round(size.steps * 0.4)
         train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed, f"{name} decider")
-        cost += second * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0) / 3
+        ran = 0.0 if variant.method == "paper" else 1.0  # gains need the second pass, labels do not
+        decider_cost = second * size.batch * row_flops(model, variant, length, ran) / 3  # forward only: 2 of 6
     seconds = time.process_time() - before
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
@@ -243,6 +247,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
             "batch": size.batch,
             "iterated": share,
             "flops": cost,
+            "decider_flops": decider_cost,
             "cpu_seconds": seconds,
             "curve": curve,
         },
