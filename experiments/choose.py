@@ -11,8 +11,9 @@ Every recipe is trained with the seeds `FIRST`. Then the three recipes of docs/r
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,12 +116,44 @@ def runs(output: Path) -> Iterator[tuple[str, int, str]]:
         for variant in (BASELINE, *CHOICE):
             for task in TASKS:
                 yield task, seed, variant
-    first = {task: [line for line in lines if line["seed"] in FIRST] for task, lines in _results(output).items()}
+    first = {
+        task: [line for line in lines if line["seed"] in FIRST] for task, lines in results_in(output, "choose").items()
+    }
     best = dict.fromkeys(one.variant for one in candidates(first))
     for seed in SECOND:
         for variant in dict.fromkeys([BASELINE, *TODAY, *list(best)[:FINALISTS]]):
             for task in TASKS:
                 yield task, seed, variant
+
+
+def train_all(planned: Iterable[tuple[str, int, str]], output: Path, size: str, name: str, hours: float) -> None:
+    """Train the runs that the results do not have yet, in order, one at a time.
+
+    Args:
+        planned: Task, seed and variant of each run.
+        output: Directory of the results.
+        size: Size of the model and its training.
+        name: Start of the names of the results' files.
+        hours: Processor time of all trainings together after which no run starts.
+
+    Raises:
+        SystemExit: The processor time is used up, or SIGTERM stopped a training.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for task, seed, variant in planned:
+        while (output / "PAUSE").exists():
+            time.sleep(10)
+        lines = itertools.chain(*results_in(output, name).values())
+        if sum(line["training"]["cpu_seconds"] for line in lines) > 3600 * hours:
+            raise SystemExit(f"the budget of {hours} CPU hours is used up before {task} {variant} {seed}")
+        run = ["--task", task, "--size", size, "--seed", str(seed), "--variant", variant]
+        lookahead.main([*run, "--output", str(output / f"{name}-{task}.jsonl")])
+
+
+def results_in(output: Path, name: str) -> dict[str, list[Line]]:
+    """Return the lines of results by task; none if there is no file."""
+    files = {task: output / f"{name}-{task}.jsonl" for task in TASKS}
+    return {task: read(file) if file.exists() else [] for task, file in files.items()}
 
 
 def table(found: Sequence[Candidate]) -> str:
@@ -145,16 +178,6 @@ def table(found: Sequence[Candidate]) -> str:
     return "\n".join([*head, *rows, "", f"Chosen: {best.variant} with {best.policy}."])
 
 
-def _results(output: Path) -> dict[str, list[Line]]:
-    """Return the lines of results by task."""
-    files = {task: _file(output, task) for task in TASKS}
-    return {task: read(file) if file.exists() else [] for task, file in files.items()}
-
-
-def _file(output: Path, task: str) -> Path:
-    return output / f"choose-{task}.jsonl"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out"), help="directory of the results")
@@ -163,21 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print the table and what is chosen; train nothing")
     given = parser.parse_args(arguments)
     if given.table:
-        if not (found := candidates(_results(given.output))):
+        if not (found := candidates(results_in(given.output, "choose"))):
             parser.error(f"{given.output} has no seed with {BASELINE}, {', '.join(TODAY)} on {' and '.join(TASKS)}")
         print(table(found))
         return
-    given.output.mkdir(parents=True, exist_ok=True)
-    for number, (task, seed, variant) in enumerate(runs(given.output), start=1):
-        if given.runs is not None and number > given.runs:
-            return
-        while (given.output / "PAUSE").exists():
-            time.sleep(10)
-        used = sum(line["training"]["cpu_seconds"] for lines in _results(given.output).values() for line in lines)
-        if used > 3600 * HOURS:
-            raise SystemExit(f"the budget of {HOURS} CPU hours is used up before {task} {variant} {seed}")
-        run = ["--task", task, "--size", given.size, "--seed", str(seed), "--variant", variant]
-        lookahead.main([*run, "--output", str(_file(given.output, task))])
+    train_all(itertools.islice(runs(given.output), given.runs), given.output, given.size, "choose", HOURS)
 
 
 if __name__ == "__main__":

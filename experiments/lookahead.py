@@ -148,17 +148,22 @@ class Labels:
     cpu_seconds: float
 
 
-@lru_cache(maxsize=1)
-def labels_of(task: Task, size: Size) -> Labels:
+@lru_cache(maxsize=2)
+def labels_of(task: Task, size: Size, larger: bool) -> Labels:
     """Return labels as in the paper.
 
-    Hard tokens are the training tokens that a larger model, trained on the same problems, predicts wrong.
+    Hard tokens are the training tokens that a teacher, trained on the same problems, predicts wrong.
+
+    Args:
+        task: Family of problems.
+        size: Size of the model that learns from the labels.
+        larger: Whether the teacher has a layer more and twice the width. Otherwise it has the same size.
     """
     tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
-    larger = replace(size, layers=size.layers + 1, hidden=2 * size.hidden)
-    teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
+    own = replace(size, layers=size.layers + 1, hidden=2 * size.hidden) if larger else size
+    teacher = new_model(own, 3 * own.hidden, None, tokenizer, seed + 1000)
     rows = Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
-    train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, larger, seed + 1000, "teacher")
+    train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, own, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
     measured = Reference(teacher).measure(
         [row["input_ids"] for row in every], [row["supervised"] for row in every], 16384
@@ -215,7 +220,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     length, cost, second = float(rows.lengths.mean()), 0.0, None
     before = time.process_time()
     if variant.method == "paper":
-        labels = labels_of(task, size)
+        labels = labels_of(task, size, variant.larger_teacher)
         cost, before = labels.flops, time.process_time() - labels.cpu_seconds
         rows.depth_labels = shuffled(labels.hard, rows, variant.noise, seed)
     if first:

@@ -76,6 +76,8 @@ class Variant:
         early: Fields of `Objective` that have other values until the share `until` of the training.
         until: Share of the training with the values of `early`.
         decider_after: Whether a decider is trained after the model, with all other weights frozen.
+        larger_teacher: Whether the labels of method `paper` come from a larger model, and not from a one-pass model of
+            the same size.
     """
 
     method: str
@@ -90,6 +92,7 @@ class Variant:
     early: dict[str, Any] = field(default_factory=dict)
     until: float = 0.0
     decider_after: bool = False
+    larger_teacher: bool = True
 
     @property
     def depth(self) -> int:
@@ -119,6 +122,10 @@ CHOICE = {  # the recipes that choose.py compares
     "hidden": Variant("lookahead", LOOKAHEAD | {"output": "sum"}),
 }
 CHOICE |= {f"{name}-lora": replace(its, model=its.model | LORA) for name, its in CHOICE.items()}
+BLIND = {
+    f"{name}-blind": replace(its, method="blind", model=its.model | {"attention": "blind"})
+    for name, its in CHOICE.items()
+}
 
 VARIANTS = {
     "standard": Variant("standard"),
@@ -149,7 +156,10 @@ VARIANTS = {
     "blind": Variant("blind", LOOKAHEAD | {"attention": "blind"}),
     "paper": Variant("paper", PAPER),
     "paper-noisy": Variant("paper", PAPER, noise=0.5),
-} | CHOICE
+    "paper-own": Variant("paper", PAPER, larger_teacher=False),
+    **CHOICE,
+    **BLIND,
+}
 
 
 @dataclass

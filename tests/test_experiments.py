@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(ROOT))
 
 import choose  # noqa: E402
+import compare  # noqa: E402
 import lookahead  # noqa: E402
 import measure  # noqa: E402
 import optimiser  # noqa: E402
@@ -35,12 +36,13 @@ VARIANTS = [
     "lookahead-mix-entropy-late-3",
     "paper",
     "paper-noisy",
+    "paper-own",
+    "late-lora-blind",
     "lookahead-mix-3",
     "continued-mix",
     "formed",
     "relaxed-lora",
     "continued-late",
-    "hidden",
 ]
 
 
@@ -144,7 +146,9 @@ def test_lines_hold_what_the_table_needs(results):
     paper, noisy = (lines[name, 0]["training"] for name in ("paper", "paper-noisy"))
     assert lookahead.labels_of.cache_info().hits >= 1  # one teacher for both
     assert paper["decider_steps"] > 0 and paper["curve"] != noisy["curve"]
+    own = lines["paper-own", 0]["training"]  # a teacher of the model's own size
     assert paper["flops"] > 3 * standard["training"]["flops"]  # includes those of the teacher
+    assert 1.5 * standard["training"]["flops"] < own["flops"] < paper["flops"]
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
     assert once < again < 3 * once
     assert lines["continued-mix", 0]["training"]["steps"] == 6 + 2 > standard["training"]["steps"]
@@ -438,7 +442,7 @@ def test_finalists_are_those_of_the_first_seeds_and_only_they_are_chosen(tmp_pat
         *today,
         *others[: choose.FINALISTS],
     }
-    found = choose.candidates(choose._results(tmp_path))
+    found = choose.candidates(choose.results_in(tmp_path, "choose"))
     assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] has two seeds only
 
 
@@ -453,3 +457,21 @@ def test_choosing_continues_where_it_stopped(tmp_path, capsys):
     with pytest.raises(SystemExit):
         choose.main(["--output", str(tmp_path), "--table"])
     assert "has no seed with standard-wide, all, uncertain, late" in capsys.readouterr().err
+
+
+def test_recipes_are_compared_as_means_over_tasks_paired_by_seed(tmp_path, capsys):
+    lines = {task: [] for task in choose.TASKS}
+    for seed, noise in zip(compare.SEEDS, (0.0, 0.1, -0.1, 0.0), strict=True):
+        for task, shift in (("hops", 0.1), ("follow", -0.1)):
+            lines[task].append(line_of("late", seed, 0.5, **{"entropy-tau": 0.9 + noise + shift}))
+            lines[task].append(line_of(choose.BASELINE, seed, 0.7 + noise + 2 * shift))
+            lines[task].append(line_of("paper", seed, 0.6, decider=0.6 - noise))
+    for task, its in lines.items():
+        (tmp_path / f"compare-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in its))
+    compare.main(["late", "--policy", "entropy-tau", "--output", str(tmp_path), "--table"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[2] == "| late | entropy-tau | 4 | 0.900 | |"
+    assert told[3] == f"| {choose.BASELINE} | never | 4 | 0.700 | +0.200 [+0.200, +0.200] |"
+    half = 3.182 * np.std([0.0, 0.2, -0.2, 0.0], ddof=1) / 2
+    assert told[4] == f"| paper | decider | 4 | 0.600 | +0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}] |"
+    assert told[5].startswith("| late | never | 4 | 0.500 | +0.400") and len(told) == 6
