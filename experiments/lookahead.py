@@ -148,17 +148,22 @@ class Labels:
     cpu_seconds: float
 
 
-@lru_cache(maxsize=1)
-def labels_of(task: Task, size: Size) -> Labels:
+@lru_cache(maxsize=2)
+def labels_of(task: Task, size: Size, larger: bool) -> Labels:
     """Return labels as in the paper.
 
-    Hard tokens are the training tokens that a larger model, trained on the same problems, predicts wrong.
+    Hard tokens are the training tokens that a teacher, trained on the same problems, predicts wrong.
+
+    Args:
+        task: Family of problems.
+        size: Size of the model that learns from the labels.
+        larger: Whether the teacher has a layer more and twice the width. Otherwise it has the same size.
     """
     tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
-    larger = replace(size, layers=size.layers + 1, hidden=2 * size.hidden)
-    teacher = new_model(larger, 3 * larger.hidden, None, tokenizer, seed + 1000)
+    own = replace(size, layers=size.layers + 1, hidden=2 * size.hidden) if larger else size
+    teacher = new_model(own, 3 * own.hidden, None, tokenizer, seed + 1000)
     rows = Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
-    train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, larger, seed + 1000, "teacher")
+    train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, own, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
     measured = Reference(teacher).measure(
         [row["input_ids"] for row in every], [row["supervised"] for row in every], 16384
@@ -215,21 +220,25 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
     length, cost, second = float(rows.lengths.mean()), 0.0, None
     before = time.process_time()
     if variant.method == "paper":
-        labels = labels_of(task, size)
+        labels = labels_of(task, size, variant.larger_teacher)
         cost, before = labels.flops, time.process_time() - labels.cpu_seconds
         rows.depth_labels = shuffled(labels.hard, rows, variant.noise, seed)
     if first:
         train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed, f"{name} before")
         cost += first * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0)
-    curve = train(model, objective_of(variant, seed), rows, tokenizer, steps, size, seed, name)
+    curve = train(model, objective_of(variant, seed, steps=steps), rows, tokenizer, steps, size, seed, name)
     share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
     cost += steps * size.batch * row_flops(model, variant, length, share)
-    if variant.method == "paper":  # the decider is trained last, on the frozen model and labels without noise
+    decider_cost = 0.0
+    if variant.last:  # the decider is trained on the frozen model, in the paper's method on labels without noise
         model.requires_grad_(False)
         model.decider.requires_grad_(True)
-        second, rows.depth_labels = round(size.steps * 0.4), labels.hard
+        if variant.method == "paper":
+            rows.depth_labels = labels.hard
+        second = round(size.steps * 0.4)
         train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed, f"{name} decider")
-        cost += second * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0) / 3
+        ran = 0.0 if variant.method == "paper" else 1.0  # gains need the second pass, labels do not
+        decider_cost = second * size.batch * row_flops(model, variant, length, ran) / 3  # forward only: 2 of 6
     seconds = time.process_time() - before
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
@@ -243,6 +252,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
             "batch": size.batch,
             "iterated": share,
             "flops": cost,
+            "decider_flops": decider_cost,
             "cpu_seconds": seconds,
             "curve": curve,
         },

@@ -1,6 +1,8 @@
 """Compute the exact match of generated answers under every policy and control, for one trained model.
 
-The deployable policies `never`, `always`, `decider` and `entropy` generate their answers with the package's `generate`.
+The deployable policies `never`, `always`, `decider`, `entropy` and `entropy-tau` generate their answers with the
+package's `generate`. `decider` and `entropy` iterate on a tenth of the tokens. `entropy-tau` iterates on tokens of an
+entropy above `TAU`, as the training of the variants with `uncertain` does.
 The controls are computed along the given texts from the two depths of the same model. An answer counts only if all its
 tokens are right. With `attention="own"`, generation gives the same scores; `along_the_text` has those of `never` and
 `always` for comparison.
@@ -12,6 +14,7 @@ tokens are right. With `attention="own"`, generation gives the same scores; `alo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,12 @@ from tah.policy import Rule
 from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question
+from variants import TAU
 
 SHARE = 0.1  # share of generated tokens that a policy may iterate on
 SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # iterated shares of the curve
 GAIN = 0.05  # nats; a second pass with a larger decrease of the loss counts as a gain
+CONFIDENT = 1 - math.exp(-TAU)  # continue probability of a token with an entropy of `TAU`
 
 
 @torch.no_grad()
@@ -54,6 +59,7 @@ def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, valid
         for name, policy in learned.items():
             probability = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
             rules[name] = Rule(policy, threshold_for_share(probability, SHARE))
+        rules["entropy-tau"] = Rule(Confidence("entropy"), CONFIDENT)
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
     return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
 
@@ -84,11 +90,15 @@ def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules
         return found
     rows, scores = _rows(problems, tokenizer), {}
     for name, rule in rules.items():  # at threshold 1 no token iterates, and the probabilities are recorded
+        if name == "entropy-tau":  # has the probabilities of `entropy`
+            continue
         rule = rule if name in ("never", "always") else Rule(rule.policy, 1.0)
         scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, rule)
     guide = "decider" if "decider" in rules else "entropy"
     chosen = scores[guide].probability > rules[guide].threshold
     policies |= _controls(scores, _ranks(model, rows), chosen)
+    if guide == "decider":
+        found["choices"] = _choices(scores, {name: rules[name].threshold for name in ("decider", "entropy")})
     return found | _second_pass(scores)
 
 
@@ -132,6 +142,30 @@ def _controls(scores: dict[str, TokenScores], ranks: np.ndarray, chosen: np.ndar
     return {
         name: {"exact_match": float(exact(right, one.row).mean()), "iterated": iterated}
         for name, (iterated, right) in outcomes.items()
+    }
+
+
+def _choices(scores: dict[str, TokenScores], thresholds: dict[str, float]) -> dict[str, dict[str, int]]:
+    """Return where decider and entropy choose alike or differently, each at its threshold.
+
+    Returns:
+        For `both`, `decider_only`, `entropy_only`, `neither` and `confident` (tokens of an entropy up to `TAU`): the
+        number of `tokens`; of those that depth 1 gets `wrong`; of those that the second pass mends (`mended`) and
+        breaks (`broken`). Also `mended_by_decider`: those mended among the tokens that the decider chooses.
+    """
+    one, two = scores["never"].right, scores["always"].right
+    decider, entropy = (scores[name].probability > thresholds[name] for name in ("decider", "entropy"))
+    groups = {
+        "both": decider & entropy,
+        "decider_only": decider & ~entropy,
+        "entropy_only": ~decider & entropy,
+        "neither": ~decider & ~entropy,
+        "confident": scores["entropy"].probability <= CONFIDENT,
+    }
+    counted = {"wrong": ~one, "mended": ~one & two, "broken": one & ~two, "mended_by_decider": ~one & two & decider}
+    return {
+        name: {"tokens": int(group.sum())} | {what: int((group & its).sum()) for what, its in counted.items()}
+        for name, group in groups.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Provide Muon for the matrices within a model and AdamW for the other parameters.
+"""Provide Muon for the matrices of the base and AdamW for the other parameters, the adapter among them.
 
 `torch.optim.Muon` orthogonalises in bfloat16. Processors without bfloat16 instructions emulate it, far slower than
 float32. From width 128 on, this took most of a training. `Muon` below makes the same update in float32.
@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from tah import TaHForCausalLM
 
-OPTIMISER = "Muon in float32, AdamW"  # entry in the settings of a run
-MUON = 0.02  # peak learning rate of matrices
+OPTIMISER = "Muon in float32 for the base, AdamW"  # entry in the settings of a run
+MUON = 0.02  # peak learning rate of the matrices of the base
 A, B, C, STEPS = 3.4445, -4.7750, 2.0315, 5  # coefficients and steps of the iteration, as in torch.optim.Muon
 
 
@@ -56,7 +56,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Apply Muon to the matrices and AdamW to the other parameters; one schedule scales both rates.
+    """Apply Muon to the matrices of the base and AdamW to the other parameters; one schedule scales both rates.
+
+    AdamW trains embeddings, norms and the adapter: LoRA, linear maps U and Z, and decider. With LoRA's A and B in Muon
+    the second pass learns nothing (`test_a_second_pass_with_lora_learns_a_second_hop`).
 
     Args:
         model: Model with the parameters to train.
@@ -64,12 +67,15 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: TaHForCausalLM, rate: float) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = [p for p in model.parameters() if p.requires_grad]
         inner = [
-            p for name, p in trained.items() if p.ndim == 2 and "embed_tokens" not in name and "decider" not in name
+            p
+            for name, p in model.base.named_parameters()
+            if p.requires_grad and p.ndim == 2 and "embed_tokens" not in name and "lora_" not in name
         ]
-        rest = [p for p in trained.values() if all(p is not other for other in inner)]
-        super().__init__(list(trained.values()), {})
+        chosen = {id(p) for p in inner}
+        rest = [p for p in trained if id(p) not in chosen]
+        super().__init__(trained, {})
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01)]
         if inner:
             self.parts.append(Muon(inner, MUON, weight_decay=0.01))

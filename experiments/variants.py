@@ -15,6 +15,7 @@ LOOKAHEAD = {"next_input": "hidden", "attention": "own", "output": "zero_init", 
 # The paper's next input and output; the decider has the only new weights.
 MIX = LOOKAHEAD | {"next_input": "topk", "output": "sum"}
 PAPER = {"next_input": "topk", "attention": "duo", "output": "sum", "lora_rank": 4, "lora_alpha": 8}
+LORA = {"lora_rank": 8, "lora_alpha": 16}
 TAU = 0.3  # nats; a variant with `uncertain` iterates on tokens of higher entropy
 
 
@@ -50,6 +51,7 @@ class Size:
 SIZES = {
     "test": Size(2, 32, (1, 2), steps=6, batch=16, test=20, validation=10),
     "small": Size(1, 64, (1, 2, 3), steps=1000, batch=128, test=500, validation=250),
+    "choice": Size(1, 64, (1, 1, 2, 3), steps=2000, batch=128, test=1000, validation=500),
     "medium": Size(2, 128, (1, 2, 3, 4), steps=3000, batch=256),
     "large": Size(4, 256, (1, 2, 3, 4, 5), steps=10_000, batch=512),
 }
@@ -61,7 +63,7 @@ class Variant:
 
     Args:
         method: Method of `Objective`.
-        model: Fields of `TaHConfig`.
+        model: Fields of `TaHConfig`; for `standard`, of the model whose number of parameters it has at least.
         share: Share of the supervised tokens with look-ahead.
         uncertain: Whether only tokens with an entropy above `TAU` have look-ahead.
         noise: Share of the supervised tokens whose labels are shuffled, for method `paper`. Labels then contain less
@@ -71,6 +73,11 @@ class Variant:
         steps: Training steps, as a multiple of `Size.steps`.
         layers: Layers, as a multiple of `Size.layers`. The MLPs are narrower then, so that parameters stay the same.
         first: Steps of an earlier complete training as `standard`, as a multiple of `Size.steps`.
+        early: Fields of `Objective` that have other values until the share `until` of the training.
+        until: Share of the training with the values of `early`.
+        decider_after: Whether a decider is trained after the model, with all other weights frozen.
+        larger_teacher: Whether the labels of method `paper` come from a larger model, and not from a one-pass model of
+            the same size.
     """
 
     method: str
@@ -82,6 +89,10 @@ class Variant:
     steps: float = 1.0
     layers: int = 1
     first: float = 0.0
+    early: dict[str, Any] = field(default_factory=dict)
+    until: float = 0.0
+    decider_after: bool = False
+    larger_teacher: bool = True
 
     @property
     def depth(self) -> int:
@@ -92,11 +103,35 @@ class Variant:
         """Return whether a decider is trained together with the model."""
         return self.method in ("lookahead", "blind") and self.loss_weights is None and not self.uncertain
 
+    @property
+    def last(self) -> bool:
+        """Return whether a decider is trained after the model."""
+        return self.decider_after or self.method == "paper"
+
+
+UNCERTAIN = Variant("lookahead", MIX, uncertain=True, decider_after=True)
+LATE = replace(UNCERTAIN, loss_weights=(0.2, 0.8))
+CHOICE = {  # the recipes that choose.py compares
+    "all": Variant("lookahead", MIX),
+    "uncertain": UNCERTAIN,
+    "late": LATE,
+    "formed": replace(UNCERTAIN, early={"uncertain": False}, until=0.4),
+    "relaxed": replace(UNCERTAIN, early={"loss_weights": (0.2, 0.8)}, until=0.6),
+    "continued-all": Variant("lookahead", MIX, steps=0.4, first=0.6),
+    "continued-late": replace(LATE, steps=0.4, first=0.6),
+    "hidden": Variant("lookahead", LOOKAHEAD | {"output": "sum"}),
+}
+CHOICE |= {f"{name}-lora": replace(its, model=its.model | LORA) for name, its in CHOICE.items()}
+BLIND = {
+    f"{name}-blind": replace(its, method="blind", model=its.model | {"attention": "blind"})
+    for name, its in CHOICE.items()
+}
 
 VARIANTS = {
     "standard": Variant("standard"),
     "standard-x1.75": Variant("standard", steps=1.75),
     "standard-deep": Variant("standard", layers=2),
+    "standard-wide": Variant("standard", LOOKAHEAD | LORA),
     "lookahead": Variant("lookahead", LOOKAHEAD),
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"next_input": "topk"}),
@@ -121,11 +156,35 @@ VARIANTS = {
     "blind": Variant("blind", LOOKAHEAD | {"attention": "blind"}),
     "paper": Variant("paper", PAPER),
     "paper-noisy": Variant("paper", PAPER, noise=0.5),
+    "paper-own": Variant("paper", PAPER, larger_teacher=False),
+    **CHOICE,
+    **BLIND,
 }
 
 
-def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Objective:
-    return Objective(
+@dataclass
+class InTwoParts(Objective):
+    """An objective that follows `first` until step `until`."""
+
+    first: Objective | None = None
+    until: int = 0
+
+    def arguments(self, batch: dict[str, Any], step: int, depth: int, shared: bool = False) -> dict[str, Any]:
+        if self.first is not None and step < self.until:
+            return self.first.arguments(batch, step, depth, shared)
+        return super().arguments(batch, step, depth, shared)
+
+
+def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: int = 0) -> Objective:
+    """Return the objective of a stage.
+
+    Args:
+        variant: Variant to train.
+        seed: Random seed.
+        stage: Stage of `Objective`.
+        steps: Steps of the stage, for a variant with `early`.
+    """
+    objective = Objective(
         stage=stage,
         method=variant.method,
         max_depth=variant.depth,
@@ -136,6 +195,10 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Object
         joint=variant.joint,
         seed=seed,
     )
+    if stage == "decider" or not variant.early:
+        return objective
+    first = replace(objective, **variant.early)
+    return InTwoParts(**vars(objective), first=first, until=round(variant.until * steps))
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -144,15 +207,13 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone") -> Object
 def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
     """Return the model of a variant.
 
-    The MLPs of a `standard` are so wide that it has at least as many parameters as `lookahead` with linear maps and
-    decider.
+    The MLPs of a `standard` are so wide that it has at least as many parameters as a model with the fields `model` of
+    the variant, by default those of `lookahead` with linear maps, and a decider.
     """
     inner = 3 * size.hidden
     if variant.method != "standard":
-        return new_model(
-            size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.method == "paper"
-        )
-    wanted = parameters(new_model(size, inner, LOOKAHEAD, tokenizer, seed, decides=True))
+        return new_model(size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.last)
+    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, tokenizer, seed, decides=True))
     size = replace(size, layers=size.layers * variant.layers)
     missing = wanted - parameters(new_model(size, 1, None, tokenizer, seed))
     return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, tokenizer, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(ROOT))
 
+import choose  # noqa: E402
+import compare  # noqa: E402
 import lookahead  # noqa: E402
 import measure  # noqa: E402
 import optimiser  # noqa: E402
@@ -33,8 +36,13 @@ VARIANTS = [
     "lookahead-mix-entropy-late-3",
     "paper",
     "paper-noisy",
+    "paper-own",
+    "late-lora-blind",
     "lookahead-mix-3",
     "continued-mix",
+    "formed",
+    "relaxed-lora",
+    "continued-late",
 ]
 
 
@@ -122,7 +130,7 @@ def test_lines_hold_what_the_table_needs(results):
     standard, look = lines["standard", 0], lines["lookahead", 0]
     assert list(standard["test"]["policies"]) == ["never"]
     assert standard["parameters"] >= look["parameters"]  # wider layers match the linear maps and the decider
-    names = ["never", "always", "decider", "entropy", "random", "second_choice", "hindsight"]
+    names = ["never", "always", "decider", "entropy", "entropy-tau", "random", "second_choice", "hindsight"]
     for problems in ("test", "seen"):
         policies = look[problems]["policies"]
         assert list(policies) == names
@@ -138,10 +146,19 @@ def test_lines_hold_what_the_table_needs(results):
     paper, noisy = (lines[name, 0]["training"] for name in ("paper", "paper-noisy"))
     assert lookahead.labels_of.cache_info().hits >= 1  # one teacher for both
     assert paper["decider_steps"] > 0 and paper["curve"] != noisy["curve"]
+    own = lines["paper-own", 0]["training"]  # a teacher of the model's own size
     assert paper["flops"] > 3 * standard["training"]["flops"]  # includes those of the teacher
+    assert 1.5 * standard["training"]["flops"] < own["flops"] < paper["flops"]
     once, again = lines["lookahead", 0]["training"]["flops"], lines["lookahead-mix-3", 0]["training"]["flops"]
     assert once < again < 3 * once
     assert lines["continued-mix", 0]["training"]["steps"] == 6 + 2 > standard["training"]["steps"]
+    for name in ("formed", "relaxed-lora", "continued-late"):  # a decider is trained last
+        training, scores = lines[name, 0]["training"], lines[name, 0]["test"]
+        assert training["decider_steps"] == 2 and 0 < training["decider_flops"] < training["flops"]
+        groups = [scores["choices"][group] for group in ("both", "decider_only", "entropy_only", "neither")]
+        assert sum(group["tokens"] for group in groups) == 20 * tasks.MADE
+        assert sum(group["mended"] for group in groups) == round(scores["mended"] * 20 * tasks.MADE)
+    assert look["training"]["decider_flops"] == 0  # trained together with the model
 
 
 def test_a_trained_model_is_kept_with_its_rule(tmp_path):
@@ -259,6 +276,74 @@ def test_only_uncertain_supervised_tokens_look_ahead():
     assert 0.3 < (few.depth_count[supervised] == 2).float().mean() < 0.7
 
 
+def test_the_early_part_of_a_training_has_its_own_objective():
+    """`formed` runs the second pass on all tokens first; `relaxed` changes the weights of the losses."""
+    task = tasks.Task("hops", 0, (1, 2))
+    tokenizer = task.tokenizer()
+    rows = tasks.Rows(task.take("train", 4, distinct=False), tokenizer)
+    batch = lookahead.Collator(tokenizer.pad_token_id)([rows[at] for at in range(4)])
+    batch.pop("row")
+    formed, relaxed = (variants.objective_of(variants.VARIANTS[name], 0, steps=10) for name in ("formed", "relaxed"))
+    policies = [formed.arguments(batch, step, 2)["policy"] for step in (0, 3, 4, 9)]
+    assert [policy == "oracle" for policy in policies] == [True, True, False, False]
+    weights = [relaxed.arguments(batch, step, 2)["training"].loss_weights for step in (0, 5, 6, 9)]
+    assert [list(its) for its in weights] == [[0.2, 0.8], [0.2, 0.8], [0.5, 0.5], [0.5, 0.5]]
+    last = variants.objective_of(variants.VARIANTS["formed"], 0, "decider", steps=10)
+    assert last.stage == "decider" and last.arguments(batch, 0, 2)["policy"] == "decider"
+
+
+def test_muon_gets_the_matrices_of_the_base_and_adamw_the_adapter():
+    task = tasks.Task("fold", 0, (1, 2))
+    fields = variants.LOOKAHEAD | variants.LORA
+    model = variants.new_model(variants.SIZES["test"], 96, fields, task.tokenizer(), seed=0, decides=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adamw, muon = (
+        {names[id(p)] for group in part.param_groups for p in group["params"]}
+        for part in optimiser.MuonAdamW(model, 1e-3).parts
+    )
+    layers = [f"base.model.layers.{layer}.{name}.weight" for layer in range(2) for name in _LINEAR]
+    assert muon == set(layers)
+    assert adamw == set(names.values()) - muon
+    adapter = {"decider.input.weight", "next_input_map.weight", "output_map.weight"}
+    adapter |= {layer.replace(".weight", f".lora_{part}.weight") for layer in layers for part in "AB"}
+    assert adapter <= adamw
+
+
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_LINEAR = [*(f"self_attn.{name}" for name in _ATTENTION), *(f"mlp.{name}" for name in _MLP)]
+
+
+class _AllMatricesToMuon(optimiser.MuonAdamW):
+    """The grouping of earlier versions: Muon gets LoRA's A and B too."""
+
+    def __init__(self, model: TaHForCausalLM, rate: float) -> None:
+        super().__init__(model, rate)
+        lora = [p for name, p in model.named_parameters() if "lora_" in name]
+        adamw, muon = (part.param_groups[0]["params"] for part in self.parts)
+        adamw[:] = [p for p in adamw if all(p is not other for other in lora)]
+        muon += lora
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "learns"), [(optimiser.MuonAdamW, True), (_AllMatricesToMuon, False)])
+def test_a_second_pass_with_lora_learns_a_second_hop(monkeypatch, optimizer, learns):
+    """With LoRA in AdamW the second pass takes the second step; with LoRA in Muon both passes stay equal."""
+    monkeypatch.setattr(lookahead, "MuonAdamW", optimizer)
+    variant, seed = variants.VARIANTS["late-lora"], 0
+    size = replace(variants.SIZES["small"], steps=600)
+    task = tasks.Task("hops", seed, (1, 1, 2))
+    tokenizer = task.tokenizer()
+    rows = tasks.Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
+    model = variants.build(size, variant, tokenizer, seed)
+    curve = lookahead.train(
+        model, variants.objective_of(variant, seed), rows, tokenizer, size.steps, size, seed, "late-lora"
+    )
+    one, two = (curve[-1][f"loss_depth_{depth}"] for depth in (1, 2))
+    assert (two < one / 4) == learns
+    if not learns:
+        assert two == pytest.approx(one, rel=0.02)
+
+
 def test_a_schedule_reaches_both_optimisers():
     """accelerate replaces an optimiser's groups by copies, which the inner optimisers do not see by themselves."""
     task = tasks.Task("fold", 0, (1, 2))
@@ -266,7 +351,7 @@ def test_a_schedule_reaches_both_optimisers():
     optimizer = optimiser.MuonAdamW(model, 1e-3)
     optimizer.load_state_dict(optimizer.state_dict())
     muon = {id(p) for p in optimizer.parts[1].param_groups[0]["params"]}
-    assert id(model.next_input_map.weight) in muon and id(model.get_input_embeddings().weight) not in muon
+    assert id(model.next_input_map.weight) not in muon and id(model.get_input_embeddings().weight) not in muon
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for rate, moves in ((0.0, False), (1e-3, True)):
@@ -300,3 +385,93 @@ def test_muon_moves_along_directions_not_sizes():
     for matrix in (gradient, gradient.T):
         values = torch.linalg.svdvals(optimiser.orthogonal(matrix))
         assert 0.6 < values.min() and values.max() < 1.3
+
+
+def line_of(variant: str, seed: int, never: float, **policies: float) -> dict:
+    """Return a line of results with the fields that `choose` reads."""
+    reached = {"never": never} | policies
+    training = {"flops": 1e12, "decider_flops": 1e11, "cpu_seconds": 60.0}
+    scores = {"policies": {name: {"exact_match": value} for name, value in reached.items()}}
+    return {"task": "", "variant": variant, "seed": seed, "settings": {}, "training": training, "test": scores}
+
+
+def results_of(seeds: tuple[int, ...], **recipes: tuple[float, float]) -> dict[str, list[dict]]:
+    """Return lines of both tasks: a baseline of .6, and per recipe its depth 1 and its score under every policy."""
+    lines = []
+    for seed in seeds:
+        lines.append(line_of(choose.BASELINE, seed, 0.6))
+        for name, (never, score) in recipes.items():
+            lines.append(line_of(name, seed, never, **dict.fromkeys(choose.POLICIES, score)))
+    return dict.fromkeys(choose.TASKS, lines)
+
+
+def test_a_recipe_is_chosen_by_the_rule_of_the_plan():
+    today = {"all": (0.59, 0.7), "uncertain": (0.5, 0.72), "late": (0.4, 0.8)}
+    found = choose.candidates(results_of((10,), **today, hidden=(0.59, 0.9), formed=(0.5, 0.95)))
+    assert [one.variant for one in found if one.qualified] == ["hidden"] * 3
+    best = choose.chosen(found)
+    assert (best.variant, best.policy, best.score) == ("hidden", "entropy", pytest.approx(0.9))
+    assert (best.lost, best.worse) == (pytest.approx(0.01), pytest.approx(-0.1))
+    found = choose.candidates(results_of((10,), **today, formed=(0.5, 0.95)))  # nobody qualifies: the best on average
+    assert not any(one.qualified for one in found) and choose.chosen(found).variant == "formed"
+    tie = {"formed": (0.59, 0.895), "formed-lora": (0.59, 0.9), "hidden": (0.59, 0.88)}
+    assert choose.chosen(choose.candidates(results_of((10,), **today, **tie))).variant == "formed"
+
+
+def test_one_task_below_what_is_allowed_disqualifies():
+    results = results_of((10,), all=(0.59, 0.7), uncertain=(0.5, 0.7), late=(0.4, 0.8), hidden=(0.59, 0.9))
+    for changed, wrong in (("never", 0.57), ("entropy", 0.78)):
+        lines = [json.loads(json.dumps(line)) for line in results["follow"]]
+        lines[-1]["test"]["policies"][changed]["exact_match"] = wrong
+        found = {one.policy: one for one in choose.candidates(results | {"follow": lines}) if one.variant == "hidden"}
+        assert found["decider"].qualified == (changed == "entropy") and not found["entropy"].qualified
+
+
+def test_finalists_are_those_of_the_first_seeds_and_only_they_are_chosen(tmp_path):
+    today = {"all": (0.5, 0.1), "uncertain": (0.5, 0.1), "late": (0.5, 0.2)}
+    others = [name for name in variants.CHOICE if name not in today]
+    first = results_of(choose.FIRST, **today, **{name: (0.5, 0.9 - 0.05 * at) for at, name in enumerate(others)})
+    second = results_of(choose.SECOND[:1], **today, **{others[0]: (0.5, 0.3)})
+    for task in choose.TASKS:
+        lines = [*first[task], *second[task]]
+        (tmp_path / f"choose-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    planned = list(choose.runs(tmp_path))
+    assert len(planned) == len(set(planned)) == 2 * 2 * 17 + 2 * 2 * (4 + 6)
+    assert {variant for _, seed, variant in planned if seed in choose.SECOND} == {
+        choose.BASELINE,
+        *today,
+        *others[: choose.FINALISTS],
+    }
+    found = choose.candidates(choose.results_in(tmp_path, "choose"))
+    assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] has two seeds only
+
+
+def test_choosing_continues_where_it_stopped(tmp_path, capsys):
+    given = ["--output", str(tmp_path), "--size", "test", "--runs"]
+    choose.main([*given, "1"])
+    before = (tmp_path / "choose-hops.jsonl").read_text()
+    choose.main([*given, "2"])
+    assert (tmp_path / "choose-hops.jsonl").read_text() == before
+    lines = [json.loads((tmp_path / f"choose-{task}.jsonl").read_text()) for task in choose.TASKS]
+    assert [line["variant"] for line in lines] == [choose.BASELINE] * 2
+    with pytest.raises(SystemExit):
+        choose.main(["--output", str(tmp_path), "--table"])
+    assert "has no seed with standard-wide, all, uncertain, late" in capsys.readouterr().err
+
+
+def test_recipes_are_compared_as_means_over_tasks_paired_by_seed(tmp_path, capsys):
+    lines = {task: [] for task in choose.TASKS}
+    for seed, noise in zip(compare.SEEDS, (0.0, 0.1, -0.1, 0.0), strict=True):
+        for task, shift in (("hops", 0.1), ("follow", -0.1)):
+            lines[task].append(line_of("late", seed, 0.5, **{"entropy-tau": 0.9 + noise + shift}))
+            lines[task].append(line_of(choose.BASELINE, seed, 0.7 + noise + 2 * shift))
+            lines[task].append(line_of("paper", seed, 0.6, decider=0.6 - noise))
+    for task, its in lines.items():
+        (tmp_path / f"compare-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in its))
+    compare.main(["late", "--policy", "entropy-tau", "--output", str(tmp_path), "--table"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[2] == "| late | entropy-tau | 4 | 0.900 | |"
+    assert told[3] == f"| {choose.BASELINE} | never | 4 | 0.700 | +0.200 [+0.200, +0.200] |"
+    half = 3.182 * np.std([0.0, 0.2, -0.2, 0.0], ddof=1) / 2
+    assert told[4] == f"| paper | decider | 4 | 0.600 | +0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}] |"
+    assert told[5].startswith("| late | never | 4 | 0.500 | +0.400") and len(told) == 6
