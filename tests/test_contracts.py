@@ -172,3 +172,37 @@ def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     assert not model._supports_default_dynamic_cache()
+
+
+def test_the_implementation_of_experts_is_that_of_the_base(tmp_path):
+    torch.manual_seed(0)
+    experts = tiny("qwen3_moe")
+    model, ids = TaHForCausalLM.from_base(experts, policy="always", lora_rank=2), token_ids(1, 6)
+    assert model._can_set_experts_implementation()
+    logits = {}
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(name)
+        assert set(model.get_experts_implementation().values()) == {name}
+        assert model.decoder.config._experts_implementation == name
+        logits[name] = model(ids).logits
+        assert torch.allclose(logits[name], logits["eager"], atol=1e-5)
+    assert not torch.equal(logits["eager"], logits["batched_mm"])  # control: another kernel has other roundings
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_experts_implementation("nonsense")
+    model.save_pretrained(tmp_path)
+    again = TaHForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert set(again.get_experts_implementation().values()) == {"eager"}
+    assert torch.allclose(again(ids).logits, logits["eager"], atol=1e-5)
+
+
+def test_a_base_without_experts_has_no_implementation_of_them():
+    model = wrapped()
+    assert model._can_set_experts_implementation() is tiny("llama")._can_set_experts_implementation() is False
+    now = model.get_experts_implementation()
+    model.set_experts_implementation(now)  # what it has already, as generate and the exporters restore it
+    for name in ("batched_mm", {"": "grouped_mm"}):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
+            model.set_experts_implementation(name)
+    assert model.get_experts_implementation() == now
+    plain = TaHForCausalLM(TaHConfig(base_config=tiny("llama").config))
+    assert set(plain.get_experts_implementation().values()) == {"eager"}
