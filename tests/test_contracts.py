@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
@@ -206,3 +207,29 @@ def test_a_base_without_experts_has_no_implementation_of_them():
     assert model.get_experts_implementation() == now
     plain = TaHForCausalLM(TaHConfig(base_config=tiny("llama").config))
     assert set(plain.get_experts_implementation().values()) == {"eager"}
+
+
+def test_a_directory_of_the_base_alone_is_no_checkpoint(tmp_path):
+    model = wrapped()
+    model.base_model.save_pretrained(tmp_path / "decoder")
+    model.base.save_pretrained(tmp_path / "base")
+    for name in ("decoder", "base"):
+        with pytest.raises(ValueError, match=r"no base_config; make a model with TaHForCausalLM\.from_base"):
+            TaHForCausalLM.from_pretrained(tmp_path / name)
+
+
+def test_tied_weights_are_saved_once_and_are_not_missing(tmp_path):
+    base = tiny("llama", tie_word_embeddings=True)
+    model, ids = TaHForCausalLM.from_base(base, lora_rank=2, policy="always"), token_ids(1, 6)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "base.model.embed_tokens.weight" in tensors and "base.lm_head.weight" not in tensors
+    again, info = TaHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.base.lm_head.weight is again.base.model.embed_tokens.weight
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    del tensors["base.model.embed_tokens.weight"]  # control: a tensor that is missing is reported
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="embed_tokens"):
+        TaHForCausalLM.from_pretrained(tmp_path)
