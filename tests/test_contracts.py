@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
@@ -172,3 +173,63 @@ def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     assert not model._supports_default_dynamic_cache()
+
+
+def test_the_implementation_of_experts_is_that_of_the_base(tmp_path):
+    torch.manual_seed(0)
+    experts = tiny("qwen3_moe")
+    model, ids = TaHForCausalLM.from_base(experts, policy="always", lora_rank=2), token_ids(1, 6)
+    assert model._can_set_experts_implementation()
+    logits = {}
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(name)
+        assert set(model.get_experts_implementation().values()) == {name}
+        assert model.decoder.config._experts_implementation == name
+        logits[name] = model(ids).logits
+        assert torch.allclose(logits[name], logits["eager"], atol=1e-5)
+    assert not torch.equal(logits["eager"], logits["batched_mm"])  # control: another kernel has other roundings
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_experts_implementation("nonsense")
+    model.save_pretrained(tmp_path)
+    again = TaHForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert set(again.get_experts_implementation().values()) == {"eager"}
+    assert torch.allclose(again(ids).logits, logits["eager"], atol=1e-5)
+
+
+def test_a_base_without_experts_has_no_implementation_of_them():
+    model = wrapped()
+    assert model._can_set_experts_implementation() is tiny("llama")._can_set_experts_implementation() is False
+    now = model.get_experts_implementation()
+    model.set_experts_implementation(now)  # what it has already, as generate and the exporters restore it
+    for name in ("batched_mm", {"": "grouped_mm"}):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
+            model.set_experts_implementation(name)
+    assert model.get_experts_implementation() == now
+    plain = TaHForCausalLM(TaHConfig(base_config=tiny("llama").config))
+    assert set(plain.get_experts_implementation().values()) == {"eager"}
+
+
+def test_a_directory_of_the_base_alone_is_no_checkpoint(tmp_path):
+    model = wrapped()
+    model.base_model.save_pretrained(tmp_path / "decoder")
+    model.base.save_pretrained(tmp_path / "base")
+    for name in ("decoder", "base"):
+        with pytest.raises(ValueError, match=r"no base_config; make a model with TaHForCausalLM\.from_base"):
+            TaHForCausalLM.from_pretrained(tmp_path / name)
+
+
+def test_tied_weights_are_saved_once_and_are_not_missing(tmp_path):
+    base = tiny("llama", tie_word_embeddings=True)
+    model, ids = TaHForCausalLM.from_base(base, lora_rank=2, policy="always"), token_ids(1, 6)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "base.model.embed_tokens.weight" in tensors and "base.lm_head.weight" not in tensors
+    again, info = TaHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.base.lm_head.weight is again.base.model.embed_tokens.weight
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    del tensors["base.model.embed_tokens.weight"]  # control: a tensor that is missing is reported
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="embed_tokens"):
+        TaHForCausalLM.from_pretrained(tmp_path)

@@ -201,7 +201,7 @@ def test_the_overrides_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     assistant = tiny("llama")
     model.generate(token_ids(1), max_new_tokens=3, assistant_model=assistant, do_sample=False)
     assert set(called) == {"prepare_cache", "arguments_of_assistant"}
-    assert model._can_set_experts_implementation()
+    assert model._can_set_experts_implementation() is model.base._can_set_experts_implementation() is False
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     model.init_weights()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -7,14 +7,14 @@ the private names of vLLM.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .depth import current_depth
 
@@ -140,19 +140,46 @@ class TrainerHooks:
         self.save_checkpoint(Path(self._get_output_dir(trial)), save)  # type: ignore[attr-defined]
 
 
+class ExpertsOfTheBase:
+    """Whether a model can set the implementation of its experts, which depends on its base.
+
+    transformers asks with a class method. The class has no base, so its answer is False. A model returns the answer of
+    its base, or, while it has none yet, that of the class that its configuration stands for.
+    """
+
+    def __get__(self, model: PreTrainedModel | None, owner: type) -> Callable[[], bool]:
+        if model is None:
+            return lambda: False
+        known = AutoModelForCausalLM._model_mapping
+        base = getattr(model, "base", None) or known.get(type(model.config.base_config), None)
+        return base._can_set_experts_implementation if base is not None else lambda: False
+
+
 class PrivateHooks:
     """Mixin of a `PreTrainedModel` that maps private names of transformers to public ones of the model."""
 
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # a class method has no base to ask; the base checks the name when it is set
+    _can_set_experts_implementation = ExpertsOfTheBase()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` makes a DuoCache
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Set the implementation of the base's experts, as in any model of transformers.
+
+        Raises:
+            ValueError: The base has no experts. transformers would ignore some names in that case.
+        """
+        given = experts_implementation
+        wanted = set(given.values() if isinstance(given, dict) else [given])
+        now = self.config._experts_implementation  # type: ignore[attr-defined]
+        if wanted - {now} and not self._can_set_experts_implementation():
+            base = type(self.base).__name__  # type: ignore[attr-defined]
+            raise ValueError(f"experts_implementation={given!r}: {base} has no experts that it could change; remove it")
+        super().set_experts_implementation(given)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: base, LoRA, decider and the maps U and Z are initialised before they are combined."""

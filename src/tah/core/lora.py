@@ -20,6 +20,27 @@ from .depth import current_depth
 from .quantised import check_gradient, compute_dtype, is_quantised_layer
 
 
+class Factor(nn.Module):
+    """Matrix A or B of a low-rank update, [..., I] -> [..., O].
+
+    It is no `nn.Linear`, because libraries that search a model for linear layers (PEFT's `all-linear`, quantisers)
+    would take it for a layer of the base. It draws the random numbers that an `nn.Linear` draws.
+    """
+
+    weight: Tensor  # [O, I]
+
+    def __init__(self, inputs: int, outputs: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
 class DepthLoRA(nn.Module):
     """Mixin over a linear layer that adds `scale * B(A(dropout(x)))` at depth >= 2 and nothing at depth 1.
 
@@ -28,8 +49,8 @@ class DepthLoRA(nn.Module):
     """
 
     stock: type[nn.Module]  # the layer's class before LoRA was added
-    lora_A: nn.Linear
-    lora_B: nn.Linear
+    lora_A: Factor
+    lora_B: Factor
     lora_dropout: nn.Dropout
     lora_scale: float
 
@@ -132,8 +153,8 @@ def add_lora(
         floats = tensor.is_floating_point() and tensor.dtype.itemsize > 1
         factory: Any = {"device": tensor.device, "dtype": tensor.dtype if floats else compute_dtype(decoder)}
         lora = {
-            "lora_A": nn.Linear(inputs, rank, bias=False, **factory),
-            "lora_B": nn.Linear(rank, outputs, bias=False, **factory),
+            "lora_A": Factor(inputs, rank, **factory),
+            "lora_B": Factor(rank, outputs, **factory),
             "lora_dropout": nn.Dropout(dropout),
         }
         module.__class__ = kind
