@@ -1,4 +1,4 @@
-"""Train a TaH model with `transformers.Trainer`, evaluate it and take the best checkpoint: python examples/hf_trainer.py
+"""Train a TaH model with `transformers.Trainer` and take the best checkpoint: python examples/hf_trainer.py
 
 Nothing here is special to TaH but `from_base`. The script compares the evaluation of Trainer with a plain forward.
 """

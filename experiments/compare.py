@@ -23,7 +23,13 @@ from variants import CHOICE, SIZES
 
 SEEDS = (20, 21, 22, 23)
 HOURS = 7.0  # processor time of all trainings together after which no run starts
-OTHERS = {"paper-own": "decider", "paper": "decider", "paper-noisy": "decider", "always-mix": "always"}
+OTHERS = {
+    "paper-own": "decider",
+    "paper": "decider",
+    "paper-noisy": "decider",
+    "always-mix": "always",
+    "tah2": "decider-half",
+}
 
 
 def averages(results: dict[str, list[Line]], variant: str, policy: str) -> dict[int, float]:

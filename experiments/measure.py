@@ -2,10 +2,11 @@
 
 The deployable policies `never`, `always`, `decider`, `entropy` and `entropy-tau` generate their answers with the
 package's `generate`. `decider` and `entropy` iterate on a tenth of the tokens. `entropy-tau` iterates on tokens of an
-entropy above `TAU`, as the training of the variants with `uncertain` does.
+entropy above `TAU`, as the training of the variants with `uncertain` does. A TaH2 model also has `decider-half`, the
+decider at the threshold 0.5 of its training; in `entropy` and `entropy-tau` its decider weighs the passes.
 The controls are computed along the given texts from the two depths of the same model. An answer counts only if all its
 tokens are right. With `attention="own"`, generation gives the same scores; `along_the_text` has those of `never` and
-`always` for comparison.
+`always` for comparison. In a mixture, `random` and `hindsight` count the last pass alone where a token iterates.
 
     random          iterates on as many tokens as the decider, chosen at random; the expected exact match
     second_choice   depth 1's second choice, without a second pass, where the decider iterates
@@ -22,8 +23,9 @@ import torch
 
 from tah import Confidence, Policy, TaHForCausalLM
 from tah.data.scoring import Reference
+from tah.names import MIXTURES
 from tah.pipeline.experiment.scores import TokenScores, score_answers, score_tokens
-from tah.policy import Rule
+from tah.policy import DepthState, Rule
 from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
 from tasks import Problem, Rows, Task, question
@@ -33,6 +35,23 @@ SHARE = 0.1  # share of generated tokens that a policy may iterate on
 SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # iterated shares of the curve
 GAIN = 0.05  # nats; a second pass with a larger decrease of the loss counts as a gain
 CONFIDENT = 1 - math.exp(-TAU)  # continue probability of a token with an entropy of `TAU`
+
+
+class EntropyDecides(Policy):
+    """Policy by entropy in a mixture, whose passes the decider weighs.
+
+    Args:
+        decider: Decider of the model.
+        threshold: Threshold of 1 - exp(-entropy).
+    """
+
+    def __init__(self, decider: Any, threshold: float) -> None:
+        self.layers = decider.layers
+        self.decider, self.threshold, self.entropy = decider, threshold, Confidence("entropy")
+
+    def __call__(self, state: DepthState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the decider's continue logits, and whether the entropy exceeds the threshold, `[N]`."""
+        return self.decider(state), self.entropy(state).sigmoid() > self.threshold
 
 
 @torch.no_grad()
@@ -60,6 +79,10 @@ def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, valid
             probability = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
             rules[name] = Rule(policy, threshold_for_share(probability, SHARE))
         rules["entropy-tau"] = Rule(Confidence("entropy"), CONFIDENT)
+        if model.config.output in MIXTURES:
+            rules["decider-half"] = Rule("decider", 0.5)
+            for name in ("entropy", "entropy-tau"):
+                rules[name] = Rule(EntropyDecides(model.decider, rules[name].threshold), rules[name].threshold)
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
     return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
 
@@ -90,9 +113,10 @@ def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules
         return found
     rows, scores = _rows(problems, tokenizer), {}
     for name, rule in rules.items():  # at threshold 1 no token iterates, and the probabilities are recorded
-        if name == "entropy-tau":  # has the probabilities of `entropy`
+        if name in ("entropy-tau", "decider-half"):  # these have the probabilities of `entropy` and `decider`
             continue
-        rule = rule if name in ("never", "always") else Rule(rule.policy, 1.0)
+        if name not in ("never", "always"):
+            rule = Rule(Confidence("entropy") if name == "entropy" else rule.policy, 1.0)
         scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, rule)
     guide = "decider" if "decider" in rules else "entropy"
     chosen = scores[guide].probability > rules[guide].threshold

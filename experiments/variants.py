@@ -15,6 +15,7 @@ LOOKAHEAD = {"next_input": "hidden", "attention": "own", "output": "zero_init", 
 # The paper's next input and output; the decider has the only new weights.
 MIX = LOOKAHEAD | {"next_input": "topk", "output": "sum"}
 PAPER = {"next_input": "topk", "attention": "duo", "output": "sum", "lora_rank": 4, "lora_alpha": 8}
+TAH2 = {"next_input": "mlp", "attention": "duo", "output": "mixture", "lora_rank": 0, "decider": {"kind": "tah2"}}
 LORA = {"lora_rank": 8, "lora_alpha": 16}
 TAU = 0.3  # nats; a variant with `uncertain` iterates on tokens of higher entropy
 
@@ -157,6 +158,8 @@ VARIANTS = {
     "paper": Variant("paper", PAPER),
     "paper-noisy": Variant("paper", PAPER, noise=0.5),
     "paper-own": Variant("paper", PAPER, larger_teacher=False),
+    "tah2": Variant("tah2", TAH2),
+    "standard-tah2": Variant("standard", TAH2),
     **CHOICE,
     **BLIND,
 }
@@ -239,9 +242,9 @@ def new_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     plain = {"max_depth": 1, "lora_rank": 0}
-    decider = {"kind": "lean", "width": size.hidden} if decides else None
-    options = plain if fields is None else {"max_depth": 2} | fields
-    return TaHForCausalLM.from_base(Qwen3ForCausalLM(config), policy="never", decider=decider, **options)
+    options = {"decider": {"kind": "lean", "width": size.hidden} if decides else None}
+    options |= plain if fields is None else {"max_depth": 2} | fields
+    return TaHForCausalLM.from_base(Qwen3ForCausalLM(config), policy="never", **options)
 
 
 def parameters(model: TaHForCausalLM) -> int:
