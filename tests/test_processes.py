@@ -1,16 +1,20 @@
-"""Messages between processes: one store of torch for two of them in this process, where nothing needs a launcher."""
+"""Messages between processes (one store of torch, for two of them in this process), and training in two processes."""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from lm_eval.tasks import TaskManager
 from torch.distributed import HashStore, PrefixStore
 
 from helpers.evaluations import Notes
+from helpers.models import tah, token_ids
+from helpers.processes import ROOT, run, torchrun
 from tah import processes
 from tah.evaluation import evaluate as evaluation
 from tah.evaluation.request import Sampling
@@ -146,3 +150,24 @@ def test_tasks_of_lm_eval_in_two_processes(pair, pupil, tmp_path, monkeypatch):
         "lm_eval.free.json",
         "lm_eval.choose.json",
     }
+
+
+# -- the examples -----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_accelerate_in_two_processes():
+    """The script compares its losses and weights with plain PyTorch; it prints those of one process."""
+    script = ROOT / "examples" / "hf_accelerate.py"
+    one, two = run([sys.executable, str(script)]), torchrun(script)
+    assert one.returncode == two.returncode == 0, one.stderr[-1000:] + two.stderr[-2000:]
+    assert one.stdout.startswith("1 processes, loss 4.") and two.stdout == one.stdout.replace("1", "2", 1)
+
+
+def test_deepspeed_of_stage_two_is_configured_and_stage_three_is_refused():
+    config = HfDeepSpeedConfig(str(ROOT / "examples" / "deepspeed_zero2.json"))
+    assert config.is_zero2() and not config.is_zero3()
+    model, ids = tah().train(), token_ids()
+    assert model(ids, labels=ids).loss.isfinite()
+    model.get_output_embeddings().weight.ds_id = 0  # as ZeRO-3 marks the weights that it has divided
+    with pytest.raises(ValueError, match="^training under ZeRO-3 is not supported; use FSDP2 or ZeRO-2$"):
+        model(ids, labels=ids)

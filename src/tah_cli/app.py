@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import bench, evaluate, serve, train, understand, use
-from .checks import check_processes
+from .checks import check_processes, process
 from .groups import DefaultGroup, Group
 
 USER_ERRORS = (ValueError, OSError, ImportError)
@@ -150,8 +150,8 @@ def _explained(error: Exception) -> tuple[int, str]:
     else:
         code, line = 1, f"unexpected {type(error).__name__}: {error}"
     line = " ".join(line.split()) or type(error).__name__
-    if (process := os.environ.get("RANK", "0")) != "0":
-        line = f"process {process}: {line}"
+    if number := process():
+        line = f"process {number}: {line}"
     hint = " (--debug prints the traceback)" if code == 1 else ""
     if len(line) + len(hint) > LONGEST_LINE:
         hint = hint or " (--debug prints the whole message)"

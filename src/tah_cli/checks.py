@@ -9,6 +9,11 @@ from .names import words
 SHARED = ("run", "label", "train", "eval", "trace")  # commands that several processes run together
 
 
+def process() -> int:
+    """Return the number of this process among those that a launcher started; 0 for the first, or for one alone."""
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+
+
 def check_processes(command: str) -> None:
     """Check that torchrun or `accelerate launch` started a command that several processes run together.
 

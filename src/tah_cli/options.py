@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .checks import check_data, check_model
+from .checks import check_data, check_model, process
 from .names import words
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_first() -> bool:
     """Return whether this is the first of the processes that torchrun or `accelerate launch` started: it prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return process() == 0
 
 
 def note(text: str) -> None:

@@ -20,6 +20,8 @@ from tah.evaluation.eval_files import Samples
 from tah.evaluation.eval_report import as_markdown
 from tah.evaluation.harness import TaHLM
 from tah.evaluation.request import Request
+from tah.processes import Processes
+from tah_cli.options import is_first
 
 TIMES = ("seconds", "started")
 
@@ -150,3 +152,12 @@ def test_processes_without_a_launcher_are_refused(second, words, tmp_path, capsy
     assert (
         err.startswith("tah: process 1: the 2 processes of WORLD_SIZE cannot reach each other (") and "torchrun" in err
     )
+
+
+def test_a_number_without_other_processes_is_one_process(monkeypatch):
+    """RANK is the number of a machine in the examples of serving."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert is_first() and Processes.started().lead
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_first()
