@@ -74,7 +74,7 @@ FORMATS = {
     "bitsandbytes-4bit": (lambda: nf4(bnb_4bit_compute_dtype=torch.float32), 0.02, "Linear4bit(Params4bit nf4)"),
 }
 PACKED = {"gptq": "TorchLinear(int32)", "awq": "AwqTorchLinear(int32)"}  # quantised before they are loaded
-FORMATS |= {name: (None, 1e-5, kind) for name, kind in PACKED.items()}
+FORMATS |= {name: (None, 1e-5 if name == "gptq" else 1e-3, kind) for name, kind in PACKED.items()}
 PACKAGES = {"quanto": ["optimum.quanto"], "bitsandbytes": ["bitsandbytes"], "gptq": ["gptqmodel", "optimum.gptq"]}
 PACKAGES["awq"] = PACKAGES["gptq"]
 
@@ -117,7 +117,12 @@ def packed(directory: Path, name: str) -> Path:
     tensors, random = base.state_dict(), torch.Generator().manual_seed(0)
     for layer, module in base.model.named_modules(prefix="model"):
         if isinstance(module, nn.Linear):
-            widths = {"in_features": module.in_features, "out_features": module.out_features, "bias": False}
+            widths = {
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": False,
+                "register_buffers": True,
+            }
             kind = TorchLinear if name == "gptq" else AwqTorchLinear
             for key, its in kind(bits=4, group_size=32, sym=False, desc_act=False, **widths).state_dict().items():
                 low, high = torch.iinfo(its.dtype).min if its.dtype == torch.int32 else 0, 2**31 - 1
@@ -200,7 +205,7 @@ def test_loss_and_gradients_equal_those_of_the_dequantised_base(directory, name)
     losses = [each(ids, labels=ids, depth_labels=depths).loss for each in (model, plain)]
     for loss in losses:
         loss.backward()
-    near = 0.1 if name == "bitsandbytes-8bit" else 1e-4  # it multiplies in half precision
+    near = 0.1 if name in ("bitsandbytes-8bit", "awq") else 1e-4  # they multiply in half precision
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=near / 10)
     wanted = dict(plain.named_parameters())
     lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
