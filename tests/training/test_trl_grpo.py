@@ -140,6 +140,30 @@ def test_it_trains_base_and_lora_and_not_the_decider(trainer_for, tokenizer, tmp
     assert not any(name.startswith("decider.") for name in changed)
 
 
+def test_reference_of_an_adapter_of_peft_takes_the_same_depths(trainer_for, tokenizer):
+    """The reference is the model without the adapter, whose own decisions would differ after training."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+
+    def with_adapter(*args, **kwargs):
+        return ours.GivenDepthGRPOTrainer(*args, **kwargs, peft_config=adapter)
+
+    trainer = trainer_for(with_adapter, beta=0.1)
+    with torch.no_grad():
+        batch = rollout(trainer)
+        ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+        plain, depths, length = model_of(tokenizer), batch["depth_labels"], batch["completion_ids"].shape[1]
+        chosen = {"policy": "oracle", "depth_labels": depths}
+        want, own = (plain(ids, mask, **given).logits.log_softmax(-1) for given in (chosen, {}))
+    found = batch["ref_per_token_logps"] * batch["completion_mask"]
+    want, own = (
+        x[:, -length - 1 : -1].gather(-1, batch["completion_ids"][..., None]).squeeze(-1) * batch["completion_mask"]
+        for x in (want, own)
+    )
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+    assert (found - own).abs().max() > 1e-2  # control
+
+
 @torch.no_grad()
 def test_evaluation_takes_the_depths_of_its_own_completions(trainer_for):
     """With ratios of 1 the loss is the mean advantage of the tokens, which no longer holds if decisions are new."""

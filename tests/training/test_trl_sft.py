@@ -138,6 +138,29 @@ def test_two_updates_equal_those_of_our_trainer(trainer_for, tokenizer, tmp_path
     assert not torch.allclose(own.model.get_parameter("base.model.layers.0.self_attn.q_proj.lora_B.weight"), start)
 
 
+def test_a_directory_and_an_adapter_of_peft(trainer_for, tokenizer, tmp_path):
+    """TRL loads the model itself; with PEFT only the adapter is trained, and the loss is still that of every depth."""
+    peft = pytest.importorskip("peft")
+    model = model_of(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    adapter = peft.LoraConfig(r=2, target_modules=["o_proj", "down_proj"])
+    arguments = trl.SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to="none")
+    trainer = ours.LookAheadSFTTrainer(
+        str(tmp_path / "model"),
+        arguments,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = float(trainer.compute_loss(trainer.model.eval(), dict(batch)))
+    assert loss == pytest.approx(slow_loss(model, batch, (0.5, 0.5)), abs=1e-5)  # a new adapter changes nothing
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all(".default." in name for name in changed)
+
+
 def test_compute_metrics_gets_the_logits_of_the_policy(trainer_for):
     trainer = trainer_for()
     batch = next(iter(trainer.get_train_dataloader()))
