@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,9 @@ def test_without_further_passes_it_is_the_adapter_on_the_base() -> None:
     logits = base(token_ids()).logits
     assert torch.allclose(model(token_ids()).logits, logits, atol=1e-5)
     assert not torch.allclose(model(token_ids(), policy="always").logits, logits, atol=0.01)
+
+
+@pytest.mark.grad
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "hf_peft.py"))
+    assert "merged differs by" in capsys.readouterr().out
