@@ -85,6 +85,27 @@ def test_forward_equals_reference(family, attention, output, max_depth):
         assert distance(out.logits, torch.stack([row.log_probs for row in changed])) > 100 * EXACT, name
 
 
+@pytest.mark.parametrize(
+    ("next_input", "output", "policy"),
+    [("topk", "mixture", "decider"), ("hidden", "even", "decider"), ("mlp", "sum", "decider")]
+    + [("topk", "even", "confidence"), ("mlp", "mixture", "confidence"), ("mlp", "sum", "confidence")],
+)
+@pytest.mark.parametrize("family", ["tied", "gemma2"])
+def test_each_part_beside_those_of_tah(family, next_input, output, policy):
+    model = tah2(family, next_input=next_input, output=output, policy=policy, mix_topk=16, lora_rank=4)
+    ids = token_ids()
+    if policy == "confidence":
+        model.config.threshold = middle(model(ids).continue_logits[:, :, 0].sigmoid())
+    out, rows = model(ids), rows_of(model, ids)
+    assert torch.equal(out.depth_count, torch.stack([row.depth_count for row in rows]))
+    assert distance(out.logits, torch.stack([row.log_probs for row in rows])) < EXACT
+    assert 1.2 < out.depth_count.float().mean() < 3
+    assert (out.mixture_weights is None) is (output == "sum")
+    cached = DuoCache()
+    parts = [model(part, past_key_values=cached, use_cache=True) for part in ids.split([7, 5], dim=1)]
+    assert distance(torch.cat([part.logits for part in parts], 1), out.logits) < EXACT
+
+
 @pytest.mark.parametrize("norms", [[False, True], [True, False], [False, False]])
 def test_optional_norms_and_widths(norms):
     model = tah2(next_input_norms=norms, next_input_width=20, decider={"kind": "tah2", "width": 12})
