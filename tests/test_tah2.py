@@ -85,6 +85,27 @@ def test_forward_equals_reference(family, attention, output, max_depth):
         assert distance(out.logits, torch.stack([row.log_probs for row in changed])) > 100 * EXACT, name
 
 
+@pytest.mark.parametrize(
+    ("next_input", "output", "policy"),
+    [("topk", "mixture", "decider"), ("hidden", "even", "decider"), ("mlp", "sum", "decider")]
+    + [("topk", "even", "confidence"), ("mlp", "mixture", "confidence"), ("mlp", "sum", "confidence")],
+)
+@pytest.mark.parametrize("family", ["tied", "gemma2"])
+def test_each_part_beside_those_of_tah(family, next_input, output, policy):
+    model = tah2(family, next_input=next_input, output=output, policy=policy, mix_topk=16, lora_rank=4)
+    ids = token_ids()
+    if policy == "confidence":
+        model.config.threshold = middle(model(ids).continue_logits[:, :, 0].sigmoid())
+    out, rows = model(ids), rows_of(model, ids)
+    assert torch.equal(out.depth_count, torch.stack([row.depth_count for row in rows]))
+    assert distance(out.logits, torch.stack([row.log_probs for row in rows])) < EXACT
+    assert 1.2 < out.depth_count.float().mean() < 3
+    assert (out.mixture_weights is None) is (output == "sum")
+    cached = DuoCache()
+    parts = [model(part, past_key_values=cached, use_cache=True) for part in ids.split([7, 5], dim=1)]
+    assert distance(torch.cat([part.logits for part in parts], 1), out.logits) < EXACT
+
+
 @pytest.mark.parametrize("norms", [[False, True], [True, False], [False, False]])
 def test_optional_norms_and_widths(norms):
     model = tah2(next_input_norms=norms, next_input_width=20, decider={"kind": "tah2", "width": 12})
@@ -323,3 +344,42 @@ def test_training_equals_reference(family, attention, output, max_depth):
             assert ours[name] is None or not ours[name].any(), name
         else:
             assert (ours[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm() + 1e-7, name
+
+
+@pytest.mark.grad
+@pytest.mark.parametrize(
+    ("next_input", "output"), [("topk", "mixture"), ("hidden", "even"), ("mlp", "sum"), ("mlp", "mixture")]
+)
+@pytest.mark.parametrize("family", ["tied", "gemma2"])
+def test_gradients_beside_parts_of_tah(family, next_input, output):
+    """All gradients of the loss, with forced depths, LoRA and checkpointing."""
+    with torch.no_grad():
+        model = tah2(family, next_input=next_input, output=output, mix_topk=16, lora_rank=4).train()
+    ids, forced = token_ids(), labels(depth=3)
+    rows = rows_of(model, ids, forced)
+    logp = torch.stack([row.log_probs for row in rows]).log_softmax(-1)
+    F.nll_loss(logp[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    parts = {"mlp": "next_input_mlp.proj.weight", "hidden": "next_input_map.weight"}
+    assert parts.get(next_input, "base.model.embed_tokens.weight") in want
+    assert ("decider.score.weight" in want) is (output == "mixture")
+    for replayed in (False, True):
+        if replayed:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad(set_to_none=True)
+        out = model(ids, labels=ids, depth_labels=forced, training=FORCED)
+        out.loss.backward()
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert got.keys() == want.keys()
+        for name, grad in got.items():
+            assert (grad - want[name]).norm() < 1e-3 * want[name].norm() + 1e-7, name
+
+
+def test_saving_and_loading_is_exact(tmp_path):
+    model, ids = tah2("tied", decision="sample", next_input_norms=[False, True], next_input_width=20), token_ids()
+    model.save_pretrained(tmp_path)
+    again = TaHForCausalLM.from_pretrained(tmp_path)
+    for name in ("next_input", "next_input_width", "next_input_norms", "output", "decision", "decider", "threshold"):
+        assert getattr(again.config, name) == getattr(model.config, name), name
+    out, other = model(ids), again(ids)
+    assert torch.equal(out.logits, other.logits) and torch.equal(out.continue_logits, other.continue_logits)

@@ -30,7 +30,10 @@ class Tah2:
     Attributes:
         base: The stock decoder with its head.
         weights: Tensors `next_input_mlp.*.weight` and `decider.*.weight`. A norm that is missing is not applied.
-        policy: `decider` or `always`.
+        output: `mixture`, `even`, or the `sum` of TaH.
+        policy: `decider`, `always` or `confidence`.
+        kind_of_input: `mlp`, or the `topk` or `hidden` of TaH.
+        mix_topk: Number of tokens in the mix of `topk`.
     """
 
     base: Any
@@ -40,6 +43,8 @@ class Tah2:
     attention: str = "duo"
     output: str = "mixture"
     policy: str = "decider"
+    kind_of_input: str = "mlp"
+    mix_topk: int = 100
 
     @classmethod
     def of(cls, model: Any) -> Tah2:
@@ -53,6 +58,8 @@ class Tah2:
             config.attention,
             config.output,
             config.policy,
+            config.next_input,
+            config.mix_topk,
         )
 
     def next_input(self, embed: Tensor, hidden: Tensor) -> Tensor:
@@ -63,10 +70,22 @@ class Tah2:
         x = self._norm("next_input_mlp.norm_pre", F.linear(both, self.weights["next_input_mlp.proj.weight"]))
         return self._norm("next_input_mlp.norm_out", self._mlp("next_input_mlp", x))
 
-    def continue_logit(self, embed: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        """The decider's logit, from the logits [V] of this pass alone."""
+    def input_after(self, embed: Tensor, token: Passes) -> Tensor:
+        """Input [D] of the pass after all of a token's passes."""
+        if self.kind_of_input == "mlp":
+            return self.next_input(embed, token.hidden[-1])
+        if self.kind_of_input == "hidden":
+            return embed + F.linear(token.hidden[-1], self.weights["next_input_map.weight"])
+        best, ids = token.log_probs(self.output).topk(min(self.mix_topk, len(token.logits[-1])))
+        return best.softmax(0) @ self.base.get_input_embeddings()(ids)
+
+    def continue_logit(self, embed: Tensor, token: Passes) -> Tensor:
+        """The policy's logit; the decider reads the logits [V] of the last pass alone."""
+        hidden, logits = token.hidden[-1], token.logits[-1]
         if self.policy == "always":
             return torch.tensor(ALWAYS_LOGIT)
+        if self.policy == "confidence":
+            return torch.logit(1 - token.log_probs(self.output).softmax(-1).max())
         width = len(embed)
         best = logits.softmax(-1).sort(descending=True).values[:width]
         best = torch.cat([best, best.new_zeros(width - len(best))])
@@ -99,6 +118,7 @@ class Passes:
 
     def mixture_weights(self, output: str) -> list[Tensor]:
         """The weight of each pass: all that is left goes to the last one, whatever its decision was."""
+        assert output in ("mixture", "even")
         if output == "even":
             return [torch.tensor(1 / self.count)] * self.count
         weights, left = [], torch.tensor(1.0)
@@ -109,7 +129,9 @@ class Passes:
         return [*weights, left]
 
     def log_probs(self, output: str) -> Tensor:
-        """Logarithms [V] of the mixture of the passes' probabilities."""
+        """Logarithms [V] of the mixture of the passes' probabilities; of a `sum`, accumulated logits."""
+        if output == "sum":
+            return torch.stack(self.logits).sum(0)
         weights = self.mixture_weights(output)
         each = [w.clamp(min=1e-10).log() + z.float().log_softmax(-1) for w, z in zip(weights, self.logits, strict=True)]
         return torch.stack(each).logsumexp(0)
@@ -188,12 +210,12 @@ def run(
             token.logits.append(logits)
             if depth == max_depth:
                 break
-            score = model.continue_logit(embed, hidden[-1], logits)
+            score = model.continue_logit(embed, token)
             token.continue_logits.append(score)
             count = 0 if forced is None else int(forced[position])
             if not (count > depth if count else bool(score.sigmoid() > threshold)):
                 break
-            x = model.next_input(embed, hidden[-1])
+            x = model.input_after(embed, token)
     return row
 
 
