@@ -2,7 +2,8 @@
 
 A *pass* is one run of the base; the *depth* of a pass is its number, counted from 1. Depth 1 is the base, unchanged.
 After each pass a *policy* decides which tokens take another one. Those tokens run again at their position, on a new
-input and with LoRA, and attend to keys of depths up to their own. The logits of all passes of a token are summed.
+input and with LoRA, and attend to keys of depths up to their own. The logits of all passes of a token are summed, or
+their probabilities mixed (TaH2).
 docs/explanation/method.md has the equations, and docs/explanation/architecture.md follows one prompt through this file.
 
 Shapes: B batch, T tokens of this call, N tokens that ran the last pass, M of them that run the next one, R rows with at
@@ -22,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 from typing_extensions import Unpack
 
@@ -43,6 +43,7 @@ from .core.mixture import mixture_weights, pass_losses
 from .core.next_input import NextInputMLP, mixed_embedding
 from .core.packing import lay_out, pack
 from .core.quantised import check_frozen, freeze_quantised
+from .core.summed import SummedStates
 from .decider import build_decider
 from .generation import TaHGeneration
 from .names import MIXTURES
@@ -467,40 +468,3 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         if base.generation_config is not None:
             model.generation_config = base.generation_config
         return model.eval()
-
-
-class SummedStates:
-    """A TaH model without its output head: input to summed hidden states, method.md (2).
-
-    Libraries that compute logits themselves, such as TRL, apply the head to `model.base_model(...).last_hidden_state`.
-    Other attributes are those of the base's decoder. A call runs no hooks of the TaH model itself. FSDP gathers weights
-    in such hooks, so a forward that it wraps has to make the call, as in TRL.
-    """
-
-    def __init__(self, model: TaHForCausalLM) -> None:
-        self._tah = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """Run [`TaHForCausalLM.forward`] without its head.
-
-        Returns:
-            `last_hidden_state` [B, T, D]: the head of it is the model's logits.
-
-        Raises:
-            ValueError: The logits are not the head of one hidden state.
-        """
-        if not self._tah.sums_states:
-            raise ValueError(
-                "the output is a mixture, or the head has a soft-cap or a bias, so the logits are not the head of one "
-                "hidden state; train with tah train, or choose output='zero_init'"
-            )
-        # The caller computes a loss, so processes that train together run the same passes, as in a call with labels.
-        given = {"training": TrainingPass(idle=self._tah.training)} | kwargs
-        no_logits = {"logits_to_keep": torch.empty(0, dtype=torch.long), "output_last_hidden_state": True}
-        out = TaHForCausalLM.forward(self._tah, *args, **given | no_logits | {"return_dict": True})
-        return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state, **{CACHE: getattr(out, CACHE)})
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_tah":  # while a copy is being made
-            raise AttributeError(name)
-        return getattr(self._tah.decoder, name)
