@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -179,6 +180,8 @@ def _quietly(code: int) -> int:
 def main() -> None:
     """Run the `tah` command; the entry point of `tah` and `python -m tah`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import; the commands have their own progress lines
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels for GPUs
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # a second Ctrl-C during the handling of the first
