@@ -382,4 +382,4 @@ def test_saving_and_loading_is_exact(tmp_path):
     for name in ("next_input", "next_input_width", "next_input_norms", "output", "decision", "decider", "threshold"):
         assert getattr(again.config, name) == getattr(model.config, name), name
     out, other = model(ids), again(ids)
-    assert torch.equal(out.logits, other.logits) and torch.equal(out.continue_logits, other.continue_logits)
+    assert torch.equal(out.logits, other.logits) and torch.equal(out.depth_count, other.depth_count)
