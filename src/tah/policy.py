@@ -11,6 +11,8 @@ small class:
             return state.positions % 3 == 0
 
     model.generate(**inputs, policy=EveryThird())
+
+A policy may also return a pair: continue logits, by which a mixture weighs the passes, and decisions [N] bool.
 """
 
 from __future__ import annotations
@@ -270,7 +272,8 @@ class BoundRule:
         Raises:
             ValueError: The policy returned NaN, another shape or another type, or labels are missing.
         """
-        logits = self.policy(state)
+        found: Any = self.policy(state)
+        logits, forced = found if isinstance(found, tuple) else (found, None)
         if not isinstance(logits, Tensor) or not (logits.is_floating_point() or logits.dtype == torch.bool):
             kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the policy returned {kind}; return a tensor of floating point logits or bool, [N]")
@@ -292,6 +295,7 @@ class BoundRule:
             if state.depth_labels is None:
                 raise ValueError("follow_labels needs depth_labels")
             go = torch.where(state.depth_labels == 0, go, state.depth_labels > state.depth)
+        go = go if forced is None else forced.to(row.device)
         if self.row_depth is not None:  # in a row at its maximum depth there is no decision
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked

@@ -323,3 +323,24 @@ def test_throughput_is_measured(words, tmp_path):
     assert json.loads((tmp_path / "bench_trace.json").read_text()) == found
     table = (tmp_path / "bench_trace.md").read_text()
     assert "| run | tokens/s | ratio to 2 plain passes |" in table and "| trace | " in table
+
+
+@pytest.mark.parametrize("policy", ["decider", "confidence", "always"])
+@pytest.mark.parametrize("attention", ["own", "duo"])
+def test_of_a_mixture(words, attention, policy):
+    """The predictions under the policy are those of a forward: the weights are the policy's, in both runs."""
+    mix = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}
+    model = model_of(attention, threshold=0.5 if policy == "decider" else 0.97, policy=policy, **mix)
+    traced = trace(model, words, rows())
+    assert traced.header["output"] == "mixture"
+    for text in traced.texts:
+        ids = torch.from_numpy(text.ids).long()
+        out = model(ids[None, :-1])
+        prob = out.logits[0].exp().gather(1, ids[1:, None])[:, 0]
+        assert text.depth.tolist() == out.depth_count[0].tolist()
+        assert text.final_prob == pytest.approx(prob.detach().numpy(), rel=2e-4)
+        if policy == "decider":
+            said = out.continue_prob[0, :, 0].detach().numpy()
+            assert text.decider[0] == pytest.approx(said, abs=1e-5)
+    depths = np.concatenate([text.depth for text in traced.texts])
+    assert (len(np.unique(depths)) == 1) == (policy == "always")

@@ -49,7 +49,18 @@ function numbers(pane, p, d) {
   line("entropy, nats", (depth) => trace.entropy[depth * N + p].toFixed(2), "");
   const goProb = (depth) => (depth + 1 < M ? trace.decider[depth * N + p].toFixed(4) : "");
   if (trace.decider) line("decider's probability", goProb, "");
+  if (trace.output) line("weight in the mixture", (depth) => weight(trace, p, depth, d), "");
   return table;
+}
+
+/** Returns the weight of a pass in the output of a prediction with d passes, method.md (15), as text. */
+function weight(trace, p, depth, d) {
+  if (depth >= d) return "";
+  if (trace.output === "even") return (1 / d).toFixed(4);
+  if (!trace.decider || trace.policy !== "decider") return "";
+  let rest = 1;
+  for (let j = 0; j < depth; j++) rest *= trace.decider[j * N + p];
+  return (depth + 1 < d ? rest * (1 - trace.decider[depth * N + p]) : rest).toFixed(4);
 }
 
 /** Formats a probability. One that was rounded to 0 is shown as less than the smallest number. */

@@ -147,6 +147,7 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int])
     return {
         "score": _own_score(header),
         **{name: header[name] for name in names},
+        "output": header.get("output"),
         "exact": header["attention"] != "duo" or trace.max_depth < 2,
         "columns": {name: _packed(values) for name, values in columns.items()},
     }

@@ -6,6 +6,7 @@ M = max_depth, k = top_k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -49,31 +50,33 @@ class Recorder(Policy):
         self.go_prob: list[Tensor] = []  # per pass: the decider's continue probabilities [N]
         self._chunks: list[Tensor] = []  # scores of the current pass
 
-    def __call__(self, state: DepthState) -> Tensor:
-        """Return whether each active token takes another pass, `[n]` bool."""
+    def __call__(self, state: DepthState) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the rule's continue logits, and whether each active token takes another pass, `[n]` bool."""
         self._chunks, capture = [], not self.follow or state.depth > 1
         if capture:
             state = replace(state, map_logits=partial(self._map_and_capture, state))
         go = torch.zeros_like(self.active, dtype=torch.bool)
+        logits = go.float()
         if state.depth < self.most:
-            go = self._ask(state)
+            logits, go = self._ask(state)
         if capture:
             if not self._chunks:  # the rule did not read the logits, so nothing has been scored yet
                 state.map_logits(lambda logits: logits[:, 0])
             self.passes.append((self.active, torch.cat(self._chunks).to(self.target.device)))
         if not self.follow:
             self.depth += go & (self.depth == state.depth)
-            return torch.full_like(go, state.depth < self.most)
+            # Where the rule stops a token for certain, its pass would have no weight in a mixture.
+            return logits.masked_fill(logits == -math.inf, math.inf), torch.full_like(go, state.depth < self.most)
         self.depth[self.active[go]] += 1
         self.active = self.active[go]
-        return go
+        return logits, go
 
-    def _ask(self, state: DepthState) -> Tensor:
+    def _ask(self, state: DepthState) -> tuple[Tensor, Tensor]:
         logits, go = self.rule.decide(state, row=torch.zeros_like(self.active))
         if self.decider is not None:
             decided = logits if self.rule.policy is self.decider else self.decider(state)
             self.go_prob.append(decided.sigmoid().float().to(self.target.device))  # the number that the rule compares
-        return go
+        return logits, go
 
     def _map_and_capture(self, state: DepthState, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
         """Return `map_logits(f)`. The first call also scores the same logits, so the head runs once per pass."""

@@ -29,6 +29,7 @@ from ..core.families import stable_positions
 from ..core.inputs import check_ids
 from ..data.scoring import batches, evaluating
 from ..model import TaHForCausalLM
+from ..names import MIXTURES
 from ..policy import Oracle, Rule
 from ..progress import SILENT, Reporter
 from ..streaming import Pieces
@@ -154,6 +155,7 @@ class _Tracer:
             "confidence_measure": config.confidence_measure if self.policy == "confidence" else None,
             "decider": self.decider is not None,
             "decider_threshold": self.threshold if self.policy == "decider" else config.threshold,
+            **({"output": config.output} if config.output in MIXTURES else {}),
             "final": "run" if self.run_policy else "approximate" if self.duo else "exact",
         }
 
