@@ -35,6 +35,7 @@ from tah.core.quantised import is_packed, is_quantised, is_quantised_layer, plai
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed")
 from torchao.quantization import (  # noqa: E402
+    Int4WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -228,6 +229,19 @@ def test_generation_is_that_of_repeated_forwards(llama, name):
     assert torch.equal(made, wanted)
     never = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, policy="never")
     assert not torch.equal(made, never)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not installed("mslk"), reason="Int4WeightOnlyConfig of torchao needs mslk and a GPU")
+def test_never_equals_the_stock_model_with_int4_kernels_on_a_gpu(llama):
+    def make() -> PreTrainedModel:
+        quantisation = TorchAoConfig(Int4WeightOnlyConfig(group_size=32))
+        options = {"quantization_config": quantisation, "dtype": torch.bfloat16, "device_map": "cuda"}
+        return AutoModelForCausalLM.from_pretrained(llama, **options).eval()
+
+    stock, model, ids = make(), wrap(make()), token_ids(3).to("cuda")
+    assert torch.equal(model(ids, policy="never").logits, stock(ids).logits)
+    assert distance(model(ids, policy="always").logits, stock(ids).logits) > 0.1
 
 
 def test_a_base_that_quantize_changed_in_place(llama):
