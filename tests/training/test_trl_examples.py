@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
         ("hf_trl_sft", "loss of TRL's trainer"),
         ("hf_trl_dpo", "loss of TRL's trainer"),
         ("hf_trl_grpo", "importance ratios differ from 1 by at most"),
+        pytest.param("hf_trl_depth", "with the decisions that were learned", marks=pytest.mark.slow),
     ],
 )
 def test_example(name, printed, capsys):

@@ -1,4 +1,4 @@
-"""TRL's trainers for TaH models: supervised fine-tuning on every depth, and GRPO at given depth.
+"""TRL's trainers for TaH models: supervised fine-tuning on every depth, and GRPO at given and at sampled depth.
 
 `trl.SFTTrainer` and `trl.DPOTrainer` take a TaH model without this module. They train the logits of its last passes,
 and the model's own policy decides in every forward which tokens iterate.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model import TaHForCausalLM
+from ..model import TaHForCausalLM, TrainingPass
+from ..policy import DepthState, Policy
 from .trainer import Meter, Objective
 
 try:
@@ -132,8 +133,20 @@ class GivenDepthGRPOTrainer(trl.GRPOTrainer):
                 "use trl.GRPOTrainer, which decides again in every forward"
             )
         self.generation_config.return_dict_in_generate = True
+        self.rollout_policy: Policy | None = None  # that of the model's configuration
         self._depths = torch.empty(0)  # [B, S] passes of the tokens of the completions that are in use
         self._sequences = torch.empty(0)  # [B, S] their tokens
+        self._prompt_length = 0  # tokens of the longest prompt
+
+    def forward_at(self, depths: Tensor, model: torch.nn.Module, given: dict[str, Any]) -> Any:
+        """Return the output of TRL's forward over rollouts [B, T], at their `depths` [B, T].
+
+        Args:
+            depths: Passes of each token.
+            model: A TaH model, as TRL wraps it.
+            given: Arguments of TRL.
+        """
+        return model(**given, policy="oracle", depth_labels=depths)
 
     # The four methods below are private in TRL 1.16, and GRPOTrainer calls each of them in that version.
 
@@ -143,8 +156,9 @@ class GivenDepthGRPOTrainer(trl.GRPOTrainer):
         generate = model.generate
 
         def recording(*given: Any, **options: Any) -> Tensor:
-            out = generate(*given, **options)
+            out = generate(*given, **options, policy=self.rollout_policy)
             self._depths, self._sequences = out.depth_count.clamp(min=1), out.sequences  # the last token did not run
+            self._prompt_length = options["input_ids"].shape[1]
             return out.sequences
 
         model.generate = recording
@@ -186,11 +200,86 @@ class GivenDepthGRPOTrainer(trl.GRPOTrainer):
         rows = iter(_fit(self._depths, input_ids.shape[1], 1).split(batch_size or len(input_ids)))
 
         def at_given_depth(**given: Any) -> Any:
-            return model(**given, policy="oracle", depth_labels=next(rows))
+            return self.forward_at(next(rows), model, given)
 
         return super()._get_per_token_logps_and_entropies(
             at_given_depth, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
         )
+
+
+class SampledDepthGRPOTrainer(GivenDepthGRPOTrainer):
+    """GRPO of tokens and depths: the decider's decisions are sampled in the rollout, and reinforced like tokens.
+
+    In a rollout a token takes another pass with its continue probability, without a threshold. The log-probability of
+    the decisions at position t is added to that of token t + 1, so TRL's ratio, clipping and KL are those of both. The
+    decisions of the prompt, except those of its last token, are sampled too but not reinforced.
+
+    Reward functions get `depth_count`: for each completion a list with the passes before each of its tokens. A cost per
+    pass is a reward function:
+
+        def cost(depth_count, **kwargs):
+            return [-0.1 * (sum(depths) / len(depths) - 1) for depths in depth_count]
+
+    After the training a threshold of 0.5 gives the more probable decision.
+
+    Args:
+        args: As in `trl.GRPOTrainer`.
+        kwargs: As in `trl.GRPOTrainer`.
+
+    Raises:
+        ImportError: As for `GivenDepthGRPOTrainer`.
+        ValueError: As for `GivenDepthGRPOTrainer`, or the model has no decider.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        decider = tah_model(self.model).decider
+        if decider is None:
+            raise ValueError("there are no decisions to reinforce: the model has no decider; give from_base a decider")
+        self.rollout_policy = Sampled(decider)
+
+    def forward_at(self, depths: Tensor, model: torch.nn.Module, given: dict[str, Any]) -> Any:
+        """Return the output of TRL's forward, with the log-probabilities of the decisions added to those of tokens."""
+        found: list[Tensor] = []  # continue logits [N] after each depth, of the tokens that ran it
+        decider: Any = tah_model(self.accelerator.unwrap_model(model)).decider
+        handle = decider.register_forward_hook(lambda module, args, logits: found.append(logits.float()))
+        try:
+            training = TrainingPass(follow_labels=True, idle=self.model.training)
+            out = model(**given, policy="decider", depth_labels=depths, training=training)
+        finally:
+            handle.remove()
+        ran = given["attention_mask"].bool()
+        chosen = torch.zeros(ran.shape, device=ran.device)
+        for depth, logits in enumerate(found, 1):
+            again = (depths > depth)[ran]
+            each = F.logsigmoid(torch.where(again, logits, -logits))
+            chosen = chosen + chosen.new_zeros(ran.shape).masked_scatter(ran, each.to(chosen))
+            ran = ran & (depths > depth)
+        out.log_probs = out.log_probs + chosen[:, :-1].masked_fill(~out.label_mask, 0)
+        return out
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, ids: Any) -> Tensor:
+        """Return TRL's rewards, of functions that get the depths too. This method is private in TRL 1.16."""
+        first = self._prompt_length - 1  # the last token of each prompt
+        counts = [row[first : first + len(tokens)] for row, tokens in zip(self._depths.tolist(), ids, strict=True)]
+        inputs = [row | {"depth_count": count} for row, count in zip(inputs, counts, strict=True)]
+        return super()._calculate_rewards(inputs, prompts, completions, ids)
+
+
+class Sampled(Policy):
+    """The decisions of a decider, drawn: a token takes another pass with its continue probability.
+
+    Args:
+        decider: The decider of a model.
+    """
+
+    def __init__(self, decider: Any) -> None:
+        self.decider, self.layers = decider, decider.layers
+
+    def __call__(self, state: DepthState) -> Tensor:
+        """Return decisions [N] bool."""
+        probability = self.decider(state).float().sigmoid()
+        return torch.rand_like(probability) < probability
 
 
 def tah_model(model: Any) -> TaHForCausalLM:
