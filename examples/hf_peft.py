@@ -24,6 +24,7 @@ for name, weight in model.named_parameters():
 untouched = copy.deepcopy(model)
 ids = torch.randint(3, 64, (4, 16))
 
+model.requires_grad_(False)  # PEFT 0.19 would train the own LoRA, because of its name, and not save it
 # The decider's layers are linear layers, too. A language-model loss does not reach them, so they get no adapter.
 settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", exclude_modules=r"decider\..*")
 adapted = get_peft_model(model, settings)

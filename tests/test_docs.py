@@ -17,7 +17,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in examples; the tests take the bundled copy
 SITE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments")
+TOP = ("src", "tests", "docs", "examples", "scripts", "benchmark", "experiments", "peer_tests")
 
 
 def page_id(page: Path) -> str:
