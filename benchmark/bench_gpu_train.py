@@ -25,6 +25,7 @@ from transformers import Qwen3Config
 
 from tah.benchmarks.bench_train import HARD, Setup, bench_train
 from tah.benchmarks.measure import save
+from tah.core.lora import Factor
 from tah.markdown import table
 from tah.model import TaHForCausalLM
 from tah.progress import Reporter
@@ -69,7 +70,7 @@ def step_flops(model: TaHForCausalLM, tokens: int, length: int, hard: int = 0) -
     config = model.config.get_text_config(decoder=True)
     weights = {True: 0, False: 0}  # number of LoRA weights, of base weights
     for name, module in model.decoder.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | Factor):
             weights["lora_" in name] += module.weight.numel()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * length * config.num_attention_heads * width * config.num_hidden_layers

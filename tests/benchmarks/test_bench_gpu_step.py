@@ -62,4 +62,5 @@ def test_costs(script):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "bench_gpu_step: this machine has no CUDA GPU\n")
+    message = done.stderr.splitlines()[-1]  # torchao, which transformers imports, warns before
+    assert (done.returncode, done.stdout, message) == (2, "", "bench_gpu_step: this machine has no CUDA GPU")

@@ -136,4 +136,5 @@ def test_texts_have_the_lengths_asked_for(tiny_base):
 def test_gpu_script_refuses_without_a_gpu():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "bench_gpu_train: this machine has no CUDA GPU\n")
+    message = done.stderr.splitlines()[-1]  # torchao, which transformers imports, warns before
+    assert (done.returncode, done.stdout, message) == (2, "", "bench_gpu_train: this machine has no CUDA GPU")

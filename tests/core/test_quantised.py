@@ -414,7 +414,7 @@ def test_a_checkpoint_without_its_base_names_what_is_missing(llama, tmp_path):
     model = wrap(load(llama, "torchao-int8"))
     model.save_pretrained(tmp_path / "made")
     files = {path.name for path in (tmp_path / "made").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors", BASE}
+    assert files == {"config.json", "generation_config.json", "model.safetensors", "README.md", BASE}
     with pytest.raises(
         ValueError, match=r"its base was loaded from a local directory; load it, and pass it: .*base="
     ) as error:
