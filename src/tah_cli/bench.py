@@ -26,6 +26,7 @@ def bench(
         list[str] | None,
         word("dtype", words.BENCH_DTYPES, "Data type: float32 or bfloat16; may be repeated. [default: both]"),
     ] = None,
+    rate: Annotated[float, number("Iterated share of the variant `forced`.", float, 0, 1)] = 0.07,
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Run two rounds of batch 1 and 512 tokens only.")] = False,
     output: OutputOption = None,
@@ -42,7 +43,8 @@ def bench(
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)}
-    result = benchmark.bench(model, dtypes=tuple(dtype or words.BENCH_DTYPES), progress=reporter(), **sizes)
+    dtypes = tuple(dtype or words.BENCH_DTYPES)
+    result = benchmark.bench(model, dtypes=dtypes, rate=rate, progress=reporter(), **sizes)
     _finish(benchmark, result, output, as_json)
 
 

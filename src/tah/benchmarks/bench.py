@@ -25,9 +25,9 @@ PROMPT, NEW = 64, 64  # tokens of prompt and answer in decoding
 
 
 class Forced(Policy):
-    """A policy that runs the model's decider on every token, then ignores it and iterates a fixed 7 % of the tokens.
+    """A policy that runs the model's decider on every token, then ignores it and iterates a fixed share of the tokens.
 
-    In each row, the iterated tokens are 7 % of the first `prompt` positions and 7 % of the later positions, sampled
+    In each row, the iterated tokens are that share of the first `prompt` positions and of the later positions, sampled
     with a fixed seed.
 
     Args:
@@ -35,16 +35,17 @@ class Forced(Policy):
         batch: Number of rows of the input, which has no padding.
         prompt: Number of positions of the prompt.
         new: Number of positions after the prompt.
+        rate: Iterated share.
     """
 
-    def __init__(self, model: TaHForCausalLM, batch: int, prompt: int, new: int) -> None:
+    def __init__(self, model: TaHForCausalLM, batch: int, prompt: int, new: int, rate: float = RATE) -> None:
         self.decider = model.decider
         self.layers = model.decider.layers if model.decider is not None else ()
         generator = torch.Generator().manual_seed(SEED)
         chosen = torch.zeros(batch, prompt + new, dtype=torch.bool)
         for row in range(batch):
             for start, length in ((0, prompt), (prompt, new)):
-                share = round(RATE * length, 6)
+                share = round(rate * length, 6)
                 count = math.ceil(share) if row % 2 == 0 else math.floor(share)  # 5 and 4 of 64 are 7.0 % of two rows
                 chosen[row, start + torch.randperm(length, generator=generator)[:count]] = True
         self.chosen = chosen.to(model.device)
@@ -68,38 +69,41 @@ def load(model: str, dtype: str) -> TaHForCausalLM:
     return load_tah(path, dtype).eval() if kind == "tah" else TaHForCausalLM.from_base(load_base(path, dtype))
 
 
-def _variant(model: PreTrainedModel, variant: str, batch: int, prompt: int, new: int = 0) -> tuple[Any, dict[str, Any]]:
+def _variant(
+    model: PreTrainedModel, variant: str, batch: int, prompt: int, new: int, rate: float
+) -> tuple[Any, dict[str, Any]]:
     """Return the model that runs a variant, and the arguments of its call."""
     if not isinstance(model, TaHForCausalLM):  # a base that is not wrapped
         return model, {}
     if variant == "base":
         return model.base, {}
-    return model, {"policy": Forced(model, batch, prompt, new) if variant == "forced" else variant}
+    return model, {"policy": Forced(model, batch, prompt, new, rate) if variant == "forced" else variant}
 
 
-def decode(model: PreTrainedModel, variant: str, batch: int) -> Callable[..., Any]:
+def decode(model: PreTrainedModel, variant: str, batch: int, rate: float = RATE) -> Callable[..., Any]:
     """Return a function that calls `generate`: greedy, with prompts of 64 tokens and 64 new tokens.
 
     Args:
         model: TaH model or base.
         variant: One of `VARIANTS`.
         batch: Number of prompts.
+        rate: Iterated share of the variant `forced`.
 
     Returns:
         A function that accepts more options of `generate`.
     """
-    runner, given = _variant(model, variant, batch, PROMPT, NEW)
+    runner, given = _variant(model, variant, batch, PROMPT, NEW, rate)
     ids = prompts(model, batch, PROMPT)
     given |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
     return partial(runner.generate, ids, eos_token_id=None, pad_token_id=0, **given)
 
 
-def prefill(model: PreTrainedModel, variant: str, length: int) -> Callable[[], Any]:
+def prefill(model: PreTrainedModel, variant: str, length: int, rate: float = RATE) -> Callable[[], Any]:
     """Return a function that runs one forward over a prompt, with a KV cache and the last token's logits.
 
     `generate` begins with the same forward.
     """
-    runner, given = _variant(model, variant, 1, length)
+    runner, given = _variant(model, variant, 1, length, 0, rate)
     ids = prompts(model, 1, length)
 
     @torch.no_grad()
@@ -143,6 +147,7 @@ def bench(
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
     batches: tuple[int, ...] = (1, 4, 16),
     lengths: tuple[int, ...] = (512, 2048),
+    rate: float = RATE,
     repeats: int = 5,
     progress: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -153,6 +158,7 @@ def bench(
         dtypes: Data types of the weights.
         batches: Batch sizes of decoding.
         lengths: Tokens of the prefill; memory is measured with the last one.
+        rate: Iterated share of the variant `forced`; memory is measured with 7 %.
         repeats: Number of rounds.
         progress: Reporter, which gets a line for each row.
 
@@ -166,7 +172,7 @@ def bench(
         tasks = [(f"decode, batch {batch}", decode, batch, batch * NEW) for batch in batches]
         tasks += [(f"prefill, {length} tokens", prefill, length, length) for length in lengths]
         for task, make, size, tokens in tasks:
-            runs = {name: make(loaded, name, size) for name in VARIANTS}
+            runs = {name: make(loaded, name, size, rate) for name in VARIANTS}
             seconds = alternate({name: timed(run, loaded.device) for name, run in runs.items()}, repeats)
             shares = {name: iterated(run, name, make is decode) for name, run in runs.items()}
             rows += rows_of(dtype, task, seconds, shares, tokens, progress)
@@ -174,7 +180,7 @@ def bench(
         for length in lengths[-1:]:
             peaks = {name: [peak_memory(model, dtype, name, length)] for name in VARIANTS}
             rows += rows_of(dtype, f"memory, {length} tokens", peaks, {}, 0, progress)
-    settings = {"model": model, "prompt": PROMPT, "new": NEW, "rate": RATE, "repeats": repeats}
+    settings = {"model": model, "prompt": PROMPT, "new": NEW, "rate": rate, "repeats": repeats}
     return measure.result_of(settings, rows)
 
 
