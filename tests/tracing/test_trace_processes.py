@@ -71,8 +71,8 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     lines = alone[0].read_bytes().splitlines(keepends=True)
     lines[2:4] = [line.replace(*mark) for line in lines[2:4]]
     assert path.read_bytes() == b"".join(lines) and list(tmp_path.iterdir()) == [path]
-    part.write_bytes(content.replace(b'"top_k":5', b'"top_k":4', 1))
-    with pytest.raises(ValueError, match=r"trace.jsonl.1 is a trace with other settings: top_k=4 \(now 5\); choose"):
+    part.write_bytes(content.replace(b'"dtype":"float32"', b'"dtype":"bfloat16"', 1))
+    with pytest.raises(ValueError, match=r"trace.jsonl.1 is a trace with other settings: dtype=.*bfloat16"):
         Parts(path, load_trace(path).header)
 
 
