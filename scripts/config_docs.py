@@ -22,6 +22,8 @@ ALLOWED = {
     "max_depth": "1 to 1000",
     "mix_topk": ">= 1",
     "next_input": names.NEXT_INPUT,
+    "next_input_width": ">= 1",
+    "decision": names.DECISIONS,
     "attention": names.ATTENTION,
     "output": names.OUTPUT,
     "lora_rank": ">= 0",

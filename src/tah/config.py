@@ -70,8 +70,8 @@ class TaHConfig(PreTrainedConfig):
         policy: Policy: `decider`, `oracle`, `always`, `never`, `confidence` or `random`.
         threshold: Threshold in [0, 1]. A token takes another pass if its continue probability is larger (3).
         decision: `threshold`: a token continues if its continue probability is larger than the threshold (3).
-            `sample`: it continues with its continue probability, drawn by a hash of `random_seed`, position, depth and
-            token id.
+            `sample`: with the policy `decider` it continues with its continue probability, drawn by a hash of
+            `random_seed`, position, depth and token id.
         decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'),
             `{"kind": "tah2", ...}` (of TaH2), or None. `kind` is required; other missing entries have their defaults.
         confidence_measure: Confidence of the policy `confidence`: `probability`, the largest probability, or `entropy`,

@@ -180,9 +180,14 @@ class TaH2Decider(nn.Module):
         """Return continue logits [N]."""
         device, dtype = self.score.weight.device, self.score.weight.dtype
         (hidden,) = (state.hidden[k] for k in self.layers)
-        parts = [state.embeds(), hidden, state.map_pass_logits(self._largest)]
+        parts = (state.embeds(), hidden, state.map_pass_logits(self._largest))
+        chunks = zip(*(part.split(CHUNK) for part in parts), strict=True)
+        return torch.cat([self._logits([part.to(device, dtype) for part in chunk]) for chunk in chunks])
+
+    def _logits(self, parts: list[Tensor]) -> Tensor:
+        """Return continue logits [n] from embeddings, last hidden states and probabilities, [n, D] each."""
         norms = [self.norm_embed, self.norm_hidden, self.norm_probs]
-        x = torch.cat([norm(part.to(device, dtype)) for norm, part in zip(norms, parts, strict=True)], dim=-1)
+        x = torch.cat([norm(part) for norm, part in zip(norms, parts, strict=True)], dim=-1)
         return self.score(self.norm_out(self.mlp(self.proj(x)))).squeeze(-1).float()
 
     def _largest(self, logits: Tensor) -> Tensor:

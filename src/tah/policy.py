@@ -232,6 +232,9 @@ class Rule:
             ValueError: The policy is unknown, or threshold or max_depth are out of range or not one per row.
         """
         policy, threshold, max_depth = self.completed(config).arguments().values()
+        draws = policy == "decider" and config.decision == "sample"
+        if draws and (isinstance(threshold, Tensor) or threshold != config.threshold):
+            raise ValueError("threshold has no effect with decision='sample', which draws the decisions; leave it out")
         if policy == "decider":
             if decider is None:
                 raise ValueError("this model has no decider; give another policy, such as confidence")
@@ -244,7 +247,7 @@ class Rule:
         max_depth = _per_row("max_depth", max_depth, rows, check_max_depth)
         by_row = max_depth if isinstance(max_depth, Tensor) else None
         deepest = 1 if isinstance(policy, Never) else max_depth if by_row is None else int(by_row.max())
-        seed = config.random_seed if config.decision == "sample" else None
+        seed = config.random_seed if draws else None
         return BoundRule(policy, threshold, deepest, by_row, follow_labels, seed)
 
 
@@ -295,7 +298,10 @@ class BoundRule:
             if state.depth_labels is None:
                 raise ValueError("follow_labels needs depth_labels")
             go = torch.where(state.depth_labels == 0, go, state.depth_labels > state.depth)
-        go = go if forced is None else forced.to(row.device)
+        if forced is not None:
+            if not isinstance(forced, Tensor) or forced.dtype != torch.bool or forced.shape != row.shape:
+                raise ValueError(f"the policy returned decisions that are not a bool tensor of [{len(row)}]")
+            go = forced.to(row.device)
         if self.row_depth is not None:  # in a row at its maximum depth there is no decision
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked

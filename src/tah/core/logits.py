@@ -163,7 +163,8 @@ class RunningOutput:
 
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights [N, k] float32 of method.md (4) for `tokens` [N], and the ids [N, k] of their tokens."""
-        return joined([best_of(self.logits(chunk), self.num_best) for chunk in tokens.split(CHUNK)])
+        now = self.so_far()  # the backward must not include later passes
+        return joined([replayed(lambda part: best_of(now.logits(part), self.num_best), t) for t in tokens.split(CHUNK)])
 
 
 def replayed(f: Callable[..., Any], *inputs: Any) -> Any:

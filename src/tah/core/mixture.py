@@ -54,11 +54,29 @@ class Mixture(RunningOutput):
         now.weights = list(self.weights)
         return now
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return log-probabilities [N, V] float32 of `tokens` [N]; without gradients, with little more than them in
+        memory."""
+        if torch.is_grad_enabled() or len(tokens) <= CHUNK:
+            return super().logits(tokens)
+        found: Tensor | None = None
+        for start in range(0, len(tokens), CHUNK):
+            part = super().logits(tokens[start : start + CHUNK])
+            found = part.new_empty(len(tokens), part.shape[-1]) if found is None else found
+            found[start : start + CHUNK] = part
+        assert found is not None
+        return found
+
     def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Return log-probabilities [N, V] float32 of `tokens` [N]."""
-        first, *deeper = [weight.clamp(min=SMALLEST).log()[tokens, None] for weight in self.weights]
-        logp = self.pass_logits(head, 1, tokens).float().log_softmax(-1) + first
+        logp = self.pass_logits(head, 1, tokens).float().log_softmax(-1)
+        if not self.deeper:
+            return logp
+        # The head may be on another device than the tokens.
+        first, *deeper = [w.clamp(min=SMALLEST).log()[tokens, None].to(logp.device) for w in self.weights]
+        logp = logp + first
         for depth, (weight, (hit, at)) in enumerate(zip(deeper, self.found(tokens), strict=True), start=2):
+            hit = hit.to(logp.device)
             own = self.pass_logits(head, depth, at).float().log_softmax(-1) + weight[hit]
             logp = logp.index_put((hit,), torch.logaddexp(logp[hit], own))
         return logp
@@ -112,8 +130,9 @@ def pass_losses(
 
     def note(depth: int, tokens: Tensor, hidden: Tensor) -> None:
         for some, rows in zip(tokens.split(CHUNK), hidden.split(CHUNK), strict=True):
-            each = torch.nn.functional.cross_entropy(running.head(rows).float(), target[some], reduction="none")
-            found[some, depth - 1] = each
+            logits = running.head(rows).float()
+            each = torch.nn.functional.cross_entropy(logits, target[some].to(logits.device), reduction="none")
+            found[some, depth - 1] = each.to(found.device)
 
     everyone = torch.arange(len(target), device=target.device)
     for depth, (tokens, hidden) in enumerate([(everyone, running.total), *running.deeper], start=1):
@@ -144,4 +163,4 @@ def mixture_weights(depth_count: Tensor, continue_logits: Tensor, even: bool) ->
     p = torch.where(depths[:-1] < count, continue_logits.float().sigmoid(), 0.0)  # no pass after the last one
     p = torch.nn.functional.pad(p, (0, 1))
     rest = torch.nn.functional.pad(p[..., :-1].cumprod(-1), (1, 0), value=1.0)
-    return rest * (1 - p)
+    return rest * (1 - p) * (depths <= count)  # the last token of `generate` ran no pass

@@ -60,7 +60,7 @@ class NextInputMLP(nn.Module):
     def forward(self, embeds: Tensor, hidden: Tensor) -> Tensor:
         """Return next inputs [M, D] from token embeddings and last hidden states [M, D]."""
         x = self.proj(torch.cat([self.norm_embed(embeds), self.norm_hidden(hidden)], dim=-1))
-        return self.norm_out(self.mlp(self.norm_pre(x)))
+        return self.norm_out(self.mlp(self.norm_pre(x))).to(embeds.dtype)  # autocast computes in half precision
 
     def reset_parameters(self) -> None:
         """Initialise the weights as the authors' code does."""

@@ -204,6 +204,7 @@ class _Tracer:
             "decider": self.decider is not None,
             "decider_threshold": self.threshold if self.policy == "decider" else config.threshold,
             **({"output": config.output} if config.output in MIXTURES else {}),
+            **({"decision": "sample", "seed": config.random_seed} if config.decision == "sample" else {}),
             "final": "run" if self.run_policy else "approximate" if self.duo else "exact",
         }
 

@@ -50,6 +50,8 @@ def check_tunable(model: str) -> Tunable:
         score = "confidence" if config.confidence_measure == "probability" else "entropy"
     if score not in ("decider", "confidence", "entropy"):
         raise ValueError(f"{model} has the policy {config.policy!r}, which has no threshold")
+    if config.decision == "sample":
+        raise ValueError(f"{model} has decision='sample', which draws its decisions: it has no threshold")
     if config.max_depth < 2:
         raise ValueError(f"{model} has max_depth=1: no token iterates at any threshold")
     return Tunable(Path(path) / "config.json", score)

@@ -59,7 +59,8 @@ def gain_labels(
     asked = torch.zeros_like(cost, dtype=torch.bool)
     boundaries = []
     for depth in range(1, loss.shape[2]):
-        executed = candidates & (count >= depth)
+        ran = supervised & (count >= depth) & ~loss[:, :, depth].isnan()  # no decision in a row at its largest depth
+        executed = candidates & ran
         gain = torch.where(executed, loss[:, :, depth - 1] - loss[:, :, depth], 0)
         share = coverage[min(depth, len(coverage)) - 1]
         bound = _boundary(gather(gain[executed & (gain > 0)].double()), share)
@@ -67,7 +68,7 @@ def gain_labels(
         cost[:, :, depth - 1] = torch.where(
             executed, (gain - bound).abs().clamp(SMALLEST_COST, LARGEST_COST).to(cost), SMALLEST_COST
         )
-        asked[:, :, depth - 1] = supervised & (count >= depth)
+        asked[:, :, depth - 1] = ran
         label = label + hard
         candidates = hard
         boundaries.append(bound)

@@ -345,21 +345,34 @@ class Recipe(Part):
             raise ValueError(f"backbone.loss_weights={weights} leave no loss at depth {depths[0]} of depth_schedule")
 
     def _check_tah2(self) -> None:
-        if self.backbone.method != "tah2":
+        backbone = self.backbone
+        if backbone.method != "tah2":
+            if given := sorted({"coverage", "decider_weight"} & backbone.model_fields_set):
+                raise ValueError(f"backbone.{given[0]} is for method tah2, not {backbone.method}; drop it")
             return
         if self.decider is not None:
             raise ValueError("backbone.method=tah2 trains the decider together with the backbone; set decider=null")
-        if self.model.get("decider", {}) is None:
-            raise ValueError("backbone.method=tah2 trains a decider, and model.decider is null; drop that line")
+        if (self.model.get("decider") or {}).get("kind") != "tah2":
+            raise ValueError("backbone.method=tah2 trains a decider of kind tah2; set model.decider={kind: tah2}")
         if self.model.get("output", "sum") not in MIXTURES:
             raise ValueError(f"backbone.method=tah2 needs model.output={' or '.join(MIXTURES)}")
-        if not self.backbone.coverage:
-            raise ValueError("backbone.coverage=[] must have at least one number, such as 0.99")
+        if self.model.get("attention") == "blind":
+            raise ValueError("backbone.method=tah2 has no blind control; set model.attention to duo or own")
+        if backbone.loss_weights is not None:
+            raise ValueError("backbone.loss_weights has no place in method tah2, whose loss is that of the mixture")
+        if not 1 <= len(backbone.coverage) < self.max_depth:
+            raise ValueError(f"backbone.coverage={backbone.coverage} must be one number, or one per depth but the last")
+        if self.controls.equal_compute:
+            raise ValueError("controls.equal_compute does not count the side passes of method tah2; set it to false")
 
     def _check_decider(self) -> None:
         decider, method = self.decider, self.backbone.method
         if decider is None:
             return
+        if self.model.get("decision", "threshold") == "sample":
+            raise ValueError(
+                "the decider stage chooses a threshold, and model.decision=sample has none; drop one of them"
+            )
         if self.model.get("decider", {}) is None:
             raise ValueError("the decider stage has nothing to train: model.decider is null; set decider=null too")
         if not self.uses_labels and not self.by_gain:
@@ -384,7 +397,7 @@ class Recipe(Part):
             raise ValueError(f"backbone.uncertain=true is for {', '.join(BY_GAIN)}, not {backbone.method}")
         if backbone.share == 1 and backbone.method == "random":
             raise ValueError("backbone.method=random needs backbone.share below 1; iterating all tokens is `always`")
-        if backbone.train == "lora" and self.model.get("lora_rank") == 0:
+        if backbone.train == "lora" and self.model.get("lora_rank") == 0 and backbone.method != "tah2":
             raise ValueError("backbone.train=lora with model.lora_rank=0 leaves nothing to train")
         if backbone.train == "lora" and backbone.method == "standard":
             raise ValueError("backbone.train=lora with method=standard trains nothing: the adapter is off at depth 1")

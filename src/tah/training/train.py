@@ -240,9 +240,13 @@ def prepare_model(recipe: Recipe, stage: Stage, output: Path) -> tuple[TaHForCau
     torch.manual_seed(recipe.seed)  # LoRA, decider and linear maps start with random values
     if kind == "tah":
         model = load_tah(path, recipe.base.dtype)
+        if backbone.method == "tah2":
+            model = _as_tah2(recipe, model)
         check_fields(recipe, model.config, path)
     else:
         model = TaHForCausalLM.from_base(load_base(path, recipe.base.dtype), **fields_of(recipe))
+    if backbone.method == "tah2":
+        model.config.threshold = TaHConfig.threshold  # of the decisions in training, whatever a checkpoint had
     everything = backbone.train == "all"
     if everything and is_quantised(model.base):
         raise ValueError(f"{path} is quantised, so its weights cannot be trained; set backbone.train: lora")
@@ -261,6 +265,17 @@ def _base_of(source: Path, recipe: Recipe, output: Path) -> str | None:
         return None
     path, kind = find(recipe.backbone.init or recipe.base_path(output))
     return path if kind == "base" else None
+
+
+def _as_tah2(recipe: Recipe, model: TaHForCausalLM) -> TaHForCausalLM:
+    """Return a TaH model as a TaH2 model. Unless it is one already, only the weights of its depth 1 are kept."""
+    fields = fields_of(recipe)
+    config = TaHConfig(base_config=model.config.base_config, **fields)
+    if all(getattr(model.config, name) == getattr(config, name) for name in fields if name != "policy"):
+        return model
+    base = type(model.base)(model.config.base_config).to(model.dtype)
+    base.load_state_dict({name: x for name, x in model.base.state_dict().items() if ".lora_" not in name})
+    return TaHForCausalLM.from_base(base, **fields)
 
 
 def fields_of(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,6 @@ class Objective:
         }[self.method]
         if self.method == "standard":
             given["max_depth"] = 1
-        if self.method == "tah2":
-            given["side_passes"] = True
         if self.method == "confidence":
             given["threshold"] = self._threshold
         return given
@@ -196,7 +194,10 @@ class Objective:
         """
         step = state.global_step
         depth = self.depth_at(step / max(1, state.max_steps))
-        out = model(**self.arguments(batch, step, depth, shared), num_items_in_batch=items)
+        given = self.arguments(batch, step, depth, shared)
+        if self.method == "tah2" and model.training:
+            given["training"] = replace(given["training"], side_passes=True)
+        out = model(**given, num_items_in_batch=items)
         if self.stage == "decider":
             return self.decider_loss(out, batch, items), out
         if self.method == "tah2" and model.training:

@@ -268,7 +268,7 @@ def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, 
     for share in SHARES:
         policies: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": Random(share)}
         for name, policy in policies.items():
-            if name in scores:
+            if name in scores and not (name == "decider" and model.config.decision == "sample"):
                 threshold = 0.5 if name == "random" else threshold_for_share(scores[name].probability, share)
                 its = score_tokens(model, test.rows, pad, Rule(policy, threshold))
                 found.append({"policy": name, **_against_never(its, scores["never"])})
@@ -289,7 +289,7 @@ def _against_never(its: TokenScores, never: TokenScores) -> dict[str, Any]:
 
 def _finding(recipe: Recipe, test: TestSet, scores: Mapping[str, TokenScores]) -> dict[str, dict[str, Any]]:
     """Return how well the decider and the entropy rank the tokens that should iterate; empty if there is no target."""
-    if recipe.by_gain:
+    if recipe.by_gain or recipe.backbone.method == "tah2":
         gain = recipe.decider.gain if recipe.decider is not None else Decider().gain
         wanted = scores["never"].loss - scores["always"].loss > gain
     elif test.ranks is not None:
