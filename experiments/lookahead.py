@@ -204,6 +204,11 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     entropy = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
     mixed = 2 * head if model.config.next_input == "topk" else 0  # the next input: logits, and a sum of embeddings
     again = MADE * share * (variant.depth - 1)
+    if variant.method == "tah2":
+        # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
+        # gradients. The decider reads the logits of every token.
+        again = length * share + MADE * (1 - share) / 3
+        entropy = head * length
     return 6 * (body * length + head * MADE + entropy + again * (body + maps + head + mixed))
 
 
