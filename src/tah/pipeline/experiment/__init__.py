@@ -1,1 +1,1 @@
-"""The embedded experiment, recipes `tiny` and `tiny-lookahead`: its data, baselines and report."""
+"""The embedded experiment, recipes `tiny`, `tiny-paper`, `tiny-lookahead` and `tiny-tah2`: data, baselines and report."""
