@@ -1,1 +1,1 @@
-"""The embedded experiment, recipes `tiny`, `tiny-paper`, `tiny-lookahead` and `tiny-tah2`: data, baselines and report."""
+"""The embedded experiment: data, baselines and report of the recipes whose names begin with `tiny`."""

@@ -4,8 +4,8 @@ Three levels of two places each, for example, give the line and the text
 
     e3>e5 e5>e5 e1>e3 e2>e2 e4>e0 e0>e2 e1    ->    the value is Answer: e1 e5
 
-`e5>e5` leads to itself, so `e5` is an answer. From `e3` one arrow leads to an answer, from `e1` two. Of the seven tokens
-of the text (with its end), only the last place is hard. Every place and every arrow is one token.
+`e5>e5` leads to itself, so `e5` is an answer. From `e3` one arrow leads to an answer, from `e1` two. Of the seven
+tokens of the text, with its end, only the last place is hard. Every place and every arrow is one token.
 """
 
 from __future__ import annotations
