@@ -160,7 +160,7 @@ def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     [
         ({"max_term": 3}, "data.generate.max_term is unknown; did you mean max_terms?"),
         ({"min_terms": 5}, "data.generate.min_terms=5 is more than max_terms=4"),
-        ({"task": "sum"}, "data.generate.task='sum' is unknown; did you mean sums?"),
+        ({"task": "sum"}, "data.generate.task='sum' is unknown; did you mean sums? choose from sums, arrows"),
         ({"train": 0}, "data.generate.train=0: must be greater than or equal to 1"),
         ({"train": "many"}, "data.generate.train='many': must be a valid integer"),
     ],

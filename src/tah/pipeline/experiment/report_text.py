@@ -253,7 +253,7 @@ def draw(found: Numbers, directory: Path) -> None:
 
     with styled():
         if answers := {name: found["answers"][name]["exact_match"] for name in ROWS if name in found["answers"]}:
-            figure, axes = new_chart()
+            figure, axes = new_chart(width=max(6.4, 1.15 * len(answers)))
             shares = [100 * entry["share"] for entry in answers.values()]
             ends = [[100 * entry["interval"][end] for entry in answers.values()] for end in (0, 1)]
             errors = [[abs(end - share) for end, share in zip(side, shares, strict=True)] for side in ends]

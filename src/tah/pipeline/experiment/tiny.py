@@ -193,8 +193,9 @@ def check_sections(recipe: Recipe) -> None:
 def read_generate(recipe: Recipe) -> Arrows | Sums:
     """Return the checked section `data.generate`."""
     settings = recipe.data.generate
-    kind = Arrows if settings is not None and settings.get("task") == "arrows" else Sums
-    return validated(kind, settings, "data.generate")
+    if settings is not None and settings.get("task") == "arrows":
+        return validated(Arrows, settings, "data.generate")
+    return validated(Sums, settings, "data.generate")
 
 
 def read_scratch(recipe: Recipe) -> Scratch:
