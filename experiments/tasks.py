@@ -27,7 +27,8 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tah.pipeline.experiment.tiny import SPECIAL, as_fast
+from tah.pipeline.experiment import arrows
+from tah.pipeline.experiment.tiny import SPECIAL, word_tokenizer
 
 LEAD = ("the", "value", "is", "Answer:")
 MADE = len(LEAD) + 3  # supervised tokens of a row: lead, last word of the line, answer, end
@@ -94,19 +95,13 @@ class Task:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return a tokenizer with one token per word and the chat template of `tah run tiny`."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-
         states, variables = ([f"{letter}{number}" for number in range(count)] for letter, count in _WORDS[self.name])
         words = [*states, *variables]
         if self.name == "chain":
             words += [f"{variable}={word}" for variable in variables for word in [*variables, *states]]
         if self.name in ("hops", "follow"):
             words += [f"{one}>{other}" for one in states for other in states]
-        vocabulary = {word: at for at, word in enumerate([*SPECIAL, *LEAD, *words])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.add_special_tokens(list(SPECIAL))
-        return as_fast(tokenizer)
+        return word_tokenizer([*LEAD, *words])
 
 
 def split_of(line: str, steps: int) -> str:
@@ -180,19 +175,10 @@ def follow(longest: int, fixed: random.Random) -> Draw:
     The line does not contain the number of lookups: the first lookup may or may not reach the answer.
     """
 
+    widths = [ROOTS, *[(PLACES - ROOTS) // longest] * longest]
+
     def draw(rng: random.Random, steps: int) -> tuple[list[str], str]:
-        order = rng.sample(range(PLACES), PLACES)
-        width = (PLACES - ROOTS) // longest
-        levels = [order[:ROOTS], *(order[ROOTS + at * width :][:width] for at in range(longest))]
-        next_ = {root: root for root in levels[0]}
-        for above, level in zip(levels, levels[1:], strict=False):
-            next_ |= {place: rng.choice(above) for place in level}
-        facts = [f"e{place}>e{target}" for place, target in next_.items()]
-        rng.shuffle(facts)
-        start = at = rng.choice(levels[steps])
-        for _ in range(steps):
-            at = next_[at]
-        return [*facts, f"e{start}"], f"e{at}"
+        return arrows.follow(rng, PLACES, widths, steps)
 
     return draw
 

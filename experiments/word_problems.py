@@ -6,7 +6,7 @@
 
 Half of the problems are short ones of reasoning-gym's `gsm_symbolic`: problems like those of GSM8K with new names and
 numbers. 19 of its 100 kinds are short enough. Only the last line is changed, to "Answer: N". The other half are the
-written-out sums of `tah run tiny`. The names of its variables identify a kind. A tenth of the kinds is held out:
+written-out sums of `tah run tiny-paper`. The names of its variables identify a kind. A tenth of the kinds is held out:
 
     train.jsonl, validation.jsonl    sums and kinds of the training
     sums.jsonl, test.jsonl           held-out sums; the same kinds, with other names and numbers
@@ -27,7 +27,8 @@ from typing import Any
 
 import reasoning_gym
 
-from tah.pipeline.experiment.tiny import Generate, distinct_rows
+from tah.pipeline.experiment.sums import Sums
+from tah.pipeline.experiment.tiny import distinct_rows
 
 SUFFIX = " Give the result as your final answer. Do not include units."
 SIZES = {"test": 200, "new_kinds": 200, "sums": 200, "validation": 120, "train": 3000}
@@ -68,9 +69,7 @@ def held_out(kind: str) -> bool:
 
 def sums(seed: int, count: int) -> Iterator[dict[str, Any]]:
     """Yield `count` different sums of two to four numbers below 100, with their working."""
-    settings = Generate(
-        train=1, validation=1, test=1, min_terms=2, max_terms=4, min_digits=1, max_digits=2, negative=False
-    )
+    settings = Sums(train=1, validation=1, test=1, min_terms=2, max_terms=4, min_digits=1, max_digits=2, negative=False)
     for row in distinct_rows(settings, seed, count):
         question, working = (message["content"] for message in row["messages"])
         yield chat(f"What is {question.removesuffix(' =')}?", working, row["answer"])

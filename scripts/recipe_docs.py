@@ -38,9 +38,9 @@ those of the [configuration](config.md). Methods of `backbone.method`: {", ".joi
 CLOSING = """\
 ## Generated data and bases from scratch
 
-`src/tah/recipes/tiny.yaml` contains every field of `base.scratch` (sizes of a Llama, and its training) and of
-`data.generate` (the
-sums), with comments.
+`src/tah/recipes/tiny.yaml` contains every field of `base.scratch` (sizes of a Llama, its tokenizer and its training)
+and of `data.generate` for `task: arrows`, with comments. `tiny-paper.yaml` contains those of `task: sums`. That is the
+task if the field is missing.
 """
 
 

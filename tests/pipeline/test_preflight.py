@@ -36,7 +36,7 @@ def test_the_reference_is_looked_for_before_anything_is_made(capsys, tmp_path, v
     LlamaConfig(max_position_embeddings=16, hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "short")
     before = sorted(tmp_path.rglob("*"))
     reference = reference.format(tmp=tmp_path)
-    line = one_line(capsys, verb, "tiny", f"label.reference={reference}", "--output", "made")
+    line = one_line(capsys, verb, "tiny-paper", f"label.reference={reference}", "--output", "made")
     assert "label.reference=" in line and all(word in line for word in words), line
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -45,6 +45,6 @@ def test_a_reference_that_is_there_is_let_through(tmp_path, tiny_base):
     from tah.pipeline.preflight import check_labelling
     from tah.training.recipe_file import load_recipe
 
-    recipe = load_recipe("tiny", [f"label.reference={tiny_base}", "data.max_length=64"])
+    recipe = load_recipe("tiny-paper", [f"label.reference={tiny_base}", "data.max_length=64"])
     check_labelling(recipe, tmp_path)
-    check_labelling(load_recipe("tiny", []), tmp_path)  # trained by the recipe itself
+    check_labelling(load_recipe("tiny-paper", []), tmp_path)  # trained by the recipe itself

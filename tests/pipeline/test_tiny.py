@@ -1,4 +1,4 @@
-"""The embedded experiment: its data, the whole chain in miniature, and what its report says."""
+"""The embedded experiment with the task `sums`: its data, the whole chain in miniature, and what its report says."""
 
 from __future__ import annotations
 
@@ -24,14 +24,8 @@ from tah.pipeline.experiment.baselines import equal_steps
 from tah.pipeline.experiment.report import paired, write_report
 from tah.pipeline.experiment.report_text import as_markdown, statements
 from tah.pipeline.experiment.scores import answer_of, proportion, score_answers, score_tokens
-from tah.pipeline.experiment.tiny import (
-    Generate,
-    check_disjoint,
-    digest,
-    distinct_rows,
-    make_tokenizer,
-    write_data,
-)
+from tah.pipeline.experiment.sums import Sums
+from tah.pipeline.experiment.tiny import check_disjoint, digest, distinct_rows, make_tokenizer, write_data
 from tah.pipeline.run import Run
 from tah.pipeline.steps import chain as chain_of
 from tah.pipeline.steps import run
@@ -70,15 +64,15 @@ FILES = {
 }
 
 
-def settings(**changed) -> Generate:
+def settings(**changed) -> Sums:
     sizes = {"train": 30, "validation": 5, "test": 5}
     shape = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2, "negative": False}
-    return Generate(**sizes | shape | changed)
+    return Sums(**sizes | shape | changed)
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return load_recipe("tiny", MINIATURE)
+    return load_recipe("tiny-paper", MINIATURE)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,7 @@ def chain(recipe, tmp_path_factory) -> Path:
 
 def test_the_command_says_where_the_report_is(chain, tmp_path, capfd):
     shutil.copytree(chain, tmp_path / "run")
-    assert command(["run", "tiny", *MINIATURE, "--output", str(tmp_path / "run")]) == 0
+    assert command(["run", "tiny-paper", *MINIATURE, "--output", str(tmp_path / "run")]) == 0
     told = capfd.readouterr()
     assert told.out.splitlines() == [str(tmp_path / "run" / "decider")]
     assert told.err.splitlines()[-1] == f"tah: report: {tmp_path / 'run' / 'report' / 'report.md'}"
@@ -155,7 +149,9 @@ def test_too_few_questions():
 
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match=r"^data.source=tiny needs reasoning-gym: pip install 'tah\[train,tiny\]'$"):
+    with pytest.raises(
+        ValueError, match=r"^data.generate.task=sums needs reasoning-gym: pip install 'tah\[train,tiny\]'$"
+    ):
         next(distinct_rows(settings(), 0, 1))
 
 
@@ -164,6 +160,7 @@ def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     [
         ({"max_term": 3}, "data.generate.max_term is unknown; did you mean max_terms?"),
         ({"min_terms": 5}, "data.generate.min_terms=5 is more than max_terms=4"),
+        ({"task": "sum"}, "data.generate.task='sum' is unknown; did you mean sums? choose from sums, arrows"),
         ({"train": 0}, "data.generate.train=0: must be greater than or equal to 1"),
         ({"train": "many"}, "data.generate.train='many': must be a valid integer"),
     ],
@@ -186,7 +183,7 @@ def test_a_wrong_base_is_told_before_data_is_made(tmp_path, recipe):
 
 def test_a_missing_setting_is_named():
     with pytest.raises(ValueError, match="^data.generate.test is required"):
-        validated(Generate, {"train": 3, "validation": 3}, "data.generate")
+        validated(Sums, {"train": 3, "validation": 3}, "data.generate")
 
 
 def test_tokenizer_keeps_digits_apart_and_marks_what_is_said():
@@ -248,7 +245,7 @@ def slow(self, *args, **kwargs):
     time.sleep(0.3)
     return real(self, *args, **kwargs)
 TaHTrainer.compute_loss = slow
-run(load_recipe("tiny", sys.argv[2:]), Path(sys.argv[1]))
+run(load_recipe("tiny-paper", sys.argv[2:]), Path(sys.argv[1]))
 """
 
 
@@ -265,7 +262,7 @@ def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
     done = int(last_checkpoint(work).name.rpartition("-")[2])
     real, steps, notes = TaHTrainer.training_step, [], []
     monkeypatch.setattr(TaHTrainer, "training_step", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
-    recipe = load_recipe("tiny", overrides)
+    recipe = load_recipe("tiny-paper", overrides)
     Run(recipe, directory, chain_of(recipe), Notes(notes)).make(["base"])
     assert notes == ["data: done before", "base: continues"] and 0 < len(steps) == TRAINING["max_steps"] - done
     assert {path.name for path in (directory / "base").iterdir()} >= FILES["base"] - {"work"}
@@ -276,7 +273,7 @@ def test_a_killed_base_goes_on(chain, tmp_path, monkeypatch):
 
 def test_controls_are_further_models_and_rows(chain, tmp_path):
     shutil.copytree(chain, tmp_path / "run")
-    wanted = load_recipe("tiny", [*MINIATURE, "controls.equal_compute=true", "controls.blind=true"])
+    wanted = load_recipe("tiny-paper", [*MINIATURE, "controls.equal_compute=true", "controls.blind=true"])
     notes = []
     run(wanted, tmp_path / "run", Notes(notes))
     done = [f"{name}: done before" for name in "data base reference label backbone decider".split()]
@@ -295,8 +292,12 @@ def test_controls_are_further_models_and_rows(chain, tmp_path):
     assert json.loads(lines[-1])["step"] == steps
 
     found = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
-    assert set(found["answers"]) == {"standard", "standard_compute", "never", "always", "decider", "blind"}
-    assert set(found["tokens"]["decider"]) >= {"minus_standard", "minus_standard_compute", "minus_never"}
+    assert set(found["answers"]) == {
+        *("standard", "standard_compute", "never", "always", "decider", "confidence", "random", "blind")
+    }
+    assert set(found["tokens"]["decider"]) >= {
+        f"minus_{name}" for name in ("standard", "standard_compute", "never", "blind")
+    }
     assert found["tokens"]["blind"]["fixed"] is None and found["equal_compute_steps"] == steps
     blind = load_tah(str(tmp_path / "run" / "blind" / "decider"))
     assert (blind.config.attention, blind.config.policy) == ("blind", "decider")
@@ -417,10 +418,8 @@ def test_the_first_line_follows_the_numbers(chain, interval, word):
 def test_report_is_consistent(chain):
     found = json.loads((chain / "report" / "report.json").read_text())
     tokens, answers = found["tokens"], found["answers"]
-    assert set(tokens) == {
-        *("standard", "never", "always", "decider", "confidence", "random", "oracle", "second_choice")
-    }
-    assert set(answers) == {"standard", "never", "always", "decider"}
+    assert set(answers) == {"standard", "never", "always", "decider", "confidence", "random"}
+    assert set(tokens) == {*answers, "oracle", "second_choice", "second_choice_of_policy"}
     assert tokens["never"]["iterated_share"] == 0 and tokens["always"]["iterated_share"] == 1
     assert tokens["oracle"]["iterated_share"] == pytest.approx(found["test"]["hard_share"])
     for name in ("decider", "always", "oracle", "random"):
@@ -448,12 +447,12 @@ def test_mistakes_are_found_before_anything_is_moved(override, message, tmp_path
     from tah.pipeline.steps import run
 
     with pytest.raises(ValueError, match=message):
-        run(load_recipe("tiny", [override]), tmp_path / "run", SILENT)
+        run(load_recipe("tiny-paper", [override]), tmp_path / "run", SILENT)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_base_from_scratch_needs_generated_data():
     with pytest.raises(ValueError, match="base.scratch is trained on generated data"):
-        load_recipe("tiny", ["data.generate=null", "data.source=mine.jsonl"])
+        load_recipe("tiny-paper", ["data.generate=null", "data.source=mine.jsonl"])
     with pytest.raises(ValueError, match="output"):
-        load_recipe("tiny", ["output=''"])
+        load_recipe("tiny-paper", ["output=''"])

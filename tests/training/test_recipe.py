@@ -40,7 +40,7 @@ def file(tmp_path) -> Path:
 
 def test_the_recipes_are_there():
     named = {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "llama-3.2-1b", "smollm2-135m", "smollm2-135m-lookahead"}
-    assert named <= set(RECIPE_FILES)
+    assert named | {"tiny", "tiny-paper", "tiny-lookahead", "tiny-tah2"} <= set(RECIPE_FILES)
 
 
 @pytest.mark.parametrize("name", RECIPE_FILES)

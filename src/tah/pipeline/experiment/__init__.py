@@ -1,1 +1,1 @@
-"""The embedded experiment, recipes `tiny` and `tiny-lookahead`: its data, baselines and report."""
+"""The embedded experiment: data, baselines and report of the recipes whose names begin with `tiny`."""

@@ -30,14 +30,14 @@ from ...training.label import label
 from ...training.recipe import Backbone, Recipe
 from ...training.run_files import read_metrics
 from ...training.train import Rows, train
-from .tiny import make_tokenizer, read_scratch
+from .tiny import SPLITS, make_tokenizer, read_scratch, word_tokenizer
 
 FORWARD, TRAINED = 1, 3  # cost of a pass without and with gradients (Kaplan et al. 2020, section 2.1)
 EVERYWHERE = ("always", "random", "confidence")  # methods in which prompt tokens iterate too
 
 
 def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
-    """Make `run/base`: a tokenizer trained on the texts, and a Llama trained on them from random weights.
+    """Make `run/base`: a tokenizer for the texts, and a Llama trained on them from random weights.
 
     Args:
         recipe: Recipe of the run, with section `base.scratch`.
@@ -48,10 +48,15 @@ def train_base(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
         ValueError: A setting is wrong.
     """
     scratch = read_scratch(recipe)
-    texts = load_rows(str(run / "data" / "train.jsonl"))
-    tokenizer = make_tokenizer((message["content"] for row in texts for message in row["messages"]), scratch.vocab_size)
+    words = scratch.tokenizer == "words"  # every word of every split, so that no word is unknown
+    files = [run / "data" / f"{split}.jsonl" for split in (SPLITS if words else ("train",))]
+    texts = (message["content"] for file in files for row in load_rows(str(file)) for message in row["messages"])
+    if words:
+        tokenizer = word_tokenizer(sorted({word for text in texts for word in text.split()}))
+    else:
+        tokenizer = make_tokenizer(texts, scratch.vocab_size)
     config = LlamaConfig(
-        **scratch.model_dump(exclude={"training", "vocab_size"}),
+        **scratch.model_dump(exclude={"training", "tokenizer", "vocab_size"}),
         vocab_size=len(tokenizer),
         num_key_value_heads=scratch.num_attention_heads,
         tie_word_embeddings=True,

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ...data.data_files import COMPLETE
 from ...data.rows import depth_labels, load_rows
 from ...load import load_base, load_tah, load_tokenizer, parameter_counts
 from ...model import TaHForCausalLM
-from ...policy import Confidence, Random, Rule
+from ...policy import Confidence, DepthState, Rule
 from ...progress import SILENT, Reporter
 from ...stats.bootstrap import Estimate, Resampled, ranking
 from ...stats.threshold import threshold_for_share
@@ -34,7 +36,7 @@ from .scores import TokenScores, proportion, score_answers, score_tokens
 
 SHARES = (0.03, 0.1, 0.2)  # iterated shares of the sweep
 SAMPLES = 2000  # bootstrap samples of the rows for an interval
-BASELINES = ("standard", "standard_compute", "never")
+BASELINES = ("standard", "standard_compute", "never", "blind")
 OTHERS = (
     "standard",
     "standard_compute",
@@ -105,8 +107,11 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
     scores = {name: score_tokens(of.to(device), test.rows, pad, rule) for name, (of, rule) in models.items()}
     sweep, finding = [], {}
     if model.config.max_depth > 1:
-        scores |= _controls(model, test, pad, scores[own], recipe.seed)
-        sweep, finding = _sweep(model, test, pad, scores), _finding(recipe, test, scores)
+        rules = _controls(model, test, pad, scores[own], recipe.seed)
+        controls = {name: (model, rule) for name, rule in rules.items() if name not in models}
+        scores |= {name: score_tokens(model, test.rows, pad, rule) for name, (_, rule) in controls.items()}
+        sweep, finding = _sweep(model, test, pad, scores, recipe.seed), _finding(recipe, test, scores)
+        models |= {name: control for name, control in controls.items() if name != "oracle"}  # answers have no labels
     answers = {}
     if test.questions:
         generated = {name: score_answers(of, tokenizer, test.questions, rule) for name, (of, rule) in models.items()}
@@ -128,7 +133,7 @@ def gather(recipe: Recipe, run: Path, final: Path, work: Path) -> dict[str, Any]
             "tokens": len(scores["never"].right),
             "hard_share": None if test.ranks is None else float(_hard(test).mean()),
         },
-        "tokens": _compare_tokens(scores, test.ranks),
+        "tokens": _compare_tokens(scores, own, test.ranks),
         "answers": answers,
         "sweep": sweep,
         "finding": finding,
@@ -162,17 +167,31 @@ def _plain(directory: Path, recipe: Recipe) -> TaHForCausalLM:
     return TaHForCausalLM.from_base(base, max_depth=1, lora_rank=0, decider=None, policy="never")
 
 
-def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, TokenScores]:
-    """Return scores of `confidence` and `random` at the iterated share of the model's own policy, and of `oracle`."""
+def _controls(model: TaHForCausalLM, test: TestSet, pad: int, own: TokenScores, seed: int) -> dict[str, Rule]:
+    """Return `confidence` and `random` at the iterated share of the model's own policy, and `oracle` with labels."""
     share = float((own.passes > 1).mean())
     unsure = score_tokens(
         model, test.rows, pad, Rule(Confidence("entropy"), 1.0)
     )  # the threshold 1.0 lets no token iterate
     threshold = threshold_for_share(unsure.probability, share)
-    rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(Random(share, seed))}
+    rules = {"confidence": Rule(Confidence("entropy"), threshold), "random": Rule(_at_random(share, seed))}
     if test.ranks is not None:
         rules["oracle"] = Rule("oracle")
-    return {name: score_tokens(model, test.rows, pad, rule) for name, rule in rules.items()}
+    return rules
+
+
+def _at_random(share: float, seed: int) -> Callable[[DepthState], Tensor]:
+    """Return a policy that draws a share of the tokens.
+
+    The policy `random` is a hash of position and token. In rows that all have the same form, it chooses the same
+    positions in every row.
+    """
+    draws = torch.Generator().manual_seed(seed)
+
+    def choose(state: DepthState) -> Tensor:
+        return (torch.rand(state.positions.shape, generator=draws) < share).to(state.positions.device)
+
+    return choose
 
 
 def test_set(recipe: Recipe, run: Path, work: Path, tokenizer: Any) -> TestSet:
@@ -222,18 +241,27 @@ def _hard(test: TestSet) -> np.ndarray:
 # -- comparisons -----------------------------------------------------------------------------------------------------
 
 
-def _compare_tokens(scores: Mapping[str, TokenScores], ranks: np.ndarray | None) -> dict[str, dict[str, Any]]:
+def _compare_tokens(scores: Mapping[str, TokenScores], own: str, ranks: np.ndarray | None) -> dict[str, dict[str, Any]]:
     """Return per policy: accuracy, loss, iterated shares, differences to the baselines, corrected and broken tokens.
 
     Corrected and broken tokens are counted against policy `never`.
+
+    Args:
+        scores: Scores by policy.
+        own: Name of the model's own policy.
+        ranks: Ranks of the tokens under the reference model, `[n]`.
     """
     never, rows = scores["never"], Resampled(scores["never"].row, SAMPLES)
+    right = {name: its.right for name, its in scores.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, its in scores.items():
-        found[name] = _against_never(its, never)
+        found[name] = _against_never(its, never) | _minus(name, right, rows)
         if name in OTHERS:
             found[name] |= {"fixed": None, "broke": None}
-        found[name] |= _minus(name, {other: entry.right for other, entry in scores.items()}, rows)
+    if own != "never":
+        second = np.where(scores[own].passes > 1, never.rank == 1, never.right)
+        change = _minus("second_choice_of_policy", right | {"second_choice_of_policy": second}, rows)
+        found["second_choice_of_policy"] = {"accuracy": float(second.mean()), "iterated_share": 0.0} | change
     if ranks is not None:  # uses the oracle's labels, but runs no second pass
         found["second_choice"] = {"accuracy": float((ranks <= 1).mean()), "iterated_share": 0.0}
     return found
@@ -262,11 +290,14 @@ def paired(a: np.ndarray, b: np.ndarray, rows: Resampled) -> Estimate:
     return rows.estimate(rows.mean(a.astype(float) - b))
 
 
-def _sweep(model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, TokenScores]) -> list[dict[str, Any]]:
+def _sweep(
+    model: TaHForCausalLM, test: TestSet, pad: int, scores: Mapping[str, TokenScores], seed: int
+) -> list[dict[str, Any]]:
     """Return token accuracy at the iterated shares SHARES by policy `decider`, `confidence` and `random`."""
     found = []
     for share in SHARES:
-        policies: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": Random(share)}
+        random = _at_random(share, seed)
+        policies: dict[str, Any] = {"confidence": Confidence("entropy"), "decider": "decider", "random": random}
         for name, policy in policies.items():
             if name in scores and not (name == "decider" and model.config.decision == "sample"):
                 threshold = 0.5 if name == "random" else threshold_for_share(scores[name].probability, share)

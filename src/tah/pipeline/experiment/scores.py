@@ -33,7 +33,7 @@ class TokenScores:
     """Teacher-forced predictions of the supervised tokens, in the order of the rows.
 
     Args:
-        right: Whether the most probable token is the text's, `[n]` bool.
+        rank: Rank of the text's token, `[n]` int64; 0 is the most probable token.
         loss: Cross-entropy in nats, `[n]`.
         passes: Number of passes, `[n]` int64.
         probability: Continue probability after depth 1, `[n]`; NaN without a decision.
@@ -41,12 +41,17 @@ class TokenScores:
         share_of_all: Iterated share of all tokens, prompts included.
     """
 
-    right: np.ndarray
+    rank: np.ndarray
     loss: np.ndarray
     passes: np.ndarray
     probability: np.ndarray
     row: np.ndarray
     share_of_all: float
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether the most probable token is the text's, `[n]` bool."""
+        return self.rank == 0
 
 
 @torch.no_grad()
@@ -80,7 +85,7 @@ def score_tokens(
             probability = out.continue_logits[:, :, 0].double().sigmoid()
         numbers = torch.tensor(places, device=asked.device)[:, None].expand_as(asked)
         columns = {
-            "right": scores.rank == 0,
+            "rank": scores.rank,
             "loss": -scores.log_prob.double(),
             "passes": out.depth_count[asked],
             "probability": probability[asked],

@@ -1,12 +1,6 @@
-"""Data and tokenizer of `tah run tiny`: sums with every intermediate total written out. Nothing is downloaded.
+"""Data and tokenizer of `tah run tiny`, and the sections `data.generate` and `base.scratch`. Nothing is downloaded.
 
-Questions come from reasoning-gym's `chain_sum`, for example "8 + 7 - 9 =". This module adds the solution:
-
-    8 + 7 = 15
-    15 - 9 = 6
-    Answer: 6
-
-The first digit of a total depends on its last digits, and a wrong total makes all later totals wrong.
+The tasks are in `arrows.py` and `sums.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +18,8 @@ from ...files import write_atomically
 from ...progress import SILENT, Reporter
 from ...training.recipe import Part, Positive, Recipe, Training
 from ...training.recipe_file import validated
+from .arrows import Arrows, arrows
+from .sums import Sums, sums
 
 SPLITS = ("train", "validation", "test")
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -37,38 +33,6 @@ TEMPLATE = (
 AGAIN = 20  # questions drawn per question needed, before an error reports too few different questions
 
 
-class Generate(Part):
-    """Section `data.generate` of a recipe.
-
-    Args:
-        train: Number of training rows.
-        validation: Number of validation rows.
-        test: Number of test rows.
-        min_terms: Smallest number of terms of a sum.
-        max_terms: Largest number of terms of a sum.
-        min_digits: Smallest number of digits of a term.
-        max_digits: Largest number of digits of a term.
-        negative: Whether totals may be negative.
-    """
-
-    train: Positive
-    validation: Positive
-    test: Positive
-    min_terms: Annotated[int, Field(ge=2)]
-    max_terms: Annotated[int, Field(ge=2)]
-    min_digits: Positive
-    max_digits: Positive
-    negative: bool
-
-    @model_validator(mode="after")
-    def _check(self) -> Generate:
-        for name in ("terms", "digits"):
-            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
-            if low > high:
-                raise ValueError(f"min_{name}={low} is more than max_{name}={high}")
-        return self
-
-
 class Scratch(Part):
     """Section `base.scratch` of a recipe: a Llama that is trained from random weights.
 
@@ -79,7 +43,8 @@ class Scratch(Part):
         num_attention_heads: Number of attention heads.
         max_position_embeddings: Largest number of positions.
         initializer_range: Standard deviation of the initial weights.
-        vocab_size: Largest number of tokens; bytes and special tokens need 260.
+        tokenizer: `bytes` for a byte-level BPE tokenizer that is trained on the texts, `words` for one token per word.
+        vocab_size: Largest number of tokens of `bytes`; bytes and special tokens need 260.
         training: `TrainingArguments` as a dictionary.
     """
 
@@ -89,6 +54,7 @@ class Scratch(Part):
     num_attention_heads: Positive
     max_position_embeddings: Positive
     initializer_range: Annotated[float, Field(gt=0)]
+    tokenizer: Literal["bytes", "words"] = "bytes"
     vocab_size: Annotated[int, Field(ge=260)] = 320
     training: Training = {}
 
@@ -126,7 +92,7 @@ def write_data(recipe: Recipe, run: Path, progress: Reporter = SILENT) -> None:
         write_atomically(run / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[str, Any]]:
+def distinct_rows(settings: Arrows | Sums, seed: int, count: int) -> Iterator[dict[str, Any]]:
     """Yield `count` rows with different questions.
 
     Args:
@@ -135,45 +101,24 @@ def distinct_rows(settings: Generate, seed: int, count: int) -> Iterator[dict[st
         count: Number of rows.
 
     Raises:
-        ValueError: reasoning-gym is not installed, or there are too few different questions.
+        ValueError: A package is not installed, or there are too few different questions.
     """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise ValueError("data.source=tiny needs reasoning-gym: pip install 'tah[train,tiny]'") from error
-    names = ("min_terms", "max_terms", "min_digits", "max_digits")
-    options = {name: getattr(settings, name) for name in names}
     # reasoning-gym's question i of seed s + 1 is its question i + 1 of seed s. The hash keeps seeds 1 and 2 apart.
     start = int(digest(str(seed))[:12], 16)
-    source = reasoning_gym.create_dataset("chain_sum", seed=start, size=AGAIN * count, **options)
+    if isinstance(settings, Arrows):
+        drawn, more = arrows(settings, start, AGAIN * count), "places"
+    else:
+        drawn, more = sums(settings, start, AGAIN * count), "digits or terms"
     seen: set[str] = set()
-    for entry in source:
-        question = entry["metadata"]["expression"] + " ="
-        if digest(question) in seen:
+    for row in drawn:
+        question = digest(row["messages"][0]["content"])
+        if question in seen:
             continue
-        working, totals = working_out(question)
-        if min(totals) < 0 and not settings.negative:
-            continue
-        seen.add(digest(question))
-        assert str(totals[-1]) == entry["answer"]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": working}]
-        yield {"messages": messages, "answer": entry["answer"]}
+        seen.add(question)
+        yield row
         if len(seen) == count:
             return
-    raise ValueError(
-        f"data.generate allows only {len(seen)} different questions, not {count}; allow more digits or terms"
-    )
-
-
-def working_out(question: str) -> tuple[str, list[int]]:
-    """Return the solution of a question and all its totals. The last total is the answer."""
-    first, *rest = question.removesuffix(" =").split(" ")
-    totals, lines = [int(first)], []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        before = totals[-1]
-        totals.append(before + int(term) if sign == "+" else before - int(term))
-        lines.append(f"{before} {sign} {term} = {totals[-1]}")
-    return "\n".join([*lines, f"Answer: {totals[-1]}"]), totals
+    raise ValueError(f"data.generate allows only {len(seen)} different questions, not {count}; allow more {more}")
 
 
 def check_disjoint(splits: Mapping[str, Iterable[dict[str, Any]]]) -> None:
@@ -214,6 +159,17 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     return as_fast(tokenizer)
 
 
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word: `SPECIAL`, then `words` in their order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: at for at, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return as_fast(tokenizer)
+
+
 def as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
     """Return a tokenizer of `tokenizers` that has the tokens `SPECIAL` as one of transformers, with chat template."""
     return PreTrainedTokenizerFast(
@@ -234,9 +190,12 @@ def check_sections(recipe: Recipe) -> None:
         read_scratch(recipe)
 
 
-def read_generate(recipe: Recipe) -> Generate:
+def read_generate(recipe: Recipe) -> Arrows | Sums:
     """Return the checked section `data.generate`."""
-    return validated(Generate, recipe.data.generate, "data.generate")
+    settings = recipe.data.generate
+    if settings is not None and settings.get("task") == "arrows":
+        return validated(Arrows, settings, "data.generate")
+    return validated(Sums, settings, "data.generate")
 
 
 def read_scratch(recipe: Recipe) -> Scratch:
