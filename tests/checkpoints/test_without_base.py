@@ -13,6 +13,7 @@ from helpers.hub_cache import publish, use
 from helpers.models import shake, tah, token_ids
 from tah import TaHConfig, TaHForCausalLM
 from tah.checkpoints.adapter import BASE
+from tah.checkpoints.publish import AUTO_MAP
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 from torchao.quantization import Int8WeightOnlyConfig  # noqa: E402
@@ -50,6 +51,7 @@ def test_auto_classes_load_it_on_its_base(in_use, hub, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made", trust_remote_code=True, dtype="auto")
     assert isinstance(loaded, TaHForCausalLM) and torch.equal(loaded(ids).logits, wanted)
     assert loaded.name_or_path == loaded.config.name_or_path == str(tmp_path / "made")
+    assert loaded.config.auto_map == AUTO_MAP
     never = AutoModelForCausalLM.from_pretrained(tmp_path / "made", policy="never", attn_implementation="eager")
     assert never.config.policy == "never" and never.base.config._attn_implementation == "eager"
     assert not torch.equal(never(ids).logits, wanted)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from helpers.families import tiny
-from helpers.models import labels, shake, tah, token_ids
+from helpers.families import VOCAB, tiny
+from helpers.models import distance, shake, tah, token_ids
 from helpers.trl_models import words
 from tah import TaHForCausalLM
 from tah.checkpoints.adapter import BASE
@@ -22,11 +20,11 @@ torchao = pytest.importorskip("torchao", reason="torchao is not installed")
 from torchao.quantization import Int8WeightOnlyConfig, quantize_  # noqa: E402
 
 
-def quantised(**sizes) -> TaHForCausalLM:
+def quantised(vocab_size: int = VOCAB, lora_rank: int = 4) -> TaHForCausalLM:
     """A model around a base in int8; its head is not quantised."""
-    base = tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16, **sizes)
+    base = tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=vocab_size)
     quantize_(base, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
-    return shake(TaHForCausalLM.from_base(base, policy="always", mix_topk=16, lora_rank=4))
+    return shake(TaHForCausalLM.from_base(base, policy="always", mix_topk=16, lora_rank=lora_rank))
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -39,7 +37,8 @@ def test_sft_trains_the_adapter_with_the_loss_of_the_model(tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     tokenizer = words()
     model = quantised(vocab_size=len(tokenizer))
-    stock, before = copy.deepcopy(model.base), weights(model)
+    before = weights(model)
+    stock = quantised(vocab_size=len(tokenizer), lora_rank=0).base
     rows = Dataset.from_list([{"text": " ".join(f"e{j}>e{(i + j) % 13}" for j in range(6))} for i in range(8)])
     arguments = trl.SFTConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, disable_tqdm=True, bf16=False,
@@ -56,11 +55,10 @@ def test_sft_trains_the_adapter_with_the_loss_of_the_model(tmp_path):
     changed = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "lora_" in name}
     assert (tmp_path / "checkpoint-2" / BASE).is_file()
+    loaded, ids = TaHForCausalLM.from_pretrained(tmp_path / "checkpoint-2", base=stock), token_ids(2)
     with torch.no_grad():
-        plain = {name: tensor for name, tensor in model.eval().state_dict().items() if "lora_" not in name}
-        assert plain.keys() >= {f"base.{name}" for name in stock.state_dict() if "lora_" not in name}
-        ids = batch["input_ids"]
-        assert torch.equal(model(ids, policy="never").logits, stock.eval()(ids).logits)
+        assert distance(loaded(ids).logits, model.eval()(ids).logits) < 1e-5
+        assert distance(stock(ids).logits, model(ids).logits) > 0.1  # control
 
 
 @pytest.mark.grad
@@ -97,35 +95,32 @@ def test_trainer_moves_no_layer_of_a_split_base(tmp_path):
     assert TaHForCausalLM.from_base(whole, lora_rank=4).hf_device_map == {"base": 0}
 
 
-def test_a_base_that_is_loaded_with_a_device_map_keeps_it(tmp_path):
-    plain, ids, depths = tah(), token_ids(2), labels(2)
-    tiny("llama").save_pretrained(tmp_path / "base")
-    split = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map={**split, "lm_head": "cpu"})
-    model = shake(TaHForCausalLM.from_base(base, policy="oracle", mix_topk=16, lora_rank=4))
-    assert model.hf_device_map.keys() == {f"base.{name}" for name in (*split, "lm_head")}
-    assert torch.equal(model(ids, depth_labels=depths).logits, plain(ids, depth_labels=depths).logits)
-    model.save_pretrained(tmp_path / "made")
-    loaded = TaHForCausalLM.from_pretrained(tmp_path / "made")
-    assert torch.equal(loaded(ids, depth_labels=depths).logits, plain(ids, depth_labels=depths).logits)
-
-
-class Integers(nn.Module):
-    """The tensors of a layer of GPTQ: 4-bit numbers in int32 buffers."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = inputs, outputs, None
-        self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(1, outputs, dtype=torch.float16))
-
-
-class Bytes(nn.Module):
-    """The tensors of a layer of bitsandbytes: two 4-bit numbers in each byte of a parameter, and a plain bias."""
+class Packed(nn.Module):
+    """The tensors of a layer in 4 bits, all zero."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class Integers(Packed):
+    """A layer of GPTQ: eight numbers in each element of a buffer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(1, outputs, dtype=torch.float16))
+        self.bias = None
+
+
+class Bytes(Packed):
+    """A layer of bitsandbytes: two numbers in each byte of a parameter, and a plain bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
         self.weight = nn.Parameter(torch.zeros(inputs * outputs // 2, 1, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(outputs))
 

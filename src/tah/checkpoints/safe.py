@@ -313,6 +313,8 @@ def _load_on_base(model_class: type[TaHForCausalLM], directory: str, named: str,
         base = load_plain(name, **known | options)
     model = load_adapter(model_class, base, directory, **fields)
     model.name_or_path = model.config.name_or_path = named
+    if "auto_map" in (described := checked_config(directory, options)):
+        model.config.auto_map = described["auto_map"]
     return (model, {}) if wants_info else model
 
 
