@@ -465,6 +465,8 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         freeze_quantised(base)
         config = TaHConfig(base_config=base.config, dtype=base.dtype, **options)
         model = cls(config, base=base)
+        if split := getattr(base, "hf_device_map", None):  # trainers read it, and move no layer of a split model
+            model.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in split.items()}
         if base.generation_config is not None:
             model.generation_config = base.generation_config
         return model.eval()

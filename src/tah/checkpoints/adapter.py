@@ -61,6 +61,9 @@ def load_adapter(
 ) -> TaHForCausalLM:
     """Return a TaH model from a base and an adapter, in the base's dtype.
 
+    Tensors of a checkpoint without its base that have another dtype than its model, such as a float32 LoRA beside a
+    bfloat16 base, keep theirs.
+
     Args:
         model_class: Class of the model.
         base: Base model that the adapter was trained with.
@@ -71,7 +74,8 @@ def load_adapter(
         ValueError: A file is missing or damaged, or the adapter belongs to a base of another shape or other weights.
     """
     source = Path(directory)
-    shape, settings, file, saved = _read_checkpoint(source) if (source / BASE).is_file() else _read(source)
+    alone = (source / BASE).is_file()
+    shape, settings, file, saved = _read_checkpoint(source) if alone else _read(source)
     settings |= fields
     given = facts_of(base)
     if differ := [f"{name}={shape.get(name)!r}" for name in SHAPE if given[name] != shape.get(name)]:
@@ -94,8 +98,12 @@ def load_adapter(
         weights = WEIGHTS if file == SETTINGS else "model.safetensors"
         raise ValueError(f"{source / weights} does not fit its {file}: {wrong[0]}")
     model = model_class.from_base(base, **settings)
+    common = str(checked_config(source).get("dtype")).removeprefix("torch.") if alone else None
     with torch.no_grad():
         for name, tensor in _adapter(model).items():
+            dtype = saved[name].dtype
+            if alone and str(dtype).removeprefix("torch.") != common:
+                tensor.data = tensor.data.to(dtype)
             tensor.copy_(saved[name])
     return model
 

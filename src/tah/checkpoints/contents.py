@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import former_tensor
-from ..core.quantised import is_packed, plain_values
+from ..core.quantised import is_packed, is_quantised_layer, plain_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,11 +74,22 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False, dtype: torch.dt
 
 
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
-    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`."""
+    """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`.
+
+    A quantised layer has the weights of the layer that it replaces; its packed numbers and scales do not count.
+    """
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for path, layer in model.named_modules():
+        if is_quantised_layer(layer):
+            for name, _ in layer.named_parameters(path, recurse=False):
+                counts.pop(name, None)
+            inputs, outputs = layer.in_features, layer.out_features
+            counts[f"{path}.weight"] = inputs * outputs + (0 if getattr(layer, "bias", None) is None else outputs)
     sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
-    for name, parameter in model.named_parameters():
+    for name, size in counts.items():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        sizes["linear_maps" if name.startswith(("next_input_map.", "output_map.")) else part] += parameter.numel()
+        maps = name.startswith(("next_input_map.", "next_input_mlp.", "output_map."))
+        sizes["linear_maps" if maps else part] += size
     return sizes
 
 

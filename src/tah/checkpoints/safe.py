@@ -51,7 +51,7 @@ class SafeCheckpoint:
 
         Raises:
             ValueError: The weights are not safetensors, a tensor is missing, unexpected or has another shape, or a file
-                is damaged.
+                is damaged; or `base` is given for a checkpoint that contains its base.
         """
         source = named = pretrained_model_name_or_path
         advice = ""
@@ -60,13 +60,15 @@ class SafeCheckpoint:
             advice = reconversion(source)
             check_checkpoint(source, cls, kwargs)  # type: ignore[arg-type]
             if Path(source, BASE).is_file():
-                return _load_on_base(cls, source, _without_places(kwargs))  # type: ignore[arg-type]
+                return _load_on_base(cls, source, str(named), dict(kwargs))  # type: ignore[arg-type]
             if kwargs.get("quantization_config") is not None:
                 raise ValueError(
                     f"{source}: quantization_config would quantise LoRA and decider, too; load without it, and quantise"
                     " model.base with a filter that leaves out layers with 'lora_' in their name (torchao: quantize_)"
                 )
             kwargs = _without_places(kwargs) | {"use_safetensors": True}
+        if kwargs.pop("base", None) is not None:
+            raise ValueError(f"{named}: this checkpoint contains its base; remove base=")
         wants_info = kwargs.pop("output_loading_info", False)
         ignored = ("mismatched",) if kwargs.pop("ignore_mismatched_sizes", False) else ()
         kwargs |= {
@@ -274,26 +276,45 @@ def check_checkpoint(
         raise
 
 
-def _load_on_base(model_class: type[TaHForCausalLM], directory: str, options: dict[str, Any]) -> Any:
+def _load_on_base(model_class: type[TaHForCausalLM], directory: str, named: str, options: dict[str, Any]) -> Any:
     """Load a checkpoint that contains the adapter alone, and its base.
 
     Args:
         model_class: Class of the model.
         directory: Directory of the checkpoint.
-        options: Options of `from_pretrained`: `base`, fields of the configuration, and options for the base.
+        named: What the caller named: the directory, or a hub id.
+        options: Options of `from_pretrained`: `base`, `config`, fields of the configuration, and options for the base.
 
     Raises:
-        ValueError: The base cannot be found or loaded, or the adapter belongs to another one.
+        ValueError: The base cannot be found or loaded, the adapter belongs to another one, or there are options for a
+            base that is loaded already.
     """
-    base, wants_info = options.pop("base", None), options.pop("output_loading_info", False)
+    base, config = options.pop("base", None), options.pop("config", None)
+    wants_info = options.pop("output_loading_info", False)
+    for name in ("subfolder", "revision", "adapter_kwargs", "_from_auto"):  # of the checkpoint; Auto classes add two
+        options.pop(name, None)
     fields = {name: options.pop(name) for name in own_fields() if name in options}
-    if not isinstance(base, PreTrainedModel):
+    if config is not None:  # the Auto classes load it, and move fields and the attention from the options into it
+        if not isinstance(config, PreTrainedConfig):
+            config = model_class.config_class.from_pretrained(config)
+        fields = {name: getattr(config, name) for name in own_fields()} | fields
+        options.setdefault("attn_implementation", config._attn_implementation)
+    options.setdefault("dtype", options.pop("torch_dtype", None))
+    automatic = [name for name, value in options.items() if value is None or (name == "dtype" and value == "auto")]
+    for name in automatic:  # as in the checkpoint
+        del options[name]
+    if isinstance(base, PreTrainedModel):
+        if unused := options.keys() - {*OPTIONS, "trust_remote_code", "use_safetensors"}:
+            raise ValueError(f"base= is a model, so there is nothing to load with {', '.join(sorted(unused))}")
+    else:
         name, known = base_source(directory, base)
         if checked_config(find(name, options, None, weights=False), options).get("quantization_config"):
             del known["quantization_config"]  # the files of the base are quantised already
-        base = load_plain(name, **known | {name: value for name, value in options.items() if value != "auto"})
+        base = load_plain(name, **known | options)
     model = load_adapter(model_class, base, directory, **fields)
-    model.name_or_path = model.config.name_or_path = directory
+    model.name_or_path = model.config.name_or_path = named
+    if "auto_map" in (described := checked_config(directory, options)):
+        model.config.auto_map = described["auto_map"]
     return (model, {}) if wants_info else model
 
 

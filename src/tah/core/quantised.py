@@ -69,9 +69,17 @@ def freeze_quantised(base: nn.Module) -> None:
 def check_frozen(base: nn.Module) -> None:
     """Raise `ValueError` if a quantised base has a parameter to train.
 
-    Quantised weights have no gradient, and the rest of the base is not saved with the adapter.
+    Quantised weights have no gradient, and the rest of the base is not saved with the adapter. What PEFT adds to the
+    base is trained and saved by PEFT.
     """
-    trained = [name for name, weight in base.named_parameters() if weight.requires_grad and ".lora_" not in name]
+    theirs = tuple(f"{name}." for name, module in base.named_modules() if type(module).__module__.startswith("peft."))
+    trained = [
+        name
+        for name, weight in base.named_parameters()
+        if weight.requires_grad
+        and ".lora_" not in name
+        and (not name.startswith(theirs) or ".base_layer." in name or ".original_module." in name)
+    ]
     if trained and is_quantised(base):
         raise ValueError(
             f"{trained[0]} requires a gradient, but the base is quantised ({quantisation_of(base)}) and stays frozen; "
