@@ -123,7 +123,8 @@ def keep_results(card: ModelCard, earlier: Path, replaced: str | Path | None = N
         weights = WEIGHTS.findall(card.text)[:1]
         if weights and weights == WEIGHTS.findall(old.text)[:1]:
             card.text = card.text.rstrip("\n") + RESULTS + old.text.partition(RESULTS)[2]
-            card.data.eval_results, card.data.model_name = old.data.eval_results, old.data.model_name
+            for entry in ("eval_results", "model_name"):  # together they are the model-index
+                card.data[entry] = old.data.get(entry)
             return True
     if replaced is not None:
         warnings.warn(
