@@ -194,7 +194,7 @@ class SafeCheckpoint:
         if name is not None:
             fetch_base_card(self, token)  # type: ignore[arg-type]
         loaded = self.name_or_path  # type: ignore[attr-defined]
-        places = [Path(place) for place in (directory, loaded) if place and os.path.isdir(place)]
+        places = dict.fromkeys(Path(place) for place in (directory, loaded) if place and os.path.isdir(place))
         run = next(filter(trained_with, places), None)
         made = model_card(self, name=name, run=run, auto_map=auto_map)  # type: ignore[arg-type]
         for place in places:
