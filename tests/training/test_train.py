@@ -540,7 +540,8 @@ def test_the_card_of_a_trained_model(run, recipe_of, tmp_path):
     measured = f"| iterated share | {100 * quality['iterated_share']:.1f} % of {quality['tokens']} held-out"
     for place in (directory, tmp_path / "elsewhere"):
         card = (place / "README.md").read_text()
-        assert "| method | paper (trained weights: lora), last stage decider |" in card and measured in card
+        assert f"| method | paper (trained weights: {recipe.backbone.train}), last stage decider |" in card
+        assert measured in card
         assert "changed after that" not in card
     with torch.no_grad():
         next(model.decider.parameters()).add_(1)
