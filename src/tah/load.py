@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .checkpoints import adapter, safe
 from .checkpoints import convert as original
-from .checkpoints.card import CARD, MARK, is_ours, model_card, trained_with
+from .checkpoints.card import CARD, MARK, is_ours, keep_results, model_card, trained_with
 from .checkpoints.chat_template import check_template
 from .checkpoints.contents import parameter_counts as parameter_counts
 from .checkpoints.smollm2 import smollm2_base, smollm2_tah
@@ -167,7 +167,8 @@ def write_card(
 
     Args:
         directory: Directory of the checkpoint. If it is one of `tah train`, the card has the facts of the training.
-        results: Directories of finished evaluations of the checkpoint (`tah eval -o`).
+        results: Directories of finished evaluations of the checkpoint (`tah eval -o`). Without one the results in an
+            earlier card of the same weights stay.
         name: Id of the repository in which the checkpoint will be published.
         license: License, as an identifier of the Hub; by default that of the base, if it is known.
 
@@ -183,6 +184,7 @@ def write_card(
     model = load_tah(directory)
     run, mapped = directory if trained_with(directory) else None, bool(getattr(model.config, "auto_map", None))
     made = model_card(model, results, name=name, license=license, run=run, auto_map=mapped)
+    keep_results(made, path, path)
     write_atomically(path, str(made))
     return path
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.commands import ROOT, said
 from tah import TaHConfig, TaHForCausalLM
-from tah.checkpoints.publish import AUTO_MAP, MODULE
+from tah.checkpoints.publish import AUTO_MAP, MODULE, SOURCE
 
 PROMPT = "What is 12 + 7?"
 TEXT = "What is 12 + 7? It is 19."
@@ -40,6 +40,7 @@ def auto():
         logits = model(ids).logits
     model.save_pretrained(OUT + "/again")  # after a load with code, transformers copies source files of custom classes
     model.save_pretrained(OUT + "/mapped", auto_map=True)
+    model.save_pretrained(OUT + "/plain", auto_map=False)
     return {"class": str(type(model)), "logits": logits.tolist(), "tah": sys.modules["tah"].__file__}
 
 def pipe():
@@ -165,22 +166,32 @@ def test_without_the_package_the_error_is_one_clear_line(found):
 def test_a_model_that_was_loaded_with_code_is_saved_as_usual(found, places):
     out = places[2]
     assert "value" in found["auto"]
-    again = sorted(path.name for path in (out / "again").iterdir())
-    assert again == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
-    assert "auto_map" not in json.loads((out / "again" / "config.json").read_text())
-    assert json.loads((out / "mapped" / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert (out / "mapped" / MODULE).is_file()
+    usual = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in (out / "plain").iterdir()) == usual
+    assert "auto_map" not in json.loads((out / "plain" / "config.json").read_text())
+    for place in ("again", "mapped"):  # a trainer that loads and saves the checkpoint keeps the entry
+        assert sorted(path.name for path in (out / place).iterdir()) == sorted([*usual, MODULE])
+        assert json.loads((out / place / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert (out / place / MODULE).read_text() == SOURCE
+        assert "trust_remote_code=True" in (out / place / "README.md").read_text()
 
 
-def test_the_entry_is_off_by_default_and_can_be_removed(places, tmp_path):
+def test_the_entry_is_off_by_default_and_stays_until_it_is_removed(places, tmp_path):
     plain, mapped, _ = places
     assert not (plain / MODULE).exists() and "auto_map" not in (plain / "config.json").read_text()
     lines = set((mapped / "config.json").read_text().splitlines()) - set(
         (plain / "config.json").read_text().splitlines()
     )
     assert all("modeling_tah" in line or "auto_map" in line for line in lines) and lines
-    TaHForCausalLM.from_pretrained(mapped).save_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_text() == (plain / "config.json").read_text()
+    model = TaHForCausalLM.from_pretrained(mapped)
+    model.save_pretrained(tmp_path / "kept")
+    assert (tmp_path / "kept" / "config.json").read_text() == (mapped / "config.json").read_text()
+    assert (tmp_path / "kept" / MODULE).read_text() == SOURCE
+    model.save_pretrained(tmp_path / "removed", auto_map=False)
+    assert (tmp_path / "removed" / "config.json").read_text() == (plain / "config.json").read_text()
+    model.config.auto_map = {key: value.replace("TaH", "Other") for key, value in AUTO_MAP.items()}
+    model.save_pretrained(tmp_path / "other")  # an entry of another model is none of ours
+    assert "auto_map" not in (tmp_path / "other" / "config.json").read_text()
 
 
 def test_our_loaders_run_no_code(places, tmp_path, capsys):

@@ -90,11 +90,16 @@ def test_the_base_and_its_license(tmp_path, monkeypatch):
 
 
 def test_the_training_is_in_the_card(tmp_path):
-    """`run.json` and `quality.json` of a run that an earlier version made."""
-    recipe, quality = (json.loads((RUN / name).read_text()) for name in ("run.json", "quality.json"))
-    model = tah()
+    """`run.json` and `quality.json` of a run that an earlier version made, which recorded no hash of the weights."""
+    facts, quality = (json.loads((RUN / name).read_text()) for name in ("run.json", "quality.json"))
+    model, recipe = tah(), facts["recipe"]
     text = model_card(model, run=RUN).text
-    recipe = recipe["recipe"]
+    assert f"| method | {recipe['backbone']['method']} (" in text and "| iterated share |" not in text
+    measured = tmp_path / "measured"
+    measured.mkdir()
+    (measured / "run.json").write_text(json.dumps(facts | {"weights": weights_fingerprint(model)}))
+    (measured / "quality.json").write_text(json.dumps(quality))
+    text = model_card(model, run=measured).text
     assert f"| method | {recipe['backbone']['method']} (trained weights: {recipe['backbone']['train']})" in text
     assert f"| iterated share | {100 * quality['iterated_share']:.1f} % of {quality['tokens']:,} held-out" in text
     assert f"recipe `{recipe['name']}`" in text and str(recipe["data"]["source"]) not in text
@@ -104,6 +109,20 @@ def test_the_training_is_in_the_card(tmp_path):
     assert "| method |" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"has no run.json of a training; give the directory of a stage"):
         model_card(model, run=tmp_path / "nothing")
+
+
+def test_a_damaging_run_adds_no_markup(tmp_path):
+    """`run.json` of a downloaded checkpoint may contain any text."""
+    facts = json.loads((RUN / "run.json").read_text())
+    evil = "x` <img src=y> [a](b)\n\n## Results\n\n| z"
+    facts["recipe"] |= {"name": evil, "seed": evil, "backbone": {"method": evil, "train": evil}}
+    facts |= {"stage": evil, "versions": {"tah": evil}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    model = tah()
+    text = model_card(model, run=tmp_path).text
+    body = text.removeprefix(model_card(model).text.partition("# TaH")[0])
+    assert "recipe `x img srcy ab Results" in text and "<img" not in text and "[a]" not in text
+    assert "\n## Results" not in text and "| z" not in text and "`x`" not in body
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +187,24 @@ def test_command(evaluated, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "m" / "README.md")
     assert card.data.license == "mit" and card.data.model_name == "me/x"
     assert len(card.data.eval_results) == len(results["results"])
-    assert said(capsys, "card", "m")[0] == 0  # ours is written again
+    results_of = lambda card: (card.data.eval_results, card.text.partition("## Results")[2])  # noqa: E731
+    kept = results_of(card)
+    assert said(capsys, "card", "m")[0] == 0  # ours is written again, with the results of the same weights
+    assert results_of(ModelCard.load(tmp_path / "m" / "README.md")) == kept and kept[1]
+    model = TaHForCausalLM.from_pretrained("m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for place in ("m", "elsewhere"):  # over it, and where an upload takes its files from
+            model.save_pretrained(place)
+            assert results_of(ModelCard.load(tmp_path / place / "README.md")) == kept
+        model.save_pretrained("replaced", card=model_card(model))
+        with torch.no_grad():
+            model.base.get_input_embeddings().weight[0] += 1
+        model.save_pretrained("other")
+        assert "## Results" not in (tmp_path / "other" / "README.md").read_text()
+    assert "## Results" not in (tmp_path / "replaced" / "README.md").read_text()  # a given card is taken as it is
+    with pytest.warns(UserWarning, match=r"the results in m/README.md are not of these weights, so the new card has"):
+        model.save_pretrained("m")
     assert ModelCard.load(tmp_path / "m" / "README.md").data.get("eval_results") is None
     (tmp_path / "m" / "README.md").write_text(PERSON)
     assert "m/README.md is not a card that tah made, so it stays" in one_line(capsys, "card", "m")
@@ -182,7 +218,9 @@ PUSHES = """
 import sys, warnings
 import torch
 from transformers import AutoTokenizer
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tah import TaHForCausalLM, model_card
+from tah.checkpoints.contents import weights_fingerprint
 
 directory, work = sys.argv[1:]
 model = TaHForCausalLM.from_pretrained(directory)
@@ -201,6 +239,25 @@ assert [str(each.message) for each in caught if "card" in str(each.message)] == 
     "README.md of me/person is not a card that tah made, so it stays as it is"]
 model.save_pretrained(work + "/saved", push_to_hub=True, repo_id="me/saved", commit_message="Saved", token="hf_x",
     max_shard_size="20KB")
+try:
+    model.push_to_hub("me/down")
+    raise SystemExit("pushed over a card that it could not read")
+except LocalEntryNotFoundError:
+    pass
+trained = TaHForCausalLM.from_pretrained(work + "/trained")
+found = {"weights": weights_fingerprint(trained), "dtype": "float32", "protocol": "p", "results": []}
+found |= {"sampling": {"temperature": 0, "max_new_tokens": 1}, "rule": {"threshold": 0.5}}
+found |= {"lm_eval": [{"policy": "never", "task": "x", "metrics": {"acc,none": 0.25}}]}
+trained.push_to_hub("me/trained", card=model_card(trained, [found], name="me/trained"))
+trained.push_to_hub("me/trained", revision="again")
+trained.save_pretrained(work + "/local", push_to_hub=True, repo_id="me/trained", revision="local")
+with torch.no_grad():
+    trained.base.get_input_embeddings().weight[0] += 1
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    trained.push_to_hub("me/trained", revision="changed")
+assert [str(each.message)[:42] for each in caught if "results" in str(each.message)] == [
+    "the results in README.md of me/trained are"]
 model.push_to_hub("me/whole", revision="next", card=model_card(model, name="Another", license="mit"))
 model.push_to_hub("me/whole", create_pr=True)
 """
@@ -210,6 +267,9 @@ def test_push_to_hub(tiny_checkpoint, tmp_path):
     """Real uploads and downloads of another process, through a hub on this machine."""
     with running_hub() as hub:
         hub.repositories["owner/base"] = {"main": {"README.md": b"---\nlicense: apache-2.0\n---\n# Base\n"}}
+        hub.repositories["me/down"] = {"main": {"README.md": PERSON.encode()}}
+        hub.unavailable.add("me/down/README.md")
+        shutil.copytree(RUN, tmp_path / "trained")
         hub.repositories["me/person"] = {"main": {"README.md": PERSON.encode(), "notes.txt": b"kept"}}
         environment = os.environ | {
             **{"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"},
@@ -229,6 +289,13 @@ def test_push_to_hub(tiny_checkpoint, tmp_path):
     assert card.data.license == "apache-2.0" and card.data.tags == ["tah", "think-at-hard", "maths"]
     assert hub.files("me/person")["README.md"].decode() == PERSON and hub.files("me/person")["notes.txt"] == b"kept"
     assert "config.json" in hub.files("me/person")
+    assert hub.files("me/down") == {"README.md": PERSON.encode()}
+    for branch, kept in (("main", True), ("again", True), ("local", True), ("changed", False)):
+        card = ModelCard(hub.files("me/trained", branch)["README.md"].decode())
+        assert ("never on x: acc,none 0.2500" in card.text) == kept
+        assert [each.metric_value for each in card.data.eval_results or ()] == ([0.25] if kept else [])
+        assert ("| method |" in card.text) == (branch != "main")  # a training by tah train; no `run` was given for main
+    assert (tmp_path / "local" / "README.md").read_bytes() == hub.files("me/trained", "local")["README.md"]
     saved = hub.files("me/saved")
     assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == saved
     assert sum(name.endswith(".safetensors") for name in saved) > 1
@@ -240,6 +307,7 @@ def test_push_to_hub(tiny_checkpoint, tmp_path):
         ("me/whole", "main", "Upload tokenizer"),
         ("me/person", "main", "New weights"),
         ("me/saved", "main", "Saved"),
+        *(("me/trained", branch, "Upload model") for branch in ("main", "again", "local", "changed")),
         ("me/whole", "next", "Upload model"),
         ("me/whole", "refs/pr/1", "Upload model"),
     ]

@@ -20,6 +20,7 @@ class Hub:
 
     url: str = ""
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    unavailable: set[str] = field(default_factory=set)  # OWNER/NAME/FILE for which the hub fails
     commits: list[dict[str, Any]] = field(default_factory=list)
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
@@ -106,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
                 {"id": repository, "sha": sha(files), "siblings": [{"rfilename": path} for path in files], "tags": []}
             )
         path = "/".join(words[4:])
+        if f"{repository}/{path}" in self.hub.unavailable:
+            return self.answer({"error": "down"}, 500)
         if path not in files:
             return self.answer({"error": "no"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha(files))
         etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'

@@ -524,3 +524,27 @@ def test_sampled_share_of_lookahead():
     chosen = [objective.arguments(batch, step, 2)["depth_labels"] > 1 for step in (0, 0, 1)]
     assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
     assert 0.2 < chosen[0].float().mean() < 0.3
+
+
+def test_the_card_of_a_trained_model(run, recipe_of, tmp_path):
+    """The card has the facts of the training wherever the model is saved, and the quality of the trained weights only.
+
+    Saving elsewhere is what an upload does.
+    """
+    recipe = recipe_of("paper")
+    train(recipe, "backbone", run)
+    directory = train(recipe, "decider", run)
+    quality = json.loads((directory / "quality.json").read_text())
+    model = TaHForCausalLM.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "elsewhere")
+    measured = f"| iterated share | {100 * quality['iterated_share']:.1f} % of {quality['tokens']} held-out"
+    for place in (directory, tmp_path / "elsewhere"):
+        card = (place / "README.md").read_text()
+        assert f"| method | paper (trained weights: {recipe.backbone.train}), last stage decider |" in card
+        assert measured in card
+        assert "changed after that" not in card
+    with torch.no_grad():
+        next(model.decider.parameters()).add_(1)
+    model.save_pretrained(directory)
+    card = (directory / "README.md").read_text()
+    assert "| method | paper" in card and "iterated share" not in card and "weights were changed after that" in card

@@ -1,7 +1,7 @@
 """Model cards: `README.md` of a checkpoint, with metadata for the Hub, made from what is known about the model.
 
 A card of this module contains the line `MARK` and may be written again. A `README.md` without it is the work of a
-person and stays. A card contains no path of this machine.
+person and stays. A card contains no path of this machine, but a hash of the weights that it describes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 MARK = "<!-- This card was made by tah and may be written again. Remove this line to keep your changes. -->"
+WEIGHTS = re.compile(r"<!-- weights: (\w+) -->")
+RESULTS = "\n\n## Results\n\n"  # head of the last section
 PAPER = "https://arxiv.org/abs/2511.08577"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAMPLED = "T {temperature}, top-p {top_p}, top-k {top_k}"
@@ -77,6 +79,7 @@ def model_card(
         raise ValueError(f"{run} has no run.json of a training; give the directory of a stage, such as RUN/decider")
     found = [_checked(each, model) for each in results]
     base = base_id(model)
+    weights = fingerprint(model)
     title = name or (f"TaH on {base}" if base else f"TaH on a {model.base.config.model_type}")
     data = ModelCardData(
         base_model=base,
@@ -89,13 +92,47 @@ def model_card(
     if entries := [entry for each in found for entry in _entries(each)]:
         data.eval_results, data.model_name = entries, title
     sections = {
-        "": _introduction(base, recipe),
+        "": _introduction(base, recipe, weights),
         "Use": _use(name, auto_map),
-        "Model": table(["", ""], _facts(model, recipe)),
-        "Results": "\n\n".join(map(_results, found)),
+        "Model": table(["", ""], _facts(model, recipe, weights)),
     }
     text = "\n\n".join(f"## {head}\n\n{body}" if head else body for head, body in sections.items() if body)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n# {title}\n\n{text}\n")
+    if found:
+        text += RESULTS + "\n\n".join(map(_results, found))
+    mark = f"{MARK}\n<!-- weights: {weights} -->" if weights else MARK
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{mark}\n\n# {title}\n\n{text}\n")
+
+
+def keep_results(card: ModelCard, earlier: Path, replaced: str | Path | None = None) -> bool:
+    """Add the results of an earlier card of tah to a card without results, if both are of the same weights.
+
+    Args:
+        card: Card to add to.
+        earlier: File of the earlier card. It need not exist.
+        replaced: What the new card replaces. A warning with this name says that results are lost.
+
+    Returns:
+        Whether results were added.
+    """
+    if RESULTS in card.text or not earlier.is_file() or not is_ours(earlier):
+        return False
+    if RESULTS not in earlier.read_text("utf-8", errors="replace"):
+        return False
+    with suppress(Exception):  # a person may have damaged the metadata
+        old = ModelCard.load(earlier)
+        weights = WEIGHTS.findall(card.text)[:1]
+        if weights and weights == WEIGHTS.findall(old.text)[:1]:
+            card.text = card.text.rstrip("\n") + RESULTS + old.text.partition(RESULTS)[2]
+            for entry in ("eval_results", "model_name"):  # together they are the model-index
+                card.data[entry] = old.data.get(entry)
+            return True
+    if replaced is not None:
+        warnings.warn(
+            f"the results in {replaced} are not of these weights, so the new card has none; "
+            "add results with tah card --results",
+            stacklevel=3,
+        )
+    return False
 
 
 def is_ours(path: Path) -> bool:
@@ -140,22 +177,39 @@ def trained_with(directory: str | Path) -> dict[str, Any] | None:
             "stage": str(stage),
             "seed": recipe["seed"],
             "version": facts["versions"].get("tah"),
+            "weights": facts.get("weights"),
             "data": hub if HUB_ID.fullmatch(hub) and not os.path.exists(source) and suffix not in DATA_FILES else None,
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         quality = json.loads((path / "quality.json").read_text("utf-8"))
-        found |= {"share": float(quality["iterated_share"]), "tokens": int(quality["tokens"])}
+        measured = {"share": float(quality["iterated_share"]), "threshold": float(quality["threshold"])}
+        found |= measured | {"tokens": int(quality["tokens"])}
     return found
+
+
+def fingerprint(model: TaHForCausalLM) -> str | None:
+    """Return the hash of the weights; None if this process does not have all of them."""
+    for weight in model.parameters():
+        if weight.is_meta or not weight.numel() or hasattr(weight, "device_mesh"):
+            return None
+    return weights_fingerprint(model)
 
 
 # -- sections --------------------------------------------------------------------------------------------------------
 
 
-def _introduction(base: str | None, recipe: Mapping[str, Any] | None) -> str:
+def _plain(value: object) -> str:
+    """Return a text of a file as Markdown without markup: letters, digits, and marks that have no effect."""
+    return re.sub(r"[^\w .,:+-]", "", short(value, str))
+
+
+def _introduction(base: str | None, recipe: Mapping[str, Any] | None, weights: str | None) -> str:
     on = f"[{base}](https://huggingface.co/{base})" if base else "a base model"
-    made = f" It was trained with the recipe `{recipe['name']}`." if recipe else ""
+    made = f" It was trained with the recipe `{_plain(recipe['name'])}`." if recipe else ""
+    if recipe and recipe["weights"] and weights and recipe["weights"] != weights:
+        made += " Its weights were changed after that."
     return (
         f"This is a [Think-at-Hard]({PAPER}) model around {on}: a policy chooses the tokens that take another pass "
         f"through the base.{made}"
@@ -175,7 +229,7 @@ def _use(name: str | None, auto_map: bool) -> str:
     return f"The model needs the Python package `tah`.\n\n```python\n{code}```"
 
 
-def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None, weights: str | None) -> Iterator[tuple[str, str]]:
     """Yield the rows of the table of the model: sizes, settings and training."""
     config, total = model.config, model.num_parameters()  # it counts packed 4-bit weights one by one
     added = sum(size for part, size in parameter_counts(model).items() if part != "base")
@@ -191,14 +245,15 @@ def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None) -> Iterator[
             text = ", ".join(f"{key}: {part}" for key, part in value.items()) if isinstance(value, dict) else value
             yield f"`{name}`", short(text, str)
     if recipe:
-        yield "method", f"{recipe['method']} (trained weights: {recipe['train']}), last stage {recipe['stage']}"
-        yield "seed", str(recipe["seed"])
+        method, train, stage = (_plain(recipe[key]) for key in ("method", "train", "stage"))
+        yield "method", f"{method} (trained weights: {train}), last stage {stage}"
+        yield "seed", _plain(recipe["seed"])
         if recipe["data"]:
             yield "data", recipe["data"]
-        if "share" in recipe:
+        if "share" in recipe and weights and recipe["weights"] == weights:  # otherwise of weights that are gone
             of = f"of {recipe['tokens']:,} held-out supervised tokens"
-            yield "iterated share", f"{percent(recipe['share'])} {of}, at the threshold above"
-        yield "trained with", f"tah {recipe['version']}"
+            yield "iterated share", f"{percent(recipe['share'])} {of}, at the threshold {recipe['threshold']:.4g}"
+        yield "trained with", f"tah {_plain(recipe['version'])}"
     else:
         yield "saved with", f"tah {version_of('tah')}"
 

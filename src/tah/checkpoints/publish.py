@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .card import CARD, is_ours, warn_of
+from .card import CARD, is_ours, keep_results, warn_of
 
 MODULE = "modeling_tah.py"
 AUTO_MAP = {"AutoConfig": "modeling_tah.TaHConfig", "AutoModelForCausalLM": "modeling_tah.TaHForCausalLM"}
@@ -23,6 +23,11 @@ try:
 except ImportError as error:
     raise ImportError(f"this checkpoint needs the Python package tah (Think-at-Hard): {error}; install it") from error
 '''
+
+
+def is_mapped(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry `auto_map` is that of tah, perhaps with the name of a repository before it."""
+    return {key: str(value).rpartition("--")[2] for key, value in entry.items()} == AUTO_MAP
 
 
 def set_auto_map(directory: Path, wanted: bool) -> None:
@@ -52,6 +57,7 @@ def upload(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    keep: bool = False,
 ) -> Any:
     """Upload files of a directory to the Hub, in one commit. A card that a person wrote in the repository stays.
 
@@ -65,6 +71,8 @@ def upload(
         token: Token of the Hub; by default that of `hf auth login`.
         revision: Branch, created if it does not exist.
         create_pr: Whether to open a pull request instead.
+        keep: Whether the results in a card of tah in the repository are added to the card in the directory, if both
+            are of the same weights.
 
     Returns:
         Description of the commit, from `huggingface_hub`.
@@ -75,11 +83,15 @@ def upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
         theirs = Path(hf_hub_download(repo_id, CARD, revision=revision, token=token))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:  # and not its parent, which also stands for a failed connection
         theirs = None
     if theirs is not None and not is_ours(theirs):
         warn_of(f"{CARD} of {repo_id}")
         names = [name for name in names if name != CARD]
+    if theirs is not None and keep and CARD in names and is_ours(directory / CARD):
+        made = ModelCard.load(directory / CARD)
+        if keep_results(made, theirs, f"{CARD} of {repo_id}"):
+            (directory / CARD).write_text(str(made), "utf-8")
     files = [path for name in names for path in sorted([directory / name, *(directory / name).rglob("*")])]
     return api.create_commit(
         repo_id,

@@ -21,11 +21,11 @@ from ..core.compat import drop_renaming, set_attention
 from ..core.families import UnsupportedBase
 from ..core.quantised import is_quantised
 from .adapter import BASE, base_source, facts_of, is_own, load_adapter, own_fields
-from .card import CARD, fetch_base_card, is_ours, model_card, trained_with, warn_of
+from .card import CARD, fetch_base_card, is_ours, keep_results, model_card, trained_with, warn_of
 from .convert import converted, reconversion
 from .hub import OPTIONS, Snapshot, is_repository
 from .original import is_original
-from .publish import set_auto_map, upload
+from .publish import is_mapped, set_auto_map, upload
 from .untrusted import check_model, checked_config, load_base, read_heads, refuse_incomplete, weight_files
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class SafeCheckpoint:
         save_directory: Any,
         *args: Any,
         push_to_hub: bool = False,
-        auto_map: bool = False,
+        auto_map: bool | None = None,
         card: ModelCard | None = None,
         **kwargs: Any,
     ) -> None:
@@ -109,8 +109,10 @@ class SafeCheckpoint:
             args: Further arguments of `save_pretrained` of transformers.
             push_to_hub: Whether to upload the saved files to `repo_id`, by default the name of the directory.
             auto_map: Whether the checkpoint also has `modeling_tah.py`, a module of one import, with which the Auto
-                classes load it in a process that has not imported `tah` (`trust_remote_code=True`).
-            card: Content of `README.md`; by default that of `tah.model_card`. A card that tah did not write stays.
+                classes load it in a process that has not imported `tah` (`trust_remote_code=True`). By default it has
+                the module if the model was loaded from such a checkpoint.
+            card: Content of `README.md`; by default that of `tah.model_card`, with the results in an earlier card of
+                the same weights. A card that tah did not write stays.
             kwargs: Further arguments of `save_pretrained` of transformers, and of `push_to_hub`.
         """
         target = Path(save_directory)
@@ -132,10 +134,11 @@ class SafeCheckpoint:
                     facts = facts_of(self.base)  # type: ignore[attr-defined]
                     (work / BASE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
                 if (work / "config.json").is_file():  # other processes, and adapters of PEFT, have none
-                    set_auto_map(work, auto_map)
+                    mapped = self._is_mapped(auto_map)
+                    set_auto_map(work, mapped)
                     if not (target / CARD).exists() or is_ours(target / CARD):
                         name = repository if push_to_hub else None
-                        made = card or self._card(auto_map, name, hub.get("token"), target)
+                        made = card or self._card(mapped, name, hub.get("token"), target)
                         (work / CARD).write_text(str(made), "utf-8")
                     elif card is not None:
                         warn_of(target / CARD)
@@ -146,13 +149,13 @@ class SafeCheckpoint:
                 target.rmdir()
             raise
         if push_to_hub:
-            upload(target, [*names, CARD], repository, **hub)
+            upload(target, [*names, CARD], repository, keep=card is None, **hub)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        auto_map: bool = False,
+        auto_map: bool | None = None,
         card: ModelCard | None = None,
         tags: Sequence[str] | str | None = None,
         max_shard_size: int | str = "50GB",
@@ -166,7 +169,9 @@ class SafeCheckpoint:
         Args:
             repo_id: Id of the repository (`OWNER/NAME`), created if it does not exist.
             auto_map: As in `save_pretrained`.
-            card: Model card; by default that of `tah.model_card`, with the license of the base's card on the Hub.
+            card: Model card; by default that of `tah.model_card`, with the license of the base's card on the Hub, and
+                with the results in a card of the same weights on the Hub or in the directory that the model was loaded
+                from.
             tags: Further tags of the card.
             max_shard_size: Largest size of a file of weights.
             options: `commit_message`, `commit_description`, `private`, `token`, `revision` and `create_pr`, as in
@@ -175,19 +180,32 @@ class SafeCheckpoint:
         Returns:
             Description of the commit, from `huggingface_hub`.
         """
-        made = card or self._card(auto_map, repo_id, options.get("token"))
+        made = card or self._card(self._is_mapped(auto_map), repo_id, options.get("token"))
         if own := [tags] if isinstance(tags, str) else [*(tags or ())]:
             made.data["tags"] = list(dict.fromkeys([*made.data.get("tags", ()), *own]))
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, auto_map=auto_map, card=made, max_shard_size=max_shard_size)
-            return upload(Path(directory), os.listdir(directory), repo_id, **options)
+            return upload(Path(directory), os.listdir(directory), repo_id, keep=card is None, **options)
 
     def _card(self, auto_map: bool, name: str | None, token: Any, directory: Path | None = None) -> ModelCard:
-        """Return the card of this model. With the name of a repository the base's card is fetched for its license."""
+        """Return the card of this model. With the name of a repository the base's card is fetched for its license.
+
+        The facts of a training and the results are those in `directory`, which the card is for, or in the directory
+        that the model was loaded from.
+        """
         if name is not None:
             fetch_base_card(self, token)  # type: ignore[arg-type]
-        run = directory if directory is not None and trained_with(directory) else None
-        return model_card(self, name=name, run=run, auto_map=auto_map)  # type: ignore[arg-type]
+        loaded = self.name_or_path  # type: ignore[attr-defined]
+        places = dict.fromkeys(Path(place) for place in (directory, loaded) if place and os.path.isdir(place))
+        run = next(filter(trained_with, places), None)
+        made = model_card(self, name=name, run=run, auto_map=auto_map)  # type: ignore[arg-type]
+        for place in places:
+            keep_results(made, place / CARD, place / CARD if place == directory else None)
+        return made
+
+    def _is_mapped(self, wanted: bool | None) -> bool:
+        """Return `wanted`; for None, whether the model was loaded from a checkpoint with the `auto_map` of tah."""
+        return is_mapped(self.config.auto_map or {}) if wanted is None else wanted  # type: ignore[attr-defined]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from transformers.integrations import TensorBoardCallback
 
 from ..checkpoints.adapter import BASE
+from ..checkpoints.card import fingerprint
 from ..config import TaHConfig
 from ..core.compat import restore
 from ..core.quantised import is_packed, is_quantised
@@ -91,7 +92,8 @@ def train(
         processing_class=tokenizer,
     )
     if trainer.is_world_process_zero():
-        write_json(directory / "run.json", facts | {"world_size": trainer.args.world_size})
+        facts |= {"world_size": trainer.args.world_size}
+        write_json(directory / "run.json", facts)
         trim_metrics(directory / "metrics.jsonl", checkpoint)
     _fit(trainer, checkpoint, directory, progress, f"{recipe.name}: {stage}")
     for parameter in model.parameters():  # buffers stay: positions need their precision
@@ -101,6 +103,8 @@ def train(
         _choose_threshold(recipe, model, trainer, directory)
     else:
         _choose_policy(recipe, model)
+    if trainer.is_world_process_zero():  # the card has facts and quality of these weights only
+        write_json(directory / "run.json", facts | {"weights": fingerprint(model)})
     trainer.save_model(str(directory))  # last: config.json marks a finished stage
     if trainer.is_world_process_zero():
         draw_curves(directory)
