@@ -12,7 +12,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from lm_eval.tasks import TaskManager
 from torch.distributed import HashStore, PrefixStore
 
-from helpers.evaluations import Notes
+from helpers.evaluations import ITEMS, Notes
 from helpers.models import tah, token_ids
 from helpers.processes import ROOT, run, torchrun
 from tah import processes
@@ -26,6 +26,8 @@ def pair(monkeypatch) -> tuple[Processes, Processes]:
     """The first and the second of two processes."""
     store = HashStore()
     monkeypatch.setattr(processes, "_store", store)
+    monkeypatch.setattr(processes, "_work", PrefixStore("a", store))
+    monkeypatch.setattr(processes, "_begun", 1)
     monkeypatch.setattr(processes, "_first", None)
     monkeypatch.setattr(processes, "GRACE", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -48,7 +50,7 @@ def test_a_failure_stops_every_other_process(pair):
     assert first.wait_for("done") == "7" and first.add("answers", 2) == 2 and second.add("answers", 3) == 5
     with pytest.raises(ZeroDivisionError), second:
         _ = 1 / 0
-    assert processes._store.add(FAILED, 0) == 1 and first_to_fail()  # asked again: still the first
+    assert processes._work.add(FAILED, 0) == 1 and first_to_fail()  # asked again: still the first
     for question in (
         lambda: first.wait_for("never"),
         lambda: first.tell("key"),
@@ -65,7 +67,26 @@ def test_the_first_process_to_fail_is_one(pair, monkeypatch):
     assert not first_to_fail()
     with pytest.raises(OtherProcessFailed), pair[0]:
         raise OtherProcessFailed
-    assert processes._store.add(FAILED, 0) == 2
+    assert processes._work.add(FAILED, 0) == 2
+
+
+def test_a_caught_failure_does_not_stop_the_next_piece_of_work(pair):
+    with pytest.raises(ZeroDivisionError), Processes.started():
+        _ = 1 / 0
+    following = Processes.started()
+    following.tell("done", "7")
+    assert following.wait_for("done") == "7"
+    assert first_to_fail()  # control: a failure after `started`, outside of its block, reaches the other process
+    with pytest.raises(OtherProcessFailed):
+        Processes(1, 2, following._store).wait_for("done")
+
+
+def test_a_failure_before_a_piece_of_work_stops_it(pair, monkeypatch):
+    with Processes.started() as work:
+        Processes(1, 2, work._store).add("left", 1)
+    assert first_to_fail()
+    with pytest.raises(OtherProcessFailed):
+        Processes.started().tell("done")
 
 
 def test_a_file_of_another_machine_that_is_not_shared(pair, monkeypatch, tmp_path):
@@ -150,6 +171,31 @@ def test_tasks_of_lm_eval_in_two_processes(pair, pupil, tmp_path, monkeypatch):
         "lm_eval.free.json",
         "lm_eval.choose.json",
     }
+
+
+def test_results_that_appear_late_on_another_machine(pair, pupil, tmp_path, monkeypatch):
+    """The second process has to wait for the results of this call, although it can read others."""
+    tell, path = pair[0].tell, tmp_path / "run" / "results.json"
+    given = {"policies": ["never"], "limit": 1, "data": {"arc_e": ITEMS / "choice.jsonl"}}
+    given["sampling"] = Sampling(samples=1, temperature=0.0, max_new_tokens=4)
+
+    def tell_early(key, value=""):
+        if key == "results":
+            text = path.read_text()
+            path.write_text("{}")
+            threading.Timer(1.0, path.write_text, [text]).start()
+        tell(key, value)
+
+    def go(process):
+        found.append(evaluation.evaluate(str(pupil), ["arc_e"], path.parent, processes=process, **given))
+
+    monkeypatch.setattr(pair[0], "tell", tell_early)
+    found = []
+    other = threading.Thread(target=lambda: go(pair[1]))
+    other.start()
+    go(pair[0])
+    other.join(60)
+    assert found[0] == found[1] and found[0]["results"]
 
 
 # -- the examples -----------------------------------------------------------------------------------------------------

@@ -335,8 +335,11 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
 
         If several processes train, it also reaches the parameters that no path of the method connects to the logits:
         the decider's, whose decisions have no gradient, and in a call of one pass those of all deeper passes. DDP waits
-        for a gradient of every parameter, unless it has `find_unused_parameters`. In a process alone they stay without
-        a gradient, so that weight decay does not change them.
+        for a gradient of every parameter, unless it has `find_unused_parameters`.
+
+        In a process alone these parameters have no gradient, so an optimizer leaves them as they are. In several
+        processes their gradient is zero. The result is the same without weight decay. With weight decay the optimizer
+        reduces them in several processes only, unless `requires_grad_(False)` excludes them.
         """
         if torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             parts: list[nn.Module | None] = [self.decider]

@@ -8,7 +8,6 @@ no time limit, and it stops when another process fails.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
@@ -28,13 +27,14 @@ CONNECTING = 600.0  # seconds until the store of the launcher must answer
 FAILING = 10.0  # the same, in a process that has failed and has no store yet
 GRACE = 1.0  # seconds in which the first process to fail prints its error, before the launcher ends all processes
 VISIBLE = 60.0  # seconds until what one machine has written must be visible on another
-FAILED = "tah/failed"  # key of the number of processes that have failed
+FAILED = "failed"  # key of the number of processes that have failed in a piece of work
 
 Answer = TypeVar("Answer")
 
-_calls = itertools.count()  # all processes make the same calls in the same order, so equal numbers name equal work
-_store: Store | None = None
-_first: bool | None = None  # whether this process failed before all others; None if it has not failed
+_begun = 0  # pieces of work; all processes begin the same ones in the same order, so equal numbers name equal work
+_store: Store | None = None  # of the launcher
+_work: Store | None = None  # of the piece of work that this process has begun and not ended
+_first: bool | None = None  # whether this process was the first to fail in this piece of work; None: it has not failed
 
 
 class OtherProcessFailed(ValueError):
@@ -44,8 +44,9 @@ class OtherProcessFailed(ValueError):
 class Processes:
     """The processes that share one piece of work: this process, and how it reaches the others.
 
-    The object is a context manager for the whole work. If the block raises an error, the other processes stop. At its
-    end every process waits until the others have read all messages.
+    The object is a context manager for the whole work. If the block raises an error, the other processes stop this
+    piece of work. A later piece of work, with an object of its own, is not affected. At the end of the block the first
+    process waits until the others have read all messages.
 
         evaluate("DIR", ["gsm8k"], "runs/a", processes=Processes.started())
 
@@ -65,18 +66,18 @@ class Processes:
         Raises:
             ValueError: The launcher's store does not answer.
         """
+        global _begun, _work, _first
         if count() == 1:
             return cls()
-        from torch.distributed import PrefixStore
-
         try:
-            store = _connect(CONNECTING)
+            store = _piece(_begun, CONNECTING)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the {count()} processes of WORLD_SIZE cannot reach each other ({str(error).splitlines()[0]}); start "
                 "them with torchrun or accelerate launch"
             ) from error
-        return cls(rank(), count(), PrefixStore(f"tah/{next(_calls)}", store))
+        _begun, _work, _first = _begun + 1, store, None
+        return cls(rank(), count(), store)
 
     @property
     def lead(self) -> bool:
@@ -91,14 +92,17 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._store is None:
+        global _work
+        store = self._store
+        if store is None:
             return
         if kind is None:
             self.add("left", 1)
             while self.lead and self.add("left", 0) < self.world:  # its machine may run the store
                 time.sleep(POLL)
+            _work = None
         elif not isinstance(error, OtherProcessFailed):
-            first_to_fail()
+            _fail(lambda: store)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -179,9 +183,9 @@ class Processes:
 
     def _ask(self, question: Callable[[Store], Answer]) -> Answer:
         """Return what the store answers, unless another process has failed."""
-        assert self._store is not None and _store is not None
+        assert self._store is not None
         try:
-            if _store.check([FAILED]):
+            if self._store.check([FAILED]):
                 raise OtherProcessFailed("another process failed; its own message gives the reason")
             return question(self._store)
         except RuntimeError as error:  # the connection is closed: the process or machine of the store has ended
@@ -207,17 +211,34 @@ def local_rank() -> int | None:
 def first_to_fail() -> bool:
     """Return whether this process, which has failed, is the first one, so that only one of them reports an error.
 
-    The other processes learn of the failure. In a process that is not the first, the call takes `GRACE` seconds.
+    The other processes learn of the failure in the piece of work that this process has begun, or else in its next one.
+    In a process that is not the first, the call takes `GRACE` seconds.
     """
+    return _fail(lambda: _work or _piece(_begun, FAILING))
+
+
+def _fail(store: Callable[[], Store]) -> bool:
+    """Send the failure of this process to a piece of work, and return whether it is the first one there."""
     global _first
     if _first is None:
         _first = True
         if count() > 1:
             with suppress(RuntimeError, ValueError):  # without a store, each process reports its own error
-                _first = _connect(FAILING).add(FAILED, 1) == 1
+                _first = store().add(FAILED, 1) == 1
         if not _first:
             time.sleep(GRACE)
     return _first
+
+
+def _piece(number: int, seconds: float) -> Store:
+    """Return the store of a piece of work.
+
+    Raises:
+        RuntimeError, ValueError: As `_connect`.
+    """
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"tah/{number}", _connect(seconds))
 
 
 def _connect(seconds: float) -> Store:

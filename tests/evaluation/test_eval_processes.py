@@ -16,7 +16,7 @@ from helpers.checkpoints import tiny
 from helpers.commands import said
 from helpers.evaluations import ITEMS, lines_of
 from helpers.processes import lines_of_tah, run, torchrun
-from tah.evaluation.eval_files import Samples
+from tah.evaluation.eval_files import Samples, join_parts, part_of
 from tah.evaluation.eval_report import as_markdown
 from tah.evaluation.harness import TaHLM
 from tah.evaluation.request import Request
@@ -86,7 +86,7 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
         part: [(line["number"], line["sample"]) for line in map(json.loads, part.open())]
         for part in path.parent.glob("gsm8k*")
     }
-    assert keys[path.with_name("gsm8k.jsonl.1")] == [(1, 0), (1, 1)]  # its first batch, the second of all
+    assert keys[path.with_name("gsm8k.jsonl.part1")] == [(1, 0), (1, 1)]  # its first batch, the second of all
     assert set(keys.get(path, [])) <= {(number, sample) for number in (0, 2, 4) for sample in (0, 1)}
     shutil.copytree(directory, tmp_path / "again")
     done = torchrun("-m", "tah", *words, "-o", directory, processes=3)
@@ -98,7 +98,7 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     path = tmp_path / "again" / path.relative_to(directory)
     with open(path, "ab") as file:
         file.write(b'{"policy":')
-    part = path.with_name("gsm8k.jsonl.1")
+    part = path.with_name("gsm8k.jsonl.part1")
     kept = [json.loads(line) | {"seconds": 99} for line in part.open()]
     part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     done = run([sys.executable, "-m", "tah", *words, "-o", str(tmp_path / "again")])
@@ -108,6 +108,16 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     assert [(line["number"], line["sample"]) for line in finished if line["seconds"] == 99] == [(1, 0), (1, 1)]
     (note,) = lines_of_tah(done)
     assert note == f"tah: {path}: the last line is incomplete, so its question is answered again"
+
+
+def test_a_copy_of_the_answers_is_not_a_part(alone, tmp_path):
+    path = Samples(tmp_path, "never", "gsm8k").path
+    shutil.copytree(alone / "samples", tmp_path / "samples")
+    copies = [path.with_name(f"{path.name}{suffix}") for suffix in (".1", ".part1.old", ".partial")]
+    for copy in (*copies, part_of(path, 1)):
+        shutil.copy(path, copy)
+    assert join_parts(tmp_path) == []
+    assert [copy.exists() for copy in (*copies, part_of(path, 1))] == [True, True, True, False]
 
 
 def test_a_process_that_fails_stops_the_others(words, tmp_path):

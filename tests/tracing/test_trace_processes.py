@@ -12,7 +12,7 @@ from helpers.checkpoints import save, shake, tiny_base
 from helpers.processes import lines_of_tah, run, torchrun
 from tah import TaHForCausalLM
 from tah.device import Machine
-from tah.tracing.trace_file import Parts, load_trace, part_of
+from tah.tracing.trace_file import VERSION, Parts, load_trace, part_of
 
 LENGTHS = (9, 40, 23, 150, 31, 64, 12, 77, 55, 18)
 
@@ -50,7 +50,7 @@ def test_two_processes_equal_one(words, alone, tmp_path):
 
 
 def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
-    path, part = tmp_path / "trace.jsonl", tmp_path / "trace.jsonl.1"
+    path, part = tmp_path / "trace.jsonl", tmp_path / "trace.jsonl.part1"
     done = torchrun("-m", "helpers.processes", "kill", 1, 1, *words, "-o", path)
     assert done.returncode != 0 and done.stdout == ""
     order = [json.loads(line)["row"] for line in alone[0].open() if '"row"' in line]
@@ -72,8 +72,19 @@ def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     lines[2:4] = [line.replace(*mark) for line in lines[2:4]]
     assert path.read_bytes() == b"".join(lines) and list(tmp_path.iterdir()) == [path]
     part.write_bytes(content.replace(b'"dtype":"float32"', b'"dtype":"bfloat16"', 1))
-    with pytest.raises(ValueError, match=r"trace.jsonl.1 is a trace with other settings: dtype=.*bfloat16"):
+    with pytest.raises(ValueError, match=r"trace.jsonl.part1 is a trace with other settings: dtype=.*bfloat16"):
         Parts(path, load_trace(path).header)
+
+
+def test_a_copy_of_the_trace_is_not_a_part(tmp_path):
+    path, header = tmp_path / "trace.jsonl", {"tah_trace": VERSION}
+    names = ("trace.jsonl.1", "trace.jsonl.part1.old", "trace.jsonl.partial", "trace.jsonl.part1")
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(header) + "\n")
+    parts = Parts(path, header)
+    assert parts.files() == [part_of(path, 1)]
+    parts.remove()
+    assert {each.name for each in tmp_path.iterdir()} == set(names[:3])
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ def tokenizer():
 
 @pytest.fixture
 def trainer_for(tokenizer, tmp_path):
-    def make(reward, model=None, **settings):
+    def make(reward, model=None, peft_config=None, **settings):
         model = model_of(tokenizer) if model is None else model
         arguments = trl.GRPOConfig(str(tmp_path), **SETTINGS | settings)
-        rows = Dataset.from_list(ROWS)
-        return ours.SampledDepthGRPOTrainer(model, reward, arguments, rows, processing_class=tokenizer)
+        given = {"processing_class": tokenizer, "peft_config": peft_config}
+        return ours.SampledDepthGRPOTrainer(model, reward, arguments, Dataset.from_list(ROWS), **given)
 
     return make
 
@@ -111,6 +111,42 @@ def test_the_decider_learns_what_a_pass_is_worth(trainer_for, reward):
     shares = [line["iterated_share"] for line in trainer.state.log_history if "iterated_share" in line]
     first, last = shares[0], sum(shares[-4:]) / 4  # the first rollout is that of the untrained decider
     assert last > first + 0.2 if reward is passes else last < first - 0.2, shares
+
+
+def test_an_adapter_of_peft_has_to_train_the_decider(trainer_for):
+    """PEFT freezes all other weights; `modules_to_save` makes a copy of the decider that is trained."""
+    peft = pytest.importorskip("peft")
+    with pytest.raises(
+        ValueError, match=r"no weight of the decider requires a gradient.*modules_to_save=\['decider'\]"
+    ):
+        trainer_for(passes, peft_config=peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["decider"])
+    trainer = trainer_for(passes, peft_config=adapter, max_steps=2, learning_rate=1e-2)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters() if "decider" in name}
+    trainer.train()
+    changed = {
+        name for name, weight in trainer.model.named_parameters() if name in before and (weight != before[name]).any()
+    }
+    assert changed and all("modules_to_save" in name for name in changed)
+
+
+def test_a_frozen_decider_is_refused(trainer_for, tokenizer):
+    model = model_of(tokenizer)
+    model.decider.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"without PEFT call model.decider.requires_grad_\(True\)$"):
+        trainer_for(passes, model)
+
+
+def test_another_trl_is_refused(trainer_for, monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"^SampledDepthGRPOTrainer is written for trl 1.16, not 1.17.0"):
+        trainer_for(passes)
+
+
+def test_a_mixture_is_refused(trainer_for, tokenizer):
+    with pytest.raises(ValueError, match=r"^the output is a mixture, or the head has"):
+        trainer_for(passes, model_of(tokenizer, output="mixture"))
 
 
 def test_a_model_without_a_decider_is_refused(trainer_for, tokenizer):

@@ -10,6 +10,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .compat import CACHE
 from .inputs import TrainingPass
 
+NOT_SUMMED = (
+    "the output is a mixture, or the head has a soft-cap or a bias, so the logits are not the head of one hidden "
+    "state; train with tah train, or choose output='zero_init'"
+)
+
 
 class SummedStates:
     """A TaH model without its output head: input to summed hidden states, method.md (2).
@@ -32,10 +37,7 @@ class SummedStates:
             ValueError: The logits are not the head of one hidden state.
         """
         if not self._tah.sums_states:
-            raise ValueError(
-                "the output is a mixture, or the head has a soft-cap or a bias, so the logits are not the head of one "
-                "hidden state; train with tah train, or choose output='zero_init'"
-            )
+            raise ValueError(NOT_SUMMED)
         # The caller computes a loss, so processes that train together run the same passes, as in a call with labels.
         given = {"training": TrainingPass(idle=self._tah.training)} | kwargs
         no_logits = {"logits_to_keep": torch.empty(0, dtype=torch.long), "output_last_hidden_state": True}

@@ -1,10 +1,10 @@
 """Reading and writing the files of an evaluation directory.
 
-    run.json                      settings (model, data, protocol) and versions
-    samples/POLICY/TASK.jsonl     one answer per line, appended by batch; verdicts are added when the task is finished
-    samples/POLICY/TASK.jsonl.N   answers of process N of several, until the first process joins them
-    questions/TASK.jsonl          questions with their right answers or tests, so that answers can be graded again
-    results.json, results.md      computed from the samples
+    run.json                          settings (model, data, protocol) and versions
+    samples/POLICY/TASK.jsonl         one answer per line, appended by batch; a finished task has verdicts too
+    samples/POLICY/TASK.jsonl.partN   answers of process N of several, until the first process joins them
+    questions/TASK.jsonl              questions with their right answers or tests, so that answers can be graded again
+    results.json, results.md          computed from the samples
 
 A line of samples has `policy`, `task`, `question` (its id), `number`, `sample`, `prompt` (a hash), `verdict` (null
 until the answer is graded), and the fields of `Generated` (text, token counts, depths, seconds). A graded line also has
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -328,13 +329,17 @@ def join_parts(directory: Path) -> list[str]:
     Returns:
         Notes about incomplete last lines.
     """
-    paths = {path.with_suffix("") for path in (directory / "samples").glob("*/*.jsonl.*") if path.suffix[1:].isdigit()}
+    paths = {path.with_suffix("") for path in (directory / "samples").glob("*/*.jsonl.part*") if _is_part(path)}
     return [note for path in sorted(paths) for note in _join(path)[1]]
 
 
 def part_of(path: Path, process: int) -> Path:
     """Return the path of the answers of a process other than the first."""
-    return path.with_name(f"{path.name}.{process}")
+    return path.with_name(f"{path.name}.part{process}")
+
+
+def _is_part(path: Path) -> bool:
+    return re.fullmatch(r"\.part[0-9]+", path.suffix) is not None
 
 
 def _join(path: Path) -> tuple[dict[tuple[int, int], dict[str, Any]], list[str]]:
@@ -346,7 +351,7 @@ def _join(path: Path) -> tuple[dict[tuple[int, int], dict[str, Any]], list[str]]
     Raises:
         ValueError: A line before the last of a file is damaged.
     """
-    parts = [part for part in path.parent.glob(f"{path.name}.*") if part.suffix[1:].isdigit()]
+    parts = [part for part in path.parent.glob(f"{path.name}.part*") if _is_part(part)]
     lines: dict[tuple[int, int], dict[str, Any]] = {}
     notes = []
     for each in (path, *parts):

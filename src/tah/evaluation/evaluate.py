@@ -111,11 +111,16 @@ def _evaluate(request: Request, processes: Processes, progress: Reporter) -> dic
             _answer_all(request, lm, built, progress)
     if processes.lead:
         results = write_results(output)
-        processes.tell("results")
+        processes.tell("results", _hash_of(output / "results.json"))
         return results
-    processes.wait_for("results")
-    found: dict[str, Any] = json.loads((output / "results.json").read_text("utf-8"))
+    path, told = output / "results.json", processes.wait_for("results")
+    processes.see(lambda: path.is_file() and _hash_of(path) == told, f"{path} is not that of the first process")
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return found
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _open(request: Request, progress: Reporter) -> Session:

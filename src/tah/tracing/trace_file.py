@@ -16,8 +16,8 @@ The file is JSON lines. The first line is the header: model, data, settings. Eve
     strings        text of the token ids that no earlier line has
 
 Each batch is appended as whole lines, so a killed run loses at most its last batch. Of several processes, the first one
-writes the file. Process N of the others writes its texts to a part, a file with the suffix `.N`, from which the first
-one appends them in the order of the batches. The file is therefore the same for any number of processes.
+writes the file. Process N of the others writes its texts to a part, a file with the suffix `.partN`, from which the
+first one appends them in the order of the batches. The file is therefore the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,7 +302,7 @@ def _check_same(path: Path, before: Mapping[str, Any], header: Mapping[str, Any]
 
 def part_of(path: str | Path, process: int) -> Path:
     """Return the path of the texts of a process other than the first."""
-    return Path(f"{path}.{process}")
+    return Path(f"{path}.part{process}")
 
 
 class Parts:
@@ -328,7 +329,7 @@ class Parts:
         """Return the paths of the parts."""
         if self.path is None:
             return []
-        return sorted(part for part in self.path.parent.glob(f"{glob.escape(self.path.name)}.*") if _is_part(part))
+        return sorted(part for part in self.path.parent.glob(f"{glob.escape(self.path.name)}.part*") if _is_part(part))
 
     def read(self) -> None:
         """Read the lines that have been appended since the last call."""
@@ -358,7 +359,7 @@ class Parts:
 
 
 def _is_part(path: Path) -> bool:
-    return path.suffix[1:].isdigit()
+    return re.fullmatch(r"\.part[0-9]+", path.suffix) is not None
 
 
 class TraceFile:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.summed import NOT_SUMMED
 from ..model import TaHForCausalLM, TrainingPass
 from ..policy import DepthState, Policy
 from .trainer import Meter, Objective
@@ -104,22 +105,19 @@ class GivenDepthGRPOTrainer(trl.GRPOTrainer):
 
     Raises:
         ImportError: Another TRL is installed than the one whose private methods this class overrides.
-        ValueError: The model is no TaH model, its head has a soft-cap or a bias, or completions would not come from
-            `generate`.
+        ValueError: The model is no TaH model, its logits are not the head of one hidden state (a mixture, a soft-cap
+            or a bias), or completions would not come from `generate`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not trl.__version__.startswith(f"{WRITTEN_FOR}."):
             raise ImportError(
-                f"GivenDepthGRPOTrainer is written for trl {WRITTEN_FOR}, not {trl.__version__}: "
+                f"{type(self).__name__} is written for trl {WRITTEN_FOR}, not {trl.__version__}: "
                 f"pip install 'trl=={WRITTEN_FOR}.*'"
             )
         super().__init__(*args, **kwargs)
         if not tah_model(self.model).sums_states:  # otherwise refused only after the first rollout
-            raise ValueError(
-                "the head has a soft-cap or a bias, so TRL cannot apply it to a sum of passes; choose "
-                "output='zero_init'"
-            )
+            raise ValueError(NOT_SUMMED)
         others = {
             "use_vllm": self.use_vllm,
             "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
@@ -228,7 +226,7 @@ class SampledDepthGRPOTrainer(GivenDepthGRPOTrainer):
 
     Raises:
         ImportError: As for `GivenDepthGRPOTrainer`.
-        ValueError: As for `GivenDepthGRPOTrainer`, or the model has no decider.
+        ValueError: As for `GivenDepthGRPOTrainer`, or the model has no decider, or no weight of the decider is trained.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -236,6 +234,11 @@ class SampledDepthGRPOTrainer(GivenDepthGRPOTrainer):
         decider = tah_model(self.model).decider
         if decider is None:
             raise ValueError("there are no decisions to reinforce: the model has no decider; give from_base a decider")
+        if not any(weight.requires_grad for weight in decider.parameters()):
+            raise ValueError(
+                "no weight of the decider requires a gradient, so its decisions would not be learned; give the "
+                "peft_config modules_to_save=['decider'], or without PEFT call model.decider.requires_grad_(True)"
+            )
         self.rollout_policy = Sampled(decider)
 
     def forward_at(self, depths: Tensor, model: torch.nn.Module, given: dict[str, Any]) -> Any:
