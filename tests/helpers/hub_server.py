@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             )
         path = "/".join(words[4:])
         if f"{repository}/{path}" in self.hub.unavailable:
-            return self.answer({"error": "down"}, 500)
+            return self.answer({"error": "down"}, 403)  # huggingface_hub tries again after most others
         if path not in files:
             return self.answer({"error": "no"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha(files))
         etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
