@@ -1,22 +1,23 @@
 """What `test_trl_ranks.py` starts with torchrun, two processes on gloo: `-m helpers.trainer_ranks TRAINER FILE`.
 
 Trainers that are not ours train three steps of each policy, with gradient checkpointing, for which they turn
-`find_unused_parameters` off, and with a decider that is not frozen. The first rank writes the loss of each step.
+`find_unused_parameters` off, and with a decider that is not frozen. The first rank writes the loss of each step and the
+final weights. TRAINER `given` or `sampled` is GRPO, of which every rank also writes its batch.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 import tempfile
-from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from helpers.models import tah, token_ids
-from helpers.trl_models import words
+from helpers.trl_models import model_of, words
 from tah import TaHForCausalLM
 
 POLICIES = ("always", "never", "uneven")
@@ -30,6 +31,10 @@ SETTINGS = {
     "report_to": "none",
     "save_strategy": "no",
     "disable_tqdm": True,
+    "optim": "sgd",  # weights differ by no more than gradients, and weight decay is a factor
+    "learning_rate": 0.01,
+    "weight_decay": 0.5,
+    "lr_scheduler_type": "constant",
 }
 
 
@@ -54,7 +59,7 @@ def sft(policy: str, directory: str, **settings: int) -> Trainer:
     import trl
 
     rows = Dataset.from_list([{"input_ids": row.tolist()} for row in ROWS])
-    arguments = trl.SFTConfig(directory, bf16=False, **SETTINGS | {"learning_rate": 5e-5} | settings)
+    arguments = trl.SFTConfig(directory, bf16=False, **SETTINGS | settings)
     return trl.SFTTrainer(model(policy), arguments, train_dataset=rows, processing_class=words())
 
 
@@ -64,11 +69,53 @@ def losses(trainer: Trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def grpo(kind: str, directory: str, **settings: int) -> Any:
+    """A trainer of GRPO for one update with one prompt, of which `batches` keeps the inputs."""
+    import trl
+
+    from tah.training import trl as ours
+
+    def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [float(sum(ids) % 7) for ids in completion_ids]
+
+    cls = {"given": ours.GivenDepthGRPOTrainer, "sampled": ours.SampledDepthGRPOTrainer}[kind]
+    tokenizer, rows = words(), [{"prompt": "e1>e2 " * 3 * (i % 2) + f"e{i}>e1 e{i}"} for i in range(4)]
+    once = {"max_steps": 1, "weight_decay": 0.0, "max_grad_norm": 0.0, "learning_rate": 1.0}
+    once |= {"per_device_train_batch_size": 2, "num_generations": 4}  # completions of both ranks
+    once |= {"max_completion_length": 10, "loss_type": "grpo", "bf16": False}
+    arguments = trl.GRPOConfig(directory, **SETTINGS | once | settings)
+    trainer = cls(model_of(tokenizer), reward, arguments, Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.batches, compute = [], trainer.compute_loss
+
+    def kept(model: Any, inputs: dict[str, Any], *given: Any, **options: Any) -> Any:
+        trainer.batches.append(dict(inputs))
+        return compute(model, inputs, *given, **options)
+
+    trainer.compute_loss = kept
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of the weights of a trainer's model."""
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: weight.detach().clone() for name, weight in inner.named_parameters()}
+
+
+def main(kind: str, path: str) -> None:
+    """Train, and write what the test compares."""
+    with tempfile.TemporaryDirectory() as directory:
+        if kind in ("given", "sampled"):
+            trainer = grpo(kind, directory)
+            trainer.train()
+            torch.save((trainer.batches, weights(trainer)), f"{path}.{os.environ['RANK']}")
+            return
+        found = {}
+        for policy in POLICIES:
+            trainer = {"plain": plain, "sft": sft}[kind](policy, directory)
+            found[policy] = losses(trainer), weights(trainer)
+        if trainer.is_world_process_zero():
+            torch.save(found, path)
+
+
 if __name__ == "__main__":
-    found = {}
-    for policy in POLICIES:
-        with tempfile.TemporaryDirectory() as directory:
-            trainer = {"plain": plain, "sft": sft}[sys.argv[1]](policy, directory)
-            found[policy] = losses(trainer)
-    if trainer.is_world_process_zero():
-        Path(sys.argv[2]).write_text(json.dumps(found))
+    main(*sys.argv[1:])
