@@ -37,6 +37,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         OSError: The file cannot be written; the message names the file and the reason.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would replace a device
+        raise OSError(f"{path} cannot be written: it is not a file")
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -150,7 +150,11 @@ def test_results_become_the_model_index(evaluated, tmp_path):
     assert found == wanted and len(wanted) == 4 and max(wanted.values()) > 0 and card.data.model_name == "me/x"
     assert {each.metric_type for each in entries} == {"accuracy"}
     for row in results["results"]:
-        assert f"| {row['policy']} | {row['task']} | {row['questions']} | {row['answers']} | " in card.text
+        task = f"{row['task']} (own questions)"  # those of this test, not of the public benchmark
+        assert f"| {row['policy']} | {task} | {row['questions']} | {row['answers']} | " in card.text
+    assert {each.dataset_name for each in entries} == {f"{row['task']} (own questions)" for row in results["results"]}
+    public = model_card(model, [results | {"overrides": {}}])
+    assert {each.dataset_name for each in public.data.eval_results} == {row["task"] for row in results["results"]}
     assert str(directory.parent) not in str(card) and str(ROOT) not in str(card)
     assert str(model_card(model, [results], name="me/x")) == str(card)
     stock = results | {

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from ..config import TaHConfig
 from ..errors import short
 from ..markdown import estimate, percent, table
-from ..names import DATA_FILES
+from ..names import DATA_FILES, MIXTURES
 from .contents import parameter_counts, version_of, weights_fingerprint
 from .untrusted import read_json
 
@@ -35,6 +35,8 @@ MARK = "<!-- This card was made by tah and may be written again. Remove this lin
 WEIGHTS = re.compile(r"<!-- weights: (\w+) -->")
 RESULTS = "\n\n## Results\n\n"  # head of the last section
 PAPER = "https://arxiv.org/abs/2511.08577"
+OWN = " (own questions)"  # beside a task whose questions come from a file of the user
+PAPER_2 = "https://arxiv.org/abs/2609.35748"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SAMPLED = "T {temperature}, top-p {top_p}, top-k {top_k}"
 USE = """\
@@ -92,7 +94,7 @@ def model_card(
     if entries := [entry for each in found for entry in _entries(each)]:
         data.eval_results, data.model_name = entries, title
     sections = {
-        "": _introduction(base, recipe, weights),
+        "": _introduction(base, recipe, weights, model.config.output in MIXTURES),
         "Use": _use(name, auto_map),
         "Model": table(["", ""], _facts(model, recipe, weights)),
     }
@@ -205,14 +207,15 @@ def _plain(value: object) -> str:
     return re.sub(r"[^\w .,:+-]", "", short(value, str))
 
 
-def _introduction(base: str | None, recipe: Mapping[str, Any] | None, weights: str | None) -> str:
+def _introduction(base: str | None, recipe: Mapping[str, Any] | None, weights: str | None, mixes: bool) -> str:
     on = f"[{base}](https://huggingface.co/{base})" if base else "a base model"
     made = f" It was trained with the recipe `{_plain(recipe['name'])}`." if recipe else ""
     if recipe and recipe["weights"] and weights and recipe["weights"] != weights:
         made += " Its weights were changed after that."
+    method = f"[TaH2]({PAPER_2})" if mixes else f"[Think-at-Hard]({PAPER})"
     return (
-        f"This is a [Think-at-Hard]({PAPER}) model around {on}: a policy chooses the tokens that take another pass "
-        f"through the base.{made}"
+        f"This is a {method} model around {on}: a policy chooses the tokens that take another pass through the "
+        f"base.{made}"
     )
 
 
@@ -231,8 +234,9 @@ def _use(name: str | None, auto_map: bool) -> str:
 
 def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None, weights: str | None) -> Iterator[tuple[str, str]]:
     """Yield the rows of the table of the model: sizes, settings and training."""
-    config, total = model.config, model.num_parameters()  # it counts packed 4-bit weights one by one
-    added = sum(size for part, size in parameter_counts(model).items() if part != "base")
+    config, sizes = model.config, parameter_counts(model)
+    total = sum(sizes.values())
+    added = total - sizes["base"]
     yield "parameters", f"{total:,}"
     if total > added:  # weights that are shared out among processes may be empty here
         yield "added to the base", f"{added:,} ({percent(added / (total - added), '.2f')} of the base)"
@@ -295,13 +299,14 @@ def _checked(source: str | Path | Mapping[str, Any], model: TaHForCausalLM) -> d
 
 def _entries(found: Mapping[str, Any]) -> Iterator[EvalResult]:
     """Yield the entries of the `model-index`: one for each policy and task. Accuracies are from 0 to 1."""
+    own = _own_questions(found)
 
     def entry(row: Mapping[str, Any], metric: str, value: float, more: Mapping[str, Any]) -> EvalResult:
         rule = {"policy": row["policy"], "threshold": found["rule"].get("threshold")}
         return EvalResult(
             task_type="text-generation",
             dataset_type=row["task"],
-            dataset_name=row["task"],
+            dataset_name=row["task"] + OWN * (row["task"] in own),
             metric_type=metric,
             metric_name=f"{metric}, policy {row['policy']}",
             metric_value=round(value, 4),
@@ -318,9 +323,14 @@ def _entries(found: Mapping[str, Any]) -> Iterator[EvalResult]:
                 yield entry(row, metric.partition(",")[0], value, {"filter": metric.partition(",")[2]})
 
 
+def _own_questions(found: Mapping[str, Any]) -> Collection[str]:
+    """Return the tasks of an evaluation whose questions come from a file of the user."""
+    return found.get("overrides", {}).get("data", {}).keys()
+
+
 def _results(found: Mapping[str, Any]) -> str:
     """Return the table of an evaluation and the settings of its protocol."""
-    sampling = found["sampling"]
+    sampling, own = found["sampling"], _own_questions(found)
     drawn = "greedy" if sampling["temperature"] < 1e-3 else SAMPLED.format(**sampling)
     versions = found.get("versions", {})
     settings = (
@@ -330,7 +340,8 @@ def _results(found: Mapping[str, Any]) -> str:
     )
     rows: Iterable[Sequence[str]] = [
         (
-            *(row["policy"], row["task"], f"{row['questions']:,}", f"{row['answers']:,}"),
+            *(row["policy"], row["task"] + OWN * (row["task"] in own)),
+            *(f"{row['questions']:,}", f"{row['answers']:,}"),
             *("".join(estimate(row["accuracy"])), percent(row.get("iterated_share")), f"{row.get('cost', 1):.3f}"),
         )
         for row in found["results"]

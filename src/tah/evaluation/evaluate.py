@@ -254,7 +254,9 @@ def _settings(request: Request, lm: TaHLM, built: Mapping[str, Any]) -> dict[str
         "tah": 1,
         "model": session.source,
         "weights": weights_fingerprint(session.model),
-        "rule": rules | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")},
+        "rule": rules
+        | {name: getattr(config, name) for name in ("confidence_measure", "random_rate", "random_seed")}
+        | ({"decision": "sample"} if config.decision == "sample" else {}),
         "limit": limit if any(len(task.eval_docs) > (limit or math.inf) for task in built.values()) else None,
         "tasks": {name: _facts(task, limit) for name, task in built.items()},
         "versions": versions | ({"vllm": vllm_version()} if request.backend == "vllm" else {}),
