@@ -3,7 +3,7 @@
 | trap | test |
 | --- | --- |
 | 1 a changed field resets others | `test_a_field_changed_at_loading_leaves_the_others` |
-| 2 a cut depth loses weight | `test_a_depth_below_the_models_own_is_a_model_of_that_depth`; `test_tah2.py::test_limits_of_each_row` |
+| 2 a cut depth loses weight | `test_a_cut_depth_is_a_model_of_that_depth`, `test_tah2.py::test_limits_of_each_row` |
 | 3 parts of several precisions | `test_every_part_has_the_precision_asked_for` |
 | 4 order of the inputs, and the embedding at every depth | `core/test_golden_tah2.py::test_passes_and_mixture` |
 | 5 state after the final norm, and the epsilon | `test_epsilon_is_not_that_of_the_base` |
@@ -11,7 +11,7 @@
 | 7 log-probabilities, also with labels and at padding | `test_logits_with_labels_and_padding_are_log_probabilities` |
 | 8 as many probabilities as the base is wide | `test_tah2.py::test_vocabulary_smaller_than_the_width` |
 | 9 weight decay of the norms | `test_weight_decay_of_the_norms` |
-| 10 labels are those of a micro-batch | `training/test_train.py::test_packed_and_accumulated_equal_plain`, `training/test_distributed.py` |
+| 10 labels are those of a micro-batch | `test_packed_and_accumulated_equal_plain`, `training/test_distributed.py` |
 | 11 negatives of no cost count in the weight of positives | `test_negatives_without_cost_count_in_the_weight` |
 | 12 a side pass attends as if its token alone had continued | `test_a_side_pass_is_that_of_its_token_alone` |
 | 13 forced tokens keep the decider's probabilities | `test_tah2.py::test_forced_counts` |
@@ -27,7 +27,6 @@ import math
 
 import pytest
 import torch
-from test_tah2 import EXACT, FORCED, assert_equal, rows_of, tah2
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -37,6 +36,7 @@ from tah import TaHConfig, TaHForCausalLM, TrainingPass
 from tah.core.logits import TaHOutput
 from tah.core.mixture import mixture_weights
 from tah.training.joint import GainLabels, gain_labels, joint_decider_loss
+from test_tah2 import EXACT, FORCED, assert_equal, rows_of, tah2
 
 SIDE = TrainingPass(side_passes=True)
 
@@ -61,7 +61,7 @@ def test_a_field_changed_at_loading_leaves_the_others(tmp_path):
 
 @pytest.mark.grad
 @pytest.mark.parametrize("attention", ["duo", "own"])
-def test_a_depth_below_the_models_own_is_a_model_of_that_depth(attention):
+def test_a_cut_depth_is_a_model_of_that_depth(attention):
     """In a curriculum the last allowed pass has the whole rest, and nothing is asked after it."""
     model = tah2(max_depth=4, attention=attention).train()
     ids = token_ids()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from helpers.models import middle
 from tah import TaHForCausalLM
@@ -17,7 +18,8 @@ def checkpoint(tmp_path_factory, tiny_base):
     """A TaH2 model of three passes around the tiny base, whose decider goes both ways."""
     directory = tmp_path_factory.mktemp("tah2") / "model"
     settings = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0, "max_depth": 3}
-    model = TaHForCausalLM.from_base(str(tiny_base), **settings)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, max_position_embeddings=256)  # room for a question
+    model = TaHForCausalLM.from_base(base, **settings)
     with torch.no_grad():
         model.decider.score.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
         model.config.threshold = middle(model(torch.arange(40, 80)[None]).continue_prob[:, :, 0])
@@ -74,7 +76,9 @@ def test_inspect_names_the_parts(capsys, checkpoint):
 
 def test_tune_sets_a_share_and_trace_confirms_it(capsys, checkpoint, tmp_path):
     shutil.copytree(checkpoint, model := tmp_path / "model")
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {n} " + "ab cd " * n}) + "\n" for n in range(9)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n} " + "ab cd " * n}) + "\n" for n in range(9))
+    )
     works(capsys, "tune", model, tmp_path / "texts.jsonl", "--target", "share=0.44")
     before, after = (TaHForCausalLM.from_pretrained(path).config for path in (checkpoint, model))
     assert after.threshold != before.threshold and (after.output, after.decider) == (before.output, before.decider)
@@ -90,6 +94,6 @@ def test_eval_counts_the_passes(capsys, checkpoint, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "2+2", "answer": "4"}\n')
     given = ("--tasks", "gsm8k", "--data", f"gsm8k={tmp_path / 'q.jsonl'}", "--max-new-tokens", 4)
     works(capsys, "eval", checkpoint, *given, "--policy", "decider,never,always", "-o", tmp_path / "out")
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     cost = {row["policy"]: row["cost"] for row in rows if row["task"] == "gsm8k"}
     assert cost["never"] == 1 and cost["always"] == pytest.approx(3) and 1 < cost["decider"] < 3
