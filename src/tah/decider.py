@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import fast
-from .core.next_input import EPS, GatedMLP, reset_parts
+from .core.next_input import GatedMLP, Norm, reset_parts
 from .policy import DepthState
 
 CHUNK = 512  # tokens per chunk, so that the features of a long prompt are not all copied at once
@@ -167,12 +167,12 @@ class TaH2Decider(nn.Module):
     def __init__(self, hidden_size: int, width: int | None, num_layers: int) -> None:
         super().__init__()
         self.layers = (num_layers,)
-        self.norm_embed = nn.RMSNorm(hidden_size, EPS)
-        self.norm_hidden = nn.RMSNorm(hidden_size, EPS)
-        self.norm_probs = nn.RMSNorm(hidden_size, EPS)
+        self.norm_embed = Norm(hidden_size)
+        self.norm_hidden = Norm(hidden_size)
+        self.norm_probs = Norm(hidden_size)
         self.proj = nn.Linear(3 * hidden_size, hidden_size, bias=False)
         self.mlp = GatedMLP(hidden_size, width or hidden_size)
-        self.norm_out = nn.RMSNorm(hidden_size, EPS)
+        self.norm_out = Norm(hidden_size)
         self.score = nn.Linear(hidden_size, 1, bias=False)
         self.reset_parameters()
 

@@ -58,7 +58,7 @@ class Answer:
             "tokens_per_second": count / self.seconds,
             "iterated_share": sum(depth > 1 for depth in self.depths) / max(1, count),
             "mean_depth": sum(self.depths) / max(1, count),
-            "tokens": [vars(token) for token in self.tokens],
+            "tokens": [token.as_dict() for token in self.tokens],
         }
 
 
@@ -230,7 +230,8 @@ class Session:
         if limit is not None:
             max_new_tokens = max(1, min(max_new_tokens, limit - len(ids)))
         cache, self.cache = self._continued(ids), DuoCache()  # an interrupt leaves a half-written cache behind
-        streamer = TokenStreamer(cache, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), show)
+        weigh = self.model.mixture_weights
+        streamer = TokenStreamer(cache, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True), show, weigh)
         inputs = torch.tensor([ids], dtype=torch.long, device=self.model.device)
         start = time.perf_counter()
         self.model.generate(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -16,6 +19,11 @@ class Token:
     text: str  # text that this token adds; empty while a character is incomplete
     depth: int  # passes that predicted this token
     probability: float | None  # continue probability after depth 1; None if the policy computed none
+    weights: list[float] | None = None  # weight of each pass in the output; None if the output is no mixture
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, without `weights` if there are none."""
+        return {name: value for name, value in vars(self).items() if name != "weights" or value is not None}
 
 
 class Pieces:
@@ -63,10 +71,18 @@ class TokenStreamer:
         cache: `DuoCache` of one row, the same that `generate` receives.
         decode: Function from token ids to text.
         show: Callback for each `Token`.
+        weigh: Function from passes [B, T] and continue logits [B, T, M - 1] to the weights [B, T, M] of the passes, or
+            to None, as `TaHForCausalLM.mixture_weights`.
     """
 
-    def __init__(self, cache: Any, decode: Callable[[list[int]], str], show: Callable[[Token], None]) -> None:
-        self.cache, self.show = cache, show
+    def __init__(
+        self,
+        cache: Any,
+        decode: Callable[[list[int]], str],
+        show: Callable[[Token], None],
+        weigh: Callable[[Tensor, Tensor], Tensor | None] = lambda depth_count, continue_logits: None,
+    ) -> None:
+        self.cache, self.show, self.weigh = cache, show, weigh
         self.pieces = Pieces(decode)
         self.length: int | None = None  # number of tokens so far; None before the prompt
         self.tokens: list[Token] = []
@@ -79,12 +95,14 @@ class TokenStreamer:
             return
         for token in ids:
             position = self.length - 1
-            depth = int(self.cache.depth_count.view[0, position])
-            logits = self.cache.continue_logits.view[0, position]
+            count = self.cache.depth_count.view[:1, position : position + 1]
+            every = self.cache.continue_logits.view[:1, position : position + 1]
+            depth, logits, weights = int(count), every[0, 0], self.weigh(count, every)
             decided = len(logits) > 0 and not math.isnan(logits[0])
             probability = float(logits[0].sigmoid()) if decided else None
             self.length += 1
-            self.tokens.append(Token(token, self.pieces.add(token), depth, probability))
+            token_weights = None if weights is None else weights[0, 0, :depth].tolist()
+            self.tokens.append(Token(token, self.pieces.add(token), depth, probability, token_weights))
             self.show(self.tokens[-1])
 
     def end(self) -> None:
@@ -92,4 +110,4 @@ class TokenStreamer:
         if self.tokens and (rest := self.pieces.flush()):
             last = self.tokens[-1]
             last.text += rest
-            self.show(Token(last.id, rest, last.depth, last.probability))
+            self.show(replace(last, text=rest))

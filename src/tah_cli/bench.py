@@ -29,6 +29,17 @@ def bench(
     rate: Annotated[float, number("Iterated share of the variant `forced`.", float, 0, 1)] = 0.07,
     repeats: RepeatsOption = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Run two rounds of batch 1 and 512 tokens only.")] = False,
+    batch: Annotated[
+        list[int] | None, number("Batch size of decoding; may be repeated. [default: 1, 4 and 16]", int, 1)
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        number(
+            "Tokens of a prefill; may be repeated. Memory is measured with the last one. [default: 512 and 2048]",
+            int,
+            1,
+        ),
+    ] = None,
     output: OutputOption = None,
     as_json: options.Json = False,
 ) -> None:
@@ -43,6 +54,7 @@ def bench(
     sizes: dict[str, Any] = {"repeats": repeats}
     if quick:
         sizes = {"batches": (1,), "lengths": (512,), "repeats": min(2, repeats)}
+    sizes |= {name: tuple(given) for name, given in (("batches", batch), ("lengths", length)) if given}
     dtypes = tuple(dtype or words.BENCH_DTYPES)
     result = benchmark.bench(model, dtypes=dtypes, rate=rate, progress=reporter(), **sizes)
     _finish(benchmark, result, output, as_json)

@@ -15,6 +15,7 @@ from helpers.models import shake
 from tah import TaHForCausalLM
 from tah.benchmarks import bench, bench_serve
 from tah.benchmarks.measure import Row, save
+from tah.core import fast
 from tah.progress import Reporter
 
 
@@ -46,6 +47,37 @@ def test_result(checkpoint, tmp_path):
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     table = (tmp_path / "out" / "bench.md").read_text().splitlines()
     assert len(table) == 2 + len(rows) and "| forced |" in table[4]
+
+
+@pytest.mark.parametrize("output", ["mixture", "even"])
+def test_kept_states_of_a_mixture(output, tmp_path, monkeypatch):
+    """Its rows count the tensors that the forward holds; the other tasks run with three passes and several rows."""
+    settings = {"next_input": "mlp", "output": output, "decider": {"kind": "tah2"}, "lora_rank": 0, "max_depth": 3}
+    model = TaHForCausalLM.from_base(tiny("llama", "sdpa", max_position_embeddings=256), **settings)
+    model.save_pretrained(tmp_path / "m")
+    sizes = {"dtypes": ("float32",), "batches": (4,), "lengths": (100,), "repeats": 1, "rate": 0.44}
+    result = bench.bench(str(tmp_path / "m"), **sizes)
+    rows = {(row.task, row.variant): row for row in (Row(**row) for row in result["rows"])}
+    assert rows["decode, batch 4", "forced"].iterated == pytest.approx(0.44, abs=0.005)
+    assert "| memory of kept states, 100 tokens | forced |" in bench.markdown(result)
+
+    made, make = [], fast.running_output
+    monkeypatch.setattr(fast, "running_output", lambda *given: made.append(make(*given)) or made[-1])
+    for variant in bench.VARIANTS:
+        row = rows["memory of kept states, 100 tokens", variant]
+        assert row.iterated == pytest.approx({"forced": 0.44, "always": 1}.get(variant, 0))
+        if variant == "base":
+            assert row.median == 100 * 32 * 4 / 2**20
+            continue
+        bench.prefill(model, variant, 100, 0.44)()
+        held = {id(x): x.nbytes for x in (made[-1].total, *made[-1].weights)}
+        held |= {id(x): x.nbytes for pair in made[-1].deeper for x in pair}
+        assert row.median * 2**20 == pytest.approx(sum(held.values())), variant
+
+
+def test_a_sum_keeps_no_pass_apart(checkpoint):
+    result = bench.bench(checkpoint, dtypes=("float32",), batches=(), lengths=(20,), repeats=1)
+    assert {row["task"] for row in result["rows"]} == {"prefill, 20 tokens", "memory, 20 tokens"}
 
 
 def test_forced_pays_for_the_decider(checkpoint):

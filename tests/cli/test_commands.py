@@ -198,6 +198,9 @@ def test_bench_is_called_with_its_options(capsys, monkeypatch, tmp_path):
     assert json.loads(out) == result and (tmp_path / "out" / "bench.json").is_file()
     (model, options) = calls[0]
     assert model == "some" and options["dtypes"] == ("bfloat16",) and options["batches"] == (1,)
+    works(capsys, "bench", "some", "--batch", "1", "--batch", "16", "--length", "512", "--json")
+    assert calls[1][1]["batches"] == (1, 16) and calls[1][1]["lengths"] == (512,)
+    assert "0 must be an integer >= 1" in fails(capsys, "bench", "some", "--batch", "0")
 
 
 # -- chat ------------------------------------------------------------------------------------------------------------

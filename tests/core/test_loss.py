@@ -249,6 +249,22 @@ def test_packed_training_equals_unpacked():
         assert distance(grad, expected[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("output", ["sum", "mixture"])
+def test_padding_is_not_counted_in_the_mean(side, output):
+    """Every real token but the first is predicted; the padding before it predicts nothing."""
+    model, ids, counts = tah(output=output), token_ids(), labels()
+    want = model(ids, labels=ids, depth_labels=counts)
+    out = model(
+        pad(ids, **{side: 3}),
+        attention_mask=pad(torch.ones_like(ids), **{side: 3}),
+        labels=pad(ids, **{side: 3}, value=IGNORE),
+        depth_labels=pad(counts, **{side: 3}, value=1),
+    )
+    assert out.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert (~out.token_loss.isnan()).sum() == (~want.token_loss.isnan()).sum()
+
+
 def test_depth_loss_of_a_shorter_call():
     with pytest.raises(ValueError, match="3 loss_weights for a max_depth of 2"):
         DepthLoss(token_ids(), 2, (1.0, 1.0, 1.0))

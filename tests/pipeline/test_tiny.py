@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -305,6 +306,46 @@ def test_controls_are_further_models_and_rows(chain, tmp_path):
     assert not torch.equal(blind.get_input_embeddings().weight, own.get_input_embeddings().weight)
     text = (tmp_path / "run" / "report" / "report.md").read_text()
     assert "| baseline (equal compute) |" in text and "| blind |" in text and f"equal compute: {steps} steps" in text
+
+
+def test_equal_compute_of_tah2_counts_its_side_passes(chain, tmp_path, monkeypatch):
+    """The baseline of the same chain has as many steps as cost what ran: 3 per token with gradients, 1 without."""
+    for name in ("data", "base", "reference"):
+        shutil.copytree(chain / name, tmp_path / name)
+        (tmp_path / "steps").mkdir(exist_ok=True)
+        shutil.copy(chain / "steps" / f"{name}.json", tmp_path / "steps")
+    ran = {"first": 0, "deeper": 0, "side": 0}
+    forward, again = TaHForCausalLM.forward, TaHForCausalLM._run_again
+
+    @functools.wraps(forward)  # transformers reads its signature
+    def count_first(self, *args, **kwargs):
+        if self.training and kwargs["training"].side_passes:
+            ran["first"] += int(kwargs["attention_mask"].sum())
+        return forward(self, *args, **kwargs)
+
+    def count_deeper(self, depth, cache, policy, tokens, active, embeds, alone=False):
+        if self.training:
+            assert torch.is_grad_enabled() is not alone
+            ran["side" if alone else "deeper"] += len(active)
+        return again(self, depth, cache, policy, tokens, active, embeds, alone)
+
+    monkeypatch.setattr(TaHForCausalLM, "forward", count_first)
+    monkeypatch.setattr(TaHForCausalLM, "_run_again", count_deeper)
+    small = [override for override in MINIATURE if not override.startswith("decider.")]
+    depths = ["model.max_depth=3", "backbone.training.logging_steps=1"]
+    wanted = load_recipe("tiny-tah2", [*small, *depths, "controls.equal_compute=true"])
+    run(wanted, tmp_path, SILENT)
+    assert min(ran.values()) > 0
+    cost = 3 * (ran["first"] + ran["deeper"]) + ran["side"]
+    steps = equal_steps(wanted, tmp_path)
+    assert steps == pytest.approx(6 * cost / (3 * ran["first"]), abs=1)
+    assert steps > round(6 * (ran["first"] + ran["deeper"]) / ran["first"])  # control: without the side passes
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["equal_compute_steps"] == steps and "minus_standard_compute" in found["tokens"]["decider"]
+    lines = (tmp_path / "backbone" / "metrics.jsonl").read_text().replace("mean_depth", "x")
+    (tmp_path / "backbone" / "metrics.jsonl").write_text(lines)  # as an older version wrote it
+    with pytest.raises(ValueError, match=r"has no mean_depth; remove .*backbone to train that stage again"):
+        equal_steps(wanted, tmp_path)
 
 
 def test_look_ahead_runs_through_the_same_chain(chain, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.families import VOCAB
 from helpers.models import tah, token_ids
 from helpers.traces import fails, word_tokenizer
+from tah.names import POLICIES
 from tah.policy import Rule
 from tah.tracing.charts import page_charts, save_charts
 from tah.tracing.lens import write_lens
@@ -38,6 +40,7 @@ HOSTILE = [
     "&lt;",
 ]
 HOSTILE += ["\n", "'\"`${1}", "\u2028", "{{ 7 * 7 }}", "\x00\x1b[31m", "a\nb", " "]
+ROOT = Path(__file__).parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -252,6 +255,40 @@ def test_tokens_are_shaded_by_what_the_policy_went_by(tmp_path, measure):
     score = Page(tmp_path / "page.html").data["traces"][0]["score"]
     assert score == ("confidence" if measure == "probability" else "entropy")
     assert f"policy\n      confidence ({measure}) at" in (tmp_path / "page.html").read_text("utf-8")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is missing (apt-get install nodejs)")
+@pytest.mark.parametrize("policy", ["decider", "confidence", "always", "random", "even", "a policy of the caller"])
+def test_weights_of_a_mixture_are_those_of_the_forward(tmp_path, policy):
+    """What the details of a token show for each pass, computed in the page, is `mixture_weights`."""
+    import torch
+
+    mix = {"next_input": "mlp", "output": "even" if policy == "even" else "mixture", "decider": {"kind": "tah2"}}
+    rule = {"policy": policy if policy in POLICIES else "decider", "threshold": 0.97 if policy == "confidence" else 0.5}
+    model = tah(attention="own", max_depth=3, random_rate=0.5, **mix, **rule).eval()
+    its = trace(model, words(), rows(model, 2))
+    write_lens([its], tmp_path / "lens.html")
+    (found,) = Page(tmp_path / "lens.html").data["traces"]
+    found["policy"] = policy if policy == "a policy of the caller" else found["policy"]
+    depth = unpacked(found["columns"]["depth"]).tolist()
+    found |= {name: unpacked(packed).tolist() for name, packed in found.pop("columns").items()}
+    sources = "".join((ROOT / "src" / "tah" / "assets" / name).read_text("utf-8") for name in ("rules.js", "token.js"))
+    parts = re.findall(r"^function (?:scoreOf|weight)\(.*?^}$|^const CERTAIN = .*?;", sources, re.MULTILINE | re.DOTALL)
+    assert len(parts) == 3
+    program = "\n".join(parts) + f"\nconst N = {len(depth)}, trace = {json.dumps(found)}, depth = {json.dumps(depth)};"
+    program += "console.log(JSON.stringify(depth.map((d, p) => [0, 1, 2].map((at) => weight(trace, p, at, d)))))"
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    shown = json.loads(done.stdout)
+    if policy == "a policy of the caller":
+        assert shown == [["" for _ in range(d)] + [""] * (3 - d) for d in depth]
+        return
+    with torch.no_grad():
+        outs = [model(torch.from_numpy(text.ids[None, :-1]).long()) for text in its.texts]
+    want = torch.cat([out.mixture_weights[0] for out in outs])
+    assert torch.cat([out.depth_count[0] for out in outs]).tolist() == depth and len(set(depth)) > (policy != "always")
+    for texts, weights, d in zip(shown, want.tolist(), depth, strict=True):
+        assert texts[d:] == [""] * (3 - d)
+        assert [float(text) for text in texts[:d]] == pytest.approx(weights[:d], abs=1e-4)
 
 
 def test_large_report_is_fast_and_small(files, tmp_path):

@@ -42,15 +42,20 @@ def test_evaluation_keeps_ranks_in_step(tmp_path):
     assert torch.load(tmp_path / "out.pt")["loss"].item() == pytest.approx(alone()["loss"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["paper", "lookahead", "tah2"])
+@pytest.mark.parametrize("method", ["paper", "lookahead", "tah2", "tah2, accumulated"])
 def test_trainer_with_two_ranks_equals_one(method, tmp_path, tiny_base):
-    """`tah train` under torchrun (2 ranks x 1 row) = in one process (1 x 2 rows): the same weights after 3 updates."""
+    """`tah train` under torchrun (2 ranks x 1 row) = in one process (1 x 2 rows): the same weights after 3 updates.
+
+    The labels of TaH2 are those of a micro-batch in all processes, also where an update has several.
+    """
+    method, _, accumulated = method.partition(", ")
     from safetensors.torch import load_file
     from test_train import TAH2, labelled
 
-    labelled(tmp_path / "train", rows=6)
+    labelled(tmp_path / "train", rows=12 if accumulated else 6)
     labelled(tmp_path / "validation", rows=4, seed=1)
     step = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "save_strategy": "no"}
+    step |= {"gradient_accumulation_steps": 2} if accumulated else {}
     got = {}
     for name, size in (("one", 2), ("two", 1)):
         run = tmp_path / name

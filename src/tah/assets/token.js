@@ -53,14 +53,18 @@ function numbers(pane, p, d) {
   return table;
 }
 
+const CERTAIN = ["always", "oracle", "random", "never"]; // policies that continue with probability 1 or not at all
+
 /** Returns the weight of a pass in the output of a prediction with d passes, method.md (15), as text. */
 function weight(trace, p, depth, d) {
   if (depth >= d) return "";
   if (trace.output === "even") return (1 / d).toFixed(4);
-  if (!trace.decider || trace.policy !== "decider") return "";
+  const scored = ["decider", "confidence"].includes(trace.policy);
+  if (!scored && !CERTAIN.includes(trace.policy)) return ""; // a policy of the caller, whose probabilities are unknown
+  const go = scored ? scoreOf(trace, trace.score) : () => 1;
   let rest = 1;
-  for (let j = 0; j < depth; j++) rest *= trace.decider[j * N + p];
-  return (depth + 1 < d ? rest * (1 - trace.decider[depth * N + p]) : rest).toFixed(4);
+  for (let j = 0; j < depth; j++) rest *= go(j, p);
+  return (depth + 1 < d ? rest * (1 - go(depth, p)) : rest).toFixed(4);
 }
 
 /** Formats a probability. One that was rounded to 0 is shown as less than the smallest number. */

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..load import find, load_base, load_tah
 from ..markdown import table
 from ..model import TaHForCausalLM
+from ..names import MIXTURES
 from ..policy import DepthState, Policy
 from ..progress import SILENT, Reporter
 from . import measure
@@ -28,7 +29,7 @@ class Forced(Policy):
     """A policy that runs the model's decider on every token, then ignores it and iterates a fixed share of the tokens.
 
     In each row, the iterated tokens are that share of the first `prompt` positions and of the later positions, sampled
-    with a fixed seed.
+    with a fixed seed. They take all passes.
 
     Args:
         model: Model whose decider runs.
@@ -53,6 +54,8 @@ class Forced(Policy):
     def __call__(self, state: DepthState) -> Tensor:
         if self.decider is not None:
             self.decider(state)
+        if state.depth > 1:  # only chosen tokens got here
+            return torch.ones_like(state.positions, dtype=torch.bool)
         batch, length = self.chosen.shape
         row = torch.arange(len(state.positions), device=self.chosen.device) // (len(state.positions) // batch)
         return self.chosen[row, state.positions.clamp(max=length - 1)]
@@ -113,24 +116,51 @@ def prefill(model: PreTrainedModel, variant: str, length: int, rate: float = RAT
     return run
 
 
-def iterated(run: Callable[..., Any], variant: str, decoding: bool) -> float:
-    """Return the iterated share of the tokens of a run."""
+def passes(run: Callable[..., Any], variant: str, size: int, decoding: bool) -> Tensor:
+    """Return the passes of the tokens of a run, [B, T]; for the base and `never`, of a row of `size` tokens [1, size].
+
+    Args:
+        run: A run of `decode` or `prefill`.
+        variant: One of `VARIANTS`.
+        size: Number of tokens.
+        decoding: Whether the run is one of `decode`.
+    """
     if variant in ("base", "never"):
-        return 0.0
-    counts = run(return_dict_in_generate=True).depth_count[:, :-1] if decoding else run().depth_count
-    return (counts > 1).float().mean().item()
+        return torch.ones(1, size, dtype=torch.int64)
+    return run(return_dict_in_generate=True).depth_count[:, :-1] if decoding else run().depth_count
 
 
-def peak_memory(model: str, dtype: str, variant: str, length: int) -> float:
+def kept_states(model: TaHForCausalLM, variant: str, depth_count: Tensor) -> float:
+    """Return the MiB of the states of passes that a forward keeps until the head has run. They are counted.
+
+    These are the last hidden states of depth 1; where passes are kept apart, method.md (15), also those of deeper
+    passes with their indices; and the weights of a mixture. Keys and values are not among them.
+
+    Args:
+        model: TaH model.
+        variant: One of `VARIANTS`.
+        depth_count: Passes of each token [B, T].
+    """
+    state = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    size = depth_count.numel() * state
+    if variant != "base":
+        size += int((depth_count - 1).sum()) * (state + torch.int64.itemsize)
+        if model.config.output in MIXTURES:
+            columns = 1 if model.config.output == "even" else int(depth_count.max())
+            size += columns * depth_count.numel() * torch.float32.itemsize
+    return size / 2**20
+
+
+def peak_memory(model: str, dtype: str, variant: str, length: int, rate: float = RATE) -> float:
     """Return the MiB of weights and one prefill, measured in a new process.
 
     The result is the peak resident memory (on a GPU: allocated memory) in the prefill, minus the resident memory before
     the model is loaded.
     """
-    return measure.in_fresh_process(variant, peak, model, dtype, variant, length)
+    return measure.in_fresh_process(variant, peak, model, dtype, variant, length, rate)
 
 
-def peak(model: str, dtype: str, variant: str, length: int) -> float:
+def peak(model: str, dtype: str, variant: str, length: int, rate: float) -> float:
     """Measure `peak_memory` in this process."""
     before, (path, kind) = measure.resident(), find(model)
     loaded: PreTrainedModel
@@ -138,7 +168,7 @@ def peak(model: str, dtype: str, variant: str, length: int) -> float:
         loaded = load(model, dtype)
     else:
         loaded = load_tah(path, dtype).base if kind == "tah" else load_base(path, dtype)
-    return measure.peak_during(prefill(loaded, variant, length), loaded.device, before)
+    return measure.peak_during(prefill(loaded, variant, length, rate), loaded.device, before)
 
 
 def bench(
@@ -153,12 +183,15 @@ def bench(
 ) -> dict[str, Any]:
     """Measure all variants.
 
+    If the model keeps passes apart until its head runs (a mixture, a soft-capped head), there are rows with the memory
+    of these states, too.
+
     Args:
         model: TaH checkpoint, base model, or `smollm2`.
         dtypes: Data types of the weights.
         batches: Batch sizes of decoding.
         lengths: Tokens of the prefill; memory is measured with the last one.
-        rate: Iterated share of the variant `forced`; memory is measured with 7 %.
+        rate: Iterated share of the variant `forced`.
         repeats: Number of rounds.
         progress: Reporter, which gets a line for each row.
 
@@ -174,11 +207,15 @@ def bench(
         for task, make, size, tokens in tasks:
             runs = {name: make(loaded, name, size, rate) for name in VARIANTS}
             seconds = alternate({name: timed(run, loaded.device) for name, run in runs.items()}, repeats)
-            shares = {name: iterated(run, name, make is decode) for name, run in runs.items()}
+            counts = {name: passes(run, name, tokens, make is decode) for name, run in runs.items()}
+            shares = {name: (count > 1).float().mean().item() for name, count in counts.items()}
             rows += rows_of(dtype, task, seconds, shares, tokens, progress)
+            if make is prefill and not loaded.sums_states:
+                kept = {name: [kept_states(loaded, name, count)] for name, count in counts.items()}
+                rows += rows_of(dtype, f"memory of kept states, {size} tokens", kept, shares, 0, progress)
         del loaded, runs
         for length in lengths[-1:]:
-            peaks = {name: [peak_memory(model, dtype, name, length)] for name in VARIANTS}
+            peaks = {name: [peak_memory(model, dtype, name, length, rate)] for name in VARIANTS}
             rows += rows_of(dtype, f"memory, {length} tokens", peaks, {}, 0, progress)
     settings = {"model": model, "prompt": PROMPT, "new": NEW, "rate": rate, "repeats": repeats}
     return measure.result_of(settings, rows)
@@ -187,7 +224,7 @@ def bench(
 def markdown(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
     rows = [Row(**row) for row in result["rows"]]
-    shares = ["" if row.task.startswith("memory") else f"{row.iterated:.1%}" for row in rows]
+    shares = ["" if row.task.startswith("memory,") else f"{row.iterated:.1%}" for row in rows]
     return table(
         ("dtype", "task", "variant", "median", "ratio to base", "iterated"),
         [

@@ -151,7 +151,9 @@ class Row:
     @property
     def value(self) -> str:
         """The median with its unit."""
-        return f"{self.median:.0f} MiB" if self.task.startswith("memory") else f"{self.median * 1000:.0f} ms"
+        if self.task.startswith("memory"):
+            return f"{self.median:.0f} MiB" if self.median >= 100 else f"{self.median:.3g} MiB"
+        return f"{self.median * 1000:.0f} ms"
 
     def __str__(self) -> str:
         return f"{self.dtype}, {self.task}, {self.variant}: {self.value}, ratio {self.ratio:.2f}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import DuoCache, PassCache
 from .families import stable_positions
-from .loss import shift
+from .loss import IGNORE, shift
 from .masks import DOCUMENT, NEVER, document_masks
 
 OTHER_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels", "output_last_hidden_state"}
@@ -169,7 +169,8 @@ class Tokens:
             kwargs: See `ForwardKwargs` in `model.py`.
 
         Returns:
-            The token id [B, T] that each position should predict, and its depth label [B, T]; None where not given.
+            The token id [B, T] that each position should predict, `IGNORE` at padding, which predicts nothing; and its
+            depth label [B, T]. None where not given.
 
         Raises:
             ValueError: Labels do not fit the input, or an output is not supported.
@@ -185,7 +186,8 @@ class Tokens:
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
         if strange := set(kwargs) - OTHER_ARGUMENTS - PACKING_ARGUMENTS:
             raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
-        return (shift(labels) if targets is None and labels is not None else targets), depth_labels
+        targets = shift(labels) if targets is None and labels is not None else targets
+        return (None if targets is None else targets.masked_fill(~self.valid, IGNORE)), depth_labels
 
     @staticmethod
     def check_length(length: int, config: PreTrainedConfig) -> None:

@@ -20,6 +20,22 @@ ROWS = 64  # tokens mixed at a time
 EPS = 1e-6  # of the norms of TaH2, whatever that of the base
 
 
+class Norm(nn.RMSNorm):
+    """An RMS norm of TaH2's networks, [..., D] -> [..., D].
+
+    In autocast its input may have half precision beside weights in float32. torch then has no fused kernel, and warns.
+
+    Args:
+        width: Width D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class GatedMLP(nn.Module):
     """The MLP of TaH2's networks, [..., D] -> [..., D]: W_down (silu(W_gate x) * W_up x).
 
@@ -51,11 +67,11 @@ class NextInputMLP(nn.Module):
 
     def __init__(self, width: int, inner: int, norms: Sequence[bool]) -> None:
         super().__init__()
-        self.norm_embed, self.norm_hidden = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.norm_embed, self.norm_hidden = Norm(width), Norm(width)
         self.proj = nn.Linear(2 * width, width, bias=False)
-        self.norm_pre = nn.RMSNorm(width, EPS) if norms[0] else nn.Identity()
+        self.norm_pre = Norm(width) if norms[0] else nn.Identity()
         self.mlp = GatedMLP(width, inner)
-        self.norm_out = nn.RMSNorm(width, EPS) if norms[1] else nn.Identity()
+        self.norm_out = Norm(width) if norms[1] else nn.Identity()
 
     def forward(self, embeds: Tensor, hidden: Tensor) -> Tensor:
         """Return next inputs [M, D] from token embeddings and last hidden states [M, D]."""

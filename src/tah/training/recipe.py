@@ -362,8 +362,6 @@ class Recipe(Part):
             raise ValueError("backbone.loss_weights has no place in method tah2, whose loss is that of the mixture")
         if not 1 <= len(backbone.coverage) < self.max_depth:
             raise ValueError(f"backbone.coverage={backbone.coverage} must be one number, or one per depth but the last")
-        if self.controls.equal_compute:
-            raise ValueError("controls.equal_compute does not count the side passes of method tah2; set it to false")
 
     def _check_decider(self) -> None:
         decider, method = self.decider, self.backbone.method
@@ -406,7 +404,7 @@ class Recipe(Part):
         controls = self.controls
         if (controls.equal_compute or controls.blind) and self.base.scratch is None:
             raise ValueError("controls are trained from base.scratch, as in the recipe tiny; drop the section")
-        if controls.equal_compute and self.max_depth > 2:
+        if controls.equal_compute and self.max_depth > 2 and self.backbone.method != "tah2":
             raise ValueError(
                 "controls.equal_compute counts tokens that iterate, not passes: it needs model.max_depth=2"
             )

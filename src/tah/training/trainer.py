@@ -251,6 +251,8 @@ class _Seen:
 class Meter:
     """Sums since the last log, kept on the device: iterated share and cross-entropy by depth.
 
+    With side passes, method.md (16), also the passes of all tokens, and the side passes, which are not among them.
+
     Args:
         prefix: Prefix of the names in the log.
     """
@@ -270,6 +272,10 @@ class Meter:
                 known = supervised & ~out.token_loss[:, :, depth].isnan()
                 found[f"loss_{depth + 1}"] = out.token_loss[:, :, depth][known].sum()
                 found[f"known_{depth + 1}"] = known.sum()
+        if out.pass_loss is not None:
+            read = batch.get("attention_mask", torch.ones_like(out.depth_count)).bool()
+            found |= {"read": read.sum(), "passes": out.depth_count[read].sum()}
+            found["side"] = (~out.pass_loss.isnan()).sum() - out.depth_count[supervised].sum()
         for name, value in found.items():
             value = value.float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -287,6 +293,8 @@ class Meter:
         for name in [name for name in sums if name.startswith("loss_")]:
             if known := sums["known" + name.removeprefix("loss")]:
                 logs[name.replace("loss", "loss_depth")] = sums[name] / known
+        if "read" in sums:
+            logs |= {"mean_depth": sums["passes"] / sums["read"], "side_passes": sums["side"] / sums["read"]}
         return {self.prefix + name: value for name, value in logs.items()}
 
 

@@ -113,7 +113,8 @@ def equal_steps(recipe: Recipe, run: Path) -> int:
     """Return the number of baseline steps that cost as much as labels, backbone and decider together.
 
     The unit of cost is a pass of one token through the base: 1 without gradients, 3 with gradients. The passes are
-    measured (`metrics.jsonl`). LoRA, decider and head are not counted.
+    measured (`metrics.jsonl`), and of the method `tah2` the side passes, too, which have no gradients. LoRA, decider,
+    the next input and the head are not counted.
 
     Args:
         recipe: Recipe of the run.
@@ -126,25 +127,36 @@ def equal_steps(recipe: Recipe, run: Path) -> int:
     stages: tuple[tuple[Stage, int], ...] = (("backbone", TRAINED), ("decider", FORWARD))
     for stage, each in stages:
         if stage == "backbone" or recipe.decider is not None:
-            cost += each * tokens * _passes(recipe, stage, run / stage, where)
+            cost += tokens * _cost_of_rows(recipe, stage, run / stage, each, where)
     return round(cost / (TRAINED * tokens * _rows_of_a_process(recipe, "backbone")))  # one process trains the baseline
 
 
-def _passes(recipe: Recipe, stage: Stage, directory: Path, where: float) -> float:
-    """Return the number of passes over whole rows in the training of a stage.
+def _cost_of_rows(recipe: Recipe, stage: Stage, directory: Path, each: int, where: float) -> float:
+    """Return the cost of the training of a stage, for rows of one token.
 
     Args:
         recipe: Recipe of the run.
         stage: Trained stage.
         directory: Directory of the stage.
-        where: Share of the tokens that may iterate.
+        each: Cost of a pass of one token.
+        where: Share of the tokens that may iterate. Not read for `tah2`, which measures the passes of all tokens.
+
+    Raises:
+        ValueError: The training has not measured its passes.
     """
     lines = read_metrics(directory / "metrics.jsonl")
-    shares = [line["iterated_share"] for line in lines if "iterated_share" in line]
+    measured = "mean_depth" if recipe.backbone.method == "tah2" else "iterated_share"
+    logged = [line for line in lines if measured in line]
+    if not logged:
+        raise ValueError(f"{directory}/metrics.jsonl has no {measured}; remove {directory} to train that stage again")
+    if measured == "mean_depth":
+        costs = [each * line["mean_depth"] + FORWARD * line["side_passes"] for line in logged]
+    else:
+        costs = [each * (1 + where * line["iterated_share"]) for line in logged]
     steps = max(line["step"] for line in lines)
     processes = json.loads((directory / "run.json").read_text("utf-8"))["world_size"]
     rows = steps * processes * _rows_of_a_process(recipe, stage)
-    return rows * (1 + where * sum(shares) / len(shares))
+    return rows * sum(costs) / len(costs)
 
 
 def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
