@@ -36,6 +36,8 @@ def doctor(
 
     The exit code is 1 if a check fails. A line that is skipped has a reason.
     """
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a directory for the result")
     session = open_session(model, dtype, device)
     from tah.benchmarks.measure import save
     from tah.doctor.report import doctor as examine
