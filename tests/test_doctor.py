@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.commands import one_line, said
+from helpers.models import tah
 from tah import TaHForCausalLM
 from tah.core import masks
 from tah.core.cache import PassCache
@@ -115,6 +116,18 @@ def test_a_base_is_checked_with_confidence(capsys, tiny_base, dtype):
     assert found["tolerance"]["decision"] == (1e-3 if dtype == "float32" else 0.05)
 
 
+def test_a_model_that_draws_its_decisions():
+    """TaH2: no threshold to choose, and logits that are log-probabilities."""
+    model = tah(
+        "llama", policy="decider", decider={"kind": "tah2"}, next_input="mlp", output="mixture", decision="sample"
+    )
+    subject = method.Subject.of(model)
+    assert subject.rules["decider"].threshold is None
+    lines = {line.name: line for line in method.method_lines(subject)}
+    assert {line.status for line in lines.values()} == {"ok"}, lines
+    assert 0 < lines["batch = single"].values["iterated"] < lines["batch = single"].values["tokens"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -185,12 +198,12 @@ def test_versions_of_vllm(monkeypatch, found, status):
 
 
 def test_a_product_that_is_wrong_in_one_type(capsys, monkeypatch):
-    """Wrong by as much as TF32 in the place of float32."""
+    """TF32 in the place of float32: inputs of ten bits."""
 
-    def rounded(a, b):
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if a.dtype == torch.float32 else a @ b
+    def tf32(x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
-    monkeypatch.setattr(machine, "product", rounded)
+    monkeypatch.setattr(machine, "product", lambda a, b: tf32(a) @ tf32(b))
     assert failed(capsys) == ["devices: float32"]
 
 
@@ -380,7 +393,7 @@ def test_a_copy_that_has_no_room_is_skipped(monkeypatch, place):
     monkeypatch.setattr(method.shutil, "disk_usage", lambda directory: free)
     size = 2**20 if place == "disk" else 2**59
     with pytest.raises(Skip, match="GiB free; a copy of the model takes"):
-        method._check_room(size, ".")
+        method._check_room(size, ".", torch.device("cpu"))
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------

@@ -187,7 +187,8 @@ def _data_type(dtype: torch.dtype, device: torch.device) -> Found:
     except (RuntimeError, TypeError) as error:
         raise Skip(f"{device.type} has no product of matrices in this type: {first_line(error)}") from error
     apart = float(((got - want).norm() / want.norm()).nan_to_num(torch.inf))
-    seconds = alternate({"product": timed(lambda: product(a, b), device)}, PRODUCTS)["product"]
+    # `item` waits for the product on every kind of device.
+    seconds = alternate({"product": timed(lambda: product(a, b)[0, 0].item(), device)}, PRODUCTS)["product"]
     speed = 2 * SIDE**3 / statistics.median(seconds) / 1e9
     native = Machine.here().choose_dtype(device.type, dtype) == dtype
     how = "" if native else ", not native: --dtype auto computes in float32"

@@ -28,6 +28,7 @@ from ..core.quantised import is_quantised
 from ..errors import first_line
 from ..load import load_tah
 from ..model import TaHForCausalLM
+from ..names import MIXTURES
 from ..policy import Random, Rule
 from .compare import Comparison, Tokens, Tolerance, tolerance_of
 from .lines import Found, Line, Skip, line_of
@@ -146,17 +147,20 @@ def never_equals_base(subject: Subject) -> Found:
     start = ids.shape[1] - subject.steps
     padded, mask = pad(ids, left=PADDING)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    never = partial(model, policy="never")
     pairs = {
-        "a batch": (model(ids, policy="never").logits, model.base(ids).logits),
+        "a batch": (never(ids).logits, model.base(ids).logits),
         "padding": (
-            model(padded, attention_mask=mask, policy="never").logits[:, PADDING:],
+            never(padded, attention_mask=mask).logits[:, PADDING:],
             model.base(padded, attention_mask=mask, position_ids=positions).logits[:, PADDING:],
         ),
         "generation": (
-            generated(partial(model, policy="never"), ids[:1, :start], subject.steps)[1],
+            generated(never, ids[:1, :start], subject.steps)[1],
             generated(model.base, ids[:1, :start], subject.steps)[1],
         ),
     }
+    if model.config.output in MIXTURES:  # whose logits are log-probabilities, method.md (15)
+        pairs = {name: (a, b.float().log_softmax(-1)) for name, (a, b) in pairs.items()}
     differ = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items() if not torch.equal(a, b)}
     count = sum(a.shape[0] * a.shape[1] for a, _ in pairs.values())
     text = f"{count} tokens equal bit for bit: {', '.join(pairs)}"
@@ -221,7 +225,7 @@ def saved_equals_loaded(subject: Subject) -> Found:
     before = model.state_dict()
     size = sum(tensor.numel() * tensor.element_size() for tensor in before.values())
     with tempfile.TemporaryDirectory(prefix="tah-doctor-") as directory:
-        _check_room(size, directory)
+        _check_room(size, directory, model.device)
         model.save_pretrained(directory)
         again = load_tah(directory).eval()
         after = again.state_dict()
@@ -241,13 +245,15 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
 
 
-def _check_room(size: int, directory: str) -> None:
-    """Skip the check if the disk or the memory has no room for the model once more."""
+def _check_room(size: int, directory: str, device: torch.device) -> None:
+    """Skip the check if the disk, the memory or the GPU has no room for the model once more."""
     free = {"the directory for temporary files": shutil.disk_usage(directory).free}
     memory = Path("/proc/meminfo")
     if memory.exists():
         lines = dict(line.split(":", 1) for line in memory.read_text().splitlines())
         free["memory"] = int(lines["MemAvailable"].split()[0]) * 1024
+    if device.type == "cuda":
+        free[str(device)] = torch.cuda.mem_get_info(device)[0]
     for place, room in free.items():
         if room < SPACE * size:
             raise Skip(f"{place} has {room / 2**30:.1f} GiB free; a copy of the model takes {size / 2**30:.1f} GiB")
