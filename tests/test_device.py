@@ -164,7 +164,7 @@ def test_auto_is_the_default_everywhere():
     from tah_cli.app import app
 
     commands = dict(get_command(app).walk())
-    for name in ("generate", "chat", "eval", "trace", "tune", "prune"):
+    for name in ("generate", "chat", "doctor", "eval", "trace", "tune", "prune"):
         defaults = {option.name: option.default for option in commands[name].params}
         assert (defaults["device"], defaults["dtype"]) == ("auto", "auto"), name
     for function in (Session.open, Request, Pruning):

@@ -28,7 +28,7 @@ from tah_cli.app import app, run
 
 COMMANDS = dict(get_command(app).walk())
 # These would measure or serve for minutes, so they only get models that do not exist.
-HEAVY = ("bench", "bench train", "bench trace", "bench serve", "serve", "demo")
+HEAVY = ("bench", "bench train", "bench trace", "bench serve", "serve", "demo", "doctor")
 RECIPES = ("run", "train", "label")
 SURE = ["backbone.method=paper", "label.reference=./nowhere"]  # no training begins, whatever comes before
 MODELS = ["tah", "base", "follow-tah", "refusing", "longer"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import bench, evaluate, serve, train, understand, use
+from . import bench, doctor, evaluate, serve, train, understand, use
 from .checks import check_processes, process
 from .groups import DefaultGroup, Group
 
@@ -34,7 +34,7 @@ eval_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 bench_app = typer.Typer(cls=DefaultGroup, rich_markup_mode=None)
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert, use.card),
+    "Use": (use.generate, use.chat, use.demo, use.inspect, use.convert, use.card, doctor.doctor),
     "Train": (train.run, train.label, train.train, train.prune),
     "Understand": (understand.trace, understand.report, understand.tune),
 }
@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
     | code | meaning |
     | --- | --- |
     | 0 | The command succeeded. |
-    | 1 | The program has a fault. |
+    | 1 | The program has a fault, or a check of `tah doctor` failed. |
     | 2 | The user can correct the error. |
     | 130 | The user interrupted the command. |
     | 141 | The reader of stdout or stderr closed its pipe. |

@@ -1,0 +1,1 @@
+"""`tah doctor`: whether this machine computes TaH correctly, and how fast."""
