@@ -7,7 +7,6 @@ adapters, which are not supported with TaH models.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,25 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from ..config import TaHConfig
-
-
-@dataclass
-class StepNumbers:
-    """Numbers of one step."""
-
-    shallow: int  # tokens of depth 1
-    deep: int  # tokens of depth 2
-    entries: int  # pool entries in use
-    capacity: int  # pool entries in total
-
-    def put(self, stats: SchedulerStats) -> None:
-        """Write the numbers into `stats`."""
-        stats.running_lora_adapters = asdict(self)
-
-    @classmethod
-    def take(cls, stats: SchedulerStats | None) -> StepNumbers | None:
-        """Read the numbers from `stats`; None if the step had no tokens."""
-        return cls(**stats.running_lora_adapters) if stats is not None and stats.running_lora_adapters else None
+from .report import StepNumbers
 
 
 class DepthStatLogger(PrometheusStatLogger):

@@ -29,17 +29,11 @@ from .attention import Current, DeepTokens, DuoAttention, plan
 from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
+from .names import FAMILIES
 from .pool import DeepPool, capacity
+from .report import StepReport
 from .requests import RequestOptions
-from .scheduler import StepReport
 from .waiting import Waiting, WaitingTokens
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 class TaHForCausalLM(nn.Module):

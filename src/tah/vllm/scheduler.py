@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,21 +14,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from .metrics import StepNumbers
 from .pool import capacity
+from .report import StepNumbers, StepReport
 from .requests import DepthLog, RequestOptions
-
-
-@dataclass
-class StepReport:
-    """The model's report of one step to the scheduler."""
-
-    free: int  # free pool entries
-    taken: list[int]  # slots that got an entry in this step
-    released: list[int]  # slots that lost their entry in this step
-    depths: dict[str, tuple[int, list[int]]]  # by request: first position in this step, depths from that position on
-    repeated: int  # tokens of this step that an earlier step has counted
-    deferred: list[str]  # requests whose last token is deferred: they emit their next token in the next step
 
 
 class DepthScheduler(Scheduler):

@@ -9,10 +9,9 @@ from vllm.platforms import current_platform
 
 from ..config import TaHConfig
 from .compat import check_version
-from .model import FAMILIES
+from .names import DEEP_KV_SHARE, FAMILIES
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
-DEEP_KV_SHARE = 0.1  # pool entries per depth-1 slot; the paper's models iterate 7 % of the tokens
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
 MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
