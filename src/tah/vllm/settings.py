@@ -8,7 +8,6 @@ from typing import Any
 
 from vllm import envs
 from vllm.platforms import current_platform
-from vllm.triton_utils import HAS_TRITON
 
 from ..config import TaHConfig
 from .compat import check_version
@@ -126,8 +125,6 @@ def _choose_runner(vllm_config: Any) -> bool:
         )
     elif given is False:
         raise ValueError(f"on a GPU, TaH models need vLLM's model runner V2; leave {RUNNER}=0 out")
-    elif not HAS_TRITON:
-        raise ValueError("on a GPU, TaH models need Triton, which does not work here: pip install triton")
     else:
         v2 = True
     if vllm_config.use_v2_model_runner != v2:  # vLLM would choose otherwise; the variable reaches its other processes
