@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from .installed import advice
 
-LOWEST, BELOW = (0, 32), (0, 33)  # supported versions: >= LOWEST, < BELOW
+LOWEST, BELOW = (0, 32), (0, 34)  # supported versions: >= LOWEST, < BELOW; of 0.33 the source was compared only
 
 
 def check_version() -> None:
