@@ -78,7 +78,6 @@ def _check_flags(vllm_config: Any) -> None:
         f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}": vllm_config.scheduler_config.scheduler_cls,
         f"the device {current_platform.device_type}": not current_platform.is_cpu(),
         "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
-        "vLLM's model runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": vllm_config.use_v2_model_runner,
     }
     for what, is_set in unsupported.items():
         if is_set:
@@ -108,6 +107,10 @@ def _batching(vllm_config: Any) -> str:
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    if vllm_config.use_v2_model_runner:
+        if batching == "mixed":
+            raise ValueError("batching='mixed' is not supported with vLLM's model runner V2; use 'two_pass'")
+        return "two_pass"
     if batching != "auto":
         return batching
     several = vllm_config.scheduler_config.max_num_seqs >= MANY
