@@ -86,7 +86,9 @@ def test_the_second_model_runner_on_a_cpu(llama, no_choice, monkeypatch):
     config = configured(llama, enforce_eager=True)
     assert config.use_v2_model_runner and config.additional_config["batching"] == "two_pass"
     assert config.parallel_config.worker_cls == "tah.vllm.worker.DepthCPUWorker"
-    with pytest.raises(ValueError, match="batching='mixed'.* needs vLLM's model runner V1.*or use 'two_pass'"):
+    with pytest.raises(
+        ValueError, match="batching='mixed'.* is not supported with vLLM's model runner V2.*or use 'two_pass'"
+    ):
         configured(llama, additional_config={"batching": "mixed"})
 
 

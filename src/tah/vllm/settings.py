@@ -153,12 +153,14 @@ def _batching(vllm_config: Any, v2: bool) -> str:
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    if batching == "mixed" and v2:
-        raise ValueError(
-            "batching='mixed' in --additional-config needs vLLM's model runner V1, which serves on CPUs only; "
-            "leave it out, or use 'two_pass'"
-        )
-    if batching != "auto" or v2:
-        return "two_pass" if v2 else batching
+    if v2:
+        if batching == "mixed":
+            raise ValueError(
+                "batching='mixed' in --additional-config is not supported with vLLM's model runner V2, "
+                "which GPUs need; leave it out, or use 'two_pass'"
+            )
+        return "two_pass"
+    if batching != "auto":
+        return batching
     several = vllm_config.scheduler_config.max_num_seqs >= MANY
     return "mixed" if several and vllm_config.model_config.enforce_eager else "two_pass"
