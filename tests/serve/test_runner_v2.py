@@ -87,7 +87,13 @@ def test_steps_padded_as_for_graphs(tmp_path, monkeypatch):
 
 def test_rules_side_by_side(llama):
     """Beside requests that never iterate, and with probabilities of a prompt."""
-    rules = [{}, {"policy": "never"}, {"policy": "always"}, {"policy": "confidence", "threshold": 0.4}, {"max_depth": 1}]
+    rules = [
+        {},
+        {"policy": "never"},
+        {"policy": "always"},
+        {"policy": "confidence", "threshold": 0.4},
+        {"max_depth": 1},
+    ]
     asked = ASKED[: len(rules)]
     want = [reference(llama, [prompt], NEW, **rule)[0] for prompt, rule in zip(asked, rules, strict=True)]
     with serve(llama) as served:
@@ -123,7 +129,8 @@ def test_errors_name_the_field(llama):
 
 
 def test_mixed_is_refused(llama):
-    with pytest.raises(ValueError, match="batching='mixed'.*two_pass"), serve(
-        llama, additional_config={"batching": "mixed"}
+    with (
+        pytest.raises(ValueError, match="batching='mixed'.*two_pass"),
+        serve(llama, additional_config={"batching": "mixed"}),
     ):
         pass
