@@ -39,7 +39,15 @@ if triton is not None:
 
     @triton.jit
     def _add_keys(
-        top: Any, total: Any, out: Any, query: Any, keys: Any, values: Any, seen: Any, scale: Any, WIDE: tl.constexpr
+        top: tl.tensor,
+        total: tl.tensor,
+        out: tl.tensor,
+        query: tl.tensor,
+        keys: tl.tensor,
+        values: tl.tensor,
+        seen: tl.tensor,
+        scale: tl.tensor,
+        WIDE: tl.constexpr,
     ) -> Any:
         """Add keys and values [TILE, WIDTH] where `seen` [TILE] to the online softmax of queries [GROUP, WIDTH].
 
@@ -60,32 +68,32 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["table_row"])
     def _attend(
-        query: Any,
-        cache: Any,
-        deep_keys: Any,
-        deep_values: Any,
-        entry_of_slot: Any,
-        tables: Any,
-        owners: Any,
-        positions: Any,
-        out: Any,
-        sums: Any,
-        scale: Any,
-        query_row: Any,
-        query_head: Any,
-        query_column: Any,
-        cache_block: Any,
-        cache_head: Any,
-        cache_slot: Any,
-        cache_column: Any,
-        key_row: Any,
-        key_head: Any,
-        key_column: Any,
-        value_row: Any,
-        value_head: Any,
-        value_column: Any,
-        table_row: Any,
-        table_column: Any,
+        query: tl.tensor,
+        cache: tl.tensor,
+        deep_keys: tl.tensor,
+        deep_values: tl.tensor,
+        entry_of_slot: tl.tensor,
+        tables: tl.tensor,
+        owners: tl.tensor,
+        positions: tl.tensor,
+        out: tl.tensor,
+        sums: tl.tensor,
+        scale: tl.tensor,
+        query_row: tl.tensor,
+        query_head: tl.tensor,
+        query_column: tl.tensor,
+        cache_block: tl.tensor,
+        cache_head: tl.tensor,
+        cache_slot: tl.tensor,
+        cache_column: tl.tensor,
+        key_row: tl.tensor,
+        key_head: tl.tensor,
+        key_column: tl.tensor,
+        value_row: tl.tensor,
+        value_head: tl.tensor,
+        value_column: tl.tensor,
+        table_row: tl.tensor,
+        table_column: tl.tensor,
         S: tl.constexpr,
         K: tl.constexpr,
         G: tl.constexpr,
@@ -118,15 +126,15 @@ if triton is not None:
         mixed = tl.zeros([GROUP, WIDTH], tl.float32)
 
         if OWN:  # the only key of depth 2 is that of the token itself, and the first part has it
-            block = tl.load(table + last // S * table_column, mask=last >= 0, other=-1).to(tl.int64)
-            entry = tl.load(entry_of_slot + block * S + last % S, mask=block >= 0, other=-1).to(tl.int64)
-            has = (entry >= 0) & (split == 0)
+            its_block = tl.load(table + last // S * table_column, mask=last >= 0, other=-1).to(tl.int64)
+            its_entry = tl.load(entry_of_slot + its_block * S + last % S, mask=its_block >= 0, other=-1).to(tl.int64)
+            has = (its_entry >= 0) & (split == 0)
             readable = column < tl.where(has, K, 0)  # the interpreter takes no `inside & has`
-            key = tl.load(own_keys + entry * key_row, mask=readable, other=0.0)
-            value = tl.load(own_values + entry * value_row, mask=readable, other=0.0)
-            score = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+            its_key = tl.load(own_keys + its_entry * key_row, mask=readable, other=0.0)
+            its_value = tl.load(own_values + its_entry * value_row, mask=readable, other=0.0)
+            score = tl.sum(q.to(tl.float32) * its_key.to(tl.float32)[None, :], 1) * scale
             top, total = tl.where(has, score, top), tl.where(has, total + 1.0, total)
-            mixed = tl.where(has, mixed + value.to(tl.float32)[None, :], mixed)
+            mixed = tl.where(has, mixed + its_value.to(tl.float32)[None, :], mixed)
 
         part = tl.cdiv(tl.cdiv(last + 1, TILE), splits) * TILE  # slots of a part: whole tiles
         for start in range(split * part, tl.minimum(last + 1, (split + 1) * part), TILE):
@@ -157,10 +165,10 @@ if triton is not None:
 
     @triton.jit
     def _join(
-        parts: Any,
-        sums: Any,
-        out: Any,
-        splits: Any,
+        parts: tl.tensor,
+        sums: tl.tensor,
+        out: tl.tensor,
+        splits: tl.tensor,
         K: tl.constexpr,
         WIDTH: tl.constexpr,
         SPLITS: tl.constexpr,
