@@ -47,7 +47,7 @@ def any_case(seed: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(24))
 def test_any_case(seed):
     case = draw(**any_case(seed))
     same(case, duo_attention(*case.arguments, splits=random.Random(seed).choice([None, 1, 2, 3, 5])))
@@ -56,7 +56,7 @@ def test_any_case(seed):
 @pytest.mark.parametrize("own", [False, True], ids=["duo", "own"])
 def test_any_number_of_splits(own):
     """More splits than tiles too; a split without keys has no weight."""
-    case = draw(M=3, S=16, N=6, own=own, seed=3)
+    case = draw(M=2, H=1, S=16, N=6, own=own, seed=3)
     want = plain(case)
     for splits in range(1, 9):
         same(case, duo_attention(*case.arguments, splits=splits), want)
