@@ -162,4 +162,3 @@ def test_a_step_of_vllms_own(llama, batching, monkeypatch):
         patch.setattr(served.engine, "step", and_one_of_its_own)
         assert agree(llama, ASKED, served.ask(ASKED, NEW), want)
         assert len(ran) >= NEW
-        del worker, step, and_one_of_its_own  # they hold the engine
