@@ -102,6 +102,21 @@ def test_rules_side_by_side(llama):
             assert agree(llama, [asked[at]], [got[at]], [want[at]], **rule)
 
 
+@pytest.mark.parametrize("attention", ["duo", "own"])
+def test_the_kernel_attends(tmp_path, attention):
+    """As on a GPU, over a row-major copy of the CPU's cache: chunks of prompts, and decoding."""
+    model, asked, rule = (
+        tiny(tmp_path / "model", "llama", attention=attention),
+        [ASKED[2], ASKED[5]],
+        {"threshold": 0.5},
+    )
+    want = reference(model, asked, 4, **rule)
+    assert iterated(want) > 0.3
+    with serve(model, max_num_batched_tokens=32) as served:
+        served.model.by_kernel = True
+        assert agree(model, asked, served.ask(asked, 4, [rule] * 2), want, **rule)
+
+
 def test_warm_up_takes_no_entries(llama, expected, monkeypatch):
     """On a GPU, vLLM warms up with steps that its scheduler does not know."""
     from vllm.v1.worker.cpu_worker import CPUWorker
