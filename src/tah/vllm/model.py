@@ -5,11 +5,12 @@ Shapes: T tokens of a step, M of them that iterate, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,22 +25,20 @@ from ..core.logits import best_of
 from ..core.lora import is_target
 from ..core.next_input import weighted
 from ..decider import build_decider
-from ..policy import BoundRule, DepthState, build_policy
-from .attention import Current, DeepTokens, DuoAttention, plan
-from .compat import Batch, check_layout, current_batch, slots_per_block, without_writing
+from ..policy import DepthState, build_policy, continues
+from .attention import Current, DeepPass, DeepTokens, DuoAttention, Pages, plan
+from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
+from .names import FAMILIES
 from .pool import DeepPool, capacity
-from .requests import RequestOptions
-from .scheduler import StepReport
+from .report import StepReport
+from .step import Step
+from .transfer import indices, to_device, to_host
 from .waiting import Waiting, WaitingTokens
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
+GOES_ON, NOT_FINITE = 1, 2  # what the device tells the host of each token's decision
 
 
 class TaHForCausalLM(nn.Module):
@@ -72,17 +71,12 @@ class TaHForCausalLM(nn.Module):
         self.parts: dict[str, tuple[Adapter, str]] = {}  # by name in the checkpoint: adapter, and name of the part
         if config.lora_rank:
             self._add_adapters(config)
-        # The worker maintains the first two and sets the three functions.
-        self.options: dict[str, RequestOptions] = {}  # by request
-        self.fresh: set[str] = set()  # requests of which no token has run
-        self.request_ids: Callable[[], list[str]]  # returns the requests of the running step
-        self.unsampled: Callable[[], Sequence[bool]]  # whether each request samples no token in this step, or longer
-        self.prompt_logprobs: Callable[[], Container[str]]  # returns the requests with prompt log-probabilities
         self.report: StepReport | None = None  # report of the latest step to the scheduler
-        self.pool: DeepPool | None = None
+        self.pool: DeepPool
+        self.pages: Pages
+        self.by_kernel = False  # whether the kernel attends at depth 2
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
         self.waiting = WaitingTokens()
-        self.given_up: list[int] = []  # physical blocks whose pool entries are freed before the next pass
         self.shares_prefixes = vllm_config.cache_config.enable_prefix_caching
         self.sampler_logits: Tensor | None = None  # [requests, V], if the running step has computed them
         self.current = Current()
@@ -103,11 +97,6 @@ class TaHForCausalLM(nn.Module):
     def decoder(self) -> Any:
         """The stock model without its head."""
         return self.base.model
-
-    @property
-    def block_size(self) -> int:
-        """Slots per block of vLLM's KV cache."""
-        return slots_per_block(self.deep_attention[0].stock)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -171,99 +160,138 @@ class TaHForCausalLM(nn.Module):
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: None = None
-    ) -> Tensor:
-        """Run a step: return the final hidden states [T, D] of its tokens, summed over their passes.
+    ) -> Any:
+        """Run depth 1, the stock model: it may run in CUDA graphs, and on padded tokens.
 
         Args:
             input_ids: Token ids, [T] or padded.
             positions: Positions, [T] or padded.
             intermediate_tensors: Argument of vLLM's pipeline parallelism, which is not supported.
             inputs_embeds: Argument of vLLM's prompt embeddings, which are not supported.
+
+        Returns:
+            Final hidden states, as many as tokens; with a decider that reads inner layers, also a list of theirs.
         """
-        batch = None if self.pool is None else current_batch(self.deep_attention[0].stock)
-        if batch is None:
-            out = self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
-            return out[0] if isinstance(out, tuple) else out
-        T, pool = batch.tokens, self.pool
-        assert pool is not None
-        input_ids, positions = input_ids[:T], positions[:T]
+        return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def run_step(self, step: Step, depth_one: Callable[[], Any]) -> Tensor:
+        """Run a step: return the final hidden states of its tokens, summed over their passes, [T, D] or padded.
+
+        The host waits for the device once, to learn which tokens iterate, and not at all if no request iterates.
+
+        Args:
+            step: Tokens of the step.
+            depth_one: Function that returns what `forward` returns for the tokens of the step. A step with deferred
+                tokens does not call it.
+        """
+        T, pool = step.tokens, self.pool
         if self.waiting.left:  # run all deferred tokens: requests with a shared prefix may attend to each other's keys
             self._run_deep(*self.waiting.all())
             self.waiting.ran()
-        pool.release(self._slots(self.given_up))
-        self.given_up.clear()
-        due = self._due(batch)
-        again = torch.tensor(list(due.values()), dtype=torch.long)
-        fresh = torch.ones(T, dtype=torch.bool).index_fill_(0, again, False)
-        released = pool.release(batch.slots[fresh])
+        pool.release(self.pages.slots(step.given_up))
+        due = self._due(step)
+        fresh = np.ones(T, bool)
+        fresh[list(due.values())] = False
+        released = pool.release(step.slots[fresh])
         if self.waiting.by_request:
-            hidden, features = self._run_mixed(batch, due, input_ids, positions)
+            hidden, features = self._run_mixed(step, due)
         else:
-            out = self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
-            hidden, aux = out if isinstance(out, tuple) else (out, [])
+            out = depth_one()
+            hidden, aux = out if isinstance(out, tuple) else (out, ())
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
-        logits = StepLogits(self.base.compute_logits, hidden[:T], last=batch.starts[1:] - 1)
-        index = (self._decide(batch, input_ids, positions, logits, features) & fresh).nonzero().squeeze(1)
-        pool.take(batch.slots[index])
+        logits = StepLogits(self.base.compute_logits, hidden[:T], step.last)
+        index = (self._decide(step, logits, features) & fresh).nonzero()[0]
+        pool.take(step.slots[index])
         if len(index):
-            embeds = self._next_input(input_ids, index, logits)
-            if self._may_wait(batch, index):
-                self._set_aside(batch, index, positions, embeds, logits)
+            embeds = self._next_input(step, index, logits)
+            if self._may_wait(step, index):
+                self._set_aside(step, index, embeds, logits)
             else:
-                hidden = self._run_again(batch, index, positions, embeds, logits)
+                hidden = self._run_again(step, index, embeds, hidden, logits)
         self.sampler_logits = logits.kept
-        rest = self._depths(batch, positions), len(due), self.waiting.deferred()
-        self.report = StepReport(pool.free, batch.slots[index].tolist(), released.tolist(), *rest)
+        rest = self._depths(step), len(due), self.waiting.deferred()
+        self.report = StepReport(pool.free, step.slots[index].tolist(), released.tolist(), *rest)
         return hidden
 
-    def _decide(
-        self, batch: Batch, ids: Tensor, positions: Tensor, logits: StepLogits, features: dict[int, Tensor]
-    ) -> Tensor:
-        """Return which tokens iterate, [T] bool, by the policy and threshold of their request (method.md (3))."""
-        options = [self.options[request] for request in self.request_ids()]
-        row = batch.rows(torch.arange(len(ids)))
-        threshold = torch.tensor([one.rule.threshold for one in options])
-        go = torch.zeros(len(ids), dtype=torch.bool)
+    def _decide(self, step: Step, logits: StepLogits, features: dict[int, Tensor]) -> np.ndarray:
+        """Return which tokens iterate, [T] bool, by the policy and threshold of their request (method.md (3)).
+
+        Raises:
+            ValueError: A policy returned NaN.
+        """
+        T, device = step.tokens, step.positions.device
         # The order is the same in all processes, since a policy that reads logits gathers them from all processes.
-        for name in sorted({str(one.rule.policy) for one in options if one.iterates}):
-            asked = torch.tensor([one.iterates and one.rule.policy == name for one in options])
-            index = asked[row].nonzero().squeeze(1)
+        names = sorted({str(one.rule.policy) for one in step.options if one.iterates})
+        if not names:
+            return np.zeros(T, bool)
+        found = torch.zeros(T, dtype=torch.uint8, device=device)
+        threshold = np.array([one.rule.threshold for one in step.options], np.float32)
+        for name in names:
+            asked = np.array([one.iterates and one.rule.policy == name for one in step.options])
+            index = asked[step.owners].nonzero()[0]
+            at = slice(None) if len(index) == T else indices(device, index)[0]
             state = DepthState(
                 depth=1,
-                input_ids=ids[index],
-                positions=positions[index],
-                hidden={k: x[index] for k, x in features.items()},
+                input_ids=step.ids[at],
+                positions=step.positions[at],
+                hidden={k: x[at] for k, x in features.items()},
                 depth_labels=None,
                 map_logits=partial(logits.map, index),
                 map_pass_logits=partial(logits.map, index),
-                embeds=partial(self.embed_input_ids, ids[index]),
+                embeds=partial(self.embed_input_ids, step.ids[at]),
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
-            _, go[index] = BoundRule(policy, threshold, max_depth=2).decide(state, row[index])
-        return get_tp_group().broadcast(go.byte()).bool()  # rounding may differ between processes; decisions must not
+            go = policy(state)
+            goes_on = continues(go, to_device(threshold[step.owners[index]], device))
+            found[at] = goes_on.byte() + NOT_FINITE * go.isnan().byte()
+        # Rounding may differ between processes; decisions must not.
+        told = to_host(get_tp_group().broadcast(found))
+        if (told == NOT_FINITE).any():
+            raise ValueError("a policy returned NaN after depth 1: hidden states or logits are not finite")
+        return told == GOES_ON
 
-    def _run_again(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> Tensor:
-        """Run the tokens `index` [M] at depth 2, and return the hidden states [T, D] of the step with theirs added."""
-        owners = batch.rows(index).tolist()
-        second = self._run_deep(DeepTokens(owners, positions[index], batch.slots[index], batch.block_table), embeds)
-        hidden = logits.hidden.index_add(0, index, second)
-        logits.update(index, hidden[index])
+    def _run_again(self, step: Step, index: np.ndarray, embeds: Tensor, hidden: Tensor, logits: StepLogits) -> Tensor:
+        """Run the tokens `index` [M] at depth 2, and return `hidden` with their hidden states added, as a new tensor.
+
+        `hidden` may be a buffer of a CUDA graph.
+        """
+        tokens = DeepTokens(step.owners[index], step.places[index], step.slots[index], step.tables)
+        second = self._run_deep(tokens, embeds)
+        (at,) = indices(hidden.device, index)
+        hidden = hidden.index_add(0, at, second)
+        logits.update(index, hidden[at])
         return hidden
 
     def _run_deep(self, tokens: DeepTokens, x: Tensor) -> Tensor:
-        """Run a pass at depth 2 only, and return its contribution to the final hidden states, [M, D]."""
-        self._open(tokens)
+        """Run the layers at depth 2 only, and return their contribution to the final hidden states, [M, D].
+
+        More than `ROWS` tokens run in several passes, by rising positions: a token attends to no later position, and
+        requests that share a prefix may attend to each other's keys.
+
+        Args:
+            tokens: Tokens, M.
+            x: Their inputs [M, D].
+        """
+        if len(tokens.places) <= ROWS:
+            return self._run_rows(tokens, x)
+        order, out = tokens.places.argsort(kind="stable"), torch.empty_like(x)
+        for start in range(0, len(order), ROWS):
+            part = order[start : start + ROWS]
+            (at,) = indices(x.device, part)
+            out[at] = self._run_rows(tokens.part(part), x[at])
+        return out
+
+    def _run_rows(self, tokens: DeepTokens, x: Tensor) -> Tensor:
+        """Run one pass of `_run_deep`."""
+        deep = self.current.deep = self._plan(tokens)
         residual = None
         for layer in self.deep_layers:
-            x, residual = layer(tokens.positions, x, residual)
+            x, residual = layer(deep.positions, x, residual)
         return self._finish(self.decoder.norm(x, residual)[0])
 
-    def _open(self, tokens: DeepTokens, rows: Tensor | None = None, step: int = 0) -> None:
-        """Begin a pass in which `tokens` run at depth 2; `rows` and `step` as in `DeepPass`."""
-        assert self.pool is not None
-        deep = plan(tokens, self.pool, self.block_size, own=self.config.attention == "own")
-        self.current.deep = replace(deep, rows=rows, step=step)
+    def _plan(self, tokens: DeepTokens) -> DeepPass:
+        return plan(tokens, self.pool, self.pages, own=self.config.attention == "own", kernel=self.by_kernel)
 
     def _finish(self, second: Tensor) -> Tensor:
         """Return the contribution of normed hidden states of depth 2 to the output (method.md (8))."""
@@ -271,71 +299,70 @@ class TaHForCausalLM(nn.Module):
 
     # -- depths mixed in one pass ----------------------------------------------------------------------------------
 
-    def _due(self, batch: Batch) -> dict[str, int]:
+    def _due(self, step: Step) -> dict[str, int]:
         """Return, by request, the row of this step of the deferred last tokens, which are scheduled a second time."""
-        waiting, starts = set(self.waiting.deferred()), batch.starts.tolist()
-        return {request: starts[row] for row, request in enumerate(self.request_ids()) if request in waiting}
+        waiting, starts = set(self.waiting.deferred()), step.starts.tolist()
+        return {request: starts[row] for row, request in enumerate(step.request_ids) if request in waiting}
 
-    def _may_wait(self, batch: Batch, index: Tensor) -> bool:
+    def _may_wait(self, step: Step, index: np.ndarray) -> bool:
         """Return whether the hard tokens `index` may be deferred; if not, one pass runs all of them in this step.
 
         vLLM reads the log-probabilities of a prompt's tokens in the step of these tokens, so they cannot be deferred.
         """
-        requests, with_prompt = self.request_ids(), self.prompt_logprobs()
-        return self.mixed and not any(requests[row] in with_prompt for row in batch.rows(index).unique().tolist())
+        return self.mixed and not step.with_prompt[step.owners[index]].any()
 
-    def _set_aside(self, batch: Batch, index: Tensor, positions: Tensor, embeds: Tensor, logits: StepLogits) -> None:
+    def _set_aside(self, step: Step, index: np.ndarray, embeds: Tensor, logits: StepLogits) -> None:
         """Defer the tokens `index` [M], with next inputs `embeds` [M, D], to the next step."""
-        requests, unsampled, size = self.request_ids(), self.unsampled(), self.block_size
-        row = batch.rows(index)
-        for number in row.unique().tolist():
-            mine = index[row == number]
-            last = int(batch.starts[number + 1]) - 1
-            stop = int(positions[last]) + 1
-            self.waiting.by_request[requests[number]] = Waiting(
-                positions[mine],
-                batch.slots[mine],
-                embeds[row == number],
-                batch.block_table[number, : -(-stop // size)].clone(),
+        size, owners = self.pages.block, step.owners[index]
+        for number in np.unique(owners).tolist():
+            first, after = np.searchsorted(owners, [number, number + 1]).tolist()
+            mine, last = index[first:after], int(step.last[number])
+            stop = int(step.places[last]) + 1
+            predicts = mine[-1] == last and bool(step.emits[number])
+            self.waiting.by_request[step.request_ids[number]] = Waiting(
+                step.places[mine],
+                step.slots[mine],
+                embeds[first:after],
+                step.tables[number, : -(-stop // size)],
                 stop // size * size if self.shares_prefixes else 0,
-                logits.hidden[last].clone() if int(mine[-1]) == last and not unsampled[number] else None,
+                logits.hidden[last].clone() if predicts else None,
             )
 
-    def _run_mixed(
-        self, batch: Batch, due: dict[str, int], ids: Tensor, positions: Tensor
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def _run_mixed(self, step: Step, due: dict[str, int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Run one pass: the step's tokens at depth 1, except those in `due`, and all deferred tokens at depth 2.
 
         Returns:
             Final hidden states [T, D], and the hidden states [T, D] by layer that the decider reads.
         """
-        T, (tokens, embeds) = batch.tokens, self.waiting.all()
-        rows = torch.tensor(self.waiting.rows(due, T))
-        more = len(rows) - len(due)
-        self._open(tokens, rows=rows, step=T)
-        x = functional.pad(self.embed_input_ids(ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
-        all_positions = functional.pad(positions, (0, more)).index_copy_(0, rows, tokens.positions)
+        T, (tokens, embeds) = step.tokens, self.waiting.all()
+        found, device = self.waiting.rows(due, T), step.positions.device
+        more = len(found) - len(due)
+        again = list(due.values())
+        newest = [int(self.waiting.by_request[request].places[-1]) for request in due]
+        assert step.places[again].tolist() == newest, "vLLM scheduled another token for a deferred one"
+        rows, held = indices(device, found, np.array(again, np.int64))
+        deep = self.current.deep = replace(self._plan(tokens), rows=rows, step=T)
+        x = functional.pad(self.embed_input_ids(step.ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
+        positions = functional.pad(step.positions, (0, more)).index_copy_(0, rows, deep.positions)
         wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
-        again = torch.tensor(list(due.values()), dtype=torch.long)
-        newest = [int(self.waiting.by_request[request].positions[-1]) for request in due]
-        assert positions[again].tolist() == newest, "vLLM scheduled another token for a deferred one"
-        with without_writing(self.deep_attention[0].stock, again):
+        with without_writing(self.deep_attention[0].stock, held):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
                     features[number] = (x if residual is None else x + residual)[:T]
-                x, residual = layer(all_positions, x, residual)
+                x, residual = layer(positions, x, residual)
         hidden = self.decoder.norm(x, residual)[0][:T]
         if due:
             known = self.waiting.hidden()
             first = torch.stack([known[request] for request in due])
-            hidden = hidden.index_copy(0, again, first + self._finish(hidden[again]))
+            hidden = hidden.index_copy(0, held, first + self._finish(hidden[held]))
         self.waiting.ran(emitted=due)
         return hidden, features
 
-    def _next_input(self, ids: Tensor, index: Tensor, logits: StepLogits) -> Tensor:
+    def _next_input(self, step: Step, index: np.ndarray, logits: StepLogits) -> Tensor:
         """Return the next inputs [M, D] of the tokens `index` for depth 2 (method.md (4), (5))."""
         if self.next_input_map is not None:
-            return self.embed_input_ids(ids[index]) + self.next_input_map(logits.hidden[index])
+            (at,) = indices(logits.hidden.device, index)
+            return self.embed_input_ids(step.ids[at]) + self.next_input_map(logits.hidden[at])
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best_of(logits, self.config.mix_topk, topk)
@@ -345,12 +372,13 @@ class TaHForCausalLM(nn.Module):
 
     # -- preparation and report ------------------------------------------------------------------------------------
 
-    def prepare(self, share: float, longest: int) -> None:
+    def prepare(self, share: float, longest: int, block_size: int) -> None:
         """Allocate the pool; called after vLLM has allocated its KV cache.
 
         Args:
             share: Number of pool entries per depth-1 slot.
             longest: Maximum tokens of a request.
+            block_size: Slots per block of vLLM's scheduler.
 
         Raises:
             ValueError: The layout of vLLM's KV cache is not supported.
@@ -362,30 +390,28 @@ class TaHForCausalLM(nn.Module):
         ]
         found = (m for layer in self.deep_layers for m in layer.modules())
         self.deep_attention = [m for m in found if isinstance(m, DuoAttention)]
-        cache = stock[0].kv_cache
-        slots = cache.shape[0] * slots_per_block(stock[0])
+        cache, self.pages = stock[0].kv_cache, Pages(block_size, slots_per_block(stock[0]))
+        slots = cache.shape[0] * self.pages.page
         entries, heads = capacity(slots, share, longest), stock[0].num_kv_heads
         self.pool = DeepPool(len(stock), entries, heads, stock[0].head_size, slots, cache.dtype, cache.device)
+        self.by_kernel = not cache.is_cpu
 
-    def _depths(self, batch: Batch, positions: Tensor) -> dict[str, tuple[int, list[int]]]:
+    def _depths(self, step: Step) -> dict[str, tuple[int, list[int]]]:
         """Return, by request, the first position in this step and the depths of its tokens from there.
 
         For a new request with a cached prefix, the first position is 0 and the depths include the prefix.
         """
-        assert self.pool is not None
-        size, found = self.block_size, {}
-        starts, depths = batch.starts.tolist(), (1 + (self.pool.entry_of_slot[batch.slots] >= 0).long()).tolist()
-        for number, request in enumerate(self.request_ids()):
-            start, end = starts[number : number + 2]
-            first, took = int(positions[start]), depths[start:end]
-            if request in self.fresh and first:
-                slots = self._slots(batch.block_table[number, : -(-first // size)].tolist())[:first]
-                first, took = 0, (1 + (self.pool.entry_of_slot[slots] >= 0).long()).tolist() + took
+        found, starts = {}, step.starts.tolist()
+        depths = self._depths_at(step.slots)
+        for number, (request, first) in enumerate(zip(step.request_ids, step.first.tolist(), strict=True)):
+            took = depths[starts[number] : starts[number + 1]]
+            if step.fresh[number] and first:
+                prefix = self.pages.slots(step.tables[number, : -(-first // self.pages.block)])[:first]
+                first, took = 0, self._depths_at(prefix) + took
             found[request] = (first, took)
-        self.fresh.clear()
         return found
 
-    def _slots(self, blocks: list[int]) -> Tensor:
-        """Return the physical slots of physical blocks."""
-        offsets = torch.arange(self.block_size)
-        return (torch.tensor(blocks, dtype=torch.long)[:, None] * self.block_size + offsets).flatten()
+    def _depths_at(self, slots: np.ndarray) -> list[int]:
+        """Return the depths of the tokens whose depth-1 keys are in `slots`."""
+        depths: list[int] = (1 + (self.pool.entries[slots] >= 0)).tolist()
+        return depths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-ARCHITECTURE = "TaHForCausalLM"
+from .names import ARCHITECTURE
 
 
 def register() -> None:

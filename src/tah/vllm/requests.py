@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 from ..config import TaHConfig, check_max_depth, check_threshold
 from ..names import LABEL_FREE, suggest
@@ -87,8 +88,8 @@ class DepthLog:
         return new
 
 
-class DepthParameters(LogitsProcessor):
-    """Validation of a request's fields; it changes no logits.
+class DepthParameters(LogitsProcessor, LogitsProcessorV2):
+    """Validation of a request's fields; it changes no logits. It serves both of vLLM's model runners.
 
     vLLM calls `validate_params` of its logits processors for each request, and answers an error with HTTP 400.
     """
@@ -103,7 +104,8 @@ class DepthParameters(LogitsProcessor):
         """Check the fields of a request.
 
         Raises:
-            VLLMValidationError: A field is unknown or out of range; `parameter` names it.
+            VLLMValidationError: A field is unknown or out of range. The message begins with its name; so does
+                `parameter`, which model runner V2 drops.
         """
         try:
             RequestOptions.of(cls.config, sampling_params.extra_args)
@@ -118,6 +120,10 @@ class DepthParameters(LogitsProcessor):
     def update_state(self, batch_update: Any) -> None:
         """Do nothing: there is no state."""
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Return False: no logits of the request change."""
+        return False
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Return `logits` unchanged."""
         return logits

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .attention import DeepTokens
 
@@ -22,17 +22,17 @@ from .attention import DeepTokens
 class Waiting:
     """Deferred tokens of one request. Each has an entry in the pool, which is still empty."""
 
-    positions: Tensor  # [M]
-    slots: Tensor  # [M] physical slots of their depth-1 keys
+    places: np.ndarray  # [M] positions
+    slots: np.ndarray  # [M] physical slots of their depth-1 keys
     embeds: Tensor  # [M, D] next inputs, for depth 2
-    blocks: Tensor  # [N] physical blocks of the request, up to the last of the tokens
+    blocks: np.ndarray  # [N] physical blocks of the request, up to the last of the tokens
     shared: int  # number of the request's tokens in full blocks, which the prefix cache may share
     hidden: Tensor | None  # [D] final hidden state of depth 1 of the last token, if that predicts the next token
 
     def part(self, tokens: slice, hidden: Tensor | None) -> Waiting:
         """Return a part of the tokens, with another `hidden`."""
-        positions, slots, embeds = self.positions[tokens], self.slots[tokens], self.embeds[tokens]
-        return replace(self, positions=positions, slots=slots, embeds=embeds, hidden=hidden)
+        places, slots, embeds = self.places[tokens], self.slots[tokens], self.embeds[tokens]
+        return replace(self, places=places, slots=slots, embeds=embeds, hidden=hidden)
 
 
 class WaitingTokens:
@@ -57,18 +57,20 @@ class WaitingTokens:
     def leave(self, request: str) -> None:
         """Remove a request that has ended or was preempted; its tokens in full blocks move to `left`."""
         one = self.by_request.pop(request, None)
-        if one is not None and (count := int((one.positions < one.shared).sum())):
+        if one is not None and (count := int((one.places < one.shared).sum())):
             self.left.append(one.part(slice(count), None))
 
     def all(self) -> tuple[DeepTokens, Tensor]:
         """Return all tokens for one pass, those of removed requests first, and their next inputs [M, D]."""
         waiting: Sequence[Waiting] = [*self.left, *self.by_request.values()]
-        owners = [number for number, one in enumerate(waiting) for _ in range(len(one.positions))]
-        positions, slots = torch.cat([one.positions for one in waiting]), torch.cat([one.slots for one in waiting])
-        tables = pad_sequence([one.blocks for one in waiting], batch_first=True)
-        return DeepTokens(owners, positions, slots, tables), torch.cat([one.embeds for one in waiting])
+        owners = np.repeat(np.arange(len(waiting)), [len(one.places) for one in waiting])
+        tables = np.zeros((len(waiting), max(len(one.blocks) for one in waiting)), np.int32)
+        for table, one in zip(tables, waiting, strict=True):
+            table[: len(one.blocks)] = one.blocks
+        places, slots = np.concatenate([one.places for one in waiting]), np.concatenate([one.slots for one in waiting])
+        return DeepTokens(owners, places, slots, tables), torch.cat([one.embeds for one in waiting])
 
-    def rows(self, due: dict[str, int], step: int) -> list[int]:
+    def rows(self, due: dict[str, int], step: int) -> np.ndarray:
         """Return the rows of the tokens of `all` in a mixed pass; `left` must be empty.
 
         Args:
@@ -79,12 +81,12 @@ class WaitingTokens:
         rows: list[int] = []
         more = step
         for request, one in self.by_request.items():
-            new = len(one.positions) - (request in due)
+            new = len(one.places) - (request in due)
             rows += range(more, more + new)
             more += new
             if request in due:
                 rows.append(due[request])
-        return rows
+        return np.array(rows)
 
     def ran(self, emitted: Collection[str] = ()) -> None:
         """Remove the tokens, which have run; but keep a deferred last token of a request that is not in `emitted`.

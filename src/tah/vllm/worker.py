@@ -1,21 +1,52 @@
-"""vLLM's worker, which also sizes the pool and passes data between scheduler and model."""
+"""vLLM's worker, which also sizes the pool and passes data between scheduler and model.
+
+`DepthCPUWorker` and `DepthGPUWorker` are vLLM's workers for the two kinds of devices with `DepthWorker` before them.
+vLLM's worker has one of two runners. With runner V1, the second pass runs inside the runner's call of the model. With
+V2, it runs after the runner's step, so that depth 1 may be a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.worker.cpu_worker import CPUWorker
+import torch
+from vllm.forward_context import set_forward_context
 
-from .requests import RequestOptions
+from .step import RunningRequests, Step
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from .model import TaHForCausalLM
+else:
+    Worker = object
 
 
-class DepthCPUWorker(CPUWorker):
-    """vLLM's CPU worker around a TaH model."""
+class DepthWorker(Worker):
+    """What a worker of vLLM needs for a TaH model."""
+
+    requests: RunningRequests
+    serving = False  # whether start-up is over; before, vLLM runs steps that its scheduler does not know
+    scheduled: Any = None  # output of the scheduler for the running step; None in a step of vLLM's own
+
+    @property
+    def model(self) -> TaHForCausalLM:
+        """The model itself. On a GPU, the runner's `model` may be a wrapper, which loses what is written to it."""
+        model: Any = self.model_runner.get_model()
+        return model
 
     @property
     def share(self) -> float:
         """Pool entries per depth-1 slot."""
         return self.vllm_config.additional_config["deep_kv_share"]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, and let the runner expect the hidden states that the decider reads."""
+        super().load_model(*args, **kwargs)
+        self.model_runner.use_aux_hidden_state_outputs = bool(self.model.decoder.aux_hidden_state_layers)
 
     def determine_available_memory(self) -> int:
         """Return the bytes of vLLM's KV cache: all available bytes except those of the pool.
@@ -29,47 +60,112 @@ class DepthCPUWorker(CPUWorker):
         return int(min(whole / (1 + self.share), max(whole - longest, whole / 2)))
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Allocate vLLM's KV cache, then the pool, and connect the model to the state of the runner."""
+        """Allocate vLLM's KV cache, then the pool."""
         super().initialize_from_config(kv_cache_config)
-        model = self.model_runner.model
-        model.prepare(self.share, self.model_config.max_model_len)
-        model.request_ids = lambda: self.model_runner.input_batch.req_ids
-        model.unsampled = lambda: self.model_runner.discard_request_mask.np
-        model.prompt_logprobs = lambda: self.model_runner.num_prompt_logprobs
+        longest, (group,) = self.model_config.max_model_len, kv_cache_config.kv_cache_groups
+        size = group.kv_cache_spec.block_size
+        self.model.prepare(self.share, longest, size)
+        seats = self.vllm_config.scheduler_config.max_num_seqs
+        self.requests = RunningRequests(self.model.config, size, seats, longest)
+        if not self.use_v2_model_runner:
+            runner: Any = self.model_runner
+            runner._model_forward = partial(self._forward, runner._model_forward)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and warm up vLLM's model, at depth 1; from then on steps come from the scheduler."""
+        found = super().compile_or_warm_up_model()
+        self.serving = True
+        return found
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step, after the model has got its new, ended and preempted requests."""
-        model = self.model_runner.model
-        for request in scheduler_output.scheduled_new_reqs:
-            model.options[request.req_id] = RequestOptions.of(model.config, request.sampling_params.extra_args)
-            model.fresh.add(request.req_id)
-        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        # The order must be the same in all processes, since they add up their parts of each row.
-        for request in sorted(gone | scheduler_output.scheduled_cached_reqs.resumed_req_ids):
-            model.waiting.leave(request)
-        model.given_up += scheduler_output.given_up
-        model.report = None
-        out = super().execute_model(scheduler_output)
-        for request in scheduler_output.finished_req_ids:
-            model.options.pop(request, None)
-        return out
+        """Run a step. One that vLLM makes up to warm up has depth 1 only."""
+        if not self.serving:
+            return super().execute_model(scheduler_output)
+        for request in self.requests.update(scheduler_output):
+            self.model.waiting.leave(request)
+        self.model.report = None
+        self.scheduled = scheduler_output
+        try:
+            out = super().execute_model(scheduler_output)
+            if self.use_v2_model_runner:
+                self._run_again()
+            return out
+        finally:
+            self.scheduled = None
+
+    def _forward(self, depth_one: Any, **inputs: Any) -> Any:
+        """Run the model in a step of runner V1, in place of `depth_one`, the runner's own call."""
+        if self.scheduled is None:
+            return depth_one(**inputs)
+        names = self.model_runner.input_batch.req_ids
+        step = self._step(names, inputs["input_ids"], inputs["positions"])
+        hidden = self.model.run_step(step, partial(depth_one, **inputs))
+        return (hidden, []) if self.model_runner.use_aux_hidden_state_outputs else hidden
+
+    @torch.inference_mode()
+    def _run_again(self) -> None:
+        """Run the second pass after a step of runner V2, which keeps what it has computed for its sampler."""
+        runner: Any = self.model_runner
+        state = runner.execute_model_state
+        if state is None:  # the step had no tokens
+            return
+        batch = state.input_batch
+        step = self._step(batch.req_ids, batch.input_ids, batch.positions)
+        out = state.hidden_states
+        if runner.use_aux_hidden_state_outputs:
+            out = out, state.aux_hidden_states
+        with set_forward_context(None, self.vllm_config, num_tokens=step.tokens):
+            hidden = self.model.run_step(step, lambda: out)
+        runner.execute_model_state = state._replace(hidden_states=hidden, aux_hidden_states=None)
+
+    def _step(self, names: list[str], ids: Any, positions: Any) -> Step:
+        return self.requests.step(names, self.scheduled.num_scheduled_tokens, ids, positions)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample the next tokens, except for requests whose last token is deferred.
+        """Sample the next tokens, and add the model's report to the output, where the scheduler reads it."""
+        if self.use_v2_model_runner:
+            out = super().sample_tokens(grammar_output)
+            if out is not None:
+                out.model_runner_output.report = self.model.report
+            return out
+        with self._held_back():
+            out = super().sample_tokens(grammar_output)
+        out.report = self.model.report
+        return out
+
+    @contextmanager
+    def _held_back(self) -> Iterator[None]:
+        """Keep runner V1 from sampling for requests whose last token is deferred.
 
         vLLM has a mask of requests without a sampled token, those in the middle of their prompt. For these it also
         rewinds the random generator of the seed by a step, which CPU generators do not support; so this method hides
         their generators from vLLM.
         """
-        model, batch = self.model_runner.model, self.model_runner.input_batch
-        unsampled = self.model_runner.discard_request_mask.np
-        for request in model.report.deferred if model.report is not None else ():
+        report, runner = self.model.report, self.model_runner
+        batch, unsampled = runner.input_batch, runner.discard_request_mask.np
+        for request in report.deferred if report is not None else ():
             if request in batch.req_id_to_index:
                 unsampled[batch.req_id_to_index[request]] = True
         kept = {row: batch.generators.pop(row) for row in list(batch.generators) if unsampled[row]}
         try:
-            out = super().sample_tokens(grammar_output)
+            yield
         finally:
             batch.generators.update(kept)
-        out.report = model.report  # the scheduler reads it
-        return out
+
+
+@cache
+def _worker(name: str) -> type:
+    """Return the class of this name. The CPU worker of vLLM is imported where it is used only."""
+    if name == "DepthCPUWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return type(name, (DepthWorker, CPUWorker), {"__doc__": "vLLM's CPU worker around a TaH model."})
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return type(name, (DepthWorker, Worker), {"__doc__": "vLLM's GPU worker around a TaH model."})
+
+
+def __getattr__(name: str) -> type:
+    if name not in ("DepthCPUWorker", "DepthGPUWorker"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _worker(name)

@@ -1,0 +1,13 @@
+"""Names and numbers that several modules of the plugin share. Needs no vLLM."""
+
+from __future__ import annotations
+
+ARCHITECTURE = "TaHForCausalLM"
+DEEP_KV_SHARE = 0.1  # pool entries per depth-1 slot; the paper's models iterate 7 % of the tokens
+
+FAMILIES = {  # class of vLLM by family of the base
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
