@@ -53,6 +53,7 @@ SIZES = {
     "test": Size(2, 32, (1, 2), steps=6, batch=16, test=20, validation=10),
     "small": Size(1, 64, (1, 2, 3), steps=1000, batch=128, test=500, validation=250),
     "choice": Size(1, 64, (1, 1, 2, 3), steps=2000, batch=128, test=1000, validation=500),
+    "nine": Size(1, 160, (1, 1, 2, 3), steps=2000, batch=144, test=1800, validation=450),
     "medium": Size(2, 128, (1, 2, 3, 4), steps=3000, batch=256),
     "large": Size(4, 256, (1, 2, 3, 4, 5), steps=10_000, batch=512),
 }
@@ -133,6 +134,7 @@ VARIANTS = {
     "standard-x1.75": Variant("standard", steps=1.75),
     "standard-deep": Variant("standard", layers=2),
     "standard-wide": Variant("standard", LOOKAHEAD | LORA),
+    "standard-wide-deep": Variant("standard", LOOKAHEAD | LORA, layers=2),
     "lookahead": Variant("lookahead", LOOKAHEAD),
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"next_input": "topk"}),
@@ -249,3 +251,30 @@ def new_model(
 
 def parameters(model: TaHForCausalLM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights that a token is multiplied with.
+
+    Args:
+        body: In the layers.
+        head: In the head, which is also the table of embeddings.
+        added: In LoRA, linear maps and decider.
+        decider: In the decider alone.
+    """
+
+    body: int
+    head: int
+    added: int
+    decider: int
+
+
+def weights_of(model: TaHForCausalLM) -> Weights:
+    """Return the numbers of weights of a model."""
+    named = dict(model.base.named_parameters())
+    lora = sum(p.numel() for n, p in named.items() if "lora" in n)
+    head = next(p.numel() for n, p in named.items() if "embed_tokens" in n)
+    body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - lora
+    decider = 0 if model.decider is None else sum(p.numel() for p in model.decider.parameters())
+    return Weights(body, head, parameters(model) - parameters(model.base) + lora, decider)
