@@ -157,7 +157,7 @@ class Labels:
     cpu_seconds: float
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _drawn(task: Family, counts: tuple[int, ...]) -> list[Any]:
     stream, tokenizer = task.problems("train", distinct=False), task.tokenizer()
     return [task.rows(itertools.islice(stream, count), tokenizer) for count in counts]
@@ -166,7 +166,7 @@ def _drawn(task: Family, counts: tuple[int, ...]) -> list[Any]:
 def training_rows(task: Family, *counts: int) -> list[Any]:
     """Return training rows, the next `count` problems of the family for each of `counts`.
 
-    The rows of the last call are kept, because the variants of a seed share them.
+    The rows of the last two calls are kept, because the variants of a seed share them.
 
     Raises:
         ValueError: The family has fewer problems.
@@ -191,7 +191,7 @@ def labels_of(task: Family, size: Size, larger: bool) -> Labels:
     tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
     own = replace(size, layers=size.layers + 1, hidden=2 * size.hidden) if larger else size
     teacher = new_model(own, 3 * own.hidden, None, tokenizer, seed + 1000)
-    (rows,) = training_rows(task, size.steps * size.batch)
+    _, rows = training_rows(task, 0, size.steps * size.batch)
     train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, own, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
     measured = Reference(teacher).measure(
@@ -404,10 +404,15 @@ def record(
         save: Directory for the model, if it is to be saved.
         variant: Variant to train; by default the one of `VARIANTS` with that name.
         options: More `TrainingArguments`.
+
+    Raises:
+        ValueError: The file has lines of other settings.
     """
     line: dict[str, Any] = {"task": task.name, "size": size_name, "variant": name, "seed": task.seed}
     line["settings"] = settings_of(size)
     for made in lines_of(output):
+        if made["settings"] != line["settings"]:
+            raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
         if line.items() <= made.items():
             return made
     line |= {"made_with": made_with()} | run(task, size, name, save, variant, **options)

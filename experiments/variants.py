@@ -151,6 +151,7 @@ VARIANTS = {
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
+    "always-mix-lora": Variant("lookahead", MIX | LORA, loss_weights=(0.0, 1.0)),
     "blind-mix-late": Variant("blind", MIX | {"attention": "blind"}, uncertain=True, loss_weights=(0.2, 0.8)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
@@ -180,7 +181,7 @@ class InTwoParts(Objective):
         return super().arguments(batch, step, depth, shared)
 
 
-def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: int = 0) -> Objective:
+def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: int = 0, tau: float = TAU) -> Objective:
     """Return the objective of a stage.
 
     Args:
@@ -188,6 +189,7 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
         seed: Random seed.
         stage: Stage of `Objective`.
         steps: Steps of the stage, for a variant with `early`.
+        tau: Entropy in nats above which a token iterates, for a variant with `uncertain`.
     """
     objective = Objective(
         stage=stage,
@@ -195,7 +197,7 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
         max_depth=variant.depth,
         loss_weights=variant.loss_weights,
         share=variant.share,
-        tau=TAU,
+        tau=tau,
         uncertain=variant.uncertain,
         joint=variant.joint,
         seed=seed,
@@ -209,23 +211,36 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
+def build(size: Size, variant: Variant, tokenizer: Any, seed: int, positions: int = 128) -> TaHForCausalLM:
     """Return the model of a variant.
 
     The MLPs of a `standard` are so wide that it has at least as many parameters as a model with the fields `model` of
     the variant, by default those of `lookahead` with linear maps, and a decider.
+
+    Args:
+        size: Size of the model.
+        variant: Variant of the model.
+        tokenizer: Tokenizer.
+        seed: Random seed of the weights.
+        positions: Largest number of positions.
     """
-    inner = 3 * size.hidden
+    inner, its = 3 * size.hidden, (tokenizer, seed, positions)
     if variant.method != "standard":
-        return new_model(size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.last)
-    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, tokenizer, seed, decides=True))
+        return new_model(size, inner, variant.model, *its, decides=variant.joint or variant.last)
+    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, *its, decides=True))
     size = replace(size, layers=size.layers * variant.layers)
-    missing = wanted - parameters(new_model(size, 1, None, tokenizer, seed))
-    return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, tokenizer, seed)
+    missing = wanted - parameters(new_model(size, 1, None, *its))
+    return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, *its)
 
 
 def new_model(
-    size: Size, inner: int, fields: dict[str, Any] | None, tokenizer: Any, seed: int, decides: bool = False
+    size: Size,
+    inner: int,
+    fields: dict[str, Any] | None,
+    tokenizer: Any,
+    seed: int,
+    positions: int = 128,
+    decides: bool = False,
 ) -> TaHForCausalLM:
     set_seed(seed)
     config = Qwen3Config(
@@ -236,7 +251,7 @@ def new_model(
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         head_dim=size.hidden // size.heads,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
