@@ -159,6 +159,8 @@ class Labels:
 
 @lru_cache(maxsize=2)
 def _drawn(task: Family, counts: tuple[int, ...]) -> list[Any]:
+    if isinstance(task, mixture.Mixture):
+        return task.training(counts)
     stream, tokenizer = task.problems("train", distinct=False), task.tokenizer()
     return [task.rows(itertools.islice(stream, count), tokenizer) for count in counts]
 
@@ -266,7 +268,7 @@ def run(
     earlier, rows = training_rows(task, first * size.batch, steps * size.batch)
     model = build(size, variant, tokenizer, seed)
     length, cost, second = float(rows.lengths.mean()), 0.0, None
-    before = time.process_time()
+    before, start = time.process_time(), time.perf_counter()
     if variant.method == "paper":
         labels = labels_of(task, size, variant.larger_teacher)
         cost, before = labels.flops, time.process_time() - labels.cpu_seconds
@@ -298,7 +300,7 @@ def run(
         train(model, last, rows, tokenizer, second, size, seed, f"{name} decider", **options)
         ran = 0.0 if variant.method == "paper" else 1.0  # gains need the second pass, labels do not
         decider_cost = second * size.batch * row_flops(model, variant, length, ran) / 3  # forward only: 2 of 6
-    seconds = time.process_time() - before
+    seconds, wall = time.process_time() - before, time.perf_counter() - start
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
         model.config.update(_rule_of(model, variant, scores["test"]["policies"]))
@@ -313,6 +315,7 @@ def run(
             "flops": cost,
             "decider_flops": decider_cost,
             "cpu_seconds": seconds,
+            "wall_seconds": wall,
             "curve": curve,
         },
         "parameters": parameters(model),
@@ -415,7 +418,7 @@ def record(
             raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
         if line.items() <= made.items():
             return made
-    line |= {"made_with": made_with()} | run(task, size, name, save, variant, **options)
+    line |= {"made_with": made_with(**options)} | run(task, size, name, save, variant, **options)
     append(output, line)
     scored = "  ".join(f"{name} {its['exact_match']:.3f}" for name, its in line["test"]["policies"].items())
     print(f"{name} seed {task.seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
@@ -434,15 +437,16 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
 
 
-def made_with() -> dict[str, Any]:
-    """Return the versions and the machine of a line of results."""
+def made_with(**options: Any) -> dict[str, Any]:
+    """Return the versions, the machine and the options of the trainer of a line of results."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return versions | {"tah": tah.__version__, "device": device, "threads": torch.get_num_threads()}
+    versions |= {"tah": tah.__version__, "device": device, "threads": torch.get_num_threads()}
+    return versions | ({"options": options} if options else {})
 
 
 def _processor() -> str:

@@ -168,10 +168,9 @@ class Rows(Dataset):
 def stream(vocabulary: int, held_out: bool) -> np.ndarray:
     """Return the token ids of all files, each with an end, one after the other, int16."""
     tokenizer = tokenizer_of(vocabulary)
-    parts = []
-    for text in sources()[held_out]:
-        parts += [np.array(tokenizer(text)["input_ids"], np.int16), np.array([tokenizer.eos_token_id], np.int16)]
-    return np.concatenate(parts)
+    end = np.array([tokenizer.eos_token_id], np.int16)
+    every = tokenizer(sources()[held_out])["input_ids"]
+    return np.concatenate([part for ids in every for part in (np.array(ids, np.int16), end)])
 
 
 def rows_of(size: TextSize, held_out: bool, count: int) -> Rows:
@@ -211,10 +210,10 @@ def run(size: TextSize, name: str, recipe: str, seed: int, flops: float = 0.0, *
 
     steps = max(size.steps, math.ceil(flops / flops_of(0.0))) if variant.method == "standard" else size.steps
     rows = rows_of(size, False, steps * size.batch)
-    before = time.process_time()
+    before, start = time.process_time(), time.perf_counter()
     objective = objective_of(variant, seed, steps=steps, tau=size.tau)
     lines = train(model, objective, rows, tokenizer, steps, size.model, seed, name, **options)
-    seconds = time.process_time() - before
+    seconds, wall = time.process_time() - before, time.perf_counter() - start
     share = sum(tenth["iterated_share"] for tenth in lines) / max(1, len(lines))
     return {
         "training": {
@@ -225,6 +224,7 @@ def run(size: TextSize, name: str, recipe: str, seed: int, flops: float = 0.0, *
             "iterated": share,
             "flops": steps * flops_of(share),
             "cpu_seconds": seconds,
+            "wall_seconds": wall,
             "curve": lines,
         },
         "parameters": parameters(model),
@@ -297,7 +297,7 @@ def record(
     texts = sources()
     digest = hashlib.sha256("".join([*texts[False], *texts[True]]).encode()).hexdigest()
     line["text"] = {"source": f"standard library of Python {platform.python_version()}", "sha256": digest}
-    line |= {"made_with": made_with()} | run(size, name, recipe, seed, flops, **options)
+    line |= {"made_with": made_with(**options)} | run(size, name, recipe, seed, flops, **options)
     append(output, line)
     scored = "  ".join(f"{name} {its['loss']:.3f}" for name, its in line["held_out"]["policies"].items())
     print(f"{name} seed {seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
