@@ -29,7 +29,7 @@ together are always right, by other solvers in the same test.
 
 Each module has `make(rng, n)`, which returns `n` problems. The facts, in any order, determine the split of a problem.
 So the facts of a held-out problem are not in the training with other questions, nor in another order. All tasks share
-a vocabulary of 110 words, and a row has at most 29 tokens.
+a vocabulary of 164 words, and a row has at most 29 tokens.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Rows(Dataset):
         for problem in problems:
             tokens = problem.tokens
             lengths.append(len(tokens))
-            ids += bytes(tokens).ljust(LENGTH, b"\0")  # the padding token is 0, and all ids are below 128
+            ids += bytes(tokens).ljust(LENGTH, b"\0")  # the padding token is 0, and all ids are below 256
             steps += bytes(problem.steps).ljust(LENGTH, b"\0")
         self.ids = np.frombuffer(ids, np.uint8).reshape(-1, LENGTH).astype(np.int16)
         self.steps = np.frombuffer(steps, np.int8).reshape(-1, LENGTH)
