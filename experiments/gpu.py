@@ -25,7 +25,7 @@ import torch
 
 import text
 from choose import POLICIES
-from lookahead import append, record, train
+from lookahead import append, lines_of, record, train
 from nine.mixture import Mixture
 from nine_runs import BASELINE, always_of, matched, spent, variant_of
 from variants import Size, build, objective_of
@@ -111,6 +111,8 @@ class Session:
         """Train all models in turn."""
         planned = list(self.planned())
         for at, (file, name) in enumerate(planned):
+            if any(line["variant"] == name for line in lines_of(self.output / f"{file}.jsonl")):
+                continue
             if self.left < (self.took.get(file, 0.0) if name != self.recipe else 10.0):
                 append(self.output / "left-out.jsonl", {"file": file, "variant": name, "seconds_left": self.left})
                 print(f"{file} {name}: left out, {self.left:.0f} seconds are left", flush=True)

@@ -1,4 +1,4 @@
-"""Train a language model on Python's own library: a recipe, iterating everywhere, and one pass at equal FLOPs.
+"""Train a language model on Python's own library: a recipe, one pass, and iterating everywhere, at equal FLOPs.
 
     python experiments/text.py late --output out      # hours; part 5 of the plan in docs/results/log.md
     python experiments/text.py late --output experiments/results --table
@@ -6,8 +6,8 @@
 The text is the source code of the standard library of the running Python (PSF licence), which every installation has.
 Nothing of it is stored. A hash of its path determines whether a file is held out. The vocabulary is a byte-level BPE
 trained on the other files. All tokens are supervised. The recipe iterates on tokens of an entropy above `--tau`, in
-training and afterwards. The one-pass baseline has at least as many parameters and training FLOPs as the recipe, and
-never fewer steps; it reads more text in the same order.
+training and afterwards. The one-pass baseline has at least as many parameters and training FLOPs as the recipe and
+reads more text; the model that iterates everywhere has as many FLOPs and reads less.
 
 Each run is one line in `text.jsonl`, which also has the loss of every held-out token, rounded to `GRID` nats. The table
 sorts held-out tokens by the loss of the baseline of the other seed, so that the noise of a compared model does not
@@ -91,7 +91,7 @@ class TextSize:
 
 SIZES = {
     "test": TextSize(1, 32, 300, 32, batch=4, steps=4, held_out=8, tau=2.0),
-    "text": TextSize(3, 256, 1024, 256, batch=16, steps=1220, held_out=160, tau=2.0),
+    "text": TextSize(3, 224, 1024, 256, batch=16, steps=800, held_out=160, tau=2.0),
 }
 
 
@@ -199,7 +199,7 @@ def run(size: TextSize, name: str, recipe: str, seed: int, flops: float = 0.0, *
         name: The recipe, `always` or `standard`.
         recipe: Name of the recipe.
         seed: Random seed of the weights and the order.
-        flops: FLOPs that a `standard` is trained for, at least.
+        flops: FLOPs of the recipe. A `standard` is trained for at least as many, `always` for about as many.
         options: More `TrainingArguments`.
     """
     variant, tokenizer = variant_of(name, recipe), tokenizer_of(size.vocabulary)
@@ -208,7 +208,11 @@ def run(size: TextSize, name: str, recipe: str, seed: int, flops: float = 0.0, *
     def flops_of(share: float) -> float:
         return size.batch * row_flops(model, variant, size.length, share, size.length - 1)
 
-    steps = max(size.steps, math.ceil(flops / flops_of(0.0))) if variant.method == "standard" else size.steps
+    steps = size.steps
+    if name == BASELINE:
+        steps = max(steps, math.ceil(flops / flops_of(0.0)))
+    if name == ALWAYS:
+        steps = max(1, round(flops / flops_of(1.0)))
     rows = rows_of(size, False, steps * size.batch)
     before, start = time.process_time(), time.perf_counter()
     objective = objective_of(variant, seed, steps=steps, tau=size.tau)
@@ -281,7 +285,7 @@ def record(
     """Train and score a variant and append its line to `output`. Return the line, which may be there already.
 
     Raises:
-        ValueError: The file has lines of other settings.
+        ValueError: The file has lines of other settings, or no line of the recipe, which determines the FLOPs.
     """
     settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER, "recipe": recipe}))
     line: dict[str, Any] = {"experiment": "text", "size": size_name, "variant": name, "seed": seed}
@@ -294,6 +298,8 @@ def record(
             return made
         if (made["variant"], made["seed"]) == (recipe, seed):
             flops = made["training"]["flops"]
+    if name != recipe and not flops:
+        raise ValueError(f"{output} has no line of {recipe} with seed {seed}, which determines the FLOPs of {name}")
     texts = sources()
     digest = hashlib.sha256("".join([*texts[False], *texts[True]]).encode()).hexdigest()
     line["text"] = {"source": f"standard library of Python {platform.python_version()}", "sha256": digest}
@@ -355,10 +361,12 @@ def by_hardness(lines: list[dict[str, Any]], recipe: str) -> str:
                 hard = base[others[0]]
                 here = (hard >= low) & (hard < high)
                 loss, right, goes = output_of(line, policy)
-                losses.append(loss[here].mean() if here.any() else math.nan)
-                rights.append(right[here].mean() if here.any() else math.nan)
                 sizes.append(here.mean())
-                if (name, policy) == (recipe, "entropy") and here.any():
+                if not here.any():
+                    continue
+                losses.append(loss[here].mean())
+                rights.append(right[here].mean())
+                if (name, policy) == (recipe, "entropy"):
                     iterated.append(goes[here].mean())
             cells.append(f"{np.mean(losses):.3f} / {np.mean(rights):.3f}" if losses else "")
         share = f"{np.mean(iterated):.0%}" if iterated else ""
