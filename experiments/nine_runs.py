@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from choose import POLICIES
-from lookahead import Family, record, row_flops, task_of, training_rows
+from lookahead import Family, lines_of, record, row_flops, settings_of, task_of, training_rows
 from nine import TASKS
 from summarise import Line, by_seed, estimate, read
 from variants import CHOICE, SIZES, VARIANTS, Size, Variant, build
@@ -109,6 +109,9 @@ class Plan:
         """
         size = replace(self.size, steps=self.size.steps * length)
         task, file = task_of("nine", seed, size), file_of(self.output, length)
+        for line in lines_of(file):
+            if (line["variant"], line["seed"]) == (name, seed) and line["settings"] == settings_of(size):
+                return line
         variant = variant_of(name, self.policy)
         if variant.method == "standard":
             (recipe,) = [its for its in read(file) if (its["variant"], its["seed"]) == (self.recipe, seed)]
@@ -220,7 +223,7 @@ def _by_task(lines: list[Line], recipe: str, policy: str) -> str:
         chosen = [line["test"]["by_task"][its_policy][task][what] for line in lines if line["variant"] == name]
         return float(np.mean(chosen))
 
-    for task in TASKS:
+    for task in (one for one in TASKS if one in lines[0]["test"]["by_task"]["never"]):
         reached = [f"{mean(task, name, its_policy, 'exact_match'):.3f}" for name, its_policy in columns]
         rows.append(f"| {task} | {mean(task, recipe, policy, 'iterated'):.1%} | {' | '.join(reached)} |")
     return "\n".join(rows)
