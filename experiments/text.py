@@ -91,7 +91,7 @@ class TextSize:
 
 SIZES = {
     "test": TextSize(1, 32, 300, 32, batch=4, steps=4, held_out=8, tau=2.0),
-    "text": TextSize(3, 224, 1024, 256, batch=16, steps=800, held_out=160, tau=2.0),
+    "text": TextSize(3, 224, 1024, 256, batch=16, steps=900, held_out=160, tau=3.0),
 }
 
 

@@ -8,7 +8,7 @@ the blanks, which is seven tokens with the end:
 | task | what a question asks | a step | answers right after one step | problems right after one step |
 | --- | --- | --- | --- | --- |
 | follow | where the way from a place ends, given an arrow per place | one arrow | .56 | .18 |
-| swaps | where a ball is after seven swaps of cups | a swap that moves it | .56 | .17 |
+| swaps | where a ball is after six swaps of cups | a swap that moves it | .56 | .17 |
 | assign | the value of a variable after ten assignments | back to the variable that was copied | .56 | .18 |
 | carry | a digit of a sum | a column to the right, while the carry is open | .75 | .41 |
 | relations | how a place relates to its root, given neighbours | one relation, composed in S3 | .59 | .20 |
