@@ -29,7 +29,7 @@ from summarise import Line, by_seed, estimate, read
 from variants import CHOICE, SIZES, VARIANTS, Size, Variant, build
 
 SEEDS, CURVE_SEEDS = (30, 31, 32), (30, 31)
-HOURS = 14.0  # processor time of all trainings together after which no run starts
+HOURS = 8.0  # processor time of all trainings together after which no run starts
 BASELINE, DEEP = "standard-wide", "standard-wide-deep"
 PAPER = "paper-own"  # a larger teacher would take more than 40 CPU minutes
 POLICY_OF = {BASELINE: "never", DEEP: "never", PAPER: "decider", "always-mix": "always", "always-mix-lora": "always"}

@@ -53,7 +53,7 @@ SIZES = {
     "test": Size(2, 32, (1, 2), steps=6, batch=16, test=20, validation=10),
     "small": Size(1, 64, (1, 2, 3), steps=1000, batch=128, test=500, validation=250),
     "choice": Size(1, 64, (1, 1, 2, 3), steps=2000, batch=128, test=1000, validation=500),
-    "nine": Size(1, 160, (1, 1, 2, 3), steps=1400, batch=144, test=1800, validation=450),
+    "nine": Size(1, 152, (1, 1, 2, 3), steps=1350, batch=144, test=1800, validation=450),
     "medium": Size(2, 128, (1, 2, 3, 4), steps=3000, batch=256),
     "large": Size(4, 256, (1, 2, 3, 4, 5), steps=10_000, batch=512),
 }
