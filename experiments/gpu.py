@@ -57,7 +57,7 @@ class Models:
 LARGE = Models(
     nine=(
         Size(6, 512, OPERATIONS, steps=1, batch=512, rate=1e-3, heads=8, test=900, validation=450),
-        Size(8, 1024, OPERATIONS, steps=1, batch=512, rate=1e-3, heads=16, test=900, validation=450),
+        Size(8, 960, OPERATIONS, steps=1, batch=512, rate=1e-3, heads=16, test=900, validation=450),
     ),
     text=text.TextSize(8, 512, 4096, 512, batch=64, steps=1, held_out=200, tau=2.0, heads=8, rate=1e-3),
     problems=600_000,

@@ -10,7 +10,7 @@ the blanks, which is seven tokens with the end:
 | follow | where the way from a place ends, given an arrow per place | one arrow | .56 | .18 |
 | swaps | where a ball is after six swaps of cups | a swap that moves it | .56 | .17 |
 | assign | the value of a variable after ten assignments | back to the variable that was copied | .56 | .18 |
-| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .41 |
+| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .43 |
 | relations | how a place relates to its root, given neighbours | one relation, composed in S3 | .59 | .20 |
 | machine | the state in which a fixed machine stops, given letters and final states | one letter | .62 | .23 |
 | circuit | the value of a gate, given what six gates read | one level of gates | .76 | .44 |
