@@ -3,7 +3,7 @@
     python experiments/gpu.py late --output out/gpu               # one H200: 20 to 100 M parameters, bfloat16
     python experiments/gpu.py late --output out/small --small     # tiny models, on any machine
 
-Each model is one line, written when the model is scored: `nine-WIDTH.jsonl` in the format of `nine_runs.py`,
+Each model is one line, written when the model is scored: `nine-LAYERSxWIDTH.jsonl` in the format of `nine_runs.py`,
 `text.jsonl` in that of `text.py`. A recipe gets an equal share of the time that is left, and a short measurement
 determines its steps. The one-pass baseline then has at least as many training FLOPs and never fewer steps; the model
 that iterates everywhere has as many steps. A model for which the time does not suffice is left out, with a line in
