@@ -2,6 +2,7 @@
 
     python experiments/compare.py RECIPE --policy entropy-tau --output out        # hours; trains what is missing
     python experiments/compare.py RECIPE --policy entropy-tau --output experiments/results --table
+    python experiments/compare.py tah2 --policy decider-half --output out   # TaH2 and its comparison
 
 Each run is one line in `compare-TASK.jsonl`. While the file `PAUSE` exists beside the results, no new run starts. The
 table has the mean over the tasks of the exact match on new problems, and its difference from that of the recipe, paired
@@ -30,6 +31,13 @@ OTHERS = {
     "always-mix": "always",
     "tah2": "decider-half",
 }
+OF_TAH2 = {  # what TaH2 is compared with, by the plan of its own
+    "standard-tah2": "never",
+    "standard-tah2-x1.3": "never",
+    "paper-own": "decider",
+    "all": "decider",
+    "always-mix": "always",
+}
 
 
 def averages(results: dict[str, list[Line]], variant: str, policy: str) -> dict[int, float]:
@@ -39,12 +47,17 @@ def averages(results: dict[str, list[Line]], variant: str, policy: str) -> dict[
     return {seed: float(np.mean([its[seed] for its in found])) for seed in sorted(seeds)}
 
 
+def others_of(recipe: str, policy: str) -> dict[str, str]:
+    """Return the variants that a recipe is compared with, and their policies."""
+    return OF_TAH2 if recipe == "tah2" else {BASELINE: "never", f"{recipe}-blind": policy} | OTHERS
+
+
 def table(results: dict[str, list[Line]], recipe: str, policy: str) -> str:
     """Return a table of the recipe, its controls and the others; the first difference is the primary number."""
     its = averages(results, recipe, policy)
     rows = ["| variant | policy | seeds | exact match | recipe minus this |", "| --- | --- | --- | --- | --- |"]
-    compared = [(BASELINE, "never"), (f"{recipe}-blind", policy), *OTHERS.items()]
-    compared += [(recipe, name) for name in ("never", "always", "random", "second_choice")]
+    compared = list(others_of(recipe, policy).items())
+    compared += [(recipe, name) for name in ("never", "always", "entropy", "decider", "random", "second_choice")]
     rows.append(f"| {recipe} | {policy} | {len(its)} | {np.mean(list(its.values())):.3f} | |")
     for variant, name in compared:
         theirs = averages(results, variant, name)
@@ -59,8 +72,8 @@ def table(results: dict[str, list[Line]], recipe: str, policy: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=CHOICE, help="the recipe that choose.py chose")
-    parser.add_argument("--policy", choices=POLICIES, required=True, help="its policy")
+    parser.add_argument("recipe", choices=(*CHOICE, "tah2"), help="the recipe that choose.py chose, or tah2")
+    parser.add_argument("--policy", choices=(*POLICIES, "decider-half"), required=True, help="its policy")
     parser.add_argument("--output", type=Path, default=Path("out"), help="directory of the results")
     parser.add_argument("--size", choices=SIZES, default="choice", help="size of the model and its training")
     parser.add_argument("--runs", type=int, help="number of runs after which to stop, made earlier or now")
@@ -72,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"{given.output} has no seed of {given.recipe} on {' and '.join(TASKS)}")
         print(table(results, given.recipe, given.policy))
         return
-    variants = (given.recipe, BASELINE, f"{given.recipe}-blind", *OTHERS)
+    variants = (given.recipe, *others_of(given.recipe, given.policy))
     runs = ((task, seed, variant) for seed in SEEDS for variant in variants for task in TASKS)
     train_all(itertools.islice(runs, given.runs), given.output, given.size, "compare", HOURS)
 
