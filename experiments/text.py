@@ -2,6 +2,7 @@
 
     python experiments/text.py late --output out      # hours; part 5 of the plan in docs/results/log.md
     python experiments/text.py late --output experiments/results --table
+    python experiments/text.py late --look 150        # before the first run: the --tau that a quarter of the text exceeds
 
 The text is the source code of the standard library of the running Python (PSF licence), which every installation has.
 Nothing of it is stored. A hash of its path determines whether a file is held out. The vocabulary is a byte-level BPE
@@ -45,7 +46,7 @@ from tah.pipeline.experiment.tiny import SPECIAL, as_fast
 from tah.policy import Rule
 from variants import CHOICE, VARIANTS, Size, Variant, build, objective_of, parameters
 
-SEEDS = (40, 41)
+SEEDS, LOOK = (40, 41), 0  # seeds of the runs, and of `--look`
 HOURS = 5.0  # processor time of all trainings together after which no run starts
 BASELINE, ALWAYS = "standard", "always"
 RECIPES = [name for name, its in CHOICE.items() if its.uncertain and not its.first]
@@ -310,6 +311,26 @@ def record(
     return line
 
 
+def look(size: TextSize, recipe: str, steps: int) -> dict[float, float]:
+    """Train a baseline for some steps and return, per share, the entropy in nats that this share of the text exceeds.
+
+    Args:
+        size: Size of the model.
+        recipe: Recipe that determines the size of the baseline.
+        steps: Optimiser steps.
+    """
+    variant, tokenizer = variant_of(BASELINE, recipe), tokenizer_of(size.vocabulary)
+    model = build(size.model, variant, tokenizer, LOOK, positions=size.length)
+    objective, rows = objective_of(variant, LOOK), rows_of(size, False, steps * size.batch)
+    train(model, objective, rows, tokenizer, steps, size.model, LOOK, "look")
+    held_out = torch.from_numpy(rows_of(size, True, 16).ids.astype(np.int64)).to(model.device)
+    model.eval()
+    with torch.no_grad():
+        logits = model(held_out, policy="never").logits.float()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().flatten().cpu()
+    return {share: float(entropy.quantile(1 - share)) for share in (0.1, 0.25, 0.5)}
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of the recipe; replaces the value of --size")
     parser.add_argument("--tau", type=float, help="nats above which a token iterates; replaces the value of --size")
     parser.add_argument("--hours", type=float, default=HOURS, help="CPU hours after which no run starts")
+    parser.add_argument("--look", type=int, metavar="STEPS", help="print entropies of a baseline after so many steps")
     parser.add_argument("--table", action="store_true", help="print the tables; train nothing")
     given = parser.parse_args(arguments)
     output = given.output / "text.jsonl"
@@ -404,6 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     changed = {name: getattr(given, name) for name in ("steps", "tau") if getattr(given, name) is not None}
     size = replace(SIZES[given.size], **changed)
+    if given.look:
+        for share, entropy in look(size, given.recipe, given.look).items():
+            print(f"{share:.0%} of the held-out tokens are above {entropy:.2f} nats")
+        return
     for seed in given.seed:
         for name in (given.recipe, BASELINE, ALWAYS):
             while (given.output / "PAUSE").exists():

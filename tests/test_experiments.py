@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -698,6 +699,11 @@ def test_language_models_have_equal_flops(library, tmp_path, capsys):
     text.main([*given, "--table"])
     told = capsys.readouterr().out
     assert "| late | entropy | 2 |" in told and "| from 4 |" in told
+    text.main(["late", "--size", "test", "--look", "2"])
+    found = re.findall(r"(\d+)% of the held-out tokens are above ([\d.]+) nats", capsys.readouterr().out)
+    assert [share for share, _ in found] == ["10", "25", "50"]
+    entropies = [float(entropy) for _, entropy in found]
+    assert entropies == sorted(entropies, reverse=True) and 0 < entropies[-1] and entropies[0] < np.log(300) + 0.01
     with pytest.raises(ValueError, match="no line of late with seed 7"):
         text.record(tmp_path / "new.jsonl", "test", text.SIZES["test"], "standard", "late", 7)
 
