@@ -2,6 +2,7 @@
 
     python experiments/lookahead.py --task follow --operations 1 1 2 --seed 0 1 2 3 --variant standard lookahead-mix
     python experiments/summarise.py out/follow-small.jsonl
+    python experiments/lookahead.py --task nine --size nine --variant standard-wide    # one model for all nine tasks
 
 Each (variant, seed) becomes one line of the results, written only when it is complete. Lines that the output already
 has are skipped. Training, policies, thresholds and generation use the package. The seed determines the fixed part of
@@ -11,6 +12,8 @@ the task, the problems, the weights and the order. Variants of one seed share pr
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import os
 import platform
@@ -29,13 +32,16 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 import tah
 from measure import evaluate
+from nine import mixture
 from optimiser import OPTIMISER, MuonAdamW
 from tah import TaHForCausalLM
 from tah.data.rows import Collator, depth_labels
 from tah.data.scoring import Reference
 from tah.training.trainer import Objective, TaHTrainer
-from tasks import MADE, TASKS, Rows, Task
-from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective_of, parameters
+from tasks import MADE, TASKS, Task
+from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective_of, parameters, weights_of
+
+Family = Task | mixture.Mixture
 
 LOSSES = ("loss", "loss_depth_1", "loss_depth_2", "loss_depth_3")
 LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
@@ -56,12 +62,13 @@ CHANGEABLE = tuple(HELP)
 def train(
     model: TaHForCausalLM,
     objective: Objective,
-    rows: Rows,
+    rows: Any,
     tokenizer: Any,
     steps: int,
     size: Size,
     seed: int,
     what: str,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """Train the model and return the mean losses and `iterated_share` of each tenth of the training.
 
@@ -71,12 +78,13 @@ def train(
     Args:
         model: Model to train, in place.
         objective: Loss of the training.
-        rows: Training rows.
+        rows: Data set of training rows, in the format of `data.rows.Collator`.
         tokenizer: Tokenizer with a padding token.
         steps: Number of optimiser steps.
         size: Batch size, learning rate and schedule.
         seed: Random seed.
         what: Name of the training in the progress lines.
+        options: More `TrainingArguments`, such as `bf16`.
 
     Returns:
         One dict per logged tenth, with `step`, the losses and `iterated_share`.
@@ -101,6 +109,7 @@ def train(
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
+            **options,
         )
         trainer = TaHTrainer(
             objective=objective,
@@ -149,7 +158,29 @@ class Labels:
 
 
 @lru_cache(maxsize=2)
-def labels_of(task: Task, size: Size, larger: bool) -> Labels:
+def _drawn(task: Family, counts: tuple[int, ...]) -> list[Any]:
+    if isinstance(task, mixture.Mixture):
+        return task.training(counts)
+    stream, tokenizer = task.problems("train", distinct=False), task.tokenizer()
+    return [task.rows(itertools.islice(stream, count), tokenizer) for count in counts]
+
+
+def training_rows(task: Family, *counts: int) -> list[Any]:
+    """Return training rows, the next `count` problems of the family for each of `counts`.
+
+    The rows of the last two calls are kept, because the variants of a seed share them.
+
+    Raises:
+        ValueError: The family has fewer problems.
+    """
+    found = [copy.copy(rows) for rows in _drawn(task, counts)]  # a variant may set depth labels in its copy
+    if (made := sum(map(len, found))) < sum(counts):
+        raise ValueError(f"task {task.name} has only {made} training problems, not {sum(counts)}")
+    return found
+
+
+@lru_cache(maxsize=2)
+def labels_of(task: Family, size: Size, larger: bool) -> Labels:
     """Return labels as in the paper.
 
     Hard tokens are the training tokens that a teacher, trained on the same problems, predicts wrong.
@@ -162,7 +193,7 @@ def labels_of(task: Task, size: Size, larger: bool) -> Labels:
     tokenizer, seed, before = task.tokenizer(), task.seed, time.process_time()
     own = replace(size, layers=size.layers + 1, hidden=2 * size.hidden) if larger else size
     teacher = new_model(own, 3 * own.hidden, None, tokenizer, seed + 1000)
-    rows = Rows(task.take("train", size.steps * size.batch, distinct=False), tokenizer)
+    _, rows = training_rows(task, 0, size.steps * size.batch)
     train(teacher, Objective("backbone", "standard", 1), rows, tokenizer, size.steps, own, seed + 1000, "teacher")
     every = [rows[at] for at in range(len(rows))]
     measured = Reference(teacher).measure(
@@ -176,7 +207,7 @@ def labels_of(task: Task, size: Size, larger: bool) -> Labels:
     return Labels(hard, len(rows) * one * 4 / 3, time.process_time() - before)  # labelling is a forward pass: 2 of 6
 
 
-def shuffled(hard: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarray:
+def shuffled(hard: np.ndarray, rows: Any, noise: float, seed: int) -> np.ndarray:
     """Return the labels after shuffling those of a share `noise` of the tokens.
 
     The labels are shuffled among tokens of the same position in the answer. So a label contains less information about
@@ -190,48 +221,72 @@ def shuffled(hard: np.ndarray, rows: Rows, noise: float, seed: int) -> np.ndarra
     return noisy
 
 
-def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: float) -> float:
+def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: float, made: float = MADE) -> float:
     """Return the FLOPs of training on one row: 2 per weight and token, and 6 with gradients.
 
     Attention itself, norms and the optimiser are not counted. For a share `share` of the supervised tokens, the passes
     at all depths are counted.
+
+    Args:
+        model: Model to train.
+        variant: Variant of the model.
+        length: Tokens of a row.
+        share: Share of the supervised tokens that iterate.
+        made: Supervised tokens of a row.
     """
-    named = dict(model.base.named_parameters())
-    adapter = sum(p.numel() for n, p in named.items() if "lora" in n)
-    head = next(p.numel() for n, p in named.items() if "embed_tokens" in n)
-    body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - adapter
-    maps = parameters(model) - parameters(model.base) + adapter
-    entropy = head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
-    mixed = 2 * head if model.config.next_input == "topk" else 0  # the next input: logits, and a sum of embeddings
-    again = MADE * share * (variant.depth - 1)
+    its = weights_of(model)
+    entropy = its.head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
+    mixed = 2 * its.head if model.config.next_input == "topk" else 0  # the next input: logits, a sum of embeddings
+    again = made * share * (variant.depth - 1)
     if variant.method == "tah2":
         # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
         # gradients. The decider reads the logits of every token.
-        again = length * share + MADE * (1 - share) / 3
-        entropy = head * length
-    return 6 * (body * length + head * MADE + entropy + again * (body + maps + head + mixed))
+        again = length * share + made * (1 - share) / 3
+        entropy = its.head * length
+    return 6 * (its.body * length + its.head * made + entropy + again * (its.body + its.added + its.head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
 
 
-def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str, Any]:
-    """Train and score a variant, and return its line of results; save the model to `save`, if given."""
-    variant, seed, tokenizer = VARIANTS[name], task.seed, task.tokenizer()
+def run(
+    task: Family, size: Size, name: str, save: Path | None = None, variant: Variant | None = None, **options: Any
+) -> dict[str, Any]:
+    """Train and score a variant, and return its line of results.
+
+    Args:
+        task: Family of problems.
+        size: Size of the model and its training.
+        name: Name of the variant in the progress lines.
+        save: Directory for the model, if it is to be saved.
+        variant: Variant to train; by default the one of `VARIANTS` with that name.
+        options: More `TrainingArguments`.
+    """
+    variant = VARIANTS[name] if variant is None else variant
+    seed, tokenizer = task.seed, task.tokenizer()
     first, steps = round(size.steps * variant.first), round(size.steps * variant.steps)
-    problems = task.take("train", (first + steps) * size.batch, distinct=False)
-    earlier, rows = (Rows(its, tokenizer) for its in (problems[: first * size.batch], problems[first * size.batch :]))
+    earlier, rows = training_rows(task, first * size.batch, steps * size.batch)
     model = build(size, variant, tokenizer, seed)
     length, cost, second = float(rows.lengths.mean()), 0.0, None
-    before = time.process_time()
+    before, start = time.process_time(), time.perf_counter()
     if variant.method == "paper":
         labels = labels_of(task, size, variant.larger_teacher)
         cost, before = labels.flops, time.process_time() - labels.cpu_seconds
         rows.depth_labels = shuffled(labels.hard, rows, variant.noise, seed)
     if first:
-        train(model, Objective("backbone", "standard", 1), earlier, tokenizer, first, size, seed, f"{name} before")
+        train(
+            model,
+            Objective("backbone", "standard", 1),
+            earlier,
+            tokenizer,
+            first,
+            size,
+            seed,
+            f"{name} before",
+            **options,
+        )
         cost += first * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0)
-    curve = train(model, objective_of(variant, seed, steps=steps), rows, tokenizer, steps, size, seed, name)
+    curve = train(model, objective_of(variant, seed, steps=steps), rows, tokenizer, steps, size, seed, name, **options)
     share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
     cost += steps * size.batch * row_flops(model, variant, length, share)
     decider_cost = 0.0
@@ -241,10 +296,11 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
         if variant.method == "paper":
             rows.depth_labels = labels.hard
         second = round(size.steps * 0.4)
-        train(model, objective_of(variant, seed, "decider"), rows, tokenizer, second, size, seed, f"{name} decider")
+        last = objective_of(variant, seed, "decider")
+        train(model, last, rows, tokenizer, second, size, seed, f"{name} decider", **options)
         ran = 0.0 if variant.method == "paper" else 1.0  # gains need the second pass, labels do not
         decider_cost = second * size.batch * row_flops(model, variant, length, ran) / 3  # forward only: 2 of 6
-    seconds = time.process_time() - before
+    seconds, wall = time.process_time() - before, time.perf_counter() - start
     scores = evaluate(model, tokenizer, task, size.test, size.validation)
     if save is not None:
         model.config.update(_rule_of(model, variant, scores["test"]["policies"]))
@@ -259,6 +315,7 @@ def run(task: Task, size: Size, name: str, save: Path | None = None) -> dict[str
             "flops": cost,
             "decider_flops": decider_cost,
             "cpu_seconds": seconds,
+            "wall_seconds": wall,
             "curve": curve,
         },
         "parameters": parameters(model),
@@ -279,7 +336,8 @@ def _rule_of(model: TaHForCausalLM, variant: Variant, policies: dict[str, Any]) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="chain", help="family of problems")
+    choices = (*TASKS, *mixture.CHOICES)
+    parser.add_argument("--task", choices=choices, default="chain", help="family of problems")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the model and its training")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="random seeds")
     parser.add_argument(
@@ -310,37 +368,85 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in asdict(size).items():
         if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
             parser.error(f"--{name} must be at least 1, not {value}")
-    settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))  # JSON has lists for tuples
-    if any(line["settings"] != settings for line in _lines(output)):
+    if any(line["settings"] != settings_of(size) for line in lines_of(output)):
         parser.error(f"{output} has lines of other settings, which cannot be compared; choose another --output")
     for seed in given.seed:
-        task = Task(given.task, seed, size.operations)
+        task = task_of(given.task, seed, size)
         for variant in given.variant:
-            line: dict[str, Any] = {"task": given.task, "size": given.size, "variant": variant, "seed": seed}
-            line["settings"] = settings
-            if any(line.items() <= made.items() for made in _lines(output)):
-                continue
-            save = given.save and given.save / f"{variant}-{seed}"
-            line |= {"made_with": _made_with()} | run(task, size, variant, save)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with open(output, "a") as file:  # one write for the whole line
-                file.write(json.dumps(line) + "\n")
-            scored = "  ".join(f"{name} {its['exact_match']:.3f}" for name, its in line["test"]["policies"].items())
-            print(f"{variant} seed {seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
+            record(output, task, given.size, size, variant, given.save and given.save / f"{variant}-{seed}")
 
 
-def _lines(output: Path) -> list[dict[str, Any]]:
+def task_of(name: str, seed: int, size: Size) -> Family:
+    """Return a family of problems, with the numbers of operations of the size; the nine tasks have their own."""
+    return mixture.Mixture(name, seed) if name in mixture.CHOICES else Task(name, seed, size.operations)
+
+
+def settings_of(size: Size) -> dict[str, Any]:
+    """Return the settings of a run as a line of results has them; JSON has lists for tuples."""
+    return json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))
+
+
+def record(
+    output: Path,
+    task: Family,
+    size_name: str,
+    size: Size,
+    name: str,
+    save: Path | None = None,
+    variant: Variant | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train and score a variant and append its line to `output`. Return the line, which may be there already.
+
+    Args:
+        output: File of the results.
+        task: Family of problems.
+        size_name: Name of the size.
+        size: Size of the model and its training.
+        name: Name of the variant in the line.
+        save: Directory for the model, if it is to be saved.
+        variant: Variant to train; by default the one of `VARIANTS` with that name.
+        options: More `TrainingArguments`.
+
+    Raises:
+        ValueError: The file has lines of other settings.
+    """
+    line: dict[str, Any] = {"task": task.name, "size": size_name, "variant": name, "seed": task.seed}
+    line["settings"] = settings_of(size)
+    for made in lines_of(output):
+        if made["settings"] != line["settings"]:
+            raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
+        if line.items() <= made.items():
+            return made
+    line |= {"made_with": made_with(**options)} | run(task, size, name, save, variant, **options)
+    append(output, line)
+    scored = "  ".join(f"{name} {its['exact_match']:.3f}" for name, its in line["test"]["policies"].items())
+    print(f"{name} seed {task.seed}: {line['training']['cpu_seconds']:.0f} s  {scored}", flush=True)
+    return line
+
+
+def append(output: Path, line: dict[str, Any]) -> None:
+    """Append a line of results to a file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a") as file:  # one write for the whole line
+        file.write(json.dumps(line) + "\n")
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of results in a file; none if there is no file."""
     return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
 
 
-def _made_with() -> dict[str, Any]:
+def made_with(**options: Any) -> dict[str, Any]:
+    """Return the versions, the machine and the options of the trainer of a line of results."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return versions | {"tah": tah.__version__, "device": device, "threads": torch.get_num_threads()}
+    versions |= {"tah": tah.__version__, "device": device, "threads": torch.get_num_threads()}
+    return versions | ({"options": options} if options else {})
 
 
 def _processor() -> str:

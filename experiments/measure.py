@@ -21,18 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from nine.mixture import Mixture
 from tah import Confidence, Policy, TaHForCausalLM
 from tah.data.scoring import Reference
 from tah.names import MIXTURES
-from tah.pipeline.experiment.scores import TokenScores, score_answers, score_tokens
+from tah.pipeline.experiment.scores import AnswerScores, TokenScores, answer_of, score_answers, score_tokens
 from tah.policy import DepthState, Rule
 from tah.stats.bootstrap import ranking
 from tah.stats.threshold import threshold_for_share
-from tasks import Problem, Rows, Task, question
-from variants import TAU
+from tasks import Task
+from variants import TAU, weights_of
 
 SHARE = 0.1  # share of generated tokens that a policy may iterate on
 SHARES = (0.03, 0.05, 0.08, 0.1, 0.15)  # iterated shares of the curve
+NINE_SHARE = 0.25  # in the nine tasks 3 of 7 tokens are answers, and half of the answers take more than one step
+NINE_SHARES = (*SHARES, 0.2, 0.25, 0.3, 0.4)
 GAIN = 0.05  # nats; a second pass with a larger decrease of the loss counts as a gain
 CONFIDENT = 1 - math.exp(-TAU)  # continue probability of a token with an entropy of `TAU`
 
@@ -55,7 +58,7 @@ class EntropyDecides(Policy):
 
 
 @torch.no_grad()
-def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, validation: int) -> dict[str, Any]:
+def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task | Mixture, test: int, validation: int) -> dict[str, Any]:
     """Return the scores on held-out problems (`test`) and on problems of the training (`seen`).
 
     Validation problems determine the thresholds.
@@ -74,44 +77,61 @@ def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task, test: int, valid
         learned: dict[str, str | Policy] = {"entropy": Confidence("entropy")}
         if model.decider is not None:
             learned = {"decider": "decider"} | learned
-        held_out = _rows(task.take("validation", validation, distinct=True), tokenizer)
+        share = NINE_SHARE if isinstance(task, Mixture) else SHARE
+        held_out = _rows(task, task.take("validation", validation, distinct=True), tokenizer)
         for name, policy in learned.items():
             probability = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
-            rules[name] = Rule(policy, threshold_for_share(probability, SHARE))
+            rules[name] = Rule(policy, threshold_for_share(probability, share))
         rules["entropy-tau"] = Rule(Confidence("entropy"), CONFIDENT)
         if model.config.output in MIXTURES:
             rules["decider-half"] = Rule("decider", 0.5)
             for name in ("entropy", "entropy-tau"):
                 rules[name] = Rule(EntropyDecides(model.decider, rules[name].threshold), rules[name].threshold)
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
-    return {name: _score(model, tokenizer, problems, rules) for name, problems in sets.items()}
+    return {name: _score(model, tokenizer, task, problems, rules) for name, problems in sets.items()}
 
 
-def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules: dict[str, Rule]) -> dict[str, Any]:
+def _score(
+    model: TaHForCausalLM, tokenizer: Any, task: Task | Mixture, problems: list[Any], rules: dict[str, Rule]
+) -> dict[str, Any]:
     """Return the scores of one set of problems.
 
     Returns:
         `policies`: exact match, iterated share of the generated tokens, threshold, and `right`, one hexadecimal bit per
-        problem, by policy. `by_operations`: exact match by the number of operations. If the model has more than one
-        depth, also the fields of `_second_pass`.
+        problem, by policy; for the nine tasks also `flops` of an answer. `by_operations`: exact match by the number of
+        operations, for the nine tasks by the largest number of steps of a question. `by_task`, for the nine tasks:
+        exact match and iterated share. If the model has more than one depth, also the fields of `_second_pass`.
     """
-    operations = np.array([problem.steps for problem in problems])
-    questions, policies, by_operations = [question(problem) for problem in problems], {}, {}
+    nine = isinstance(task, Mixture)
+    operations = np.array([max(map(len, its.traces)) if nine else its.steps for its in problems])
+    names = np.array([its.task if nine else "" for its in problems])
+    policies, by_operations, by_task = {}, {}, {}
     for name, rule in rules.items():
-        answered = score_answers(model, tokenizer, questions, rule)
+        answered = _answers(model, tokenizer, task, problems, names, rule)
+        right = np.zeros(len(problems), bool)
+        for one, its in answered.items():
+            right[names == one] = its.right
+        tokens, iterated = (sum(getattr(its, what) for its in answered.values()) for what in ("tokens", "iterated"))
         policies[name] = {
-            "exact_match": float(answered.right.mean()),
-            "iterated": answered.iterated_share,
+            "exact_match": float(right.mean()),
+            "iterated": iterated / tokens,
             "threshold": rule.threshold,
-            "right": np.packbits(answered.right).tobytes().hex(),
+            "right": np.packbits(right).tobytes().hex(),
         }
-        by_operations[name] = {
-            str(count): float(answered.right[operations == count].mean()) for count in np.unique(operations)
-        }
+        by_operations[name] = {str(count): float(right[operations == count].mean()) for count in np.unique(operations)}
+        if nine:
+            rows = _rows(task, problems, tokenizer)
+            policies[name]["flops"] = answer_flops(model, tokenizer, rows, rule, iterated / len(problems))
+            by_task[name] = {
+                one: {"exact_match": float(its.right.mean()), "iterated": its.iterated_share}
+                for one, its in answered.items()
+            }
     found = {"problems": len(problems), "policies": policies, "by_operations": by_operations}
+    if nine:
+        found["by_task"] = by_task
     if len(rules) == 1:
         return found
-    rows, scores = _rows(problems, tokenizer), {}
+    rows, scores = _rows(task, problems, tokenizer), {}
     for name, rule in rules.items():  # at threshold 1 no token iterates, and the probabilities are recorded
         if name in ("entropy-tau", "decider-half"):  # these have the probabilities of `entropy` and `decider`
             continue
@@ -123,12 +143,51 @@ def _score(model: TaHForCausalLM, tokenizer: Any, problems: list[Problem], rules
     policies |= _controls(scores, _ranks(model, rows), chosen)
     if guide == "decider":
         found["choices"] = _choices(scores, {name: rules[name].threshold for name in ("decider", "entropy")})
-    return found | _second_pass(scores)
+    return found | _second_pass(scores, NINE_SHARES if nine else SHARES)
 
 
-def _rows(problems: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    rows = Rows(problems, tokenizer)
+def _rows(task: Task | Mixture, problems: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    rows = task.rows(problems, tokenizer)
     return [rows[at] for at in range(len(rows))]
+
+
+def _answers(
+    model: TaHForCausalLM, tokenizer: Any, task: Task | Mixture, problems: list[Any], names: np.ndarray, rule: Rule
+) -> dict[str, AnswerScores]:
+    """Return the generated answers by the name `names` `[R]` of each problem's task."""
+    read = str.strip if isinstance(task, Mixture) else answer_of
+    groups = {
+        str(one): [task.question(problems[at]) for at in np.flatnonzero(names == one)] for one in np.unique(names)
+    }
+    return {one: score_answers(model, tokenizer, its, rule, read=read) for one, its in groups.items()}
+
+
+def answer_flops(
+    model: TaHForCausalLM, tokenizer: Any, rows: list[dict[str, Any]], rule: Rule, iterated: float
+) -> float:
+    """Return the mean FLOPs of an answer: 2 per weight and token. Attention itself and norms are not counted.
+
+    With `attention="duo"`, the passes of prompt tokens are counted, as many as along the given text. Otherwise no token
+    reads them, so an implementation can leave them out.
+
+    Args:
+        model: Model that answers.
+        tokenizer: Tokenizer with a padding token.
+        rows: Rows of the problems.
+        rule: Policy and threshold.
+        iterated: Mean number of generated tokens that iterate.
+    """
+    its, made = weights_of(model), float(np.mean([np.sum(row["supervised"]) for row in rows]))
+    prompt = float(np.mean([len(row["input_ids"]) for row in rows])) - made
+    decided, again = made, iterated
+    if model.config.attention == "duo" and rule.policy != "never":
+        along = score_tokens(model, rows, tokenizer.pad_token_id, rule)
+        again += along.share_of_all * (prompt + made) - float((along.passes > 1).sum()) / len(rows)
+        decided += prompt
+    mixed = its.head if model.config.next_input == "topk" else 0  # a sum of embeddings; the head was counted
+    decider = its.decider * decided if rule.policy == "decider" else 0.0
+    deeper = its.body + its.added - its.decider + its.head + mixed
+    return 2 * (its.body * (prompt + made - 1) + its.head * decided + decider + again * deeper)
 
 
 def _ranks(model: TaHForCausalLM, rows: list[dict[str, Any]]) -> np.ndarray:
@@ -193,7 +252,7 @@ def _choices(scores: dict[str, TokenScores], thresholds: dict[str, float]) -> di
     }
 
 
-def _second_pass(scores: dict[str, TokenScores]) -> dict[str, Any]:
+def _second_pass(scores: dict[str, TokenScores], shares: tuple[float, ...]) -> dict[str, Any]:
     """Return what choosing tokens gains.
 
     Returns:
@@ -212,7 +271,7 @@ def _second_pass(scores: dict[str, TokenScores]) -> dict[str, Any]:
                     np.where(probability > threshold_for_share(probability, share), two.right, one.right), one.row
                 ).mean()
             )
-            for share in SHARES
+            for share in shares
         }
         (auroc,), (average_precision,) = ranking(probability, gained)
         finding[name] = {"auroc": float(auroc), "average_precision": float(average_precision)}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,14 @@ class Task:
         if self.name in ("hops", "follow"):
             words += [f"{one}>{other}" for one in states for other in states]
         return word_tokenizer([*LEAD, *words])
+
+    def rows(self, problems: Iterable[Problem], tokenizer: PreTrainedTokenizerFast) -> Rows:
+        """Return the rows of the problems for the trainer."""
+        return Rows(list(problems), tokenizer)
+
+    def question(self, problem: Problem) -> dict[str, Any]:
+        """Return a problem in the format of `scores.score_answers`."""
+        return question(problem)
 
 
 def split_of(line: str, steps: int) -> str:

@@ -53,6 +53,7 @@ SIZES = {
     "test": Size(2, 32, (1, 2), steps=6, batch=16, test=20, validation=10),
     "small": Size(1, 64, (1, 2, 3), steps=1000, batch=128, test=500, validation=250),
     "choice": Size(1, 64, (1, 1, 2, 3), steps=2000, batch=128, test=1000, validation=500),
+    "nine": Size(1, 152, (1, 1, 2, 3), steps=1350, batch=144, test=1800, validation=450),
     "medium": Size(2, 128, (1, 2, 3, 4), steps=3000, batch=256),
     "large": Size(4, 256, (1, 2, 3, 4, 5), steps=10_000, batch=512),
 }
@@ -133,6 +134,7 @@ VARIANTS = {
     "standard-x1.75": Variant("standard", steps=1.75),
     "standard-deep": Variant("standard", layers=2),
     "standard-wide": Variant("standard", LOOKAHEAD | LORA),
+    "standard-wide-deep": Variant("standard", LOOKAHEAD | LORA, layers=2),
     "lookahead": Variant("lookahead", LOOKAHEAD),
     "lookahead-duo": Variant("lookahead", LOOKAHEAD | {"attention": "duo"}),
     "lookahead-topk": Variant("lookahead", LOOKAHEAD | {"next_input": "topk"}),
@@ -149,6 +151,7 @@ VARIANTS = {
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
+    "always-mix-lora": Variant("lookahead", MIX | LORA, loss_weights=(0.0, 1.0)),
     "blind-mix-late": Variant("blind", MIX | {"attention": "blind"}, uncertain=True, loss_weights=(0.2, 0.8)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
@@ -179,7 +182,7 @@ class InTwoParts(Objective):
         return super().arguments(batch, step, depth, shared)
 
 
-def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: int = 0) -> Objective:
+def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: int = 0, tau: float = TAU) -> Objective:
     """Return the objective of a stage.
 
     Args:
@@ -187,6 +190,7 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
         seed: Random seed.
         stage: Stage of `Objective`.
         steps: Steps of the stage, for a variant with `early`.
+        tau: Entropy in nats above which a token iterates, for a variant with `uncertain`.
     """
     objective = Objective(
         stage=stage,
@@ -194,7 +198,7 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
         max_depth=variant.depth,
         loss_weights=variant.loss_weights,
         share=variant.share,
-        tau=TAU,
+        tau=tau,
         uncertain=variant.uncertain,
         joint=variant.joint,
         seed=seed,
@@ -208,23 +212,36 @@ def objective_of(variant: Variant, seed: int, stage: Any = "backbone", steps: in
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def build(size: Size, variant: Variant, tokenizer: Any, seed: int) -> TaHForCausalLM:
+def build(size: Size, variant: Variant, tokenizer: Any, seed: int, positions: int = 128) -> TaHForCausalLM:
     """Return the model of a variant.
 
     The MLPs of a `standard` are so wide that it has at least as many parameters as a model with the fields `model` of
     the variant, by default those of `lookahead` with linear maps, and a decider.
+
+    Args:
+        size: Size of the model.
+        variant: Variant of the model.
+        tokenizer: Tokenizer.
+        seed: Random seed of the weights.
+        positions: Largest number of positions.
     """
-    inner = 3 * size.hidden
+    inner, its = 3 * size.hidden, (tokenizer, seed, positions)
     if variant.method != "standard":
-        return new_model(size, inner, variant.model, tokenizer, seed, decides=variant.joint or variant.last)
-    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, tokenizer, seed, decides=True))
+        return new_model(size, inner, variant.model, *its, decides=variant.joint or variant.last)
+    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, *its, decides=True))
     size = replace(size, layers=size.layers * variant.layers)
-    missing = wanted - parameters(new_model(size, 1, None, tokenizer, seed))
-    return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, tokenizer, seed)
+    missing = wanted - parameters(new_model(size, 1, None, *its))
+    return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, *its)
 
 
 def new_model(
-    size: Size, inner: int, fields: dict[str, Any] | None, tokenizer: Any, seed: int, decides: bool = False
+    size: Size,
+    inner: int,
+    fields: dict[str, Any] | None,
+    tokenizer: Any,
+    seed: int,
+    positions: int = 128,
+    decides: bool = False,
 ) -> TaHForCausalLM:
     set_seed(seed)
     config = Qwen3Config(
@@ -235,7 +252,7 @@ def new_model(
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         head_dim=size.hidden // size.heads,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -250,3 +267,30 @@ def new_model(
 
 def parameters(model: TaHForCausalLM) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of weights that a token is multiplied with.
+
+    Args:
+        body: In the layers.
+        head: In the head, which is also the table of embeddings.
+        added: In LoRA, linear maps and decider.
+        decider: In the decider alone.
+    """
+
+    body: int
+    head: int
+    added: int
+    decider: int
+
+
+def weights_of(model: TaHForCausalLM) -> Weights:
+    """Return the numbers of weights of a model."""
+    named = dict(model.base.named_parameters())
+    lora = sum(p.numel() for n, p in named.items() if "lora" in n)
+    head = next(p.numel() for n, p in named.items() if "embed_tokens" in n)
+    body = sum(p.numel() for n, p in named.items() if "embed" not in n and "lm_head" not in n) - lora
+    decider = 0 if model.decider is None else sum(p.numel() for p in model.decider.parameters())
+    return Weights(body, head, parameters(model) - parameters(model.base) + lora, decider)

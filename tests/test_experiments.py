@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,23 @@ sys.path.insert(0, str(ROOT))
 
 import choose  # noqa: E402
 import compare  # noqa: E402
+import gpu  # noqa: E402
 import lookahead  # noqa: E402
 import measure  # noqa: E402
+import nine  # noqa: E402
+import nine_runs  # noqa: E402
 import optimiser  # noqa: E402
 import summarise  # noqa: E402
 import tasks  # noqa: E402
+import text  # noqa: E402
 import variants  # noqa: E402
 import word_problems  # noqa: E402
-from tah import TaHForCausalLM  # noqa: E402
+from nine.mixture import Mixture  # noqa: E402
+from nine.problem import MADE  # noqa: E402
+from tah import Confidence, TaHForCausalLM  # noqa: E402
 from tah.data.assistant_mask import encode  # noqa: E402
+from tah.pipeline.experiment.scores import score_tokens  # noqa: E402
+from tah.policy import Rule  # noqa: E402
 
 VARIANTS = [
     "standard",
@@ -495,3 +504,264 @@ def test_tah2_is_compared_with_baselines_of_its_size_and_with_entropy_on_its_wei
         ("tah2", "decider"),
     ]
     assert [row[-1].split(" ")[0] for row in rows] == ["", "+0.100", "+0.300", "+0.200", "+0.100"]
+
+
+# -- one model for nine tasks ----------------------------------------------------------------------------------------
+
+
+TWO = {name: nine.TASKS[name] for name in ("carry", "relations")}
+
+
+@pytest.fixture(scope="module")
+def nine_results(tmp_path_factory) -> Path:
+    """Five runs of two of the nine tasks, because many short generations take long."""
+    output = tmp_path_factory.mktemp("nine")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nine.mixture.TASKS", TWO)
+        nine_runs.main(["late", "--policy", "entropy-tau", "--output", str(output), "--size", "test", "--runs", "5"])
+    return output
+
+
+def test_one_model_is_scored_by_task(nine_results):
+    lines = {line["variant"]: line for line in summarise.read(nine_results / "nine.jsonl")}
+    assert list(lines) == ["late", "standard-wide", "always-mix", "paper-own", "standard-wide-deep"]
+    for line in lines.values():
+        scores = line["test"]
+        for policy, its in scores["by_task"].items():
+            assert set(its) == set(TWO)
+            assert scores["policies"][policy]["flops"] > 0
+        assert all(0 <= its["iterated"] <= 1 for its in scores["by_task"]["never"].values())
+    always = lines["always-mix"]["test"]["by_task"]["always"]
+    assert all(its["iterated"] == 1 for its in always.values())
+    assert "decider" not in lines["late"]["test"]["policies"] and "decider" in lines["paper-own"]["test"]["policies"]
+    table = summarise.table(list(lines.values()))  # the other tables read the same lines
+    assert "| late | entropy-tau | 1 |" in table and "1 operations" in summarise.operations(list(lines.values()))
+
+
+def test_baselines_have_at_least_the_flops_and_steps_of_the_recipe(nine_results):
+    lines = {line["variant"]: line for line in summarise.read(nine_results / "nine.jsonl")}
+    recipe = lines["late"]
+    for name in ("standard-wide", "standard-wide-deep"):
+        training = lines[name]["training"]
+        assert training["flops"] >= recipe["training"]["flops"] and training["steps"] >= recipe["training"]["steps"]
+        one_step = training["flops"] / training["steps"]
+        if training["steps"] > recipe["training"]["steps"]:
+            assert training["flops"] - one_step < recipe["training"]["flops"]
+        assert lines[name]["parameters"] >= recipe["parameters"]
+    task, size = Mixture("nine", 30), variants.SIZES["test"]
+    longer = nine_runs.matched(task, size, "standard-wide", 10 * recipe["training"]["flops"])
+    assert round(longer.steps * size.steps) > 3 * size.steps
+    assert nine_runs.matched(task, size, "standard-wide", 1.0).steps == 1
+
+
+def test_nine_runs_continue_and_stop_by_the_budget(nine_results, capsys):
+    before = (nine_results / "nine.jsonl").read_text()
+    given = ["late", "--policy", "entropy-tau", "--output", str(nine_results)]
+    nine_runs.main([*given, "--size", "test", "--runs", "5"])
+    assert (nine_results / "nine.jsonl").read_text() == before
+    with pytest.raises(SystemExit, match="is used up before late 30, length 1"):
+        nine_runs.main([*given, "--size", "test", "--hours", "0"])
+    with pytest.raises(ValueError, match="lines of other settings"):
+        nine_runs.main([*given, "--size", "small", "--runs", "1"])
+    nine_runs.main([*given, "--table"])
+    told = capsys.readouterr().out
+    assert "late with entropy-tau minus standard-wide at equal FLOPs" in told and "| relations |" in told
+
+
+def test_the_runs_of_the_curve_are_two_variants_on_two_seeds():
+    planned = list(nine_runs.runs("all-lora", [4, 1]))
+    assert len(planned) == len(set(planned)) == 3 * 5 + 2 * 2
+    assert [one for one in planned if one[0] == 4] == [
+        (4, seed, name) for seed in nine_runs.CURVE_SEEDS for name in ("all-lora", "standard-wide")
+    ]
+    assert planned[0] == (1, 30, "all-lora") and "always-mix-lora" in {name for _, _, name in planned}
+    assert nine_runs.file_of(Path(), 1) != nine_runs.file_of(Path(), 4)
+
+
+def test_the_primary_number_is_paired_by_seed_and_problem():
+    def line(variant: str, seed: int, right: list[int]) -> dict:
+        scores = {"exact_match": float(np.mean(right)), "right": np.packbits(right).tobytes().hex(), "iterated": 0.1}
+        policies = dict.fromkeys(("never", "entropy-tau"), scores)
+        by_task = {policy: dict.fromkeys(nine_runs.TASKS, {"exact_match": 0.5, "iterated": 0.1}) for policy in policies}
+        made = line_of(variant, seed, 0.0)
+        made["test"] = {"problems": len(right), "policies": policies, "by_task": by_task}
+        made["training"]["steps"] = 6
+        return made | {"parameters": 1000}
+
+    lines = []
+    for seed, shift in zip(nine_runs.SEEDS, (0, 10, -10), strict=True):
+        lines.append(line("late", seed, [1] * (60 + shift) + [0] * (40 - shift)))
+        lines.append(line("standard-wide", seed, [1] * 40 + [0] * 60))
+    found = nine_runs.over_problems(lines, ("late", "entropy-tau"), ("standard-wide", "never"))
+    assert found["value"] == pytest.approx(0.2)
+    shares = np.array([0.2, 0.3, 0.1])  # a difference of 1 in so many problems, else 0
+    assert found["high"] - 0.2 == pytest.approx(1.96 * np.sqrt((shares * (1 - shares) / 100).sum()) / 3)
+    told = nine_runs.table(lines, "late", "entropy-tau").splitlines()
+    half = 4.303 * 0.1 / np.sqrt(3)
+    assert f"+0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}] over 3 seeds" in told[0]
+    curve = nine_runs.curve({1: lines, 2: lines[:4]}, "late", "entropy-tau").splitlines()
+    assert curve[2].startswith("| 1 | 2 | 1.00 | 0.650 | 1.00 | 0.400 | +0.250")
+
+
+def test_flops_of_an_answer_count_each_pass_once():
+    task, size = Mixture("nine-carry", 0), variants.SIZES["test"]
+    tokenizer = task.tokenizer()
+    rows = task.rows(task.take("test", 4, distinct=True), tokenizer)
+    every = [rows[at] for at in range(4)]
+    model = variants.build(size, replace(variants.VARIANTS["late"], decider_after=False), tokenizer, seed=0)
+    its = variants.weights_of(model)
+    assert its.added == its.decider == 0 and its.body + its.head == variants.parameters(model)
+    never, always = (
+        measure.answer_flops(model, tokenizer, every, Rule(name), count)
+        for name, count in (("never", 0), ("always", MADE))
+    )
+    prompt = len(every[0]["input_ids"]) - MADE
+    assert never == 2 * (its.body * (prompt + MADE - 1) + its.head * MADE)
+    assert always - never == 2 * MADE * (its.body + 2 * its.head)
+    paper = variants.build(size, variants.VARIANTS["paper"], tokenizer, seed=0)
+    own, duo = (measure.answer_flops(paper, tokenizer, every, Rule(name), MADE) for name in ("never", "always"))
+    assert duo - own > 2 * prompt * its.body  # with `duo`, prompt tokens iterate too
+
+
+def test_nine_problems_drawn_by_several_processes(monkeypatch):
+    """The pool is replaced by a loop; `gpu.py --small` runs the processes."""
+
+    class Pool:
+        def __init__(self, processes):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def starmap(self, function, jobs, chunksize):
+            return [function(*job) for job in jobs]
+
+    monkeypatch.setattr("nine.mixture.multiprocessing.get_context", lambda method: type("Context", (), {"Pool": Pool}))
+    one, other = Mixture("nine", 3, processes=2, drawn=9 * 8 * 2).training([100, 100])
+    assert len(one) == len(other) == 100
+    rows = [tuple(ids) for ids in np.concatenate([one.ids, other.ids])]
+    assert len(set(rows)) == 9 * 8 * 2  # all that are drawn, and some of them again
+    assert rows[: 200 - 144] == rows[144:]
+    (plain,) = Mixture("nine", 3).training([18])  # the first problems of each task are those of one process
+    assert {tuple(ids) for ids in plain.ids} <= set(rows)
+    names = {tuple(ids)[1] for ids in rows}
+    assert len(names) == 9
+
+
+# -- text and GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library of small files, instead of Python's."""
+    root = tmp_path / "library"
+    (root / "site-packages").mkdir(parents=True)
+    (root / "site-packages" / "other.py").write_text("other = 1\n" * 100)
+    (root / "encoded.py").write_bytes("# -*- coding: latin-1 -*-\n# ä\n".encode("latin-1"))
+    for at in range(60):
+        (root / f"module_{at}.py").write_text("".join(f"value_{at} = {at} + {line}\n" for line in range(30)))
+    found = text.sources.__wrapped__(str(root))
+    monkeypatch.setattr(text, "sources", lambda: found)
+    text.tokenizer_of.cache_clear()
+    text.stream.cache_clear()
+    yield found
+    text.tokenizer_of.cache_clear()
+    text.stream.cache_clear()
+
+
+def test_files_are_held_out_by_their_path(library):
+    assert len(library[False]) + len(library[True]) == 60 and library[True]
+    assert not set(library[False]) & set(library[True])
+    tokenizer = text.tokenizer_of(300)
+    assert len(tokenizer) <= 300
+    told = tokenizer.decode(text.stream(300, True).tolist())
+    assert told == "".join(f"{its}<|end|>" for its in library[True])
+    rows = text.rows_of(text.SIZES["test"], False, 1000)
+    assert len(rows) == len(text.stream(300, False)) // 32 and rows[0]["supervised"].all()
+
+
+def test_language_models_have_equal_flops(library, tmp_path, capsys):
+    given = ["late", "--size", "test", "--output", str(tmp_path / "out"), "--tau", "5.7"]
+    text.main(given)
+    text.main(given)  # nothing is made again
+    lines = lookahead.lines_of(tmp_path / "out" / "text.jsonl")
+    assert [(line["variant"], line["seed"]) for line in lines] == [
+        (name, seed) for seed in text.SEEDS for name in ("late", "standard", "always")
+    ]
+    recipe, standard, always = (line["training"] for line in lines[:3])
+    assert recipe["flops"] <= standard["flops"] < 2 * recipe["flops"]
+    assert standard["steps"] >= recipe["steps"] >= always["steps"]
+    assert lines[1]["parameters"] >= lines[0]["parameters"] == lines[2]["parameters"]
+    capsys.readouterr()
+    text.main([*given, "--table"])
+    told = capsys.readouterr().out
+    assert "| late | entropy | 2 |" in told and "| from 4 |" in told
+    text.main(["late", "--size", "test", "--look", "2"])
+    found = re.findall(r"(\d+)% of the held-out tokens are above ([\d.]+) nats", capsys.readouterr().out)
+    assert [share for share, _ in found] == ["10", "25", "50"]
+    entropies = [float(entropy) for _, entropy in found]
+    assert entropies == sorted(entropies, reverse=True) and 0 < entropies[-1] and entropies[0] < np.log(300) + 0.01
+    with pytest.raises(ValueError, match="no line of late with seed 7"):
+        text.record(tmp_path / "new.jsonl", "test", text.SIZES["test"], "standard", "late", 7)
+
+
+def test_scores_of_text_are_those_of_the_policy(library):
+    """The policy's output is put together from two forwards; a forward under the policy itself gives the same."""
+    size = text.SIZES["test"]
+    tokenizer = text.tokenizer_of(size.vocabulary)
+    model = variants.build(size.model, text.variant_of("late", "late"), tokenizer, 0, positions=size.length)
+    rows = text.rows_of(size, True, 4)
+    every = [rows[at] for at in range(4)]
+    probability = score_tokens(model, every, tokenizer.pad_token_id, Rule(Confidence("entropy"), 1.0)).probability
+    tau = -np.log(1 - np.median(probability))
+    found = text.score(model, tokenizer, rows, tau)
+    along = score_tokens(model, every, tokenizer.pad_token_id, Rule(Confidence("entropy"), 1 - np.exp(-tau)))
+    assert 0.3 < found["policies"]["entropy"]["iterated"] == (along.passes > 1).mean() < 0.7
+    assert found["policies"]["entropy"]["loss"] == pytest.approx(along.loss.mean(), rel=1e-5)
+    line = {"held_out": found}
+    loss, right, goes = text.output_of(line, "entropy")
+    assert np.abs(loss - along.loss).max() <= text.GRID / 2 + 1e-4
+    assert (right == along.right).all() and (goes == (along.passes > 1)).all()
+    assert text.output_of(line, "always")[2].all() and not text.output_of(line, "never")[2].any()
+
+
+def test_tokens_are_sorted_by_the_loss_of_the_other_seed():
+    def line(variant: str, seed: int, losses: list[float]) -> dict:
+        packed = [text.pack(np.array(losses))] * 2
+        right = [text.pack(np.array([0.0, 1.0]) * text.GRID)] * 2
+        each = {"losses": packed, "right": right, "iterates": text.pack(np.array([0.0, 1.0]) * text.GRID)}
+        return {"variant": variant, "seed": seed, "held_out": {"each": each}}
+
+    lines = [line("standard", 0, [0.0, 3.0]), line("standard", 1, [3.0, 0.0]), line("late", 0, [1.0, 2.0])]
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.by_hardness(lines, "late").splitlines()}
+    assert rows["2 to 4"].endswith("| 0.000 / 0.500 | 1.000 / 0.000 | 1.000 / 0.000 |")  # late: seed 1 is the judge
+    assert rows["0 to 0.1"].endswith("| 3.000 / 0.500 | 2.000 / 1.000 | 2.000 / 1.000 |")
+    assert "| 100% |" in rows["0 to 0.1"]
+    assert text.unpack(text.pack(np.array([0.0, 0.07, 99.0]))).tolist() == [0.0, 0.0625, 255 / 16]
+
+
+def test_the_gpu_script_writes_each_model_and_leaves_out_what_is_too_late(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nine.mixture.TASKS", TWO)
+    monkeypatch.setattr(gpu, "SMALL", replace(gpu.SMALL, nine=gpu.SMALL.nine[:1], processes=1))
+    given = ["late", "--small", "--most", "4", "--output", str(tmp_path)]
+    gpu.main(given)
+    made = {path.name: len(lookahead.lines_of(path)) for path in tmp_path.glob("*.jsonl")}
+    assert made == {"nine-1x32.jsonl": 3, "text.jsonl": 2}
+    assert json.loads((tmp_path / "steps.json").read_text()) == {"nine-1x32": 4, "text": 4}
+    before = (tmp_path / "nine-1x32.jsonl").read_text()
+    (tmp_path / "text.jsonl").unlink()
+    gpu.main([*given, "--minutes", "0"])
+    assert (tmp_path / "nine-1x32.jsonl").read_text() == before and not (tmp_path / "text.jsonl").exists()
+    left_out = lookahead.lines_of(tmp_path / "left-out.jsonl")
+    assert [(line["file"], line["variant"]) for line in left_out] == [("text", "late"), ("text", "standard")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_script_trains_in_bfloat16(library, tmp_path):
+    gpu.main(["late", "--small", "--most", "4", "--output", str(tmp_path)])
+    line = lookahead.lines_of(tmp_path / "nine-1x32.jsonl")[0]
+    assert line["made_with"]["options"]["bf16"] and line["made_with"]["device"] == torch.cuda.get_device_name()

@@ -66,7 +66,7 @@ def solve_follow(facts: list[str], asked: list[str]) -> list[tuple[str, int]]:
 def solve_swaps(facts: list[str], asked: list[str]) -> list[tuple[str, int]]:
     """Keep the ball of every cup, and count its moves."""
     cups, moves = list(range(9)), Counter()
-    for one, other in pairs(facts):
+    for one, other in pairs(facts)[::2]:
         moves.update((cups[one], cups[other]))
         cups[one], cups[other] = cups[other], cups[one]
     return [(str(cups.index(int(word))), moves[int(word)]) for word in asked]
@@ -103,10 +103,11 @@ CORNERS = {  # where each relation moves the corners of a triangle: turned by 0,
 def solve_relations(facts: list[str], asked: list[str]) -> list[tuple[str, int]]:
     """Move the corners of a triangle along the way."""
     above, relation = {}, {}
-    for word, following in zip(facts, [*facts[1:], ""], strict=True):
+    for word in facts:
         if len(word) == 3:
             above[word[0]] = word[2]
-            relation[word[0]] = following
+        else:
+            relation[word[0]] = word[1]
     found = []
     for place in asked:
         corners, count = (0, 1, 2), 0
@@ -131,7 +132,9 @@ def solve_machine(facts: list[str], asked: list[str]) -> list[tuple[str, int]]:
 
 def solve_circuit(facts: list[str], asked: list[str]) -> list[tuple[str, int]]:
     """Compute each value from all inputs, and the level of a gate by recursion over the certificates of its value."""
-    reads = {gate: (pair[0], pair[2]) for gate, pair in zip(facts[::2], facts[1::2], strict=True)}
+    reads = defaultdict(list)
+    for gate, _, wire in facts:
+        reads[gate].append(wire)
 
     def value(wire: str) -> bool:
         return wire == "1" if wire in "01" else not all(map(value, reads[wire]))
@@ -345,7 +348,7 @@ def test_a_seed_determines_the_problems_and_rows_are_bounded(task, seed, count):
     for problem in made:
         tokens, mask, steps = problem.tokens, problem.mask, problem.steps
         assert len(tokens) == len(mask) == len(steps) <= LENGTH
-        assert tokens[1] == IDS[task] and max(tokens) < len(IDS) < 128
+        assert tokens[1] == IDS[task] and max(tokens) < len(IDS) < 256
         assert sum(mask) == MADE and all(mask[-MADE:])
         answers = [tokens[at] for at, count in enumerate(steps) if count]
         assert answers == [IDS[answer] for answer in problem.answers]

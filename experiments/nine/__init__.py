@@ -8,9 +8,9 @@ the blanks, which is seven tokens with the end:
 | task | what a question asks | a step | answers right after one step | problems right after one step |
 | --- | --- | --- | --- | --- |
 | follow | where the way from a place ends, given an arrow per place | one arrow | .56 | .18 |
-| swaps | where a ball is after seven swaps of cups | a swap that moves it | .56 | .17 |
+| swaps | where a ball is after six swaps of cups | a swap that moves it | .56 | .17 |
 | assign | the value of a variable after ten assignments | back to the variable that was copied | .56 | .18 |
-| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .41 |
+| carry | a digit of a sum | a column to the right, while the carry is open | .75 | .43 |
 | relations | how a place relates to its root, given neighbours | one relation, composed in S3 | .59 | .20 |
 | machine | the state in which a fixed machine stops, given letters and final states | one letter | .62 | .23 |
 | circuit | the value of a gate, given what six gates read | one level of gates | .76 | .44 |
@@ -29,7 +29,7 @@ together are always right, by other solvers in the same test.
 
 Each module has `make(rng, n)`, which returns `n` problems. The facts, in any order, determine the split of a problem.
 So the facts of a held-out problem are not in the training with other questions, nor in another order. All tasks share
-a vocabulary of 110 words, and a row has at most 29 tokens.
+a vocabulary of 164 words, and a row has at most 29 tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`circuit`: gates that read other gates; what is the value of a gate?
 
-The facts are six gates, shuffled: "5 3>1" is gate 5, which reads gate 3 and the constant 1. 0 and 1 are constants. A
+The facts are six gates, shuffled: "5>3 5>1" is gate 5, which reads gate 3 and the constant 1. 0 and 1 are constants. A
 gate has the value 0 if both values that it reads are 1, and 1 otherwise. So one 0 is enough. In each step, all gates
 get their values that the values known before determine. Values in answers to earlier questions are known.
 """
@@ -33,7 +33,7 @@ def make(rng: random.Random, n: int) -> list[Problem]:
     def line() -> Line:
         gates = rng.sample(SYMBOLS[2:], GATES)
         reads = {gate: _inputs(rng, gates[:at]) for at, gate in enumerate(gates)}
-        facts = [(gate, f"{one}>{other}") for gate, (one, other) in reads.items()]
+        facts = [[f"{gate}>{wire}" for wire in wires] for gate, wires in reads.items()]
         rng.shuffle(facts)
 
         def solve(gate: str, answered: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,9 @@ NAMES = ("follow", "swaps", "assign", "carry", "relations", "machine", "circuit"
 SYMBOLS = tuple("012345678")
 LETTERS = tuple("abcdef")
 BLANK = "?"
-WORDS = (*SPECIAL, BLANK, *NAMES, *SYMBOLS, *LETTERS, *(f"{one}>{other}" for one in SYMBOLS for other in SYMBOLS))
+PAIRS = tuple(f"{one}>{other}" for one in SYMBOLS for other in SYMBOLS)
+LABELS = tuple(f"{symbol}{letter}" for symbol in SYMBOLS for letter in LETTERS)
+WORDS = (*SPECIAL, BLANK, *NAMES, *SYMBOLS, *LETTERS, *PAIRS, *LABELS)
 IDS = {word: at for at, word in enumerate(WORDS)}
 
 QUESTIONS = 3  # questions about one line

@@ -1,6 +1,6 @@
 """`relations`: relations between neighbours; how does a place relate to its root?
 
-The facts are those of a forest of seven places with one root, shuffled: "3>5 c" leads from 3 to 5 with relation c; the
+The facts are those of a forest of seven places with one root, shuffled: "3>5 3c" leads from 3 to 5 with relation c; the
 root has "4>4" and no relation. The relations are the six ways to turn and flip a triangle: a, b and c turn it by 0, 1
 and 2 corners, and d, e and f flip it after that turn. The answer is the relation of the whole way: the flips and turns
 of its arrows, one after the other. Their order matters. A step adds one arrow to the way.
@@ -30,7 +30,10 @@ def make(rng: random.Random, n: int) -> list[Problem]:
     def line() -> Line:
         target = forest(rng, places=7, roots=1)
         relation = {place: rng.choice(LETTERS) for place, above in target.items() if above != place}
-        facts = [[f"{place}>{above}", *relation.get(place, "")] for place, above in target.items()]
+        facts = [
+            [f"{place}>{above}", *(place + letter for letter in relation.get(place, ""))]
+            for place, above in target.items()
+        ]
         rng.shuffle(facts)
 
         def solve(asked: str, answered: Mapping[str, str]) -> list[str]:

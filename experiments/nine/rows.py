@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,26 @@ class Rows(Dataset):
         for problem in problems:
             tokens = problem.tokens
             lengths.append(len(tokens))
-            ids += bytes(tokens).ljust(LENGTH, b"\0")  # the padding token is 0, and all ids are below 128
+            ids += bytes(tokens).ljust(LENGTH, b"\0")  # the padding token is 0, and all ids are below 256
             steps += bytes(problem.steps).ljust(LENGTH, b"\0")
         self.ids = np.frombuffer(ids, np.uint8).reshape(-1, LENGTH).astype(np.int16)
         self.steps = np.frombuffer(steps, np.int8).reshape(-1, LENGTH)
         self.lengths = np.array(lengths)
         self.depth_labels: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows], order: np.ndarray) -> Rows:
+        """Return the rows of all parts in a new order, without depth labels.
+
+        Args:
+            parts: Rows without depth labels.
+            order: Number of the row at each place of the result, `[rows]`.
+        """
+        found = cls([])
+        found.ids, found.steps, found.lengths = (
+            np.concatenate([getattr(part, name) for part in parts])[order] for name in ("ids", "steps", "lengths")
+        )
+        return found
 
     def __len__(self) -> int:
         return len(self.ids)

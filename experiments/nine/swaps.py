@@ -1,7 +1,7 @@
 """`swaps`: pairs of cups change places, one pair after the other; where is a ball at the end?
 
-The facts are seven swaps in their order: "3>5" swaps the cups at 3 and 5, the same as "5>3". A question is the place of
-a ball before the first swap. A step is a swap that moves the ball. The next step looks up the result of the step
+The facts are six swaps in their order, each as two words: "3>5 5>3" swaps the cups at 3 and 5. A question is the place
+of a ball before the first swap. A step is a swap that moves the ball. The next step looks up the result of the step
 before, among the later swaps.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from .problem import SYMBOLS, Line, Problem, draw
 
-SWAPS = 7
+SWAPS = 6
 
 
 def make(rng: random.Random, n: int) -> list[Problem]:
@@ -29,6 +29,6 @@ def make(rng: random.Random, n: int) -> list[Problem]:
                     trace.append(place)
             return trace
 
-        return [f"{one}>{other}" for one, other in swaps], SYMBOLS, solve
+        return [f"{a}>{b}" for one, other in swaps for a, b in ((one, other), (other, one))], SYMBOLS, solve
 
     return [draw("swaps", rng, line) for _ in range(n)]
