@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from ..config import TaHConfig
 from .compat import check_version
-from .names import DEEP_KV_SHARE, FAMILIES
+from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
@@ -55,11 +55,6 @@ def _check_checkpoint(config: TaHConfig) -> None:
         )
     if config.attention == "blind":
         raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
-    for name, value in {"next_input": "mlp", "output": "mixture", "decision": "sample"}.items():
-        if getattr(config, name) in (value, "even"):
-            raise ValueError(f"{name}={getattr(config, name)!r} is not supported in vLLM; use model.generate")
-    if config.decider is not None and config.decider["kind"] == "tah2":
-        raise ValueError("a decider of kind 'tah2' is not supported in vLLM; use model.generate")
     if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
         raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
 
@@ -92,6 +87,8 @@ def _check_flags(vllm_config: Any) -> None:
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     """Return the pool entries per depth-1 slot: the configured number, or a default for the policy."""
     default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.4 * config.random_rate))}
+    if config.decider is not None and config.decider["kind"] == "tah2":
+        default["decider"] = TAH2_DEEP_KV_SHARE
     share = additional.get("deep_kv_share", default.get(config.policy, DEEP_KV_SHARE))
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
         raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number > 0 and <= 1")
