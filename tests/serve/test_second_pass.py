@@ -126,6 +126,18 @@ def test_pages_smaller_than_blocks(llama, batching, monkeypatch):
             assert agree(llama, ASKED, served.ask(ASKED, NEW, [rule] * len(ASKED)), want, **rule)
 
 
+def test_passes_of_few_rows(llama, batching, monkeypatch):
+    """Many hard tokens run in several passes, of requests that begin alike and read each other's keys."""
+    monkeypatch.setattr(serving, "ROWS", 7)
+    asked, rule = prompts(6, seed=3, longest=20, shared=70), {"policy": "always"}
+    want = reference(llama, asked, 4, **rule)
+    with serve(llama, additional_config=batching) as served:
+        run, ran = served.model._run_rows, []
+        monkeypatch.setattr(served.model, "_run_rows", lambda tokens, x: ran.append(len(x)) or run(tokens, x))
+        assert agree(llama, asked, served.ask(asked, 4, [rule] * len(asked)), want, **rule)
+        assert batching["batching"] == "mixed" or (len(ran) > 20 and max(ran) == 7)
+
+
 def test_a_wrapped_model(llama, batching):
     """On a GPU, the runner's model is inside a wrapper that passes on what is read, and not what is written."""
 

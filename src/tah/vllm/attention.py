@@ -35,6 +35,10 @@ class DeepTokens:
     slots: np.ndarray  # [M] physical slots of the depth-1 keys
     tables: np.ndarray  # [requests, N] physical blocks
 
+    def part(self, index: np.ndarray) -> DeepTokens:
+        """Return the tokens `index` [m]; those of one request have to be in order."""
+        return DeepTokens(self.owners[index], self.places[index], self.slots[index], self.tables)
+
 
 @dataclass
 class Pages:
