@@ -147,10 +147,10 @@ class Random(Policy):
         self.rate, self.seed = rate, seed
 
     def __call__(self, state: DepthState) -> Tensor:
-        return torch.where(_draw(state, self.seed) < self.rate, math.inf, -math.inf)
+        return torch.where(draw(state, self.seed) < self.rate, math.inf, -math.inf)
 
 
-def _draw(state: DepthState, seed: int) -> Tensor:
+def draw(state: DepthState, seed: int) -> Tensor:
     """Return a number [N] float64 in [0, 1) for each token, a hash of seed, position, depth and token id."""
     draw = torch.full_like(state.positions, seed)
     for part in (state.positions, torch.full_like(state.positions, state.depth), state.input_ids):
@@ -302,7 +302,7 @@ class BoundRule:
             )
         bound = self.threshold.to(row.device)[row] if isinstance(self.threshold, Tensor) else self.threshold
         if self.seed is not None:
-            bound = _draw(state, self.seed)
+            bound = draw(state, self.seed)
         go = continues(logits, bound)
         if self.follow_labels:
             if state.depth_labels is None:

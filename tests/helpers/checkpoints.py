@@ -32,6 +32,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+TAH2 = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}  # the authors' choices
+
+
 def tiny_base(family: str, key_heads: int = 2) -> torch.nn.Module:
     """A random base of three layers, whose head width vLLM's CPU kernels take."""
     torch.manual_seed(0)
@@ -75,6 +78,10 @@ def shake(model: TaHForCausalLM, ids: torch.Tensor) -> TaHForCausalLM:
             parameter.normal_(0, 0.3)
         if name == "decider.output.bias":
             parameter.zero_()
+        if name == "decider.score.weight":  # of TaH2, as are the norms
+            parameter.normal_(0, 0.1)
+        if name.startswith(("decider.norm", "next_input_mlp.norm")):
+            parameter.normal_(1, 0.2)
     if model.decider is not None:
         probability = model(ids, use_cache=False).continue_prob.flatten().sort().values
         at = int(len(probability) * (1 - HARD_SHARE))

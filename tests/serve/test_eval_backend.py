@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="evaluation needs lm-eval: pip install 'ta
 
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from helpers.checkpoints import tiny, tiny_base, tokenizer
+from helpers.checkpoints import TAH2, tiny, tiny_base, tokenizer
 from helpers.evaluations import Notes
 from tah.evaluation.eval_files import Asked
 from tah.evaluation.evaluate import evaluate
@@ -70,6 +70,14 @@ def test_greedy_answers_are_those_of_generate(model, tmp_path):
     assert served["backend"] == "vllm" and "vllm" in served["versions"]
     with pytest.raises(ValueError, match="backend='vllm' .now 'transformers'."):
         go(model, tmp_path / "served", "transformers")
+
+
+def test_answers_of_tah2_are_those_of_generate(tmp_path):
+    model, options = str(tiny(tmp_path / "model", "qwen3", **TAH2)), {"policies": ["decider"], "limit": 3}
+    plain = go(model, tmp_path / "plain", "transformers", **options)
+    go(model, tmp_path / "served", "vllm", **options)
+    assert lines_of(tmp_path / "served") == lines_of(tmp_path / "plain")
+    assert plain["results"][0]["iterated_share"] > 0
 
 
 def test_stop_strings_have_their_depths(model):

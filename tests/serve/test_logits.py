@@ -35,7 +35,8 @@ def test_whoever_asks_gets_the_plain_product(index):
     asked_of_last = bool(np.isin(index, LAST).any())
     assert made.count(len(LAST)) == asked_of_last and max(made) <= CHUNK  # the sampler's once, the others as asked
     new = torch.randn(3, WIDTH)
-    logits.update(np.array([4, 5, 150]), new)
+    logits.add(np.array([4, 5, 150]), new, torch.ones(3))
+    hidden[[4, 5, 150]] += new
     want = hidden[LAST] @ weight.t()
-    want[1], want[3] = new[1] @ weight.t(), new[2] @ weight.t()
-    assert torch.allclose(logits.kept, want, atol=1e-5) if asked_of_last else logits.kept is None
+    assert torch.allclose(logits.of_last(), want, atol=1e-5) if asked_of_last else logits.of_last() is None
+    assert torch.equal(logits.output(for_prompts=True), hidden)

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from helpers.checkpoints import tiny
+from helpers.checkpoints import TAH2, tiny
 from helpers.serving import agree, answer, iterated, prompts, reference
 
 NEW = 48
@@ -24,9 +24,10 @@ MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
     ("family", "batching", "heads", "config", "rules"),
     [
         ("llama", "mixed", 2, {}, [{}]),
+        ("qwen3", "mixed", 2, TAH2, [{}]),
         ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.94}]),
     ],
-    ids=["a key head each", "one key head in both, policies that look at logits"],
+    ids=["a key head each", "TaH2", "one key head in both, policies that look at logits"],
 )
 def test_two_processes(tmp_path, family, batching, heads, config, rules):
     """Chunked prompts, then requests that are preempted for want of blocks."""

@@ -40,12 +40,21 @@ class StepLogits:
         return x if len(index) == len(x) else x[indices(x.device, index)[0]]
 
     def map(self, index: np.ndarray, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
-        """Return `f` of the logits of the tokens `index` [N], computed for `CHUNK` tokens at a time.
+        """Return `f` of the accumulated logits of the tokens `index` [N], which are those of depth 1.
 
         Args:
             index: Tokens, [N], distinct and rising.
             f: Function [n, V] -> [n, ...].
             ahead: Hint of a policy (`DepthState.map_logits`), which has no effect here.
+        """
+        return self.map_pass(index, f)
+
+    def map_pass(self, index: np.ndarray, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `f` of the logits of depth 1 of the tokens `index` [N], computed for `CHUNK` tokens at a time.
+
+        Args:
+            index: Tokens, [N], distinct and rising.
+            f: Function [n, V] -> [n, ...].
         """
         request = self.request[index]
         is_last = request >= 0
@@ -63,10 +72,30 @@ class StepLogits:
         back = (~is_last).argsort(kind="stable").argsort()  # restores the order of `index`
         return found[indices(found.device, back)[0]]
 
-    def update(self, index: np.ndarray, hidden: Tensor) -> None:
-        """Replace the kept logits of the tokens `index` [N], given their hidden states [N, D] after the second pass."""
+    def add(self, index: np.ndarray, second: Tensor, probability: Tensor) -> None:
+        """Add the pass at depth 2 of some tokens, which no policy and no next input of this step reads.
+
+        Args:
+            index: Tokens, [M], distinct and rising.
+            second: Their contributions to the final hidden states, [M, D].
+            probability: Their continue probabilities [M] float32, by which a mixture weighs.
+        """
+        (at,) = indices(self.hidden.device, index)
+        self.hidden = self.hidden.index_add(0, at, second)  # a new tensor: the old may be a buffer of a CUDA graph
         request = self.request[index]
         is_last = request >= 0
         if self.kept is not None and is_last.any():
-            (at,) = indices(self.kept.device, request[is_last])
-            self.kept[at] = self.head(self.rows(hidden, np.flatnonzero(is_last)))
+            at, rows = indices(self.kept.device, request[is_last], index[is_last])
+            self.kept[at] = self.head(self.hidden[rows])
+
+    def of_last(self) -> Tensor | None:
+        """Return the logits [R, V] of the last tokens, if they are known."""
+        return self.kept
+
+    def output(self, for_prompts: bool) -> Tensor:
+        """Return the rows from which vLLM chooses those whose logits it requests: the final hidden states [T, D].
+
+        Args:
+            for_prompts: Whether it requests logits of other tokens than the last ones.
+        """
+        return self.hidden

@@ -23,13 +23,15 @@ from ..config import TaHConfig, current_tensor
 from ..core.fast import topk
 from ..core.logits import best_of
 from ..core.lora import is_target
-from ..core.next_input import weighted
+from ..core.next_input import NextInputMLP, weighted
 from ..decider import build_decider
-from ..policy import DepthState, build_policy, continues
+from ..names import MIXTURES
+from ..policy import DepthState, build_policy, continues, draw
 from .attention import Current, DeepPass, DeepTokens, DuoAttention, Pages, plan
 from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
+from .mixture import StepMixture, log_probabilities
 from .names import FAMILIES
 from .pool import DeepPool, capacity
 from .report import StepReport
@@ -46,7 +48,7 @@ class TaHForCausalLM(nn.Module):
 
     Depth 1 does not depend on depth 2. So a step has one pass of all its tokens at depth 1 and one pass of its hard
     tokens at depth 2. The sampler gets the sum of both hidden states; the head is linear, so this sums the logits
-    (method.md (2)).
+    (method.md (2)). In a mixture (15) it gets log-probabilities instead of logits.
 
     With `batching="mixed"`, hard tokens are deferred to the next step, where they run at depth 2 in the same pass as
     that step's tokens at depth 1. A request whose last token is deferred emits its next token one step later.
@@ -65,6 +67,10 @@ class TaHForCausalLM(nn.Module):
         self.decoder.aux_hidden_state_layers = tuple(sorted({k for k in wanted if k < base.num_hidden_layers}))
         width = base.hidden_size
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
+        self.next_input_mlp: NextInputMLP | None = None
+        if config.next_input == "mlp":
+            self.next_input_mlp = NextInputMLP(width, config.next_input_width or width, config.next_input_norms)
+        self.mixes = config.output in MIXTURES
         self.output_map = nn.Linear(width, width, bias=False) if config.output == "zero_init" else None
         self.adapters = nn.ModuleList()
         self.adapted: list[dict[str, Adapter]] = [{} for _ in self.decoder.layers]  # by layer, and by name in the layer
@@ -146,13 +152,15 @@ class TaHForCausalLM(nn.Module):
         return self.base.embed_input_ids(input_ids)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Return logits [n, V] of hidden states [n, D].
+        """Return logits [n, V] of hidden states [n, D], or of rows of a mixture their log-probabilities, float32.
 
         In each step vLLM calls this first for the sampler, with the last token of each request. `StepLogits` may have
         computed these logits already. Later calls, such as those for log-probabilities of a prompt, run the head.
         """
         made, self.sampler_logits = self.sampler_logits, None
         if made is None:
+            if self.mixes:
+                return log_probabilities(self.base.compute_logits, hidden_states, self.config.hidden_size)
             return self.base.compute_logits(hidden_states)
         if len(made) != len(hidden_states):
             raise RuntimeError(f"logits of {len(made)} tokens are computed, but vLLM requests {len(hidden_states)}")
@@ -175,7 +183,10 @@ class TaHForCausalLM(nn.Module):
         return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def run_step(self, step: Step, depth_one: Callable[[], Any]) -> Tensor:
-        """Run a step: return the final hidden states of its tokens, summed over their passes, [T, D] or padded.
+        """Run a step: return the final hidden states of its tokens, summed over their passes, [T, D].
+
+        Of a mixture, these are the hidden states of depth 1. If vLLM requests logits of prompts, they have more columns
+        (`StepMixture.output`).
 
         The host waits for the device once, to learn which tokens iterate, and not at all if no request iterates.
 
@@ -193,29 +204,42 @@ class TaHForCausalLM(nn.Module):
         fresh = np.ones(T, bool)
         fresh[list(due.values())] = False
         released = pool.release(step.slots[fresh])
+        ended = None  # second pass of deferred tokens of `due`
         if self.waiting.by_request:
-            hidden, features = self._run_mixed(step, due)
+            hidden, features, ended = self._run_mixed(step, due)
         else:
             out = depth_one()
             hidden, aux = out if isinstance(out, tuple) else (out, ())
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
-        logits = StepLogits(self.base.compute_logits, hidden[:T], step.last)
-        index = (self._decide(step, logits, features) & fresh).nonzero()[0]
+        logits = self._logits(hidden[:T], step.last)
+        if ended is not None:
+            logits.add(*ended)
+        goes_on, probability = self._decide(step, logits, features)
+        index = (goes_on & fresh).nonzero()[0]
         pool.take(step.slots[index])
         if len(index):
             embeds = self._next_input(step, index, logits)
             if self._may_wait(step, index):
-                self._set_aside(step, index, embeds, logits)
+                self._set_aside(step, index, embeds, logits, probability)
             else:
-                hidden = self._run_again(step, index, embeds, hidden, logits)
-        self.sampler_logits = logits.kept
+                self._run_again(step, index, embeds, logits, probability)
+        self.sampler_logits = logits.of_last()
         rest = self._depths(step), len(due), self.waiting.deferred()
         self.report = StepReport(pool.free, step.slots[index].tolist(), released.tolist(), *rest)
-        return hidden
+        return logits.output(for_prompts=bool(step.with_prompt.any()))
 
-    def _decide(self, step: Step, logits: StepLogits, features: dict[int, Tensor]) -> np.ndarray:
-        """Return which tokens iterate, [T] bool, by the policy and threshold of their request (method.md (3)).
+    def _logits(self, hidden: Tensor, last: np.ndarray) -> StepLogits:
+        head = self.base.compute_logits
+        if self.mixes:
+            return StepMixture(head, hidden, last, even=self.config.output == "even")
+        return StepLogits(head, hidden, last)
+
+    def _decide(self, step: Step, logits: StepLogits, features: dict[int, Tensor]) -> tuple[np.ndarray, Tensor]:
+        """Decide which tokens iterate, by the policy and threshold of their request (method.md (3)).
+
+        Returns:
+            Which tokens iterate, [T] bool, and the continue probabilities [T] float32 of those that do.
 
         Raises:
             ValueError: A policy returned NaN.
@@ -223,8 +247,9 @@ class TaHForCausalLM(nn.Module):
         T, device = step.tokens, step.positions.device
         # The order is the same in all processes, since a policy that reads logits gathers them from all processes.
         names = sorted({str(one.rule.policy) for one in step.options if one.iterates})
+        probability = torch.zeros(T, device=device, dtype=torch.float32)
         if not names:
-            return np.zeros(T, bool)
+            return np.zeros(T, bool), probability
         found = torch.zeros(T, dtype=torch.uint8, device=device)
         threshold = np.array([one.rule.threshold for one in step.options], np.float32)
         for name in names:
@@ -238,30 +263,35 @@ class TaHForCausalLM(nn.Module):
                 hidden={k: x[at] for k, x in features.items()},
                 depth_labels=None,
                 map_logits=partial(logits.map, index),
-                map_pass_logits=partial(logits.map, index),
+                map_pass_logits=partial(logits.map_pass, index),
                 embeds=partial(self.embed_input_ids, step.ids[at]),
             )
             policy: Any = self.decider if name == "decider" else build_policy(name, self.config)
             go = policy(state)
-            goes_on = continues(go, to_device(threshold[step.owners[index]], device))
+            if name == "decider" and self.config.decision == "sample":
+                bound = draw(state, self.config.random_seed)
+            else:
+                bound = to_device(threshold[step.owners[index]], device)
+            goes_on = continues(go, bound)
             found[at] = goes_on.byte() + NOT_FINITE * go.isnan().byte()
-        # Rounding may differ between processes; decisions must not.
+            probability[at] = go.float().sigmoid()
+        # Rounding may differ between processes; decisions and the weights of a mixture must not.
         told = to_host(get_tp_group().broadcast(found))
         if (told == NOT_FINITE).any():
             raise ValueError("a policy returned NaN after depth 1: hidden states or logits are not finite")
-        return told == GOES_ON
+        goes = told == GOES_ON
+        if self.mixes and goes.any():
+            probability = get_tp_group().broadcast(probability)
+        return goes, probability
 
-    def _run_again(self, step: Step, index: np.ndarray, embeds: Tensor, hidden: Tensor, logits: StepLogits) -> Tensor:
-        """Run the tokens `index` [M] at depth 2, and return `hidden` with their hidden states added, as a new tensor.
-
-        `hidden` may be a buffer of a CUDA graph.
-        """
+    def _run_again(
+        self, step: Step, index: np.ndarray, embeds: Tensor, logits: StepLogits, probability: Tensor
+    ) -> None:
+        """Run the tokens `index` [M] at depth 2, and add the pass to `logits`. `probability` is [T]."""
         tokens = DeepTokens(step.owners[index], step.places[index], step.slots[index], step.tables)
         second = self._run_deep(tokens, embeds)
-        (at,) = indices(hidden.device, index)
-        hidden = hidden.index_add(0, at, second)
-        logits.update(index, hidden[at])
-        return hidden
+        (at,) = indices(second.device, index)
+        logits.add(index, second, probability[at])
 
     def _run_deep(self, tokens: DeepTokens, x: Tensor) -> Tensor:
         """Run the layers at depth 2 only, and return their contribution to the final hidden states, [M, D].
@@ -311,8 +341,10 @@ class TaHForCausalLM(nn.Module):
         """
         return self.mixed and not step.with_prompt[step.owners[index]].any()
 
-    def _set_aside(self, step: Step, index: np.ndarray, embeds: Tensor, logits: StepLogits) -> None:
-        """Defer the tokens `index` [M], with next inputs `embeds` [M, D], to the next step."""
+    def _set_aside(
+        self, step: Step, index: np.ndarray, embeds: Tensor, logits: StepLogits, probability: Tensor
+    ) -> None:
+        """Defer the tokens `index` [M], with next inputs `embeds` [M, D], to the next step. `probability` is [T]."""
         size, owners = self.pages.block, step.owners[index]
         for number in np.unique(owners).tolist():
             first, after = np.searchsorted(owners, [number, number + 1]).tolist()
@@ -326,13 +358,17 @@ class TaHForCausalLM(nn.Module):
                 step.tables[number, : -(-stop // size)],
                 stop // size * size if self.shares_prefixes else 0,
                 logits.hidden[last].clone() if predicts else None,
+                probability[last].clone() if predicts else None,
             )
 
-    def _run_mixed(self, step: Step, due: dict[str, int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _run_mixed(
+        self, step: Step, due: dict[str, int]
+    ) -> tuple[Tensor, dict[int, Tensor], tuple[np.ndarray, Tensor, Tensor] | None]:
         """Run one pass: the step's tokens at depth 1, except those in `due`, and all deferred tokens at depth 2.
 
         Returns:
-            Final hidden states [T, D], and the hidden states [T, D] by layer that the decider reads.
+            Final hidden states [T, D] of depth 1; the hidden states [T, D] by layer that the decider reads; the
+            arguments of `StepLogits.add` for the tokens in `due`, if there are any.
         """
         T, (tokens, embeds) = step.tokens, self.waiting.all()
         found, device = self.waiting.rows(due, T), step.positions.device
@@ -350,19 +386,24 @@ class TaHForCausalLM(nn.Module):
                 if number in wanted:
                     features[number] = (x if residual is None else x + residual)[:T]
                 x, residual = layer(positions, x, residual)
-        hidden = self.decoder.norm(x, residual)[0][:T]
+        hidden, ended = self.decoder.norm(x, residual)[0][:T], None
         if due:
-            known = self.waiting.hidden()
+            known, probability = self.waiting.hidden(), self.waiting.probability(due)
             first = torch.stack([known[request] for request in due])
-            hidden = hidden.index_copy(0, held, first + self._finish(hidden[held]))
+            ended = np.array(again), self._finish(hidden[held]), probability
+            hidden = hidden.index_copy(0, held, first)
         self.waiting.ran(emitted=due)
-        return hidden, features
+        return hidden, features, ended
 
     def _next_input(self, step: Step, index: np.ndarray, logits: StepLogits) -> Tensor:
-        """Return the next inputs [M, D] of the tokens `index` for depth 2 (method.md (4), (5))."""
-        if self.next_input_map is not None:
+        """Return the next inputs [M, D] of the tokens `index` for depth 2 (method.md (4), (5), (13))."""
+        if self.config.next_input != "topk":
             (at,) = indices(logits.hidden.device, index)
-            return self.embed_input_ids(step.ids[at]) + self.next_input_map(logits.hidden[at])
+            own, hidden = self.embed_input_ids(step.ids[at]), logits.hidden[at]
+            if self.next_input_mlp is not None:
+                return self.next_input_mlp(own, hidden)
+            assert self.next_input_map is not None
+            return own + self.next_input_map(hidden)
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best_of(logits, self.config.mix_topk, topk)

@@ -52,6 +52,8 @@ class RequestOptions:
         if policy == "decider" and config.decider is None:
             raise ValueError("policy='decider': this model has no decider; use another policy, such as 'confidence'")
         check_threshold(threshold)
+        if policy == "decider" and config.decision == "sample" and threshold != config.threshold:
+            raise ValueError(f"threshold={threshold!r} has no effect with decision='sample', which draws the decisions")
         check_max_depth(max_depth)
         if max_depth > DEPTHS_SERVED:
             raise ValueError(f"max_depth={max_depth} is not supported in vLLM; use at most {DEPTHS_SERVED}")

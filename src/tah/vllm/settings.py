@@ -13,7 +13,7 @@ from ..config import TaHConfig
 from .compat import check_version
 from .installed import advice, check_installed
 from .metrics import add_metrics
-from .names import DEEP_KV_SHARE, FAMILIES
+from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
@@ -64,11 +64,6 @@ def _check_checkpoint(config: TaHConfig) -> None:
         )
     if config.attention == "blind":
         raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
-    for name, value in {"next_input": "mlp", "output": "mixture", "decision": "sample"}.items():
-        if getattr(config, name) in (value, "even"):
-            raise ValueError(f"{name}={getattr(config, name)!r} is not supported in vLLM; use model.generate")
-    if config.decider is not None and config.decider["kind"] == "tah2":
-        raise ValueError("a decider of kind 'tah2' is not supported in vLLM; use model.generate")
     if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
         raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
 
@@ -137,6 +132,8 @@ def _choose_runner(vllm_config: Any) -> bool:
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     """Return the pool entries per depth-1 slot: the configured number, or a default for the policy."""
     default = {"always": 1.0, "random": min(1.0, max(DEEP_KV_SHARE, 1.4 * config.random_rate))}
+    if config.decider is not None and config.decider["kind"] == "tah2":
+        default["decider"] = TAH2_DEEP_KV_SHARE
     share = additional.get("deep_kv_share", default.get(config.policy, DEEP_KV_SHARE))
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
         raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number > 0 and <= 1")

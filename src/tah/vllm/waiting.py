@@ -28,6 +28,7 @@ class Waiting:
     blocks: np.ndarray  # [N] physical blocks of the request, up to the last of the tokens
     shared: int  # number of the request's tokens in full blocks, which the prefix cache may share
     hidden: Tensor | None  # [D] final hidden state of depth 1 of the last token, if that predicts the next token
+    probability: Tensor | None  # [] continue probability of that token
 
     def part(self, tokens: slice, hidden: Tensor | None) -> Waiting:
         """Return a part of the tokens, with another `hidden`."""
@@ -53,6 +54,11 @@ class WaitingTokens:
     def hidden(self) -> dict[str, Tensor]:
         """Return, by request, the final hidden state [D] of depth 1 of the deferred last tokens."""
         return {request: one.hidden for request, one in self.by_request.items() if one.hidden is not None}
+
+    def probability(self, requests: Collection[str]) -> Tensor:
+        """Return the continue probabilities [requests] float32 of the deferred last tokens of `requests`."""
+        found = [self.by_request[request].probability for request in requests]
+        return torch.stack([one for one in found if one is not None])
 
     def leave(self, request: str) -> None:
         """Remove a request that has ended or was preempted; its tokens in full blocks move to `left`."""
