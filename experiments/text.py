@@ -2,7 +2,7 @@
 
     python experiments/text.py late --output out      # hours; part 5 of the plan in docs/results/log.md
     python experiments/text.py late --output experiments/results --table
-    python experiments/text.py late --look 150        # before the first run: the --tau that a quarter of the text exceeds
+    python experiments/text.py late --look 150        # before the first run: which --tau a quarter exceeds
 
 The text is the source code of the standard library of the running Python (PSF licence), which every installation has.
 Nothing of it is stored. A hash of its path determines whether a file is held out. The vocabulary is a byte-level BPE
