@@ -29,7 +29,7 @@ export PEER_TESTS
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv docs docs-serve test test-slow test-lowest peer-test lint format demo bench reproduce serve-env serve-test bench-serve clean
+.PHONY: help venv docs docs-serve test test-slow test-lowest peer-test lint format demo bench reproduce serve-env serve-test bench-serve vllm-signatures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
 	@echo "make bench-serve what serving costs, in it"
 	@echo "make serve-test  tests of serving in it"
+	@echo "make vllm-signatures   what another release of vLLM moved (VLLM=0.33.0, the newest by default; downloads 340 MB)"
 	@echo "make clean   remove $(VENV) and caches"
 
 venv: $(DEV)
@@ -120,6 +121,14 @@ bench-serve: $(SERVE)
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
 
+# What of vLLM the plugin uses, read from the wheel for CUDA without installing it; compared with the newest record.
+VLLM ?=
+WHEELS := .vllm-wheels
+vllm-signatures: $(DEV)
+	@rm -rf $(WHEELS)
+	@$(PIP) download --no-deps --only-binary :all: --dest $(WHEELS) 'vllm$(if $(VLLM),==$(VLLM))'
+	$(BIN)/python scripts/vllm_signatures.py $(WHEELS)/vllm-*.whl $(ARGS)
+
 # The last table has four seeds in docs/results/evidence.md; one takes minutes. One thread: two wait for each other on a busy machine.
 reproduce: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/tah run tiny --output out/tiny $(ARGS)
@@ -129,5 +138,5 @@ reproduce: $(DEV)
 	$(BIN)/python experiments/summarise.py out/follow.jsonl
 
 clean:
-	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) .peers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(SERVE_VENV) $(WHEELS) .peers build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -prune -exec rm -rf {} +

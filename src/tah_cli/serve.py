@@ -38,10 +38,14 @@ def serve(
 
 
 def need_vllm() -> None:
-    """Check that vLLM is installed.
+    """Check that one vLLM is installed.
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: Two distributions of it are.
     """
+    from tah.vllm.installed import advice, check_installed
+
     if find_spec("vllm") is None:
-        raise ImportError("serving needs vLLM, in a separate environment: make serve-env, or pip install 'tah[serve]'")
+        raise ImportError(f"serving needs vLLM, in a separate environment: {advice()}")
+    check_installed()

@@ -59,6 +59,42 @@ def test_few_deep_entries(llama, batching):
         assert served.preempted > 3
 
 
+def test_giving_up_entries_costs_no_walk_over_free_blocks(llama, monkeypatch):
+    """Blocks are looked at once after each request that leaves them, however many blocks were never used."""
+    monkeypatch.setattr("vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.get_all_free_blocks", None)
+    looked, left, given_up = 0, 0, 0
+
+    class Counted(list):
+        def __getitem__(self, at):
+            nonlocal looked
+            looked += 1
+            return super().__getitem__(at)
+
+    asked, rules = MIXED[:12], [{"threshold": 0.5}] * 12
+    want = reference(llama, asked, NEW, threshold=0.5)
+    with serve(
+        llama, max_model_len=160, num_gpu_blocks_override=4000, additional_config={"deep_kv_share": 0.001}
+    ) as served:
+        scheduler, pool = served.scheduler, served.scheduler.kv_cache_manager.block_pool
+        give_up, free = scheduler._give_up, scheduler._free_request_blocks
+
+        def counted(wanted):
+            nonlocal given_up
+            stock, pool.blocks = pool.blocks, Counted(pool.blocks)
+            blocks = give_up(wanted)
+            pool.blocks, given_up = stock, given_up + len(blocks)
+            return blocks
+
+        def note(request):
+            nonlocal left
+            left += len(scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+            free(request)
+
+        scheduler._give_up, scheduler._free_request_blocks = counted, note
+        assert agree(llama, asked, served.ask(asked, NEW, rules), want, threshold=0.5)
+    assert 10 < given_up < looked <= left + given_up < 400  # vLLM looks at each of those given up once more
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.9])
 def test_memory_for_both_depths_is_what_was_given(llama, share, monkeypatch):
     """The pool has room for the longest request at least, which may be most of the cache."""

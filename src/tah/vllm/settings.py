@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from numbers import Real
 from typing import Any
 
+from vllm import envs
 from vllm.platforms import current_platform
 
 from ..config import TaHConfig
 from .compat import check_version
+from .installed import advice, check_installed
+from .metrics import add_metrics
 from .names import DEEP_KV_SHARE, FAMILIES
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's environment variable
 MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
 
 
@@ -26,21 +31,25 @@ def settle(vllm_config: Any) -> None:
     Raises:
         ValueError: The checkpoint or a flag is not supported.
     """
+    check_installed()
     check_version()
     config = vllm_config.model_config.hf_config
     _check_checkpoint(config)
     _check_flags(vllm_config)
+    v2 = _choose_runner(vllm_config)
     RequestOptions.of(config, None)
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
-    vllm_config.additional_config["batching"] = _batching(vllm_config)
-    vllm_config.parallel_config.worker_cls = "tah.vllm.worker.DepthCPUWorker"
+    vllm_config.additional_config["batching"] = _batching(vllm_config, v2)
+    worker = "DepthCPUWorker" if current_platform.is_cpu() else "DepthGPUWorker"
+    vllm_config.parallel_config.worker_cls = f"tah.vllm.worker.{worker}"
     vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
     vllm_config.scheduler_config.async_scheduling = False
     vllm_config.model_config.logits_processors = [
         *(vllm_config.model_config.logits_processors or ()),
         f"{DepthParameters.__module__}:{DepthParameters.__name__}",
     ]
+    add_metrics()
 
 
 def _check_checkpoint(config: TaHConfig) -> None:
@@ -65,28 +74,64 @@ def _check_checkpoint(config: TaHConfig) -> None:
 
 
 def _check_flags(vllm_config: Any) -> None:
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    scheduler, offload = vllm_config.scheduler_config, vllm_config.offload_config
     unsupported = {
+        "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        "steps split into micro-batches (--enable-dbo)": parallel.use_ubatching,
+        "--async-scheduling": scheduler.async_scheduling,
         "LoRA adapters of vLLM": vllm_config.lora_config is not None,
         "KV transfer": vllm_config.kv_transfer_config is not None,
+        # vLLM makes a connector of it after this check. Restored blocks would have no keys of depth 2.
+        "--kv-offloading-size": cache.kv_offloading_size is not None,
+        # Hooks of the stock layers bring such weights; layers at depth 2 are called without these hooks.
+        "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,
+        "--offload-group-size": offload.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
         "quantized weights": vllm_config.quant_config is not None,
-        "prompt embeddings": vllm_config.model_config.enable_prompt_embeds,
+        "prompt embeddings": model.enable_prompt_embeds,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
-        f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}": vllm_config.scheduler_config.scheduler_cls,
-        f"the device {current_platform.device_type}": not current_platform.is_cpu(),
+        f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
         "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
     }
     for what, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"TaH models do not support {what}; leave it out")
-    if cache.user_specified_block_size and cache.block_size % BLOCK:
+    if current_platform.is_cpu() and cache.user_specified_block_size and cache.block_size % BLOCK:
         raise ValueError(
             f"--block-size {cache.block_size} is not a multiple of {BLOCK}, which vLLM's CPU kernels need; "
             "leave it out, or use 32, 64 or 128"
         )
+
+
+def _choose_runner(vllm_config: Any) -> bool:
+    """Select vLLM's model runner: V1 on a CPU (V2 if the environment asks for it), V2 on a GPU.
+
+    Returns:
+        Whether it is V2.
+
+    Raises:
+        ValueError: The device, or vLLM on it, cannot run what it should.
+    """
+    given = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cpu():
+        v2 = bool(given)
+    elif not current_platform.is_cuda_alike():
+        raise ValueError(
+            f"TaH models do not support the device {current_platform.device_type!r}; use a GPU or a CPU ({advice()})"
+        )
+    elif given is False:
+        raise ValueError(f"on a GPU, TaH models need vLLM's model runner V2; leave {RUNNER}=0 out")
+    else:
+        v2 = True
+    if vllm_config.use_v2_model_runner != v2:  # vLLM would choose otherwise; the variable reaches its other processes
+        os.environ[RUNNER] = str(int(v2))
+    if vllm_config.use_v2_model_runner != v2:
+        raise ValueError(f"TaH models need vLLM's model runner V{1 + v2} here, and vLLM selects the other one")
+    return v2
 
 
 def _share(additional: dict[str, Any], config: TaHConfig) -> float:
@@ -98,18 +143,22 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     return float(share)
 
 
-def _batching(vllm_config: Any) -> str:
+def _batching(vllm_config: Any, v2: bool) -> str:
     """Return how both depths share steps, `two_pass` or `mixed`; answers are the same.
 
-    `auto` follows the tables in docs/results/load-tests.md: `mixed` reads the weights less often if several requests
-    run. With torch.compile, steps of `mixed` would run uncompiled.
+    Model runner V2 cannot hold a request's token back, which `mixed` needs. With V1, `auto` follows the tables in
+    docs/results/load-tests.md: `mixed` reads the weights less often if several requests run. With torch.compile, steps
+    of `mixed` would run uncompiled.
     """
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    if vllm_config.use_v2_model_runner:
+    if v2:
         if batching == "mixed":
-            raise ValueError("batching='mixed' is not supported with vLLM's model runner V2; use 'two_pass'")
+            raise ValueError(
+                "batching='mixed' in --additional-config is not supported with vLLM's model runner V2, "
+                "which GPUs need; leave it out, or use 'two_pass'"
+            )
         return "two_pass"
     if batching != "auto":
         return batching
