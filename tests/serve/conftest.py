@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+from helpers.interpreter import IS_V2, have_backend
+
 SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,3 +19,5 @@ SETTINGS = {
 
 if find_spec("vllm"):  # elsewhere these tests are skipped, and no other test should notice them
     os.environ |= SETTINGS
+    if IS_V2:  # make serve-test-v2
+        have_backend()

@@ -150,7 +150,7 @@ def test_answers_over_the_cache_of_amx(llama, options, batching):
     assert 0.05 < iterated(want[0]) < 0.3 and bool(preempted) == ("num_gpu_blocks_override" in options)
     with amx_cache(), serve(llama, **options) as served:
         assert served.model.deep_attention[0].stock.isa == "amx"
-        assert served.model.block_size == (options.get("block_size", 32) or 128)
+        assert served.model.pages.page == (options.get("block_size", 32) or 128)
         assert [served.ask(ASKED, NEW) for _ in range(2)] == want
 
 
@@ -179,7 +179,7 @@ def test_no_flags_in_python(in_bfloat16, around):
     """As documented: `vllm.LLM(MODEL)`."""
     with around(), served_by(LLM(str(in_bfloat16))) as served:
         layer = served.model.deep_attention[0].stock
-        assert layer.kv_cache.dtype == torch.bfloat16 and served.model.block_size == 128
+        assert layer.kv_cache.dtype == torch.bfloat16 and served.model.pages.page == 128
         assert layer.isa in (READ if around is nullcontext else {"amx"})
         answers = served.ask(ASKED, NEW)
         assert mostly_decided_so(in_bfloat16, answers) and 0.05 < iterated(answers) < 0.3

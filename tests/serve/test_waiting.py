@@ -57,7 +57,7 @@ def watch_left(served, monkeypatch):
 
     def watched():
         if waiting.left:
-            seen.append([len(one.positions) for one in waiting.left])
+            seen.append([len(one.places) for one in waiting.left])
         return every()
 
     monkeypatch.setattr(waiting, "all", watched)
@@ -78,7 +78,7 @@ def test_aborted_in_between(served, llama, expected, monkeypatch, other, left):
     seen = watch_left(served, monkeypatch)
     begin(served, a=PROMPT, b=LONGER)
     assert len(served.model.waiting.by_request) == 2
-    assert [len(one.positions) for one in served.model.waiting.by_request.values()] == [96, len(LONGER) - 96]
+    assert [len(one.places) for one in served.model.waiting.by_request.values()] == [96, len(LONGER) - 96]
     for name in {"a", "b"} - {other}:
         served.engine.abort_request([name])
     done = finish(served)
@@ -147,7 +147,7 @@ def test_left_out_of_a_step(served, llama, expected, monkeypatch):
         patch.setattr(scheduler, "schedule", without_a)
         begin(served, b=LONGER)
         a = served.model.waiting.by_request[next(iter(served.model.waiting.by_request))]
-        assert a.hidden is not None and a.positions.tolist() == [95]  # all others have run
+        assert a.hidden is not None and a.places.tolist() == [95]  # all others have run
         served.engine.step()
     done = finish(served)
     for name, prompt in (("a", PROMPT), ("b", LONGER)):
@@ -163,15 +163,15 @@ def test_a_prompts_probabilities_beside_others(llama, monkeypatch):
     want = reference(llama, asked, NEW)
     model = TaHForCausalLM.from_pretrained(llama, dtype=torch.float32)
     with serve(llama, max_num_batched_tokens=64, additional_config={"batching": "mixed"}) as served:
-        forward, waited = served.model.forward, set()
+        run_step, waited = served.model.run_step, set()
 
         def watched(*given, **more):
-            hidden = forward(*given, **more)
+            hidden = run_step(*given, **more)
             if served.model.report.taken:  # hard tokens of this step
                 waited.add(bool(served.model.waiting.by_request))
             return hidden
 
-        monkeypatch.setattr(served.model, "forward", watched)
+        monkeypatch.setattr(served.model, "run_step", watched)
         params = [served.params(NEW, prompt_logprobs=0 if at % 3 == 0 else None) for at in range(len(asked))]
         for _ in range(2):
             outs = served.llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
