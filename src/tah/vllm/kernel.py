@@ -267,7 +267,7 @@ def duo_attention(
             OWN=own,
             JOIN=splits > 1,
             WIDE=INTERPRETED,
-            num_warps=4,
+            num_warps=4 if query.element_size() == 2 else 8,
             num_stages=2,
         )
         if splits > 1:
@@ -297,8 +297,11 @@ def processors(device: torch.device) -> int:
 
 
 def tile(width: int, size: int) -> int:
-    """Return the number of slots of a tile for a padded head width and bytes per number: keys of at most 16 KiB."""
-    return max(LEAST, min(64, 16384 // (width * size)))
+    """Return the number of slots of a tile for a padded head width and bytes per number.
+
+    Products of float32 run without matrix units and hold more in registers, so they get smaller tiles.
+    """
+    return max(LEAST, min(64, (16384 if size == 2 else 8192) // (width * size)))
 
 
 def _check(query: Tensor, kv_cache: Tensor, deep_keys: Tensor, deep_values: Tensor, entry_of_slot: Tensor) -> None:

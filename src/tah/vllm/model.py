@@ -37,6 +37,7 @@ from .step import Step
 from .transfer import indices, to_device, to_host
 from .waiting import Waiting, WaitingTokens
 
+ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
 GOES_ON, NOT_FINITE = 1, 2  # what the device tells the host of each token's decision
 
 
@@ -263,7 +264,26 @@ class TaHForCausalLM(nn.Module):
         return hidden
 
     def _run_deep(self, tokens: DeepTokens, x: Tensor) -> Tensor:
-        """Run a pass at depth 2 only, and return its contribution to the final hidden states, [M, D]."""
+        """Run the layers at depth 2 only, and return their contribution to the final hidden states, [M, D].
+
+        More than `ROWS` tokens run in several passes, by rising positions: a token attends to no later position, and
+        requests that share a prefix may attend to each other's keys.
+
+        Args:
+            tokens: Tokens, M.
+            x: Their inputs [M, D].
+        """
+        if len(tokens.places) <= ROWS:
+            return self._run_rows(tokens, x)
+        order, out = tokens.places.argsort(kind="stable"), torch.empty_like(x)
+        for start in range(0, len(order), ROWS):
+            part = order[start : start + ROWS]
+            (at,) = indices(x.device, part)
+            out[at] = self._run_rows(tokens.part(part), x[at])
+        return out
+
+    def _run_rows(self, tokens: DeepTokens, x: Tensor) -> Tensor:
+        """Run one pass of `_run_deep`."""
         deep = self.current.deep = self._plan(tokens)
         residual = None
         for layer in self.deep_layers:

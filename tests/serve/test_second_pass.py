@@ -1,0 +1,176 @@
+"""The second pass on any device, with either of vLLM's model runners: one wait for the device, and vLLM's own slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from helpers.checkpoints import tiny
+from helpers.interpreter import IS_V2
+from helpers.serving import agree, iterated, prompts, reference, serve
+from helpers.waits import watched
+from tah.vllm import model as serving
+
+NEW = 12
+ASKED = prompts(6, seed=1)
+MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
+RULES = [
+    {},
+    {"policy": "never"},
+    {"policy": "always"},
+    {"policy": "confidence", "threshold": 0.4},
+    {"policy": "random"},
+]
+NEVER = {"policy": "never"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama", decider=MLP)
+
+
+@pytest.fixture(params=["two_pass"] if IS_V2 else ["two_pass", "mixed"])
+def batching(request):
+    return {"batching": request.param}
+
+
+def test_one_wait_per_step(llama, batching, monkeypatch):
+    """And none where no request of the step iterates; every tensor has a device."""
+    steps, waited = [], Counter()
+    plain = serving.to_host
+
+    def to_host(x):
+        waited["here"] += 1
+        with torch._C.DisableTorchFunction():
+            return plain(x)
+
+    monkeypatch.setattr(serving, "to_host", to_host)
+    with serve(llama, additional_config=batching, max_num_batched_tokens=64) as served:
+        run_step = served.model.run_step
+
+        def run(step, depth_one):
+            waited.clear()
+            with watched() as (bare, waits):
+                hidden = run_step(step, depth_one)
+            iterates = any(one.iterates for one in step.options)
+            steps.append((iterates, len(served.model.report.taken), waited["here"], dict(waits), dict(bare)))
+            return hidden
+
+        monkeypatch.setattr(served.model, "run_step", run)
+        served.ask(ASKED[: len(RULES)], NEW, RULES)
+        served.ask(ASKED[:2], NEW, [NEVER] * 2)
+    assert sum(hard > 0 for _, hard, *_ in steps) >= NEW
+    assert {(iterates, count) for iterates, _, count, *_ in steps} == {(True, 1), (False, 0)}
+    assert [lines for *_, lines, _ in steps if lines] == []
+    assert [lines for *_, lines in steps if lines] == []
+
+
+def test_control_of_the_watch():
+    """What the test above finds if the code is as it was."""
+
+    def old(namespace):
+        code = compile(
+            "x = torch.ones(3, dtype=torch.bool)\ny = x.nonzero()\nz = y.tolist()\nw = y[:, 0][x]",
+            "/src/tah/old.py",
+            "exec",
+        )
+        exec(code, namespace)
+
+    with watched() as (bare, waits):
+        old({"torch": torch})
+    assert list(bare) == ["old.py:1"] and list(waits) == ["old.py:2", "old.py:3", "old.py:4"]
+
+
+def test_slots_are_those_of_vllm(llama, batching, monkeypatch):
+    """Through chunks, preemption and cached prefixes, the host knows where vLLM writes keys."""
+    seen = Counter()
+    asked, new = ASKED[:3], 40
+    options = {"num_gpu_blocks_override": 7, "max_model_len": 128, "max_num_batched_tokens": 64}
+    with serve(llama, additional_config=batching, **options) as served:
+        run_step, layer = served.model.run_step, served.model.deep_attention[0].stock.layer_name
+        runner = served.engine.model_executor.driver_worker.worker.model_runner
+
+        def run(step, depth_one):
+            by_layer = (
+                runner.execute_model_state.slot_mappings_by_layer if IS_V2 else get_forward_context().slot_mapping
+            )
+            assert step.slots.tolist() == by_layer[layer][: step.tokens].tolist()
+            assert step.places.tolist() == step.positions.tolist()
+            seen["steps"] += 1
+            return run_step(step, depth_one)
+
+        monkeypatch.setattr(served.model, "run_step", run)
+        served.ask(asked, new)
+        assert served.preempted > 0
+        served.ask(asked, 2)
+    assert seen["steps"] > new
+
+
+def test_pages_smaller_than_blocks(llama, batching, monkeypatch):
+    """The kernels of a GPU may use smaller blocks than the scheduler. Given-up blocks free the right entries."""
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", staticmethod(lambda *_: [32]))
+    rule = {"threshold": 0.5}
+    want = reference(llama, ASKED, NEW, **rule)
+    assert iterated(want) > 0.3
+    few = {"max_model_len": 128, "num_gpu_blocks_override": 100}
+    with serve(llama, block_size=64, additional_config=batching | {"deep_kv_share": 0.01}, **few) as served:
+        assert (served.model.pages.block, served.model.pages.page) == (64, 32)
+        for _ in range(2):
+            assert agree(llama, ASKED, served.ask(ASKED, NEW, [rule] * len(ASKED)), want, **rule)
+
+
+def test_passes_of_few_rows(llama, batching, monkeypatch):
+    """Many hard tokens run in several passes, of requests that begin alike and read each other's keys."""
+    monkeypatch.setattr(serving, "ROWS", 7)
+    asked, rule = prompts(6, seed=3, longest=20, shared=70), {"policy": "always"}
+    want = reference(llama, asked, 4, **rule)
+    with serve(llama, additional_config=batching) as served:
+        run, ran = served.model._run_rows, []
+        monkeypatch.setattr(served.model, "_run_rows", lambda tokens, x: ran.append(len(x)) or run(tokens, x))
+        assert agree(llama, asked, served.ask(asked, 4, [rule] * len(asked)), want, **rule)
+        assert batching["batching"] == "mixed" or (len(ran) > 20 and max(ran) == 7)
+
+
+def test_a_wrapped_model(llama, batching):
+    """On a GPU, the runner's model is inside a wrapper that passes on what is read, and not what is written."""
+
+    class Wrapper:
+        def __init__(self, inner):
+            self.__dict__["inner"] = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *args, **options):
+            return self.inner(*args, **options)
+
+    want = reference(llama, ASKED, NEW)
+    with serve(llama, additional_config=batching) as served:
+        runner = served.engine.model_executor.driver_worker.worker.model_runner
+        inner = runner.model
+        runner.get_model = lambda: inner
+        runner.model = Wrapper(inner)
+        assert agree(llama, ASKED, served.ask(ASKED, NEW), want)
+        served.check_pool()
+
+
+def test_a_step_of_vllms_own(llama, batching, monkeypatch):
+    """Steps that vLLM makes up, as one process of several does while another has requests, have no second pass."""
+    want = reference(llama, ASKED, NEW)
+    with serve(llama, additional_config=batching) as served, monkeypatch.context() as patch:
+        worker, step, ran = served.engine.model_executor.driver_worker.worker, served.engine.step, []
+
+        def and_one_of_its_own():
+            ran.append(worker.execute_dummy_batch())
+            return step()
+
+        patch.setattr(served.engine, "step", and_one_of_its_own)
+        assert agree(llama, ASKED, served.ask(ASKED, NEW), want)
+        assert len(ran) >= NEW
