@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 
-from bench_gpu_train import QWEN3  # noqa: E402
+from gpu_train import QWEN3  # noqa: E402
 
 
 def main() -> None:

@@ -1,9 +1,7 @@
-"""Time training steps with hard tokens on a GPU: shape of Qwen3-1.7B, random bfloat16 weights, 4096 tokens.
-
-    python benchmark/bench_gpu_train.py --output runs/bench-gpu
+"""Section of `gpu_first.py`: training steps with hard tokens, shape of Qwen3, random bfloat16 weights.
 
 The variants are those of `tah bench train` (src/tah/benchmarks/bench_train.py), with and without activation
-checkpointing. The results are seconds, tokens per second, peak memory and model FLOPs utilisation:
+checkpointing. The results are seconds, tokens per second and model FLOPs utilisation:
 
     MFU = FLOPs of the step (`step_flops`) / seconds / peak of the GPU
 
@@ -12,10 +10,7 @@ The peak is that of a dense bfloat16 product without sparsity. FLOPs do not incl
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +18,9 @@ from rich.console import Console
 from torch import nn
 from transformers import Qwen3Config
 
+from gpu_sections import Rows
 from tah.benchmarks.bench_train import HARD, Setup, bench_train
-from tah.benchmarks.measure import save
 from tah.core.lora import Factor
-from tah.markdown import table
 from tah.model import TaHForCausalLM
 from tah.progress import Reporter
 
@@ -50,7 +44,10 @@ QWEN3 = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     "tie_word_embeddings": True,
-}
+}  # 1.7B
+SMALLER = {"hidden_size": 1024, "intermediate_size": 3072}  # 0.6B
+TINY = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
 
 
 def step_flops(model: TaHForCausalLM, tokens: int, length: int, hard: int = 0) -> float:
@@ -120,40 +117,23 @@ def measure(
     return [row | {"machine": machine} for row in rows]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the result as a Markdown table."""
-    lines = []
-    for row in rows:
-        step = row["mfu"] is not None
-        value = f"{row['median'] * 1000:.1f} ms" if step else f"{row['median'] / 1024:.1f} GiB"
-        rate, mfu = (f"{row['tokens_per_second']:.0f}", f"{row['mfu']:.1%}") if step else ("", "")
-        on = "on" if row["checkpointing"] else "off"
-        lines.append((on, row["task"], row["variant"], value, f"{row['ratio']:.2f}", rate, mfu))
-    return table(("checkpointing", "task", "variant", "median", "ratio", "tokens/s", "MFU"), lines)
-
-
-def main() -> int:
-    """Measure and print the table; return the exit code."""
-    parser = argparse.ArgumentParser(description="Time training steps with hard tokens on a GPU.")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a row [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=10, help="number of rounds; times are medians [%(default)s]")
-    parser.add_argument("--peak", type=float, help="peak TFLOP/s of dense bfloat16 products, for an unlisted GPU")
-    parser.add_argument("--output", type=Path, help="directory for bench_gpu_train.json and .md")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench_gpu_train: this machine has no CUDA GPU", file=sys.stderr)
-        return 2
-    name = torch.cuda.get_device_name()
-    peak = options.peak or next((peak for known, peak in PEAKS.items() if known in name), None)
-    if peak is None:
-        print(f"bench_gpu_train: the peak of {name} is not listed; give --peak TFLOP/s", file=sys.stderr)
-        return 2
-    rows = measure(QWEN3, options.length, options.repeats, "cuda", peak * 1e12)
-    if options.output is not None:
-        save(rows, markdown(rows), options.output, "bench_gpu_train")
-    print(markdown(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def train(small: bool) -> Rows:
+    """Time training steps on one row of 4096 tokens; 1.7B where the GPU has 70 GiB, else 0.6B."""
+    on_gpu = torch.cuda.is_available()
+    large = on_gpu and torch.cuda.get_device_properties(0).total_memory > 70 * 2**30
+    config, size = (QWEN3, "1.7B") if large else (QWEN3 | SMALLER, "0.6B")
+    if small:
+        config, size = QWEN3 | TINY, "tiny"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = next((1e12 * peak for known, peak in PEAKS.items() if known in name), None)
+    length = 60 if small else 4096
+    for row in measure(config, length, 1 if small else 3, "cuda" if on_gpu else "cpu", peak or 1e12, memory=False):
+        yield {
+            "model": size,
+            "checkpointing": "on" if row["checkpointing"] else "off",
+            "variant": row["variant"],
+            "ms": 1000 * row["median"],
+            "cost relative to plain": row["ratio"],
+            "tokens/s": row["tokens_per_second"],
+            "MFU": row["mfu"] if peak else None,
+        }
