@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from helpers.checkpoints import tiny
 from helpers.servers import TAH
 from helpers.serving import serve
-from tah.vllm import compat, installed, settings
+from tah.vllm import compat, installed, launch, settings
 
 FLAGS = {
     "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -134,6 +135,28 @@ def test_the_command_refuses_in_one_line(llama, flags, says):
     ran = subprocess.run([*TAH, "serve", str(llama), *flags], capture_output=True, text=True)
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
     assert re.fullmatch(f"tah: .*{says}.*", ran.stderr.splitlines()[-1])
+
+
+def test_a_machine_without_a_device_for_this_vllm(llama, monkeypatch, capsys):
+    """vLLM for CUDA where there is no GPU: the command says what fits, in one line."""
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(device_type=""))
+    monkeypatch.setattr("sys.argv", ["tah", str(llama)])
+    with pytest.raises(SystemExit) as end:
+        launch.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("tah: this vLLM supports no device of this machine; ")
+    assert "pip install 'tah[serve" in line
+
+
+@pytest.mark.parametrize(("version", "taken"), [("0.33.0", True), ("0.34.0", False), ("0.31.1", False)])
+def test_versions_on_a_gpu(gpu, monkeypatch, version, taken):
+    """On a GPU, 0.33 is taken, whose source was compared; on a CPU it is not."""
+    monkeypatch.setattr(compat, "VLLM_VERSION", version)
+    with pytest.raises(ValueError, match=f"vLLM {version} is not supported.* >= 0.32, < 0.33: "):
+        compat.check_version()
+    monkeypatch.setattr(compat, "current_platform", gpu)
+    with nullcontext() if taken else pytest.raises(ValueError, match=" >= 0.32, < 0.34: "):
+        compat.check_version()
 
 
 def test_other_versions_of_vllm(llama, monkeypatch):
