@@ -3,8 +3,8 @@
 
 A round is one engine with settings of its seed: how both depths share steps, few or many blocks, little or much room
 for depth 2, tokens per step, requests per step, priorities. Its requests begin and are aborted between steps, and the
-cache is reset while others run. Each has a rule, a length, stop tokens, a number of answers and log-probabilities of its
-own. Many begin with the same tokens, up to the end of a block, whose last token iterates. Tokens and depths have to be
+cache is reset while others run. Each has its own rule, length, stop tokens, number of answers and log-probabilities.
+Many begin with the same tokens, up to the end of a block, whose last token iterates. Tokens and depths have to be
 those of `generate`, and log-probabilities those of the model. With `--runner V2`, vLLM's other model runner runs in
 Triton's interpreter.
 
