@@ -49,7 +49,7 @@ if __name__ == "__main__":  # before anything imports vLLM
     arguments = parser.parse_args()
     if arguments.runner == "V2" and any(os.environ.get(name) != value for name, value in V2.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | V2)
-    sys.path.insert(0, str(TESTS))
+    sys.path.append(str(TESTS))
     import conftest  # noqa: F401  # tests/serve/conftest.py: settings of vLLM
 
 import torch

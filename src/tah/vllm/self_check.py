@@ -80,19 +80,29 @@ def check(worker: DepthWorker) -> None:
         every: list[Any] = [None] * group.world_size
         torch.distributed.all_gather_object(every, differences, group=group.cpu_group)
         differences = [f"process {rank}: {one}" for rank, found in enumerate(every) for one in found]
-    took = time.perf_counter() - began
+    took, message = time.perf_counter() - began, None
+    if differences:
+        more = f", and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        message = (
+            f"this server would not compute what the method defines: {'; '.join(differences[:SHOWN])}{more}. "
+            f"What the check saw is in {path}; please report it with this file. {OFF} leaves the check out"
+        )
     if group.rank_in_group == 0:
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        report = {"passed": not differences, "differences": differences, "time": when, "seconds": round(took, 2)}
-        write_atomically(path, json.dumps(report | {"identity": known} | seen, indent=1) + "\n")
-    if not differences:
-        logger.info("TaH: the self-check passed in %.1f s; what it saw is in %s", took, path)
-        return
-    more = f", and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-    raise SelfCheckError(
-        f"this server would not compute what the method defines: {'; '.join(differences[:SHOWN])}{more}. "
-        f"What the check saw is in {path}; please report it with this file. {OFF} leaves the check out"
-    )
+        report = {"passed": not differences, "message": message, "differences": differences}
+        report |= {"time": when, "seconds": round(took, 2), "identity": known}
+        write_atomically(path, json.dumps(report | seen, indent=1) + "\n")
+    if message is not None:
+        raise SelfCheckError(message)
+    logger.info("TaH: the self-check passed in %.1f s; what it saw is in %s", took, path)
+
+
+def refusal(since: float) -> str | None:
+    """Return the message of a check that failed after `since`, in any process, or None; `since` is in seconds."""
+    for path in (cache_dir() / "self-check").glob("*.json"):
+        if path.stat().st_mtime >= since and (message := json.loads(path.read_text())["message"]) is not None:
+            return str(message)
+    return None
 
 
 def identity(worker: DepthWorker) -> dict[str, Any]:
