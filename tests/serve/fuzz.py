@@ -53,6 +53,7 @@ if __name__ == "__main__":  # before anything imports vLLM
     import conftest  # noqa: F401  # tests/serve/conftest.py: settings of vLLM
 
 import torch
+from vllm.sampling_params import RequestOutputKind
 
 from helpers.checkpoints import VOCAB, tiny
 from helpers.interpreter import IS_V2
@@ -172,7 +173,7 @@ def run(served: Served, draw: random.Random, asked: list[Asked]) -> dict[str, in
         while waiting and draw.random() < 0.6:
             at = waiting.pop(0)
             name, number = f"{at}-{number}", number + 1
-            params = served.params(1, asked[at].rule, **asked[at].options)
+            params = served.params(1, asked[at].rule, output_kind=RequestOutputKind.FINAL_ONLY, **asked[at].options)
             prompt = {"prompt_token_ids": asked[at].prompt}
             served.engine.add_request(name, prompt, params, priority=asked[at].priority)
             running[name] = at

@@ -195,7 +195,7 @@ def test_the_kernel_over_real_blocks(worker, served, cache, monkeypatch):
     stock = kernel.duo_attention
     monkeypatch.setattr(served.model, "by_kernel", True)
     check(worker)
-    found = saw(cache)["kernel"]
+    (found,) = saw(cache)["kernel"]
     assert found["tokens"] > 10 and max(found["largest by layer"]) < 1e-5
     monkeypatch.setattr(self_check, "VLLM_VERSION", "other")
     monkeypatch.setattr(kernel, "duo_attention", lambda *given: stock(*given) * 1.001)

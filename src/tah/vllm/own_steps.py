@@ -47,7 +47,7 @@ class Given:
 
 
 class OwnSteps:
-    """Runs requests of given tokens to their end, all of them together or one after the other.
+    """Runs requests of given tokens to their end, all of them side by side.
 
     Args:
         worker: Worker whose warm-up is over, and whose scheduler has not begun.
@@ -57,20 +57,17 @@ class OwnSteps:
     def __init__(self, worker: Any, requests: list[Given]) -> None:
         self.worker, self.requests = worker, requests
 
-    def run(self, together: bool) -> None:
+    def run(self) -> None:
         """Run all tokens."""
         with self._noted():
-            for group in [self.requests] if together else [[one] for one in self.requests]:
-                while running := [one for one in group if one.waits]:
-                    most = self.worker.vllm_config.scheduler_config.max_num_batched_tokens // len(running)
-                    self._step([(one, one.take(most)) for one in running])
-                if not together:
-                    self.end(group)
+            while running := [one for one in self.requests if one.waits]:
+                most = self.worker.vllm_config.scheduler_config.max_num_batched_tokens // len(running)
+                self._step([(one, one.take(most)) for one in running])
 
-    def end(self, requests: list[Given]) -> None:
+    def end(self) -> None:
         """Let runner and model forget the requests; their keys stay where they are."""
         out = SchedulerOutput.make_empty()
-        out.finished_req_ids = {one.name for one in requests}
+        out.finished_req_ids = {one.name for one in self.requests}
         out.given_up = []
         self.worker.execute_model(out)
         self.worker.model.waiting = WaitingTokens()  # deferred tokens of an ended request would run in the next step

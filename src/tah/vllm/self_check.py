@@ -89,7 +89,7 @@ def check(worker: DepthWorker) -> None:
         )
     if group.rank_in_group == 0:
         when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        report = {"passed": not differences, "message": message, "differences": differences}
+        report: dict[str, Any] = {"passed": not differences, "message": message, "differences": differences}
         report |= {"time": when, "seconds": round(took, 2), "identity": known}
         write_atomically(path, json.dumps(report | seen, indent=1) + "\n")
     if message is not None:
@@ -184,14 +184,12 @@ class Comparison:
         """Return what the check saw, by part, and the differences in words."""
         seen: dict[str, Any] = {"layout": self._layout()}
         requests = self._requests()
-        together = self._assign_blocks(requests)
-        steps = OwnSteps(self.worker, requests)
-        try:
-            steps.run(together)
+        for group in [requests] if self._assign_blocks(requests) else [[one] for one in requests]:
+            steps = OwnSteps(self.worker, group)
+            steps.run()
             if self.model.by_kernel:
-                seen["kernel"] = self._kernel(requests if together else requests[-1:])  # the last has its keys
-        finally:
-            self._restore(steps, requests, together)
+                seen.setdefault("kernel", []).append(self._kernel(group))
+            self._restore(steps, group)
         seen["answers"] = [self._answer(one) for one in requests]
         return seen, self.differences
 
@@ -237,10 +235,9 @@ class Comparison:
             one.blocks, spread = spread[:count], spread[count:] if together else spread
         return together
 
-    def _restore(self, steps: OwnSteps, requests: list[Given], together: bool) -> None:
+    def _restore(self, steps: OwnSteps, requests: list[Given]) -> None:
         """Free what the requests hold: pool entries, keys, and their places in runner and model."""
-        if together:
-            steps.end(requests)
+        steps.end()
         model, pages = self.model, self.model.pages
         blocks = np.unique([block for one in requests for block in one.blocks])
         slots = pages.slots(blocks)
