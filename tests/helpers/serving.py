@@ -129,8 +129,10 @@ def answer(out: Any) -> Answer:
 
 @contextmanager
 def serve(directory: Path, **options: Any) -> Iterator[Served]:
-    """The model at `directory`, in float32, with little memory."""
+    """The model at `directory`, in float32, with little memory, without the check at the start."""
+    additional = {"self_check": False, **options.pop("additional_config", {})}
     options = {
+        "additional_config": additional,
         "dtype": "float32",
         "max_model_len": 256,
         "max_num_seqs": 8,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+import pytest
+
 from helpers.interpreter import IS_V2, have_backend
 
 SETTINGS = {
@@ -21,3 +23,11 @@ if find_spec("vllm"):  # elsewhere these tests are skipped, and no other test sh
     os.environ |= SETTINGS
     if IS_V2:  # make serve-test-v2
         have_backend()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """What the check at the start of a server remembers does not go to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

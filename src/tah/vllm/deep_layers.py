@@ -9,7 +9,7 @@ Shapes: M tokens, I input width, O output width, r rank, n linear layers that vL
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -124,8 +124,15 @@ def adapters_of(
         yield name, Adapter(parts, module.input_size, whole, rank, scale)
 
 
-def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: Current, prefix: str = "") -> nn.Module:
-    """Return a copy of `module` with adapters and with duo-causal attention; all other submodules are shared.
+def twin(
+    module: nn.Module,
+    adapters: dict[str, Adapter],
+    layer: int,
+    current: Current,
+    prefix: str = "",
+    attention: Callable[[Attention, int, Current], nn.Module] = DuoAttention,
+) -> nn.Module:
+    """Return a copy of `module` with adapters and with other attention; all other submodules are shared.
 
     Args:
         module: Stock layer, or a part of it.
@@ -133,6 +140,7 @@ def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: C
         layer: Number of the layer.
         current: Holder of the running pass.
         prefix: Prefix of the names in `module`.
+        attention: What makes an attention layer of a stock one, of the layer's number and of `current`.
     """
     other = copy.copy(module)
     other._modules = dict(module._modules)
@@ -141,7 +149,7 @@ def twin(module: nn.Module, adapters: dict[str, Adapter], layer: int, current: C
         if path in adapters:
             other._modules[name] = Adapted(child, adapters[path], current)
         elif isinstance(child, Attention):
-            other._modules[name] = DuoAttention(child, layer, current)
+            other._modules[name] = attention(child, layer, current)
         elif next(child.children(), None) is not None:
-            other._modules[name] = twin(child, adapters, layer, current, f"{path}.")
+            other._modules[name] = twin(child, adapters, layer, current, f"{path}.", attention)
     return other

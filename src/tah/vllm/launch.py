@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 from .installed import advice
@@ -19,7 +20,11 @@ IN_PROCESS = {  # environment variables
 
 
 def main() -> None:
-    """Run vLLM's server with the flags of the command line; exit with code 2 if the configuration is not supported."""
+    """Run vLLM's server with the flags of the command line.
+
+    It exits with code 2 if the configuration is not supported, and with code 1 if the check at the start saw a
+    difference.
+    """
     from pydantic import ValidationError
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -35,6 +40,7 @@ def main() -> None:
     args = parser.parse_args(["serve", *sys.argv[1:]])
     configure_logging_from_args(args)
     command.validate(args)
+    began = time.time()
     try:
         command.cmd(args)
     except ValidationError as error:  # vLLM checks its configuration in this process
@@ -43,6 +49,14 @@ def main() -> None:
         for problem in error.errors():
             print(f"tah: {_line(problem)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError:  # vLLM says only that its engine, another process, did not start
+        from .self_check import refusal
+
+        message = refusal(began)
+        if message is None or os.environ.get("TAH_DEBUG", "") not in ("", "0"):
+            raise
+        print(f"tah: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _line(problem: Any) -> str:

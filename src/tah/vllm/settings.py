@@ -41,6 +41,7 @@ def settle(vllm_config: Any) -> None:
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
     vllm_config.additional_config["batching"] = _batching(vllm_config, v2)
+    vllm_config.additional_config["self_check"] = _self_check(vllm_config.additional_config)
     worker = "DepthCPUWorker" if current_platform.is_cpu() else "DepthGPUWorker"
     vllm_config.parallel_config.worker_cls = f"tah.vllm.worker.{worker}"
     vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
@@ -138,6 +139,14 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
         raise ValueError(f"deep_kv_share={share!r} in --additional-config must be a number > 0 and <= 1")
     return float(share)
+
+
+def _self_check(additional: dict[str, Any]) -> bool:
+    """Return whether the server checks itself at the start."""
+    wanted = additional.get("self_check", True)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"self_check={wanted!r} in --additional-config must be true or false")
+    return wanted
 
 
 def _batching(vllm_config: Any, v2: bool) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.forward_context import set_forward_context
 
+from .self_check import check
 from .step import RunningRequests, Step
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ class DepthWorker(Worker):
             runner._model_forward = partial(self._forward, runner._model_forward)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile and warm up vLLM's model, at depth 1; from then on steps come from the scheduler."""
+        """Compile and warm up vLLM's model, at depth 1, and check it; from then on steps come from the scheduler."""
         found = super().compile_or_warm_up_model()
         self.serving = True
+        if self.vllm_config.additional_config["self_check"]:
+            check(self)
         return found
 
     def execute_model(self, scheduler_output: Any) -> Any:
