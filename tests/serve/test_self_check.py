@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
-from helpers.checkpoints import tiny
+from helpers.checkpoints import TAH2, tiny
 from helpers.interpreter import IS_V2
 from helpers.servers import START, TAH, free_port, started
 from helpers.serving import agree, prompts, reference, serve
 from tah.vllm import compat, self_check
+from tah.vllm.mixture import StepMixture
 from tah.vllm.self_check import Comparison, SelfCheckError, check
 
 NEW = 12
@@ -213,3 +214,23 @@ def test_half_precision_passes(tmp_path, cache, dtype, family):
     with serve(model, dtype=dtype, additional_config=ON, **few) as served:
         assert as_before(served)
     assert saw(cache)["passed"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"output": "even"}, {"decision": "sample", "random_seed": 3}], ids=str)
+def test_tah2_checks_itself(tmp_path, cache, monkeypatch, fields):
+    """With the weights of its mixture, and with decisions that are drawn."""
+    model = tiny(tmp_path / "model", "llama", **TAH2 | fields)
+    batching = "two_pass" if IS_V2 or not fields else "mixed"
+    options = {"additional_config": ON | {"batching": batching}}
+    with monkeypatch.context() as patch:
+        add = StepMixture.add
+        patch.setattr(StepMixture, "add", lambda self, index, second, p: add(self, index, -second, p))
+        with (
+            pytest.raises(SelfCheckError, match=r"after token \d+ of self-check-half \(depth 2\)"),
+            serve(model, **options),
+        ):
+            pass
+    with serve(model, **options) as served:
+        assert as_before(served)
+    found = saw(cache)
+    assert found["passed"] and all(0 < one["depths"].count(2) < len(one["ids"]) for one in found["answers"][:1])

@@ -33,7 +33,9 @@ class Given:
     computed: int = 0
     steps: int = 0
     depths: list[int] = field(default_factory=list)  # [N]
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # by position: final hidden state [D], summed over passes
+    hidden: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # by position: final hidden state [D], or a row of a mixture
 
     @property
     def waits(self) -> bool:
@@ -115,18 +117,24 @@ class OwnSteps:
     def _noted(self) -> Iterator[None]:
         """Keep the hidden states of the steps inside, except those of tokens whose second pass is deferred."""
         model, by_name = self.worker.model, {one.name: one for one in self.requests}
-        stock = model.run_step
+        stock, stock_logits, made = model.run_step, model._logits, []
+
+        def logits(hidden: Tensor, last: Any) -> Any:
+            made[:] = [stock_logits(hidden, last)]
+            return made[0]
 
         def run_step(step: Any, depth_one: Any) -> Tensor:
-            hidden: Tensor = stock(step, depth_one)
+            out: Tensor = stock(step, depth_one)
+            # Of a mixture, the runner gets the states of depth 1 only, unless it reads log-probabilities of a prompt.
+            hidden = made[0].output(for_prompts=True) if model.mixes else out
             deferred = set(model.report.taken) if model.waiting.by_request else set()
             for row, (owner, place) in enumerate(zip(step.owners.tolist(), step.places.tolist(), strict=True)):
                 if step.slots[row] not in deferred:
                     by_name[step.request_ids[owner]].hidden[place] = hidden[row].clone()
-            return hidden
+            return out
 
-        model.run_step = run_step
+        model.run_step, model._logits = run_step, logits
         try:
             yield
         finally:
-            del model.run_step
+            del model.run_step, model._logits

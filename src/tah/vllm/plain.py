@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 
 from ..core.next_input import weighted
-from ..policy import DepthState, build_policy
+from ..policy import DepthState, build_policy, draw
 from .attention import Current
 from .deep_layers import twin
+from .mixture import mixed
 
 if TYPE_CHECKING:
     from .model import TaHForCausalLM
@@ -120,31 +121,49 @@ class Plain:
         self.features[len(self.layers[0])] = self.hidden
         self.logits = self.model.base.compute_logits(self.hidden)
 
-    def continue_prob(self, name: str) -> Tensor:
-        """Return the continue probabilities [N] float32 by the policy `name`, after depth 1 (method.md (3))."""
+    def _state(self) -> DepthState:
+        """Return what a policy may read after depth 1."""
 
         def map_logits(f: Callable[[Tensor], Tensor], /, ahead: bool = False) -> Tensor:
             return f(self.logits)
 
         embeds = partial(self.model.embed_input_ids, self.ids)
-        state = DepthState(1, self.ids, self.places[0], self.features, None, map_logits, map_logits, embeds)
-        policy: Any = self.model.decider if name == "decider" else build_policy(name, self.model.config)
-        return policy(state).float().sigmoid()
+        return DepthState(1, self.ids, self.places[0], self.features, None, map_logits, map_logits, embeds)
 
-    def second(self, chosen: Tensor) -> Tensor:
+    def continue_prob(self, name: str) -> Tensor:
+        """Return the continue probabilities [N] float32 by the policy `name`, after depth 1 (method.md (3))."""
+        policy: Any = self.model.decider if name == "decider" else build_policy(name, self.model.config)
+        return policy(self._state()).float().sigmoid()
+
+    def bound(self, name: str, threshold: float) -> Tensor:
+        """Return the numbers [N] float32 above which a continue probability by the policy `name` means to iterate."""
+        if name == "decider" and self.model.config.decision == "sample":
+            return draw(self._state(), self.model.config.random_seed).float()
+        return torch.full((len(self.ids),), threshold, device=self.ids.device)
+
+    def second(self, chosen: Tensor, prob: Tensor) -> Tensor:
         """Run depth 2 on the tokens `chosen` [M], distinct and rising.
 
+        Args:
+            chosen: Tokens, [M].
+            prob: Continue probabilities after depth 1, [N] float32, which weigh the passes of a mixture.
+
         Returns:
-            Logits [N, V] of all tokens, summed over their passes.
+            Log-probabilities [N, V] float32 of all tokens, over all of their passes.
         """
         if not len(chosen):
-            return self.logits
+            return self.logits.float().log_softmax(-1)
         self.places = [self.places[0], chosen]
         deep = self.model._finish(self._run(1, self._next_input(chosen)))
+        head = self.model.base.compute_logits
+        if self.model.mixes:
+            weight = torch.full_like(prob, 0.5) if self.model.config.output == "even" else prob
+            found = self.logits.float().log_softmax(-1)
+            found[chosen] = mixed(found[chosen], head(deep), weight[chosen])
+            return found
         hidden = self.hidden.clone()
         hidden[chosen] += deep
-        logits: Tensor = self.model.base.compute_logits(hidden)
-        return logits
+        return head(hidden).float().log_softmax(-1)  # type: ignore[no-any-return]
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the output of an attention layer; with `noise` set, changed by up to one unit in the last place.
@@ -167,7 +186,9 @@ class Plain:
         return hidden
 
     def _next_input(self, chosen: Tensor) -> Tensor:
-        """Return the next inputs [M, D] of the tokens `chosen` (method.md (4), (5))."""
+        """Return the next inputs [M, D] of the tokens `chosen` (method.md (4), (5), (13))."""
+        if self.model.next_input_mlp is not None:
+            return self.model.next_input_mlp(self.model.embed_input_ids(self.ids[chosen]), self.hidden[chosen])
         if self.model.next_input_map is not None:
             return self.model.embed_input_ids(self.ids[chosen]) + self.model.next_input_map(self.hidden[chosen])
         best = self.logits[chosen].float().topk(min(self.model.config.mix_topk, self.logits.shape[-1]))

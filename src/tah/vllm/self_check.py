@@ -34,6 +34,7 @@ from ..checkpoints.user_cache import cache_dir
 from ..files import write_atomically
 from .attention import DeepTokens
 from .compat import check_layout, read_blocks
+from .mixture import log_probabilities
 from .own_steps import Given, OwnSteps
 from .plain import Plain, attend, duo_visible
 from .requests import RequestOptions
@@ -173,6 +174,7 @@ class Comparison:
 
     def __init__(self, worker: DepthWorker) -> None:
         self.worker, self.model = worker, worker.model
+        self.width: int = worker.model.config.hidden_size
         self.dtype: torch.dtype = worker.vllm_config.model_config.dtype
         self.device = self.model.pool.keys.device
         self.kernel_rounding = KERNEL_ROUNDING[self.dtype]
@@ -219,7 +221,9 @@ class Comparison:
         half, usual = ids[:longer], ids[longer:]
         policy = "decider" if self.model.decider is not None else "confidence"
         self.plain.first(torch.tensor(half, device=self.device))
-        rule = {"policy": policy, "threshold": _middle(self.plain.continue_prob(policy))}
+        rule: dict[str, Any] = {"policy": policy}
+        if policy != "decider" or self.model.config.decision != "sample":  # drawn decisions have no threshold
+            rule["threshold"] = _middle(self.plain.continue_prob(policy))
         rule = get_tp_group().broadcast_object(rule)
         return [Given("self-check-half", half, rule, [17, 9]), Given("self-check-usual", usual, {}, [11])]
 
@@ -301,7 +305,7 @@ class Comparison:
         policy = str(options.rule.policy) if options.iterates else "never"
         places = sorted(one.hidden)
         prob, plain = self._evaluate(one, policy)
-        served = self.model.base.compute_logits(torch.stack([one.hidden[k] for k in places])).float().log_softmax(-1)
+        served = self._served([one.hidden[k] for k in places])
         likely = plain[places].topk(min(LIKELY, plain.shape[-1])).indices
         off = _largest(plain[places], served, likely)
         other_prob, other = torch.zeros_like(prob), torch.zeros_like(off)
@@ -311,13 +315,13 @@ class Comparison:
             other_prob = torch.maximum(other_prob, (changed_prob - prob).abs())
             other = torch.maximum(other, _largest(plain[places], changed[places], likely))
         self.plain.noise = None
-        close = _allowed(other_prob, CLOSE[self.dtype])
-        wanted = 1 + (prob > threshold).int()
-        undecided = (prob - threshold).abs() <= close
+        close, bound = _allowed(other_prob, CLOSE[self.dtype]), self.plain.bound(policy, threshold)
+        wanted = 1 + (prob > bound).int()
+        undecided = (prob - bound).abs() <= close
         for place in np.flatnonzero(got != wanted.cpu().numpy()).tolist():
             if not undecided[place]:
                 told = f"depth {got[place]} instead of {wanted[place]}"
-                near = f"continue probability {prob[place]:.4f}, threshold {threshold:.4f}"
+                near = f"continue probability {prob[place]:.4f}, threshold {bound[place]:.4f}"
                 self.differences.append(f"the decision of token {place} of {one.name}: {told}; {near}")
         allowed = _allowed(other, ROUNDING[self.dtype])
         self._compare(one, places, plain[places], served, off, allowed)
@@ -343,7 +347,14 @@ class Comparison:
         """
         self.plain.first(torch.tensor(one.ids, device=self.device))
         (chosen,) = indices(self.device, np.flatnonzero(np.array(one.depths) > 1))
-        return self.plain.continue_prob(policy), self.plain.second(chosen).float().log_softmax(-1)
+        prob = self.plain.continue_prob(policy)
+        return prob, self.plain.second(chosen, prob)
+
+    def _served(self, rows: list[Tensor]) -> Tensor:
+        """Return log-probabilities [n, V] float32 of n rows of hidden states of the served model."""
+        if self.model.mixes:  # rows of steps without a second pass are shorter than others
+            return torch.cat([log_probabilities(self.model.base.compute_logits, row[None], self.width) for row in rows])
+        return self.model.base.compute_logits(torch.stack(rows)).float().log_softmax(-1)  # type: ignore[no-any-return]
 
     def _compare(
         self, one: Given, places: list[int], plain: Tensor, served: Tensor, off: Tensor, allowed: Tensor
