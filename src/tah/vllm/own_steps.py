@@ -117,7 +117,8 @@ class OwnSteps:
     def _noted(self) -> Iterator[None]:
         """Keep the hidden states of the steps inside, except those of tokens whose second pass is deferred."""
         model, by_name = self.worker.model, {one.name: one for one in self.requests}
-        stock, stock_logits, made = model.run_step, model._logits, []
+        stock, stock_logits = model.run_step, model._logits
+        made: list[Any] = []
 
         def logits(hidden: Tensor, last: Any) -> Any:
             made[:] = [stock_logits(hidden, last)]

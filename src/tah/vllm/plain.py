@@ -163,7 +163,7 @@ class Plain:
             return found
         hidden = self.hidden.clone()
         hidden[chosen] += deep
-        return head(hidden).float().log_softmax(-1)  # type: ignore[no-any-return]
+        return head(hidden).float().log_softmax(-1)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the output of an attention layer; with `noise` set, changed by up to one unit in the last place.

@@ -354,7 +354,7 @@ class Comparison:
         """Return log-probabilities [n, V] float32 of n rows of hidden states of the served model."""
         if self.model.mixes:  # rows of steps without a second pass are shorter than others
             return torch.cat([log_probabilities(self.model.base.compute_logits, row[None], self.width) for row in rows])
-        return self.model.base.compute_logits(torch.stack(rows)).float().log_softmax(-1)  # type: ignore[no-any-return]
+        return self.model.base.compute_logits(torch.stack(rows)).float().log_softmax(-1)
 
     def _compare(
         self, one: Given, places: list[int], plain: Tensor, served: Tensor, off: Tensor, allowed: Tensor
