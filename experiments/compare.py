@@ -33,7 +33,7 @@ OTHERS = {
 }
 OF_TAH2 = {  # what TaH2 is compared with, by the plan of its own
     "standard-tah2": "never",
-    "standard-tah2-x1.3": "never",
+    "standard-tah2-x1.5": "never",
     "paper-own": "decider",
     "all": "decider",
     "always-mix": "always",

@@ -163,7 +163,7 @@ VARIANTS = {
     "paper-own": Variant("paper", PAPER, larger_teacher=False),
     "tah2": Variant("tah2", TAH2),
     "standard-tah2": Variant("standard", TAH2),
-    "standard-tah2-x1.3": Variant("standard", TAH2, steps=1.3),
+    "standard-tah2-x1.5": Variant("standard", TAH2, steps=1.5),
     **CHOICE,
     **BLIND,
 }

@@ -491,14 +491,14 @@ def test_tah2_is_compared_with_baselines_of_its_size_and_with_entropy_on_its_wei
         lines = []
         for seed in compare.SEEDS:
             lines.append(line_of("tah2", seed, 0.5, **{"decider-half": 0.8, "decider": 0.7, "entropy": 0.6}))
-            lines.append(line_of("standard-tah2-x1.3", seed, 0.7))
+            lines.append(line_of("standard-tah2-x1.5", seed, 0.7))
             lines.append(line_of(choose.BASELINE, seed, 0.9))  # too small for a comparison with TaH2
         (tmp_path / f"compare-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compare.main(["tah2", "--policy", "decider-half", "--output", str(tmp_path), "--table"])
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()[2:]]
     assert [(variant, policy) for variant, policy, *_ in rows] == [
         ("tah2", "decider-half"),
-        ("standard-tah2-x1.3", "never"),
+        ("standard-tah2-x1.5", "never"),
         ("tah2", "never"),
         ("tah2", "entropy"),
         ("tah2", "decider"),
