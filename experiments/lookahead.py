@@ -206,9 +206,11 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     again = MADE * share * (variant.depth - 1)
     if variant.method == "tah2":
         # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
-        # gradients. The decider reads the logits of every token.
+        # gradients. The decider reads the logits of every token at depth 1, and is not asked at the last depth.
+        decider = sum(p.numel() for p in model.decider.parameters())
         again = length * share + MADE * (1 - share) / 3
-        entropy = head * length
+        entropy = (head + decider) * length
+        maps -= decider
     return 6 * (body * length + head * MADE + entropy + again * (body + maps + head + mixed))
 
 
