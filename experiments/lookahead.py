@@ -237,13 +237,14 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     its = weights_of(model)
     entropy = its.head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
     mixed = 2 * its.head if model.config.next_input == "topk" else 0  # the next input: logits, a sum of embeddings
-    again = made * share * (variant.depth - 1)
+    again, added = made * share * (variant.depth - 1), its.added
     if variant.method == "tah2":
         # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
-        # gradients. The decider reads the logits of every token.
+        # gradients. The decider reads the logits of every token at depth 1, and is not asked at the last depth.
         again = length * share + made * (1 - share) / 3
-        entropy = its.head * length
-    return 6 * (its.body * length + its.head * made + entropy + again * (its.body + its.added + its.head + mixed))
+        entropy = (its.head + its.decider) * length
+        added -= its.decider
+    return 6 * (its.body * length + its.head * made + entropy + again * (its.body + added + its.head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------

@@ -196,6 +196,20 @@ def test_a_model_trained_to_iterate_everywhere_is_kept_so(tmp_path):
         assert TaHForCausalLM.from_pretrained(tmp_path / f"{name}-0").config.policy == policy
 
 
+def test_flops_of_tah2_count_the_decider_on_every_token_and_not_at_the_last_depth():
+    variant, tokenizer = variants.VARIANTS["tah2"], tasks.Task("chain", 0, (1,)).tokenizer()
+    model = variants.build(variants.SIZES["test"], variant, tokenizer, seed=0)
+    decider, added = (sum(p.numel() for p in part.parameters()) for part in (model.decider, model.next_input_mlp))
+    head = model.get_input_embeddings().weight.numel()
+    body = variants.parameters(model) - decider - added - head
+    assert 6 * 32**2 < decider < 6.5 * 32**2 and 5 * 32**2 < added < 5.5 * 32**2
+    length, made = 12, tasks.MADE
+    none, every = (lookahead.row_flops(model, variant, length, share) for share in (0.0, 1.0))
+    first = 6 * (length * (body + head + decider) + made * head)
+    assert none == pytest.approx(first + 2 * made * (body + added + head))  # side passes, without gradients
+    assert every == pytest.approx(first + 6 * length * (body + added + head))
+
+
 def test_noise_deals_labels_out_among_tokens_of_the_same_place():
     task = tasks.Task("chain", 0, (1, 2))
     rows = tasks.Rows(task.take("train", 400, distinct=False), task.tokenizer())
