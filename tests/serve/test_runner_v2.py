@@ -86,7 +86,7 @@ def test_steps_padded_as_for_graphs(tmp_path, monkeypatch):
 
 
 def test_rules_side_by_side(llama):
-    """Beside requests that never iterate, and with probabilities of a prompt."""
+    """Each request has a rule of its own, one of them none that iterates."""
     rules = [
         {},
         {"policy": "never"},
