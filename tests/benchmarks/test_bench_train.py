@@ -1,10 +1,6 @@
 """The training benchmark measures what it says: variants, hard tokens, memory. No time is compared with anything."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +14,15 @@ from tah.benchmarks.bench_train import Setup, Trainee
 from tah.benchmarks.measure import Row, save, texts
 from tah.load import load_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmark" / "bench_gpu_train.py"
+FOLDER = Path(__file__).parents[2] / "benchmark"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("bench_gpu_train", SCRIPT)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu_train
+
+    return gpu_train
 
 
 def test_result(tiny_base, tmp_path):
@@ -103,9 +100,6 @@ def test_gpu_script_on_a_tiny_model(script):
         (on, variant) for on in (False, True) for variant in script.VARIANTS
     ]
     assert all(0 < row["mfu"] < 1 and row["dtype"] == "bfloat16" for row in rows)
-    memory = {**rows[0], "task": "memory, 1 x 60", "median": 2048.0, "tokens_per_second": None, "mfu": None}
-    table = script.markdown([*rows, memory]).splitlines()
-    assert len(table) == 2 + 7 and table[-1] == "| off | memory, 1 x 60 | plain | 2.0 GiB | 1.00 |  |  |"
 
 
 def test_flops_are_those_that_torch_counts(script):
@@ -131,10 +125,3 @@ def test_flops_are_those_that_torch_counts(script):
 def test_texts_have_the_lengths_asked_for(tiny_base):
     short, long = texts(load_tokenizer(str(tiny_base)), [5, 40])
     assert (len(short), len(long)) == (5, 40) and short != long[:5]
-
-
-def test_gpu_script_refuses_without_a_gpu():
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=env)
-    message = done.stderr.splitlines()[-1]  # torchao, which transformers imports, warns before
-    assert (done.returncode, done.stdout, message) == (2, "", "bench_gpu_train: this machine has no CUDA GPU")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -173,3 +174,26 @@ def test_what_does_not_fit_is_refused(change, message):
     case = draw(M=2)
     with pytest.raises(ValueError, match=message):
         duo_attention(**vars(case) | change)
+
+
+@pytest.fixture
+def sections(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmark"))
+    import gpu_kernel
+
+    return gpu_kernel
+
+
+def test_the_benchmark_checks_the_kernel(sections, monkeypatch):
+    rows = list(sections.correct(True))
+    kinds = {(row["type"], row["layout"], row["attention"]) for row in rows}
+    assert len(rows) == len(kinds) == 12 and all(row["ok"] for row in rows)
+    right = sections.duo_attention
+    monkeypatch.setattr(sections, "duo_attention", lambda own, **given: right(own=not own, **given))
+    assert not any(row["ok"] for row in sections.correct(True))  # the control: a wrong kernel is found
+
+
+def test_the_benchmark_times_the_kernel(sections):
+    rows = list(sections.speed(True))
+    assert [(row["tokens"], row["splits"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(row["ms"] > row["limit ms"] > 0 for row in rows)

@@ -20,7 +20,7 @@ from tah.vllm.kernel import choose_splits, duo_attention, tile
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed; `make serve-test` has it"
+    find_spec("triton") is None, reason="Triton is not installed; `make serve-env` installs it"
 )
 
 

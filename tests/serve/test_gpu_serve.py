@@ -1,0 +1,31 @@
+"""The first command for a machine with a GPU and vLLM, at a tiny size on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
+
+SCRIPT = Path(__file__).parents[2] / "benchmark" / "gpu_serve.py"
+
+
+@pytest.mark.slow  # five engines start one after another
+@pytest.mark.timeout(3000)
+def test_every_section(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--small", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    sections = json.loads((tmp_path / "gpu_serve.json").read_text())["sections"]
+    assert list(sections) == ["answers", "layouts", "speed"]
+    (answers,), (layout,) = sections["answers"]["rows"], sections["layouts"]["rows"]
+    assert answers["as generate"] == answers["answers"] == 6 and 0.1 < answers["iterated"] < 0.9
+    assert layout["backend"] == "CPU_ATTN" and layout["tokens"] == 16
+    rows = [(row["variant"], row["requests"]) for row in sections["speed"]["rows"]]
+    assert rows == [(name, count) for name in ("base", "never", "two_pass") for count in (1, 3)]
+    assert all(row["tokens/s"] > 0 for row in sections["speed"]["rows"])
