@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 
@@ -29,8 +30,9 @@ MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
     ],
     ids=["a key head each", "TaH2", "one key head in both, policies that look at logits"],
 )
-def test_two_processes(tmp_path, family, batching, heads, config, rules):
-    """Chunked prompts, then requests that are preempted for want of blocks."""
+def test_two_processes(tmp_path, monkeypatch, family, batching, heads, config, rules):
+    """The check at the start, chunked prompts, then requests that are preempted for want of blocks."""
+    monkeypatch.setenv("TAH_CACHE", str(tmp_path / "cache"))
     model = tiny(tmp_path / "model", family, key_heads=heads, **config)
     parts = [MIXED[at :: len(rules)] for at in range(len(rules))]
     want = [reference(model, part, NEW, **rule) for part, rule in zip(parts, rules, strict=True)]
@@ -41,6 +43,8 @@ def test_two_processes(tmp_path, family, batching, heads, config, rules):
         additional_config={"batching": batching},
     )  # fmt: skip
     try:
+        (checked,) = (json.loads(path.read_text()) for path in (tmp_path / "cache" / "self-check").iterdir())
+        assert checked["passed"] and checked["identity"]["processes"] == 2
         params = [
             SamplingParams(temperature=0, ignore_eos=True, max_tokens=NEW, extra_args=rules[at % len(rules)])
             for at in range(len(MIXED))
