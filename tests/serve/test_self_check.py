@@ -173,9 +173,9 @@ def test_what_is_broken_is_named(worker, served, cache, monkeypatch):
         decide = served.model._decide
 
         def flipped(*given):
-            go = decide(*given)
+            go, probability = decide(*given)
             go[0] = not go[0]
-            return go
+            return go, probability
 
         patch.setitem(served.model.__dict__, "_decide", flipped)
         broken(r"the decision of token 0 of self-check-half: depth")
