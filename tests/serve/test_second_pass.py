@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from helpers.checkpoints import tiny
@@ -136,6 +137,25 @@ def test_passes_of_few_rows(llama, batching, monkeypatch):
         monkeypatch.setattr(served.model, "_run_rows", lambda tokens, x: ran.append(len(x)) or run(tokens, x))
         assert agree(llama, asked, served.ask(asked, 4, [rule] * len(asked)), want, **rule)
         assert batching["batching"] == "mixed" or (len(ran) > 20 and max(ran) == 7)
+
+
+def test_norms_that_write_in_place(llama, batching, monkeypatch):
+    """As those of GPUs do. vLLM's first layer writes into the embeddings, which the decider reads."""
+    stock, wrote = RMSNorm.forward_native, []
+
+    def forward(self, x, residual=None):
+        if residual is None:
+            return stock(self, x)
+        out, total = stock(self, x.clone(), residual.clone())
+        wrote.append(1)
+        return x.copy_(out), residual.copy_(total)
+
+    monkeypatch.setattr(RMSNorm, "forward_native", forward)
+    want = reference(llama, ASKED, NEW)
+    assert iterated(want) > 0.05
+    with serve(llama, additional_config=batching) as served:
+        assert agree(llama, ASKED, served.ask(ASKED, NEW), want)
+    assert wrote
 
 
 def test_a_wrapped_model(llama, batching):

@@ -32,7 +32,7 @@ from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
 from .mixture import StepMixture, log_probabilities
-from .names import FAMILIES
+from .names import FAMILIES, inner_layers
 from .pool import DeepPool, capacity
 from .report import StepReport
 from .step import Step
@@ -63,8 +63,9 @@ class TaHForCausalLM(nn.Module):
             vllm_config, prefix="base", hf_config=base, architectures=[FAMILIES[base.model_type]]
         )
         self.decider = build_decider(config.decider, base) if config.decider else None
-        wanted = self.decider.layers if self.decider is not None else ()
-        self.decoder.aux_hidden_state_layers = tuple(sorted({k for k in wanted if k < base.num_hidden_layers}))
+        self.decoder.aux_hidden_state_layers = inner_layers(config)
+        # vLLM would return its input of the first layer itself, into which norms of GPUs write in place.
+        self.reads_embeds = self.decider is not None and 0 in self.decider.layers
         width = base.hidden_size
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.next_input_mlp: NextInputMLP | None = None
@@ -212,6 +213,8 @@ class TaHForCausalLM(nn.Module):
             hidden, aux = out if isinstance(out, tuple) else (out, ())
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
+        if self.reads_embeds:
+            features[0] = self.embed_input_ids(step.ids)
         logits = self._logits(hidden[:T], step.last)
         if ended is not None:
             logits.add(*ended)
@@ -384,7 +387,7 @@ class TaHForCausalLM(nn.Module):
         with without_writing(self.deep_attention[0].stock, held):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
-                    features[number] = (x if residual is None else x + residual)[:T]
+                    features[number] = (x + residual)[:T]
                 x, residual = layer(positions, x, residual)
         hidden, ended = self.decoder.norm(x, residual)[0][:T], None
         if due:
