@@ -23,6 +23,7 @@ from ..config import TaHConfig, current_tensor
 from ..core.fast import topk
 from ..core.logits import best_of
 from ..core.lora import is_target
+from ..core.next_input import ROWS as MIXED
 from ..core.next_input import NextInputMLP, weighted
 from ..decider import build_decider
 from ..names import MIXTURES
@@ -32,14 +33,13 @@ from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
 from .mixture import StepMixture, log_probabilities
-from .names import FAMILIES, inner_layers
+from .names import FAMILIES, ROWS, inner_layers
 from .pool import DeepPool, capacity
 from .report import StepReport
 from .step import Step
 from .transfer import indices, to_device, to_host
 from .waiting import Waiting, WaitingTokens
 
-ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
 GOES_ON, NOT_FINITE = 1, 2  # what the device tells the host of each token's decision
 
 
@@ -315,9 +315,9 @@ class TaHForCausalLM(nn.Module):
             out[at] = self._run_rows(tokens.part(part), x[at])
         return out
 
-    def _run_rows(self, tokens: DeepTokens, x: Tensor) -> Tensor:
-        """Run one pass of `_run_deep`."""
-        deep = self.current.deep = self._plan(tokens)
+    def _run_rows(self, tokens: DeepTokens, x: Tensor, splits: int | None = None) -> Tensor:
+        """Run one pass of `_run_deep`, in which the kernel has `splits` programs per token and head."""
+        deep = self.current.deep = replace(self._plan(tokens), splits=splits)
         residual = None
         for layer in self.deep_layers:
             x, residual = layer(deep.positions, x, residual)
@@ -410,7 +410,8 @@ class TaHForCausalLM(nn.Module):
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best_of(logits, self.config.mix_topk, topk)
-            return weighted(weights, self.embed_input_ids(tokens))
+            parts = zip(weights.split(MIXED), tokens.split(MIXED), strict=True)  # bounds embeddings [MIXED, k, D]
+            return torch.cat([weighted(w, self.embed_input_ids(ids)) for w, ids in parts])
 
         return logits.map(index, mix)
 

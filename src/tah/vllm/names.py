@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ..config import TaHConfig
 
 ARCHITECTURE = "TaHForCausalLM"
+ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
 DEEP_KV_SHARE = 0.1  # pool entries per depth-1 slot; the paper's models iterate 7 % of the tokens
 TAH2_DEEP_KV_SHARE = 0.6  # the same with a decider of TaH2; the published models iterate 44 % of the tokens
 

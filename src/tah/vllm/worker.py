@@ -17,6 +17,7 @@ from vllm.forward_context import set_forward_context
 
 from .self_check import check
 from .step import RunningRequests, Step
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -73,7 +74,8 @@ class DepthWorker(Worker):
             runner._model_forward = partial(self._forward, runner._model_forward)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile and warm up vLLM's model, at depth 1, and check it; from then on steps come from the scheduler."""
+        """Compile and warm up both depths, and check the model; from then on steps come from the scheduler."""
+        warm_up(self.model, self.vllm_config)  # before vLLM's warm-up, at whose end it begins to report compilations
         found = super().compile_or_warm_up_model()
         self.serving = True
         if self.vllm_config.additional_config["self_check"]:
