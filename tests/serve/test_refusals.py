@@ -70,7 +70,9 @@ def no_choice(monkeypatch):
 @pytest.fixture
 def gpu(no_choice, monkeypatch):
     """A machine with a GPU and Triton, as far as the configuration depends on it."""
-    machine = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, is_rocm=lambda: False, device_type="cuda")
+    machine = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda_alike=lambda: True, is_rocm=lambda: False, device_type="cuda"
+    )
     monkeypatch.setattr(settings, "current_platform", machine)
     return machine
 

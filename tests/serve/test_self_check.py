@@ -214,17 +214,21 @@ def test_the_kernel_over_real_blocks(worker, served, cache, monkeypatch):
             check(worker)
         assert as_before(served)
 
-    refused("other", lambda *given: stock(*given) * 1.001, "the kernel of depth 2 in layer 0: its output is off by 0.001 ")
+    refused(
+        "other", lambda *given: stock(*given) * 1.001, "the kernel of depth 2 in layer 0: its output is off by 0.001 "
+    )
 
     def split(*given):  # a fault of split keys only, which the short requests have not
         return stock(*given) * (1.1 if given[-1] not in (None, 1) else 1)
 
-    refused("third", split, "^this server .*: the kernel of depth 2 in layer 2 with 2 programs for each head: its output")
+    refused(
+        "third", split, "^this server .*: the kernel of depth 2 in layer 2 with 2 programs for each head: its output"
+    )
 
 
 @pytest.mark.skipif(not IS_V2, reason="the kernel needs Triton's interpreter from the start: make serve-test-v2")
 def test_the_kernel_is_warmed_up(llama, monkeypatch):
-    """In all variants that requests and the check use, before vLLM begins to report compilations; the pool is as before."""
+    """In all variants that requests and the check use, before vLLM begins to report compilations."""
     from tah.vllm import kernel
 
     stock, prepare, seen, before = kernel.duo_attention, TaHForCausalLM.prepare, [], []
