@@ -383,7 +383,8 @@ class TaHForCausalLM(nn.Module):
         deep = self.current.deep = replace(self._plan(tokens), rows=rows, step=T)
         x = functional.pad(self.embed_input_ids(step.ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
         positions = functional.pad(step.positions, (0, more)).index_copy_(0, rows, deep.positions)
-        wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
+        wanted, features = self.decoder.aux_hidden_state_layers, {}
+        residual: Any = None
         with without_writing(self.deep_attention[0].stock, held):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:

@@ -178,7 +178,8 @@ class Plain:
 
     def _run(self, depth: int, x: Tensor) -> Tensor:
         """Return the normed hidden states [M, D] of a pass over inputs [M, D]; depth 1 keeps what the decider reads."""
-        residual, wanted = None, self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
+        residual: Any = None
+        wanted = self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
         for number, layer in enumerate(self.layers[depth]):
             if number in wanted:
                 self.features[number] = x + residual

@@ -265,10 +265,10 @@ class Comparison:
     def _restore(self, blocks: list[int]) -> None:
         """Free the pool entries of `blocks`, and zero their keys of both depths."""
         model, pages = self.model, self.model.pages
-        blocks = np.unique(blocks)
-        slots = pages.slots(blocks)
+        mine = np.unique(blocks)
+        slots = pages.slots(mine)
         entries = model.pool.entries[slots]
-        held, used = indices(self.device, pages.of(blocks[None])[0], entries[entries >= 0])
+        held, used = indices(self.device, pages.of(mine[None])[0], entries[entries >= 0])
         model.pool.release(slots)
         model.pool.flush()
         model.pool.keys[:, used], model.pool.values[:, used] = 0, 0
