@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
+from vllm.compilation.caching import aot_compile_hash_factors
 from vllm.engine.arg_utils import EngineArgs
 
 from helpers.checkpoints import tiny
@@ -69,7 +70,9 @@ def no_choice(monkeypatch):
 @pytest.fixture
 def gpu(no_choice, monkeypatch):
     """A machine with a GPU and Triton, as far as the configuration depends on it."""
-    machine = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_type="cuda")
+    machine = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda_alike=lambda: True, is_rocm=lambda: False, device_type="cuda"
+    )
     monkeypatch.setattr(settings, "current_platform", machine)
     return machine
 
@@ -113,6 +116,23 @@ def test_other_devices(llama, gpu):
     gpu.is_cuda_alike, gpu.device_type = lambda: False, "xpu"
     with pytest.raises(ValueError, match=r"do not support the device 'xpu'; use a GPU or a CPU \(.*pip install"):
         configured(llama)
+
+
+def test_amd_gpus(llama, gpu):
+    gpu.is_rocm = lambda: True
+    with pytest.raises(ValueError, match=r"TaH models were not tried on AMD GPUs; use a GPU of NVIDIA or a CPU \("):
+        configured(llama)
+
+
+def test_layers_of_the_decider_have_graphs_of_their_own(tmp_path):
+    """Depth 1 is compiled under the base's configuration, and vLLM loads a graph of the same key."""
+    keys = []
+    for layers in ([1, 2], [2, 3], [0, 2]):
+        model = tiny(tmp_path / "model", "llama", decider={"kind": "lean", "layers": layers, "width": 16})
+        config = configured(model)
+        nested = config.with_hf_config(config.model_config.hf_config.base_config, architectures=["LlamaForCausalLM"])
+        keys.append(str(aot_compile_hash_factors(nested)))
+    assert len(set(keys)) == 2 and keys[1] == keys[2]  # only the second layer is asked of vLLM in both
 
 
 def test_both_distributions_of_vllm(llama, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,13 +12,18 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.worker.cpu_worker import CPUWorker
 
-from helpers.checkpoints import tiny
+from helpers.checkpoints import TAH2, tiny
 from helpers.interpreter import IS_V2
 from helpers.serving import agree, iterated, prompts, reference, serve
 from helpers.waits import watched
 from tah.vllm import model as serving
+from tah.vllm import worker as depth_worker
+from tah.vllm.attention import DuoAttention
+from tah.vllm.memory import second_pass_bytes
 
 NEW = 12
 ASKED = prompts(6, seed=1)
@@ -136,6 +143,76 @@ def test_passes_of_few_rows(llama, batching, monkeypatch):
         monkeypatch.setattr(served.model, "_run_rows", lambda tokens, x: ran.append(len(x)) or run(tokens, x))
         assert agree(llama, asked, served.ask(asked, 4, [rule] * len(asked)), want, **rule)
         assert batching["batching"] == "mixed" or (len(ran) > 20 and max(ran) == 7)
+
+
+def test_norms_that_write_in_place(llama, batching, monkeypatch):
+    """As those of GPUs do. vLLM's first layer writes into the embeddings, which the decider reads."""
+    stock, wrote = RMSNorm.forward_native, []
+
+    def forward(self, x, residual=None):
+        if residual is None:
+            return stock(self, x)
+        out, total = stock(self, x.clone(), residual.clone())
+        wrote.append(1)
+        return x.copy_(out), residual.copy_(total)
+
+    monkeypatch.setattr(RMSNorm, "forward_native", forward)
+    want = reference(llama, ASKED, NEW)
+    assert iterated(want) > 0.05
+    with serve(llama, additional_config=batching) as served:
+        assert agree(llama, ASKED, served.ask(ASKED, NEW), want)
+    assert wrote
+
+
+def peak(run):
+    """Return what `run` returns, and the most bytes that it had allocated at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = run()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    changes = [one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())]
+    return out, max(accumulate(changes, initial=0))
+
+
+@pytest.mark.skipif(IS_V2, reason="the same code with both model runners")
+@pytest.mark.parametrize("fields", [{"decider": MLP}, {}, TAH2], ids=["mlp", "lean", "tah2"])
+def test_its_working_memory_is_bounded(tmp_path, monkeypatch, fields):
+    """Without attention, which gathers keys on a CPU only."""
+    model, seen = tiny(tmp_path / "model", "llama", **fields), []
+    monkeypatch.setattr(DuoAttention, "_duo", lambda self, query, key, value, deep: query.clone())
+    options = {"max_num_batched_tokens": 256, "additional_config": {"batching": "two_pass"}}
+    with serve(model, **options) as served:
+        run_step = served.model.run_step
+
+        def run(step, depth_one):
+            made = depth_one()
+            hidden, most = peak(lambda: run_step(step, lambda: made))
+            seen.append((step.tokens, most))
+            return hidden
+
+        monkeypatch.setattr(served.model, "run_step", run)
+        rules = [{"policy": policy, "threshold": 0.0} for policy in ("decider", "confidence")]
+        for rule in rules:
+            served.ask(prompts(4, seed=2), 2, [rule] * 4)
+        config = served.model.config
+    tokens, most = max(seen, key=lambda one: one[1])
+    assert tokens > 64
+    bound = second_pass_bytes(config, tokens, 8, 4)
+    print(f"{tokens} tokens needed {most} bytes, of {bound}")
+    assert bound / 5 < most < bound
+
+
+def test_a_gpu_keeps_room_for_it(llama, monkeypatch):
+    """Beside the pool, unless the bytes of the cache are given."""
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: 1 << 30)
+    with serve(llama) as served:
+        worker = served.engine.model_executor.driver_worker.worker
+        on_cpu = worker.determine_available_memory()
+        monkeypatch.setattr(depth_worker, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+        kept = (on_cpu - worker.determine_available_memory()) * (1 + worker.share)
+        expected = second_pass_bytes(served.model.config, worker.scheduler_config.max_num_batched_tokens, 8, 4)
+        assert abs(kept - expected) < 4 and expected > 10**6
+        worker.cache_config.kv_cache_memory_bytes = 1 << 30
+        assert worker.determine_available_memory() == on_cpu
 
 
 def test_a_wrapped_model(llama, batching):

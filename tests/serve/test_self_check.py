@@ -10,12 +10,15 @@ import pytest
 
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
+from vllm.v1.worker.cpu_worker import CPUWorker
+
 from helpers.checkpoints import TAH2, tiny
 from helpers.interpreter import IS_V2
 from helpers.servers import START, TAH, free_port, started
 from helpers.serving import agree, prompts, reference, serve
 from tah.vllm import compat, self_check
 from tah.vllm.mixture import StepMixture
+from tah.vllm.model import TaHForCausalLM
 from tah.vllm.self_check import Comparison, SelfCheckError, check
 
 NEW = 12
@@ -85,14 +88,17 @@ def test_a_healthy_start_is_remembered(llama, cache, runs, monkeypatch):
     half, usual = found["answers"]
     assert 10 < half["depths"].count(2) < 30 and half["rule"]["policy"] == "decider" and usual["rule"] == {}
     assert max(half["difference of log-probabilities"]) < 1e-3
-    with serve(llama, additional_config=ON) as served:
-        assert len(runs) == 1
+    with serve(llama, additional_config=ON, hf_overrides={"policy": "confidence", "threshold": 0.9}) as served:
+        assert len(runs) == 1  # requests may choose these, too
         worker = served.engine.model_executor.driver_worker.worker
         for name in ("VLLM_VERSION", "_sources"):  # another version of vLLM, or of this plugin
             monkeypatch.setattr(self_check, name, "other" if name.isupper() else lambda: "other")
             check(worker)
             check(worker)
         assert len(runs) == 3 and len(list(cache.iterdir())) == 3
+        other = copy.deepcopy(served.model.config)
+        other.mix_topk -= 1
+        assert self_check._configuration(other) != self_check._configuration(served.model.config)
 
 
 def test_a_bad_start_is_refused(llama, cache, runs, monkeypatch):
@@ -173,9 +179,9 @@ def test_what_is_broken_is_named(worker, served, cache, monkeypatch):
         decide = served.model._decide
 
         def flipped(*given):
-            go = decide(*given)
+            go, probability = decide(*given)
             go[0] = not go[0]
-            return go
+            return go, probability
 
         patch.setitem(served.model.__dict__, "_decide", flipped)
         broken(r"the decision of token \d+ of self-check-(half|usual): depth")
@@ -196,13 +202,54 @@ def test_the_kernel_over_real_blocks(worker, served, cache, monkeypatch):
     stock = kernel.duo_attention
     monkeypatch.setattr(served.model, "by_kernel", True)
     check(worker)
-    (found,) = saw(cache)["kernel"]
+    (found,), long = saw(cache)["kernel"], saw(cache)["kernel, long"]
     assert found["tokens"] > 10 and max(found["largest by layer"]) < 1e-5
-    monkeypatch.setattr(self_check, "VLLM_VERSION", "other")
-    monkeypatch.setattr(kernel, "duo_attention", lambda *given: stock(*given) * 1.001)
-    with pytest.raises(SelfCheckError, match="the kernel of depth 2 in layer 0: its output is off by 0.001 "):
-        check(worker)
-    assert as_before(served)
+    assert long["slots"] > 4 * 64 and long["positions"][-1] > 192 and long["entries"] > 100
+    assert list(long["largest by splits"]) == ["1", "2", "8"] and max(long["largest by splits"].values()) < 1e-5
+
+    def refused(name, broken, says):
+        monkeypatch.setattr(self_check, "VLLM_VERSION", name)
+        monkeypatch.setattr(kernel, "duo_attention", broken)
+        with pytest.raises(SelfCheckError, match=says):
+            check(worker)
+        assert as_before(served)
+
+    refused(
+        "other", lambda *given: stock(*given) * 1.001, "the kernel of depth 2 in layer 0: its output is off by 0.001 "
+    )
+
+    def split(*given):  # a fault of split keys only, which the short requests have not
+        return stock(*given) * (1.1 if given[-1] not in (None, 1) else 1)
+
+    refused(
+        "third", split, "^this server .*: the kernel of depth 2 in layer 2 with 2 programs for each head: its output"
+    )
+
+
+@pytest.mark.skipif(not IS_V2, reason="the kernel needs Triton's interpreter from the start: make serve-test-v2")
+def test_the_kernel_is_warmed_up(llama, monkeypatch):
+    """In all variants that requests and the check use, before vLLM begins to report compilations."""
+    from tah.vllm import kernel
+
+    stock, prepare, seen, before = kernel.duo_attention, TaHForCausalLM.prepare, [], []
+    vllms = CPUWorker.compile_or_warm_up_model
+
+    def attend(*given):
+        seen.append((len(given[0]), given[-1]))
+        return stock(*given)
+
+    def prepared(model, *given):
+        prepare(model, *given)
+        model.by_kernel = True
+
+    monkeypatch.setattr(kernel, "duo_attention", attend)
+    monkeypatch.setattr(TaHForCausalLM, "prepare", prepared)
+    monkeypatch.setattr(CPUWorker, "compile_or_warm_up_model", lambda self: before.append(len(seen)) or vllms(self))
+    with serve(llama, num_gpu_blocks_override=8) as served:
+        every = {1, 2, 4, 8, 16, 32, 64}
+        assert {splits for _, splits in seen} == every >= set(self_check.LONG_SPLITS) and (2, 1) in seen
+        assert before == [len(seen)]
+        assert as_before(served)
 
 
 @pytest.mark.parametrize(("dtype", "family"), [("bfloat16", "qwen3"), ("float16", "llama")])

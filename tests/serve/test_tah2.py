@@ -114,17 +114,19 @@ def test_a_cached_prefix_whose_last_token_is_hard(model, batching):
 def test_log_probabilities(model, plain, batching):
     """Of sampled tokens and of prompts in chunks, beside requests that read none; those of `never` are the base's."""
     prompt, rules = max(MIXED, key=len), [ALL, {}, {"policy": "never"}, {"policy": "always"}]
-    with serve(model, max_num_batched_tokens=32, max_num_seqs=5, additional_config=batching) as served:
+    given = {"prompt_logprob_token_ids": [[token] for token in prompt[1:]]}  # which runner V1 refuses
+    with serve(model, max_num_batched_tokens=32, max_num_seqs=6, additional_config=batching) as served:
         options = {"temperature": 1.0, "seed": 5, "logprobs": 0}
         params = [served.params(NEW, rule, prompt_logprobs=0, **options) for rule in rules]
         params.append(served.params(NEW, {}, n=2, **options))
+        params += [served.params(NEW, ALL, **options, **given)] * IS_V2
         outs = served.llm.generate([{"prompt_token_ids": prompt}] * len(params), params, use_tqdm=False)
         served.check_pool()
         hidden = torch.randn(300, 128)
         of_the_base = served.model.base.compute_logits(hidden)
         assert torch.allclose(served.model.compute_logits(hidden), of_the_base.log_softmax(-1), atol=1e-5)
-    assert outs[-1].outputs[0].token_ids != outs[-1].outputs[1].token_ids
-    for out, rule in zip(outs, [*rules, {}], strict=True):
+    assert outs[4].outputs[0].token_ids != outs[4].outputs[1].token_ids
+    for out, rule in zip(outs, [*rules, {}, ALL][: len(params)], strict=True):
         for one in out.outputs:
             text = torch.tensor([prompt + list(one.token_ids)])
             again = plain(text[:, :-1], **rule)
@@ -138,6 +140,10 @@ def test_log_probabilities(model, plain, batching):
             if rule == {"policy": "never"}:
                 base = plain.base(text[:, :-1]).logits[0].log_softmax(-1).gather(1, text[0, 1:, None]).squeeze(1)
                 assert torch.allclose(torch.tensor(got), base[: len(prompt) - 1], atol=1e-3)
+        if out.prompt_token_id_logprobs is not None:
+            got = torch.as_tensor(out.prompt_token_id_logprobs).squeeze(1)
+            assert torch.allclose(got, logp[: len(prompt) - 1], atol=1e-3)
+    assert (outs[-1].prompt_token_id_logprobs is not None) == IS_V2
 
 
 def test_one_wait_per_step(model, batching, monkeypatch):

@@ -92,12 +92,14 @@ def test_a_call_without_triton_is_one_clear_line():
 
 def test_splits_fill_a_gpu_and_no_more():
     H200, heads = 132, 8
-    assert choose_splits(1, heads, 32768, H200) == 33  # 264 programs
+    assert choose_splits(1, heads, 32768, H200) == 32  # of 264 programs, 33 would be possible
     assert choose_splits(1, heads, 1024, H200) == 4  # at least 256 slots for each
     assert choose_splits(8, heads, 32768, H200) == 4
     assert choose_splits(64, heads, 32768, H200) == choose_splits(1, heads, 100, H200) == 1
     assert choose_splits(1, 1, 131072, H200) == 64
     assert choose_splits(1, heads, 32768, 1) == 1  # a CPU
+    found = {choose_splits(M, H, keys, H200) for M in range(1, 70) for H in (1, 3, 8) for keys in range(1, 40000, 77)}
+    assert found == {1, 2, 4, 8, 16, 32, 64}
 
 
 def test_tiles_fit_shared_memory():

@@ -81,6 +81,7 @@ class DeepPass:
     owners: Tensor | None = None  # [M] row of `tables`, for the kernel
     rows: Tensor | None = None  # [M] rows of the tokens in a mixed pass: T rows of the step, then added rows of depth 2
     step: int = 0  # T of a mixed pass
+    splits: int | None = None  # programs of the kernel per token and head; None: as many as fill the GPU
 
 
 @dataclass
@@ -208,7 +209,8 @@ class DuoAttention(nn.Module):
         assert deep.tables is not None and deep.owners is not None
         keys, values = deep.pool.keys[self.layer], deep.pool.values[self.layer]
         table, where = deep.pool.entry_of_slot, (deep.tables, deep.owners, deep.positions)
-        return duo_attention(query, by_rows(self.stock), keys, values, table, *where, self.stock.impl.scale, deep.own)
+        scale, own, splits = self.stock.impl.scale, deep.own, deep.splits
+        return duo_attention(query, by_rows(self.stock), keys, values, table, *where, scale, own, splits)
 
     def _attend(self, query: Tensor, group: Group, pool: DeepPool) -> Tensor:
         """Return the attention output [R, P, H, G, K] of a group's queries [R, P, H, G, K]."""

@@ -278,7 +278,9 @@ def duo_attention(
 
 
 def choose_splits(tokens: int, heads: int, longest: int, processors: int) -> int:
-    """Return the number of programs that share the keys of one token and key/value head.
+    """Return the number of programs that share the keys of one token and key/value head, a power of two.
+
+    Each number has a variant of the second kernel, so there should be few.
 
     Args:
         tokens: Number of tokens, M.
@@ -287,7 +289,8 @@ def choose_splits(tokens: int, heads: int, longest: int, processors: int) -> int
         processors: Multiprocessors of the GPU, each of which runs several programs at a time.
     """
     needed = PROGRAMS_PER_PROCESSOR * processors // max(1, tokens * heads)
-    return max(1, min(needed, longest // KEYS_PER_SPLIT, MOST_SPLITS))
+    most = max(1, min(needed, longest // KEYS_PER_SPLIT, MOST_SPLITS))
+    return 1 << most.bit_length() - 1
 
 
 @cache

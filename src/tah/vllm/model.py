@@ -23,6 +23,7 @@ from ..config import TaHConfig, current_tensor
 from ..core.fast import topk
 from ..core.logits import best_of
 from ..core.lora import is_target
+from ..core.next_input import ROWS as MIXED
 from ..core.next_input import NextInputMLP, weighted
 from ..decider import build_decider
 from ..names import MIXTURES
@@ -32,14 +33,13 @@ from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, twin
 from .logits import StepLogits
 from .mixture import StepMixture, log_probabilities
-from .names import FAMILIES
+from .names import FAMILIES, ROWS, inner_layers
 from .pool import DeepPool, capacity
 from .report import StepReport
 from .step import Step
 from .transfer import indices, to_device, to_host
 from .waiting import Waiting, WaitingTokens
 
-ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
 GOES_ON, NOT_FINITE = 1, 2  # what the device tells the host of each token's decision
 
 
@@ -63,8 +63,9 @@ class TaHForCausalLM(nn.Module):
             vllm_config, prefix="base", hf_config=base, architectures=[FAMILIES[base.model_type]]
         )
         self.decider = build_decider(config.decider, base) if config.decider else None
-        wanted = self.decider.layers if self.decider is not None else ()
-        self.decoder.aux_hidden_state_layers = tuple(sorted({k for k in wanted if k < base.num_hidden_layers}))
+        self.decoder.aux_hidden_state_layers = inner_layers(config)
+        # vLLM would return its input of the first layer itself, into which norms of GPUs write in place.
+        self.reads_embeds = self.decider is not None and 0 in self.decider.layers
         width = base.hidden_size
         self.next_input_map = nn.Linear(width, width, bias=False) if config.next_input == "hidden" else None
         self.next_input_mlp: NextInputMLP | None = None
@@ -212,6 +213,8 @@ class TaHForCausalLM(nn.Module):
             hidden, aux = out if isinstance(out, tuple) else (out, ())
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
+        if self.reads_embeds:
+            features[0] = self.embed_input_ids(step.ids)
         logits = self._logits(hidden[:T], step.last)
         if ended is not None:
             logits.add(*ended)
@@ -312,9 +315,9 @@ class TaHForCausalLM(nn.Module):
             out[at] = self._run_rows(tokens.part(part), x[at])
         return out
 
-    def _run_rows(self, tokens: DeepTokens, x: Tensor) -> Tensor:
-        """Run one pass of `_run_deep`."""
-        deep = self.current.deep = self._plan(tokens)
+    def _run_rows(self, tokens: DeepTokens, x: Tensor, splits: int | None = None) -> Tensor:
+        """Run one pass of `_run_deep`, in which the kernel has `splits` programs per token and head."""
+        deep = self.current.deep = replace(self._plan(tokens), splits=splits)
         residual = None
         for layer in self.deep_layers:
             x, residual = layer(deep.positions, x, residual)
@@ -380,11 +383,12 @@ class TaHForCausalLM(nn.Module):
         deep = self.current.deep = replace(self._plan(tokens), rows=rows, step=T)
         x = functional.pad(self.embed_input_ids(step.ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
         positions = functional.pad(step.positions, (0, more)).index_copy_(0, rows, deep.positions)
-        wanted, features, residual = self.decoder.aux_hidden_state_layers, {}, None
+        wanted, features = self.decoder.aux_hidden_state_layers, {}
+        residual: Any = None
         with without_writing(self.deep_attention[0].stock, held):
             for number, layer in enumerate(self.deep_layers):
                 if number in wanted:
-                    features[number] = (x if residual is None else x + residual)[:T]
+                    features[number] = (x + residual)[:T]
                 x, residual = layer(positions, x, residual)
         hidden, ended = self.decoder.norm(x, residual)[0][:T], None
         if due:
@@ -407,7 +411,8 @@ class TaHForCausalLM(nn.Module):
 
         def mix(logits: Tensor) -> Tensor:  # [n, V] -> [n, D]
             weights, tokens = best_of(logits, self.config.mix_topk, topk)
-            return weighted(weights, self.embed_input_ids(tokens))
+            parts = zip(weights.split(MIXED), tokens.split(MIXED), strict=True)  # bounds embeddings [MIXED, k, D]
+            return torch.cat([weighted(w, self.embed_input_ids(ids)) for w, ids in parts])
 
         return logits.map(index, mix)
 

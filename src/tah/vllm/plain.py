@@ -116,8 +116,9 @@ class Plain:
     def first(self, ids: Tensor) -> None:
         """Run depth 1 on a sequence of tokens, [N]."""
         self.ids, self.places = ids, [torch.arange(len(ids), device=ids.device)]
-        self.features.clear()
-        self.hidden = self._run(0, self.model.embed_input_ids(ids))
+        x = self.model.embed_input_ids(ids)
+        self.features = {0: x.clone()}  # layers write in place
+        self.hidden = self._run(0, x)
         self.features[len(self.layers[0])] = self.hidden
         self.logits = self.model.base.compute_logits(self.hidden)
 
@@ -177,10 +178,11 @@ class Plain:
 
     def _run(self, depth: int, x: Tensor) -> Tensor:
         """Return the normed hidden states [M, D] of a pass over inputs [M, D]; depth 1 keeps what the decider reads."""
-        residual, wanted = None, self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
+        residual: Any = None
+        wanted = self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
         for number, layer in enumerate(self.layers[depth]):
             if number in wanted:
-                self.features[number] = x.clone() if residual is None else x + residual  # layers write in place
+                self.features[number] = x + residual
             x, residual = layer(self.places[depth], x, residual)
         hidden: Tensor = self.model.decoder.norm(x, residual)[0]
         return hidden

@@ -5,7 +5,8 @@ It runs once per device, versions and configuration, before the server accepts r
 * the layout of vLLM's KV cache with what `compat.read_blocks` expects;
 * 64 given tokens through the runner, in several steps of two requests, with a plain evaluation of the same weights
   (`plain.py`): decisions, best tokens and log-probabilities;
-* where a kernel attends at depth 2, its output over the blocks of these tokens with plain attention.
+* where a kernel attends at depth 2, its output over the blocks of these tokens with plain attention, and over long
+  tables of random keys with several numbers of programs.
 
 What it saw is a file in the user's cache. If all is equal, the file spares the next start the check. Else the server
 does not start.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +43,7 @@ from .requests import RequestOptions
 from .transfer import indices
 
 if TYPE_CHECKING:
+    from ..config import TaHConfig
     from .worker import DepthWorker
 
 TOKENS = 64
@@ -49,6 +52,8 @@ FACTOR = 8  # allowed difference, as a multiple of theirs; without a fault, 2.4 
 CLOSE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}  # at least allowed, of probabilities
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}  # at least allowed, of log-probabilities
 KERNEL_ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative to the largest value
+TILES, MOST_PER_TILE = 4, 64  # the kernel is checked over more slots than these
+LONG_SPLITS = (1, 2, 8)  # powers of two: no other number is compiled, or chosen
 LIKELY = 20  # tokens of which log-probabilities are compared
 SHOWN = 3  # differences that the error names
 OFF = """--additional-config '{"self_check": false}'"""
@@ -122,7 +127,7 @@ def identity(worker: DepthWorker) -> dict[str, Any]:
         "attention backend": stock.get_attn_backend().get_name(),
         "kernel": model.by_kernel,
         "dtype": str(config.model_config.dtype),
-        "KV cache": [str(stock.kv_cache.dtype), *stock.kv_cache.shape[1:]],
+        "KV cache": [str(stock.kv_cache.dtype), *stock.kv_cache.shape[1:], *stock.kv_cache.stride()],
         "block size": model.pages.block,
         "quantization": config.model_config.quantization,
         "batching": config.additional_config["batching"],
@@ -131,7 +136,7 @@ def identity(worker: DepthWorker) -> dict[str, Any]:
         "compilation": [str(config.compilation_config.mode), str(config.compilation_config.cudagraph_mode)],
         "tokens per step": config.scheduler_config.max_num_batched_tokens,
         "requests": min(2, config.scheduler_config.max_num_seqs),
-        "checkpoint": _digest(model.config.to_json_string(use_diff=False).encode()),  # of its config.json
+        "checkpoint": _configuration(model.config),
     }
 
 
@@ -150,6 +155,14 @@ def _version(package: str) -> str | None:
 def _sources() -> str:
     """Return a digest of the plugin's code: an installation from a checkout may change without its version."""
     return _digest(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def _configuration(config: TaHConfig) -> str:
+    """Return a digest of a checkpoint's configuration, without what each request may choose: the check has its own."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    for name in ("policy", "threshold"):
+        del fields[name]
+    return _digest(json.dumps(fields, sort_keys=True).encode())
 
 
 def _digest(content: bytes) -> str:
@@ -191,7 +204,10 @@ class Comparison:
             steps.run()
             if self.model.by_kernel:
                 seen.setdefault("kernel", []).append(self._kernel(group))
-            self._restore(steps, group)
+            steps.end()
+            self._restore([block for one in group for block in one.blocks])
+        if self.model.by_kernel:
+            seen["kernel, long"] = self._long_kernel()
         seen["answers"] = [self._answer(one) for one in requests]
         return seen, self.differences
 
@@ -229,24 +245,30 @@ class Comparison:
 
     def _assign_blocks(self, requests: list[Given]) -> bool:
         """Give the requests blocks from all over the cache, in falling order; return whether they can run together."""
-        size, cache = self.model.pages.block, self.model.deep_attention[0].stock.kv_cache
-        most = cache.shape[0] * self.model.pages.page // size - 1  # block 0 belongs to no request
-        counts = [-(-len(one.ids) // size) for one in requests]
-        together = sum(counts) <= most and self.worker.vllm_config.scheduler_config.max_num_seqs > 1
-        needed = sum(counts) if together else max(counts)
-        spread = np.linspace(most, 1, needed).astype(int).tolist() if needed > 1 else [most]
+        counts = [-(-len(one.ids) // self.model.pages.block) for one in requests]
+        together = sum(counts) <= self._blocks() and self.worker.vllm_config.scheduler_config.max_num_seqs > 1
+        spread = self._spread(sum(counts) if together else max(counts))
         for one, count in zip(requests, counts, strict=True):
             one.blocks, spread = spread[:count], spread[count:] if together else spread
         return together
 
-    def _restore(self, steps: OwnSteps, requests: list[Given]) -> None:
-        """Free what the requests hold: pool entries, keys, and their places in runner and model."""
-        steps.end()
+    def _blocks(self) -> int:
+        """Return the number of blocks, without block 0, which belongs to no request."""
+        cache, pages = self.model.deep_attention[0].stock.kv_cache, self.model.pages
+        return cache.shape[0] * pages.page // pages.block - 1
+
+    def _spread(self, count: int) -> list[int]:
+        """Return `count` blocks from all over the cache, in falling order, or all if there are fewer."""
+        most = self._blocks()
+        return np.linspace(most, 1, min(count, most)).astype(int).tolist() if count > 1 else [most]
+
+    def _restore(self, blocks: list[int]) -> None:
+        """Free the pool entries of `blocks`, and zero their keys of both depths."""
         model, pages = self.model, self.model.pages
-        blocks = np.unique([block for one in requests for block in one.blocks])
-        slots = pages.slots(blocks)
+        mine = np.unique(blocks)
+        slots = pages.slots(mine)
         entries = model.pool.entries[slots]
-        held, used = indices(self.device, pages.of(blocks[None])[0], entries[entries >= 0])
+        held, used = indices(self.device, pages.of(mine[None])[0], entries[entries >= 0])
         model.pool.release(slots)
         model.pool.flush()
         model.pool.keys[:, used], model.pool.values[:, used] = 0, 0
@@ -258,7 +280,7 @@ class Comparison:
 
     def _kernel(self, requests: list[Given]) -> dict[str, Any]:
         """Compare the kernel with plain attention, for random queries over the keys that the requests have left."""
-        size, pool = self.model.pages.block, self.model.pool
+        size = self.model.pages.block
         tables = np.zeros((len(requests), max(len(one.blocks) for one in requests)), np.int32)
         for table, one in zip(tables, requests, strict=True):
             table[: len(one.blocks)] = one.blocks
@@ -268,27 +290,72 @@ class Comparison:
         if not len(at):
             return found
         slots = tables[owners, at // size].astype(np.int64) * size + at % size
-        deep = self.model.current.deep = self.model._plan(DeepTokens(owners, at, slots, tables))
-        rows = [indices(self.device, np.flatnonzero(owners == k))[0] for k in range(len(tables))]
-        for number, layer in enumerate(self.model.deep_attention):
-            keys, values = pool.keys[number, deep.entries], pool.values[number, deep.entries]
-            draw = torch.Generator().manual_seed(number)
-            query = torch.randn(len(at), layer.stock.num_heads, keys.shape[-1], generator=draw)
-            query = query.to(self.device, self.dtype)
-            got = layer(query.flatten(1), keys.flatten(1), values.flatten(1)).view_as(query).float()
-            want = torch.empty_like(got)
-            for table, mine in zip(tables, rows, strict=True):
-                k, v = self._cached(layer.stock, table)
-                positions, place = deep.positions[mine], torch.arange(len(k), device=self.device)
-                visible = duo_visible(positions, place, positions, deep.own)
-                k, v = torch.cat([k, keys[mine]]), torch.cat([v, values[mine]])
-                want[mine] = attend(query[mine].float(), k, v, visible, layer.stock.impl.scale)
-            off = ((got - want).abs().max() / want.abs().max()).item()
-            found["largest by layer"].append(off)
-            if not off <= self.kernel_rounding:
-                told = f"its output is off by {off:.2g} of the largest number, more than {self.kernel_rounding:g}"
-                self.differences.append(f"the kernel of depth 2 in layer {number}: {told}")
+        tokens = DeepTokens(owners, at, slots, tables)
+        for layer in range(len(self.model.deep_attention)):
+            found["largest by layer"].append(self._attended(layer, tokens, None))
         return found
+
+    def _long_kernel(self) -> dict[str, Any]:
+        """Compare the kernel with plain attention over random keys of several tiles, which splits share evenly or not.
+
+        The tokens above are few and near the start of short requests.
+        """
+        model, size = self.model, self.model.pages.block
+        blocks = self._spread(-(-(TILES * MOST_PER_TILE + 1) // size))
+        slots = model.pages.slots(np.array(blocks))
+        draw = np.random.default_rng(0)
+        several = min(len(slots) // 2, model.pool.free)
+        at = np.sort(draw.choice(len(slots), several, replace=False))  # positions of depth 2
+        (entries,) = indices(self.device, model.pool.take(slots[at]))
+        (pages,) = indices(self.device, model.pages.of(np.array([blocks]))[0])
+        last = len(model.deep_attention) - 1
+        cache = model.deep_attention[last].stock.kv_cache
+        for number, (tensor, rows) in enumerate([(cache, pages), (model.pool.keys[last], entries)]):
+            tensor[rows] = self._random(number, len(rows), *tensor.shape[1:])
+        model.pool.values[last, entries] = self._random(2, len(entries), *cache.shape[1:2], model.pool.values.shape[-1])
+        places = np.unique(at[[0, several // 2, several - 1]])
+        tables = np.array([blocks], np.int32)
+        tokens = DeepTokens(np.zeros(len(places), np.int64), places, slots[places], tables)
+        off = {str(splits): self._attended(last, tokens, splits) for splits in LONG_SPLITS}
+        self._restore(blocks)
+        return {"slots": len(slots), "entries": several, "positions": places.tolist(), "largest by splits": off}
+
+    def _random(self, seed: int, *shape: int) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=draw).to(self.device, self.dtype)
+
+    def _attended(self, number: int, tokens: DeepTokens, splits: int | None) -> float:
+        """Compare the kernel with plain attention in layer `number`, for random queries of `tokens`.
+
+        Args:
+            number: Number of the layer.
+            tokens: Tokens; for every slot of their tables that has an entry, the pool has keys.
+            splits: Programs per token and head.
+
+        Returns:
+            The largest difference, as a share of the largest number.
+        """
+        layer, pool = self.model.deep_attention[number], self.model.pool
+        deep = self.model.current.deep = replace(self.model._plan(tokens), splits=splits)
+        keys, values = pool.keys[number, deep.entries], pool.values[number, deep.entries]
+        query = self._random(number, len(tokens.places), layer.stock.num_heads, keys.shape[-1])
+        got = layer(query.flatten(1), keys.flatten(1), values.flatten(1)).view_as(query).float()
+        want = torch.empty_like(got)
+        for row, table in enumerate(tokens.tables):
+            (mine,) = indices(self.device, np.flatnonzero(tokens.owners == row))
+            k, v = self._cached(layer.stock, table)
+            held = pool.entries[self.model.pages.slots(table)]
+            entries, places = indices(self.device, held[held >= 0], np.flatnonzero(held >= 0))
+            all_places = torch.arange(len(k), device=self.device)
+            visible = duo_visible(deep.positions[mine], all_places, places, deep.own)
+            k, v = torch.cat([k, pool.keys[number, entries]]), torch.cat([v, pool.values[number, entries]])
+            want[mine] = attend(query[mine].float(), k, v, visible, layer.stock.impl.scale)
+        off = ((got - want).abs().max() / want.abs().max()).item()
+        if not off <= self.kernel_rounding:
+            told = f"its output is off by {off:.2g} of the largest number, more than {self.kernel_rounding:g}"
+            shared = "" if splits is None else f" with {splits} programs for each head"
+            self.differences.append(f"the kernel of depth 2 in layer {number}{shared}: {told}")
+        return off
 
     def _cached(self, layer: Any, table: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the depth-1 keys and values [slots, H, K] of the blocks `table`, those of a request."""

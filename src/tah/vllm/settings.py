@@ -7,18 +7,20 @@ from numbers import Real
 from typing import Any
 
 from vllm import envs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..config import TaHConfig
 from .compat import check_version
 from .installed import advice, check_installed
 from .metrics import add_metrics
-from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE
+from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE, inner_layers
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's environment variable
+logger = init_logger("vllm.tah")  # below vLLM's own logger, which has the handler
 MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
 
 
@@ -42,6 +44,8 @@ def settle(vllm_config: Any) -> None:
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
     vllm_config.additional_config["batching"] = _batching(vllm_config, v2)
     vllm_config.additional_config["self_check"] = _self_check(vllm_config.additional_config)
+    # They change the graph of depth 1. vLLM's cache of compiled graphs knows the base's configuration and this only.
+    vllm_config.additional_config["inner_layers"] = list(inner_layers(config))
     worker = "DepthCPUWorker" if current_platform.is_cpu() else "DepthGPUWorker"
     vllm_config.parallel_config.worker_cls = f"tah.vllm.worker.{worker}"
     vllm_config.scheduler_config.scheduler_cls = "tah.vllm.scheduler.DepthScheduler"
@@ -106,6 +110,10 @@ def _check_flags(vllm_config: Any) -> None:
 def _choose_runner(vllm_config: Any) -> bool:
     """Select vLLM's model runner: V1 on a CPU (V2 if the environment asks for it), V2 on a GPU.
 
+    Where vLLM would choose otherwise, this sets the environment variable `RUNNER`, and a line of the log says so: vLLM
+    reads nothing else, in all processes of the engine and as long as it runs. So it also holds for models of any kind
+    that this process serves later.
+
     Returns:
         Whether it is V2.
 
@@ -115,6 +123,8 @@ def _choose_runner(vllm_config: Any) -> bool:
     given = envs.VLLM_USE_V2_MODEL_RUNNER
     if current_platform.is_cpu():
         v2 = bool(given)
+    elif current_platform.is_rocm():  # the kernel of depth 2 was not even compiled for them
+        raise ValueError(f"TaH models were not tried on AMD GPUs; use a GPU of NVIDIA or a CPU ({advice()})")
     elif not current_platform.is_cuda_alike():
         raise ValueError(
             f"TaH models do not support the device {current_platform.device_type!r}; use a GPU or a CPU ({advice()})"
@@ -123,8 +133,9 @@ def _choose_runner(vllm_config: Any) -> bool:
         raise ValueError(f"on a GPU, TaH models need vLLM's model runner V2; leave {RUNNER}=0 out")
     else:
         v2 = True
-    if vllm_config.use_v2_model_runner != v2:  # vLLM would choose otherwise; the variable reaches its other processes
+    if vllm_config.use_v2_model_runner != v2:
         os.environ[RUNNER] = str(int(v2))
+        logger.info("TaH: %s=%d is set from here on, for all models of this process", RUNNER, v2)
     if vllm_config.use_v2_model_runner != v2:
         raise ValueError(f"TaH models need vLLM's model runner V{1 + v2} here, and vLLM selects the other one")
     return v2

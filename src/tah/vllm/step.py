@@ -117,7 +117,8 @@ class RunningRequests:
                 self.unused += range(rows, 2 * rows)
                 self.tables = np.concatenate([self.tables, np.zeros_like(self.tables)])
             options = RequestOptions.of(self.config, new.sampling_params.extra_args)
-            reads_prompt = new.sampling_params.prompt_logprobs is not None
+            wanted = new.sampling_params.prompt_logprobs, new.sampling_params.prompt_logprob_token_ids
+            reads_prompt = any(what is not None for what in wanted)  # runner V2 has the second one, too
             one = self.by_name[new.req_id] = Running(options, self.unused.pop(), prompt, reads_prompt)
         one.prompt, one.computed, one.blocks = prompt, new.num_computed_tokens, 0
         one.known = len(new.prefill_token_ids or new.prompt_token_ids)

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
 
+from .memory import second_pass_bytes
 from .self_check import check
 from .step import RunningRequests, Step
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
@@ -50,15 +53,25 @@ class DepthWorker(Worker):
         self.model_runner.use_aux_hidden_state_outputs = bool(self.model.decoder.aux_hidden_state_layers)
 
     def determine_available_memory(self) -> int:
-        """Return the bytes of vLLM's KV cache: all available bytes except those of the pool.
+        """Return the bytes of vLLM's KV cache: all available bytes except those of the second pass and of the pool.
+
+        On a CPU, a setting of vLLM names the bytes of both caches, as `--kv-cache-memory-bytes` does on a GPU. Else
+        vLLM has measured the working memory of depth 1 only.
 
         `pool.capacity` sizes the pool by the share or by the longest request. If the longest request needs more than
         half of the bytes, cache and pool get a half each.
         """
         whole = super().determine_available_memory()
+        if not (current_platform.is_cpu() or self.cache_config.kv_cache_memory_bytes):
+            whole -= self._second_pass_bytes()
         slot = sum(spec.page_size_bytes / spec.block_size for spec in self.get_kv_cache_spec().values())
         longest = self.model_config.max_model_len * slot
         return int(min(whole / (1 + self.share), max(whole - longest, whole / 2)))
+
+    def _second_pass_bytes(self) -> int:
+        scheduler, size = self.vllm_config.scheduler_config, self.model_config.dtype.itemsize
+        most = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, size
+        return second_pass_bytes(self.model.config, *most, self.parallel_config.tensor_parallel_size)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate vLLM's KV cache, then the pool."""
@@ -73,7 +86,8 @@ class DepthWorker(Worker):
             runner._model_forward = partial(self._forward, runner._model_forward)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile and warm up vLLM's model, at depth 1, and check it; from then on steps come from the scheduler."""
+        """Compile and warm up both depths, and check the model; from then on steps come from the scheduler."""
+        warm_up(self.model, self.vllm_config)  # before vLLM's warm-up, at whose end it begins to report compilations
         found = super().compile_or_warm_up_model()
         self.serving = True
         if self.vllm_config.additional_config["self_check"]:
