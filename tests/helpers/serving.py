@@ -116,9 +116,11 @@ class Served:
     def check_pool(self) -> None:
         """Nothing is lost: every entry is free or belongs to one slot, and the scheduler knows how many are free."""
         pool = self.model.pool
-        live = pool.entry_of_slot[pool.entry_of_slot >= 0].tolist()
+        live = pool.entries[pool.entries >= 0].tolist()
         free = pool.unused[: pool.free].tolist()
         assert sorted(live + free) == list(range(pool.capacity))
+        stale = (pool.entry_of_slot.cpu().numpy() != pool.entries).nonzero()[0]
+        assert set(stale.tolist()) <= {slot for slots in pool.changed for slot in slots.tolist()}
         assert self.scheduler.deep_free == pool.free and sum(self.scheduler.deep_in_block.values()) == len(live)
 
 

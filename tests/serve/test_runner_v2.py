@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup as warm_up
 from helpers.checkpoints import tiny
 from helpers.interpreter import IS_V2
 from helpers.serving import agree, answer, iterated, prompts, reference, serve
+from tah.vllm import model as serving
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="model runner V2 needs a process of its own: make serve-test-v2")
 
@@ -102,9 +104,13 @@ def test_rules_side_by_side(llama):
             assert agree(llama, [asked[at]], [got[at]], [want[at]], **rule)
 
 
-@pytest.mark.parametrize("attention", ["duo", "own"])
-def test_the_kernel_attends(tmp_path, attention):
-    """As on a GPU, over a row-major copy of the CPU's cache: chunks of prompts, and decoding."""
+@pytest.mark.parametrize(("attention", "shared"), [("duo", False), ("own", True)])
+def test_the_kernel_attends(tmp_path, monkeypatch, attention, shared):
+    """As on a GPU, over a row-major copy of the CPU's cache: chunks of prompts, and decoding.
+
+    A GPU has a table of the entries of its own, which the host brings up to date.
+    """
+    monkeypatch.setattr(serving, "DeepPool", partial(serving.DeepPool, shared=shared))
     model, asked, rule = (
         tiny(tmp_path / "model", "llama", attention=attention),
         [ASKED[2], ASKED[5]],
@@ -114,6 +120,7 @@ def test_the_kernel_attends(tmp_path, attention):
     assert iterated(want) > 0.3
     with serve(model, max_num_batched_tokens=32) as served:
         served.model.by_kernel = True
+        assert served.model.pool.shared == shared
         assert agree(model, asked, served.ask(asked, 4, [rule] * 2), want, **rule)
 
 

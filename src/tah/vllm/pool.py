@@ -41,6 +41,8 @@ class DeepPool:
         slots: Number of physical depth-1 slots.
         dtype: Data type of keys and values.
         device: Device of keys and values.
+        shared: Whether host and device have the same table; by default on CPUs only. Tests on a CPU set it to false, so
+            that there are two tables as on a GPU.
 
     Attributes:
         entries: Entry of each slot [slots] int64, or -1; on the host.
@@ -48,7 +50,15 @@ class DeepPool:
     """
 
     def __init__(
-        self, layers: int, capacity: int, heads: int, width: int, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        capacity: int,
+        heads: int,
+        width: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: bool | None = None,
     ) -> None:
         self.capacity = capacity
         self.keys = torch.zeros(layers, capacity, heads, width, dtype=dtype, device=device)
@@ -57,7 +67,7 @@ class DeepPool:
         self.unused = np.arange(capacity, dtype=np.int64)  # stack, of which the first `free` entries are free
         self.free = capacity
         self.changed: list[np.ndarray] = []  # slots whose entry the device does not know yet
-        self.shared = torch.device(device).type == "cpu"  # whether host and device have the same table
+        self.shared = torch.device(device).type == "cpu" if shared is None else shared
         if self.shared:
             self.entry_of_slot = torch.from_numpy(self.entries)
         else:

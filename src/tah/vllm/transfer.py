@@ -19,9 +19,13 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def indices(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
-    """Return arrays of integers as int64 tensors on `device`, all of them in one copy."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array.astype(np.int64)) for array in arrays]
-    packed = to_device(np.concatenate([array.ravel() for array in arrays]).astype(np.int64), device)
-    parts = packed.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    """Return copies of arrays of integers as int64 tensors on `device`, all of them in one copy.
+
+    Each tensor begins at a multiple of 16 bytes: Triton compiles another kernel for a tensor that does not.
+    """
+    sizes = [array.size + array.size % 2 for array in arrays]
+    packed = np.zeros(sum(sizes), np.int64)
+    for array, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
+        packed[end - size : end - size + array.size] = array.ravel()
+    parts = to_device(packed, device).split(sizes)
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
