@@ -206,6 +206,7 @@ def test_a_gpu_keeps_room_for_it(llama, monkeypatch):
     monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: 1 << 30)
     with serve(llama) as served:
         worker = served.engine.model_executor.driver_worker.worker
+        worker.cache_config.kv_cache_memory_bytes = None  # what a GPU's default is
         on_cpu = worker.determine_available_memory()
         monkeypatch.setattr(depth_worker, "current_platform", SimpleNamespace(is_cpu=lambda: False))
         kept = (on_cpu - worker.determine_available_memory()) * (1 + worker.share)

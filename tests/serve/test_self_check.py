@@ -45,6 +45,13 @@ def served(llama, request):
 
 
 @pytest.fixture
+def few(llama):
+    """An engine whose cache is small: on a CPU, each call of the kernel copies it."""
+    with serve(llama, num_gpu_blocks_override=12) as served:
+        yield served
+
+
+@pytest.fixture
 def worker(served, cache):
     return served.engine.model_executor.driver_worker.worker
 
@@ -196,9 +203,10 @@ def test_what_is_broken_is_named(worker, served, cache, monkeypatch):
 
 
 @pytest.mark.skipif(not IS_V2, reason="the kernel needs Triton's interpreter from the start: make serve-test-v2")
-def test_the_kernel_over_real_blocks(worker, served, cache, monkeypatch):
+def test_the_kernel_over_real_blocks(few, cache, monkeypatch):
     from tah.vllm import kernel
 
+    served, worker = few, few.engine.model_executor.driver_worker.worker
     stock = kernel.duo_attention
     monkeypatch.setattr(served.model, "by_kernel", True)
     check(worker)
@@ -245,7 +253,7 @@ def test_the_kernel_is_warmed_up(llama, monkeypatch):
     monkeypatch.setattr(kernel, "duo_attention", attend)
     monkeypatch.setattr(TaHForCausalLM, "prepare", prepared)
     monkeypatch.setattr(CPUWorker, "compile_or_warm_up_model", lambda self: before.append(len(seen)) or vllms(self))
-    with serve(llama, num_gpu_blocks_override=8) as served:
+    with serve(llama, num_gpu_blocks_override=12) as served:
         every = {1, 2, 4, 8, 16, 32, 64}
         assert {splits for _, splits in seen} == every >= set(self_check.LONG_SPLITS) and (2, 1) in seen
         assert before == [len(seen)]
