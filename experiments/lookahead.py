@@ -369,8 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in asdict(size).items():
         if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
             parser.error(f"--{name} must be at least 1, not {value}")
-    if any(line["settings"] != settings_of(size) for line in lines_of(output)):
-        parser.error(f"{output} has lines of other settings, which cannot be compared; choose another --output")
+    try:
+        refuse_others(output, settings_of(size))
+    except ValueError as error:
+        parser.error(str(error))
     for seed in given.seed:
         task = task_of(given.task, seed, size)
         for variant in given.variant:
@@ -382,9 +384,29 @@ def task_of(name: str, seed: int, size: Size) -> Family:
     return mixture.Mixture(name, seed) if name in mixture.CHOICES else Task(name, seed, size.operations)
 
 
-def settings_of(size: Size) -> dict[str, Any]:
-    """Return the settings of a run as a line of results has them; JSON has lists for tuples."""
-    return json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))
+def settings_of(size: Any, **more: Any) -> dict[str, Any]:
+    """Return the settings of a run as a line of results has them; JSON has lists for tuples.
+
+    Args:
+        size: Dataclass of the size.
+        more: What else determines the lines of a file, such as the recipe whose FLOPs a baseline has.
+    """
+    return json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER} | more))
+
+
+def refuse_others(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse a file of results that has lines of other settings.
+
+    Raises:
+        ValueError: It has some. The message names them.
+    """
+    for made in lines_of(output):
+        names = sorted(made["settings"].keys() | settings.keys())
+        if other := [name for name in names if made["settings"].get(name) != settings.get(name)]:
+            raise ValueError(
+                f"{output} has lines of other settings ({', '.join(other)}), which cannot be compared; "
+                "choose another file"
+            )
 
 
 def record(
@@ -395,6 +417,7 @@ def record(
     name: str,
     save: Path | None = None,
     variant: Variant | None = None,
+    more: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train and score a variant and append its line to `output`. Return the line, which may be there already.
@@ -407,16 +430,16 @@ def record(
         name: Name of the variant in the line.
         save: Directory for the model, if it is to be saved.
         variant: Variant to train; by default the one of `VARIANTS` with that name.
+        more: More settings of the line, see `settings_of`.
         options: More `TrainingArguments`.
 
     Raises:
         ValueError: The file has lines of other settings.
     """
     line: dict[str, Any] = {"task": task.name, "size": size_name, "variant": name, "seed": task.seed}
-    line["settings"] = settings_of(size)
+    line["settings"] = settings_of(size, **(more or {}))
+    refuse_others(output, line["settings"])
     for made in lines_of(output):
-        if made["settings"] != line["settings"]:
-            raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
         if line.items() <= made.items():
             return made
     line |= {"made_with": made_with(**options)} | run(task, size, name, save, variant, **options)

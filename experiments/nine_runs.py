@@ -5,7 +5,8 @@
     python experiments/nine_runs.py RECIPE --policy entropy-tau --output experiments/results --table
 
 Each run is one line in `nine.jsonl`, or in `nine-x2.jsonl` and `nine-x4.jsonl` for twice and four times the training.
-Runs that have a line are not made again. While the file `PAUSE` exists beside the results, no new run starts. The
+Runs that have a line are not made again. A file has the lines of one recipe with one policy, because these determine
+the FLOPs of its baselines; lines of others are refused. While the file `PAUSE` exists beside the results, no new run starts. The
 one-pass baselines have as many training FLOPs as the recipe of the same seed and length, and never fewer steps.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from choose import POLICIES
-from lookahead import Family, lines_of, record, row_flops, settings_of, task_of, training_rows
+from lookahead import Family, record, refuse_others, row_flops, settings_of, task_of, training_rows
 from nine import TASKS
 from summarise import Line, by_seed, estimate, read
 from variants import CHOICE, SIZES, VARIANTS, Size, Variant, build
@@ -98,8 +99,27 @@ class Plan:
     size_name: str
     size: Size
 
+    @property
+    def more(self) -> dict[str, Any]:
+        """Return what determines the lines besides the size."""
+        return {"recipe": self.recipe, "policy": self.policy}
+
+    def made(self, length: int) -> list[Line]:
+        """Return the lines of a length.
+
+        Raises:
+            ValueError: The file has lines of other settings, or a seed of a variant twice.
+        """
+        file = file_of(self.output, length)
+        refuse_others(file, settings_of(self.sized(length), **self.more))
+        return read(file) if file.exists() else []
+
+    def sized(self, length: int) -> Size:
+        """Return the size with the steps of a length."""
+        return replace(self.size, steps=self.size.steps * length)
+
     def train(self, length: int, seed: int, name: str, **options: Any) -> Line:
-        """Train a variant and append its line, or return the line that is there already.
+        """Train a variant that has no line yet, and append its line.
 
         Args:
             length: Multiple of the size's steps.
@@ -107,16 +127,13 @@ class Plan:
             name: Name of the variant. A one-pass variant needs the line of the recipe.
             options: More `TrainingArguments`.
         """
-        size = replace(self.size, steps=self.size.steps * length)
-        task, file = task_of("nine", seed, size), file_of(self.output, length)
-        for line in lines_of(file):
-            if (line["variant"], line["seed"]) == (name, seed) and line["settings"] == settings_of(size):
-                return line
-        variant = variant_of(name, self.policy)
+        size = self.sized(length)
+        task, variant = task_of("nine", seed, size), variant_of(name, self.policy)
         if variant.method == "standard":
-            (recipe,) = [its for its in read(file) if (its["variant"], its["seed"]) == (self.recipe, seed)]
+            (recipe,) = [its for its in self.made(length) if (its["variant"], its["seed"]) == (self.recipe, seed)]
             variant = matched(task, size, name, spent(recipe, self.policy))
-        return record(file, task, self.size_name, size, name, variant=variant, **options)
+        file = file_of(self.output, length)
+        return record(file, task, self.size_name, size, name, variant=variant, more=self.more, **options)
 
 
 def train_all(plan: Plan, planned: Iterator[tuple[int, int, str]], hours: float) -> None:
@@ -127,6 +144,8 @@ def train_all(plan: Plan, planned: Iterator[tuple[int, int, str]], hours: float)
     """
     plan.output.mkdir(parents=True, exist_ok=True)
     for length, seed, name in planned:
+        if any((line["variant"], line["seed"]) == (name, seed) for line in plan.made(length)):
+            continue
         while (plan.output / "PAUSE").exists():
             time.sleep(10)
         made = itertools.chain(*lines_in(plan.output).values())
@@ -270,6 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = lines_in(given.output)
         if not by_seed(found.get(1, []), given.recipe, given.policy):
             parser.error(f"{file_of(given.output, 1)} has no seed of {given.recipe} with {given.policy}")
+        for line in itertools.chain(*found.values()):
+            its = tuple(line["settings"].get(name) for name in ("recipe", "policy"))
+            if its != (given.recipe, given.policy):
+                parser.error(f"the lines in {given.output} are those of {its[0]} with {its[1]}")
         print(table(found[1], given.recipe, given.policy))
         if len(found) > 1:
             print("", curve(found, given.recipe, given.policy), sep="\n")

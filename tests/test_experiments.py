@@ -573,10 +573,23 @@ def test_nine_runs_continue_and_stop_by_the_budget(nine_results, capsys):
     given = ["late", "--policy", "entropy-tau", "--output", str(nine_results)]
     nine_runs.main([*given, "--size", "test", "--runs", "5"])
     assert (nine_results / "nine.jsonl").read_text() == before
-    with pytest.raises(SystemExit, match="is used up before late 30, length 1"):
+    with pytest.raises(SystemExit, match="is used up before late 31, length 1"):
         nine_runs.main([*given, "--size", "test", "--hours", "0"])
-    with pytest.raises(ValueError, match="lines of other settings"):
-        nine_runs.main([*given, "--size", "small", "--runs", "1"])
+    (nine_results / "PAUSE").touch()  # delays new runs only
+    nine_runs.main([*given, "--size", "test", "--hours", "0", "--runs", "5"])
+    (nine_results / "PAUSE").unlink()
+    for other, differs in (
+        ([*given, "--size", "small"], "batch, heads"),
+        (["all", *given[1:], "--size", "test"], r"\(recipe\)"),
+        (["late", "--policy", "decider", *given[3:], "--size", "test"], r"\(policy\)"),
+    ):
+        with pytest.raises(ValueError, match=f"has lines of other settings .*{differs}"):
+            nine_runs.main([*other, "--runs", "1"])
+    assert (nine_results / "nine.jsonl").read_text() == before
+    for other in (["late", "--policy", "entropy"], ["all", "--policy", "entropy-tau"]):
+        with pytest.raises(SystemExit):
+            nine_runs.main([*other, *given[3:], "--table"])
+    assert "are those of late with entropy-tau" in capsys.readouterr().err
     nine_runs.main([*given, "--table"])
     told = capsys.readouterr().out
     assert "late with entropy-tau minus standard-wide at equal FLOPs" in told and "| relations |" in told
