@@ -225,7 +225,7 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     """Return the FLOPs of training on one row: 2 per weight and token, and 6 with gradients.
 
     Attention itself, norms and the optimiser are not counted. For a share `share` of the supervised tokens, the passes
-    at all depths are counted.
+    at all depths are counted. Where the loss at depth 1 has weight 0, its head runs only for tokens that stop there.
 
     Args:
         model: Model to train.
@@ -238,13 +238,16 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     entropy = its.head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
     mixed = 2 * its.head if model.config.next_input == "topk" else 0  # the next input: logits, a sum of embeddings
     again, added = made * share * (variant.depth - 1), its.added
+    asked = made  # supervised tokens whose loss at depth 1 is computed
+    if variant.loss_weights is not None and variant.loss_weights[0] == 0:
+        asked = made * (1 - share)
     if variant.method == "tah2":
         # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
         # gradients. The decider reads the logits of every token at depth 1, and is not asked at the last depth.
         again = length * share + made * (1 - share) / 3
         entropy = (its.head + its.decider) * length
         added -= its.decider
-    return 6 * (its.body * length + its.head * made + entropy + again * (its.body + added + its.head + mixed))
+    return 6 * (its.body * length + its.head * asked + entropy + again * (its.body + added + its.head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
