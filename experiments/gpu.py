@@ -7,14 +7,15 @@ Each model is one line, written when the model is scored: `nine-LAYERSxWIDTH.jso
 `text.jsonl` in that of `text.py`. A recipe gets an equal share of the time that is left, and a short measurement
 determines its steps. The one-pass baseline then has at least as many training FLOPs and never fewer steps; the model
 that iterates everywhere has as many steps. A model for which the time does not suffice is left out, with a line in
-`left-out.jsonl`. Started again with the same `--output`, the script makes the models that have no line; `steps.json`
-has the steps that were measured.
+`left-out.jsonl`; without its recipe, so are the others of a file. Started again with the same `--output`, the script
+makes the models that have no line; `steps.json` has the steps that were measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,14 +26,15 @@ import torch
 
 import text
 from choose import POLICIES
-from lookahead import append, lines_of, record, train
+from lookahead import append, lines_of, record, refuse_others, settings_of, train
 from nine.mixture import Mixture
-from nine_runs import BASELINE, always_of, matched, spent, variant_of
+from nine_runs import ALWAYS, BASELINE, matched, spent, variant_of
 from variants import Size, build, objective_of
 
 SEED = 50  # not one of nine_runs.py and text.py
 SCORING = 0.25  # share of a model's time for scoring and start
 LEAST = 4  # steps of a training
+LEAST_SECONDS = 10.0  # of a model, with its scoring
 SHORT, LONG = 5, 25  # steps of the two measurements
 OPERATIONS = (1, 1, 2, 3)  # what the nine tasks draw; only for the lines
 
@@ -102,29 +104,80 @@ class Session:
     def planned(self) -> Iterator[tuple[str, str]]:
         """Yield the name of the file and the variant of each model, the most important ones first."""
         first, *others = (f"nine-{size.layers}x{size.hidden}" for size in self.models.nine)
-        yield from ((first, name) for name in (self.recipe, BASELINE, always_of(self.recipe)))
+        yield from ((first, name) for name in (self.recipe, BASELINE, ALWAYS))
         yield from (("text", name) for name in (self.recipe, text.BASELINE))
         for other in others:
             yield from ((other, name) for name in (self.recipe, BASELINE))
 
     def run(self) -> None:
-        """Train all models in turn."""
+        """Train all models in turn.
+
+        Raises:
+            ValueError: A file has lines of other settings, for example of another recipe.
+        """
         planned = list(self.planned())
+        for file in dict.fromkeys(file for file, _ in planned):
+            self.made(file)  # refuses lines of other settings before anything is trained
         for at, (file, name) in enumerate(planned):
-            if any(line["variant"] == name for line in lines_of(self.output / f"{file}.jsonl")):
+            made = self.made(file)
+            if name in made:
                 continue
-            if self.left < (self.took.get(file, 0.0) if name != self.recipe else 10.0):
+            if self.left < self.needed(file, name, made):
                 append(self.output / "left-out.jsonl", {"file": file, "variant": name, "seconds_left": self.left})
                 print(f"{file} {name}: left out, {self.left:.0f} seconds are left", flush=True)
                 continue
             before = time.monotonic()
             make = self.text_model if file == "text" else self.nine_model
             make(file, name, self.left / (len(planned) - at))
-            self.took.setdefault(file, time.monotonic() - before)
+            if name == self.recipe:
+                self.took[file] = time.monotonic() - before
             print(f"{file} {name}: {time.monotonic() - before:.0f} s, {self.left:.0f} s left", flush=True)
 
+    def settings(self, file: str) -> dict[str, Any]:
+        """Return the settings of the lines of a file, with the steps of `self.models`."""
+        if file == "text":
+            return text.own_settings(self.models.text, self.recipe)
+        return settings_of(self.size_of(file), **self.more)
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """Return what determines the lines of the nine tasks besides the size."""
+        return {"recipe": self.recipe, "policy": self.policy}
+
+    def size_of(self, file: str) -> Size:
+        """Return the size of the model of the nine tasks whose lines are in a file."""
+        (size,) = [its for its in self.models.nine if file == f"nine-{its.layers}x{its.hidden}"]
+        return size
+
+    def made(self, file: str) -> dict[str, dict[str, Any]]:
+        """Return the lines of a file by variant.
+
+        Raises:
+            ValueError: It has lines of other settings. The steps are those of the lines, because they are measured.
+        """
+        path = self.output / f"{file}.jsonl"
+        lines = lines_of(path)
+        for line in lines:
+            refuse_others(path, self.settings(file) | {"steps": line["settings"]["steps"]})
+        return {line["variant"]: line for line in lines}
+
+    def needed(self, file: str, name: str, made: dict[str, dict[str, Any]]) -> float:
+        """Return the seconds that must be left for a model; infinite if its recipe has no line.
+
+        Args:
+            file: Name of the file of its line.
+            name: Name of the variant.
+            made: Lines of the file by variant.
+        """
+        if name == self.recipe:
+            return LEAST_SECONDS
+        if self.recipe not in made:
+            return math.inf
+        alone = made[self.recipe]["training"]["wall_seconds"] / (1 - SCORING)
+        return max(LEAST_SECONDS, self.took.get(file, alone))
+
     def steps(self, file: str, seconds: float, trial: Any) -> int:
-        """Return the steps of a recipe: those in `steps.json`, or as many as take the given seconds.
+        """Return the steps of a recipe: those in `steps.json` for its settings, or as many as take the given seconds.
 
         Args:
             file: Name of the file of its line.
@@ -133,7 +186,8 @@ class Session:
         """
         path = self.output / "steps.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        if file not in known:
+        own = {name: value for name, value in self.settings(file).items() if name != "steps"}
+        if known.get(file, {}).get("settings") != own:
             trial(SHORT)  # the first steps are slower
             times = []
             for count in (SHORT, LONG):
@@ -141,16 +195,17 @@ class Session:
                 trial(count)
                 times.append(time.monotonic() - before)
             each = max(1e-3, (times[1] - times[0]) / (LONG - SHORT))
-            known[file] = max(LEAST, min(self.most, int(seconds * (1 - SCORING) / each)))
+            steps = max(LEAST, min(self.most, int(seconds * (1 - SCORING) / each)))
+            known[file] = {"steps": steps, "settings": own}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known))
-        return known[file]
+        return known[file]["steps"]
 
     def nine_model(self, file: str, name: str, seconds: float) -> None:
         """Train and score a model of the nine tasks."""
-        (size,) = [its for its in self.models.nine if file == f"nine-{its.layers}x{its.hidden}"]
+        size = self.size_of(file)
         task = Mixture("nine", SEED, self.models.processes, self.models.problems)
-        recipe = variant_of(self.recipe, self.policy)
+        recipe = variant_of(self.recipe, self.recipe, self.policy)
 
         def trial(steps: int) -> None:
             tokenizer, drawn = task.tokenizer(), Mixture("nine", SEED)
@@ -170,11 +225,10 @@ class Session:
 
         size = replace(size, steps=self.steps(file, seconds, trial))
         output = self.output / f"{file}.jsonl"
-        variant = variant_of(name, self.policy)
+        variant = variant_of(name, self.recipe, self.policy)
         if variant.method == "standard":
-            its = record(output, task, file, size, self.recipe, variant=recipe, **self.options)  # there already
-            variant = matched(task, size, name, spent(its, self.policy))
-        record(output, task, file, size, name, variant=variant, **self.options)
+            variant = matched(task, size, variant, spent(self.made(file)[self.recipe], self.policy))
+        record(output, task, file, size, name, variant=variant, more=self.more, **self.options)
 
     def text_model(self, file: str, name: str, seconds: float) -> None:
         """Train and score a language model."""

@@ -225,7 +225,7 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     """Return the FLOPs of training on one row: 2 per weight and token, and 6 with gradients.
 
     Attention itself, norms and the optimiser are not counted. For a share `share` of the supervised tokens, the passes
-    at all depths are counted.
+    at all depths are counted. Where the loss at depth 1 has weight 0, its head runs only for tokens that stop there.
 
     Args:
         model: Model to train.
@@ -238,13 +238,16 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     entropy = its.head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
     mixed = 2 * its.head if model.config.next_input == "topk" else 0  # the next input: logits, a sum of embeddings
     again, added = made * share * (variant.depth - 1), its.added
+    asked = made  # supervised tokens whose loss at depth 1 is computed
+    if variant.loss_weights is not None and variant.loss_weights[0] == 0:
+        asked = made * (1 - share)
     if variant.method == "tah2":
         # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
         # gradients. The decider reads the logits of every token at depth 1, and is not asked at the last depth.
         again = length * share + made * (1 - share) / 3
         entropy = (its.head + its.decider) * length
         added -= its.decider
-    return 6 * (its.body * length + its.head * made + entropy + again * (its.body + added + its.head + mixed))
+    return 6 * (its.body * length + its.head * asked + entropy + again * (its.body + added + its.head + mixed))
 
 
 # -- the experiment --------------------------------------------------------------------------------------------------
@@ -369,8 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in asdict(size).items():
         if (isinstance(value, int) and value < 1) or (name == "operations" and min(value) < 1):
             parser.error(f"--{name} must be at least 1, not {value}")
-    if any(line["settings"] != settings_of(size) for line in lines_of(output)):
-        parser.error(f"{output} has lines of other settings, which cannot be compared; choose another --output")
+    try:
+        refuse_others(output, settings_of(size))
+    except ValueError as error:
+        parser.error(str(error))
     for seed in given.seed:
         task = task_of(given.task, seed, size)
         for variant in given.variant:
@@ -382,9 +387,29 @@ def task_of(name: str, seed: int, size: Size) -> Family:
     return mixture.Mixture(name, seed) if name in mixture.CHOICES else Task(name, seed, size.operations)
 
 
-def settings_of(size: Size) -> dict[str, Any]:
-    """Return the settings of a run as a line of results has them; JSON has lists for tuples."""
-    return json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER}))
+def settings_of(size: Any, **more: Any) -> dict[str, Any]:
+    """Return the settings of a run as a line of results has them; JSON has lists for tuples.
+
+    Args:
+        size: Dataclass of the size.
+        more: What else determines the lines of a file, such as the recipe whose FLOPs a baseline has.
+    """
+    return json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER} | more))
+
+
+def refuse_others(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse a file of results that has lines of other settings.
+
+    Raises:
+        ValueError: It has some. The message names them.
+    """
+    for made in lines_of(output):
+        names = sorted(made["settings"].keys() | settings.keys())
+        if other := [name for name in names if made["settings"].get(name) != settings.get(name)]:
+            raise ValueError(
+                f"{output} has lines of other settings ({', '.join(other)}), which cannot be compared; "
+                "choose another file"
+            )
 
 
 def record(
@@ -395,6 +420,7 @@ def record(
     name: str,
     save: Path | None = None,
     variant: Variant | None = None,
+    more: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train and score a variant and append its line to `output`. Return the line, which may be there already.
@@ -407,16 +433,16 @@ def record(
         name: Name of the variant in the line.
         save: Directory for the model, if it is to be saved.
         variant: Variant to train; by default the one of `VARIANTS` with that name.
+        more: More settings of the line, see `settings_of`.
         options: More `TrainingArguments`.
 
     Raises:
         ValueError: The file has lines of other settings.
     """
     line: dict[str, Any] = {"task": task.name, "size": size_name, "variant": name, "seed": task.seed}
-    line["settings"] = settings_of(size)
+    line["settings"] = settings_of(size, **(more or {}))
+    refuse_others(output, line["settings"])
     for made in lines_of(output):
-        if made["settings"] != line["settings"]:
-            raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
         if line.items() <= made.items():
             return made
     line |= {"made_with": made_with(**options)} | run(task, size, name, save, variant, **options)

@@ -5,8 +5,11 @@
     python experiments/nine_runs.py RECIPE --policy entropy-tau --output experiments/results --table
 
 Each run is one line in `nine.jsonl`, or in `nine-x2.jsonl` and `nine-x4.jsonl` for twice and four times the training.
-Runs that have a line are not made again. While the file `PAUSE` exists beside the results, no new run starts. The
-one-pass baselines have as many training FLOPs as the recipe of the same seed and length, and never fewer steps.
+Runs that have a line are not made again. A file has the lines of one recipe with one policy, because these determine
+the FLOPs of its baselines; lines of others are refused. While the file `PAUSE` exists beside the results, no new run
+starts. The one-pass baselines have as many training FLOPs as the recipe of the same seed and length, and never fewer
+steps. The primary one, `standard-as-recipe`, has the parameters of the recipe as it is trained, so it is trained
+longer. The wider ones have those of a model with LoRA, linear maps and a decider.
 """
 
 from __future__ import annotations
@@ -23,27 +26,23 @@ from typing import Any
 import numpy as np
 
 from choose import POLICIES
-from lookahead import Family, lines_of, record, row_flops, settings_of, task_of, training_rows
+from lookahead import Family, record, refuse_others, row_flops, settings_of, task_of, training_rows
 from nine import TASKS
 from summarise import Line, by_seed, estimate, read
-from variants import CHOICE, SIZES, VARIANTS, Size, Variant, build
+from variants import CHOICE, SIZES, VARIANTS, Size, Variant, always_of, build, one_pass_of
 
 SEEDS, CURVE_SEEDS = (30, 31, 32), (30, 31)
 HOURS = 8.0  # processor time of all trainings together after which no run starts
-BASELINE, DEEP = "standard-wide", "standard-wide-deep"
+BASELINE, ALWAYS = "standard-as-recipe", "always-as-recipe"  # have the parameters of the recipe, as it is trained
+WIDE, DEEP = "standard-wide", "standard-wide-deep"
 PAPER = "paper-own"  # a larger teacher would take more than 40 CPU minutes
-POLICY_OF = {BASELINE: "never", DEEP: "never", PAPER: "decider", "always-mix": "always", "always-mix-lora": "always"}
+POLICY_OF = {BASELINE: "never", WIDE: "never", ALWAYS: "always", PAPER: "decider", DEEP: "never"}
 CONTROLS = ("never", "always", "random", "second_choice")
-
-
-def always_of(recipe: str) -> str:
-    """Return the variant that is trained to iterate on every token, with LoRA if the recipe has it."""
-    return "always-mix-lora" if recipe.endswith("-lora") else "always-mix"
 
 
 def names(recipe: str, length: int) -> tuple[str, ...]:
     """Return the variants of a length, in the order of their training."""
-    return (recipe, BASELINE, always_of(recipe), PAPER, DEEP) if length == 1 else (recipe, BASELINE)
+    return (recipe, *POLICY_OF) if length == 1 else (recipe, BASELINE)
 
 
 def runs(recipe: str, lengths: Sequence[int]) -> Iterator[tuple[int, int, str]]:
@@ -59,15 +58,18 @@ def file_of(output: Path, length: int) -> Path:
     return output / ("nine.jsonl" if length == 1 else f"nine-x{length}.jsonl")
 
 
-def variant_of(name: str, policy: str) -> Variant:
-    """Return the variant of a name; without the decider that is trained after the model, if nothing asks it."""
-    its = VARIANTS[name]
-    return replace(its, decider_after=False) if name in CHOICE and policy != "decider" else its
+def variant_of(name: str, recipe: str, policy: str) -> Variant:
+    """Return the variant of a name: the recipe, one with its parameters, or one of `VARIANTS`.
+
+    The recipe has no decider that is trained after the model, if the policy does not ask it.
+    """
+    its = VARIANTS[recipe] if policy == "decider" else replace(VARIANTS[recipe], decider_after=False)
+    derived = {recipe: its, BASELINE: one_pass_of(its), ALWAYS: always_of(its)}
+    return derived[name] if name in derived else VARIANTS[name]
 
 
-def matched(task: Family, size: Size, name: str, flops: float) -> Variant:
+def matched(task: Family, size: Size, its: Variant, flops: float) -> Variant:
     """Return a one-pass variant that is trained for at least `flops` FLOPs, and for at least `size.steps` steps."""
-    its = VARIANTS[name]
     (_, rows) = training_rows(task, 0, size.steps * size.batch)
     model = build(size, its, task.tokenizer(), task.seed)
     steps = math.ceil(flops / (size.batch * row_flops(model, its, float(rows.lengths.mean()), 0.0)))
@@ -98,8 +100,27 @@ class Plan:
     size_name: str
     size: Size
 
+    @property
+    def more(self) -> dict[str, Any]:
+        """Return what determines the lines besides the size."""
+        return {"recipe": self.recipe, "policy": self.policy}
+
+    def made(self, length: int) -> list[Line]:
+        """Return the lines of a length.
+
+        Raises:
+            ValueError: The file has lines of other settings, or a seed of a variant twice.
+        """
+        file = file_of(self.output, length)
+        refuse_others(file, settings_of(self.sized(length), **self.more))
+        return read(file) if file.exists() else []
+
+    def sized(self, length: int) -> Size:
+        """Return the size with the steps of a length."""
+        return replace(self.size, steps=self.size.steps * length)
+
     def train(self, length: int, seed: int, name: str, **options: Any) -> Line:
-        """Train a variant and append its line, or return the line that is there already.
+        """Train a variant that has no line yet, and append its line.
 
         Args:
             length: Multiple of the size's steps.
@@ -107,16 +128,13 @@ class Plan:
             name: Name of the variant. A one-pass variant needs the line of the recipe.
             options: More `TrainingArguments`.
         """
-        size = replace(self.size, steps=self.size.steps * length)
-        task, file = task_of("nine", seed, size), file_of(self.output, length)
-        for line in lines_of(file):
-            if (line["variant"], line["seed"]) == (name, seed) and line["settings"] == settings_of(size):
-                return line
-        variant = variant_of(name, self.policy)
+        size = self.sized(length)
+        task, variant = task_of("nine", seed, size), variant_of(name, self.recipe, self.policy)
         if variant.method == "standard":
-            (recipe,) = [its for its in read(file) if (its["variant"], its["seed"]) == (self.recipe, seed)]
-            variant = matched(task, size, name, spent(recipe, self.policy))
-        return record(file, task, self.size_name, size, name, variant=variant, **options)
+            (recipe,) = [its for its in self.made(length) if (its["variant"], its["seed"]) == (self.recipe, seed)]
+            variant = matched(task, size, variant, spent(recipe, self.policy))
+        file = file_of(self.output, length)
+        return record(file, task, self.size_name, size, name, variant=variant, more=self.more, **options)
 
 
 def train_all(plan: Plan, planned: Iterator[tuple[int, int, str]], hours: float) -> None:
@@ -127,6 +145,8 @@ def train_all(plan: Plan, planned: Iterator[tuple[int, int, str]], hours: float)
     """
     plan.output.mkdir(parents=True, exist_ok=True)
     for length, seed, name in planned:
+        if any((line["variant"], line["seed"]) == (name, seed) for line in plan.made(length)):
+            continue
         while (plan.output / "PAUSE").exists():
             time.sleep(10)
         made = itertools.chain(*lines_in(plan.output).values())
@@ -170,8 +190,7 @@ def table(lines: list[Line], recipe: str, policy: str) -> str:
     its = by_seed(lines, recipe, policy)
     titles = "variant | policy | seeds | parameters | steps | TFLOP | CPU s | iterated | MFLOP per answer | exact match"
     rows = [f"| {titles} | recipe minus this |", f"|{' --- |' * 11}"]
-    others = [(name, POLICY_OF[name]) for name in names(recipe, 1)[1:]]
-    for name, its_policy in [(recipe, policy), *others, *((recipe, control) for control in CONTROLS)]:
+    for name, its_policy in [(recipe, policy), *POLICY_OF.items(), *((recipe, control) for control in CONTROLS)]:
         theirs = by_seed(lines, name, its_policy)
         if not (shared := sorted(its.keys() & theirs.keys())):
             continue
@@ -270,6 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = lines_in(given.output)
         if not by_seed(found.get(1, []), given.recipe, given.policy):
             parser.error(f"{file_of(given.output, 1)} has no seed of {given.recipe} with {given.policy}")
+        for line in itertools.chain(*found.values()):
+            its = tuple(line["settings"].get(name) for name in ("recipe", "policy"))
+            if its != (given.recipe, given.policy):
+                parser.error(f"the lines in {given.output} are those of {its[0]} with {its[1]}")
         print(table(found[1], given.recipe, given.policy))
         if len(found) > 1:
             print("", curve(found, given.recipe, given.policy), sep="\n")

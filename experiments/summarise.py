@@ -165,7 +165,7 @@ def read(path: Path) -> list[Line]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     if not all("test" in line for line in lines):
         return []
-    for name in lines[0]["settings"] if lines else ():
+    for name in dict.fromkeys(name for line in lines for name in line["settings"]):
         values = {json.dumps(line["settings"].get(name)) for line in lines}
         if len(values) > 1:
             raise ValueError(

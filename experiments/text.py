@@ -6,9 +6,10 @@
 
 The text is the source code of the standard library of the running Python (PSF licence), which every installation has.
 Nothing of it is stored. A hash of its path determines whether a file is held out. The vocabulary is a byte-level BPE
-trained on the other files. All tokens are supervised. The recipe iterates on tokens of an entropy above `--tau`, in
-training and afterwards. The one-pass baseline has at least as many parameters and training FLOPs as the recipe and
-reads more text; the model that iterates everywhere has as many FLOPs and reads less.
+trained on the other files. A hash of the text is a setting of each line. All tokens are supervised. The recipe iterates
+on tokens of an entropy above `--tau`, in training and afterwards. The one-pass baseline has at least as many parameters
+and training FLOPs as the recipe and reads more text; the model that iterates everywhere has as many FLOPs and reads
+less.
 
 Each run is one line in `text.jsonl`, which also has the loss of every held-out token, rounded to `GRID` nats. The table
 sorts held-out tokens by the loss of the baseline of the other seed, so that the noise of a compared model does not
@@ -20,14 +21,13 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import math
 import platform
 import sysconfig
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from lookahead import append, lines_of, made_with, row_flops, train
-from optimiser import OPTIMISER
-from summarise import estimate
+from lookahead import append, lines_of, made_with, refuse_others, row_flops, settings_of, train
 from tah import Confidence
 from tah.pipeline.experiment.scores import TokenScores, score_tokens
 from tah.pipeline.experiment.tiny import SPECIAL, as_fast
 from tah.policy import Rule
-from variants import CHOICE, VARIANTS, Size, Variant, build, objective_of, parameters
+from variants import CHOICE, VARIANTS, Size, Variant, always_of, build, objective_of, one_pass_of, parameters
 
 SEEDS, LOOK = (40, 41), 0  # seeds of the runs, and of `--look`
+LOOKED = 16  # held-out rows of `--look`, which come after the scored ones
 HOURS = 5.0  # processor time of all trainings together after which no run starts
 BASELINE, ALWAYS = "standard", "always"
 RECIPES = [name for name, its in CHOICE.items() if its.uncertain and not its.first]
@@ -174,11 +173,17 @@ def stream(vocabulary: int, held_out: bool) -> np.ndarray:
     return np.concatenate([part for ids in every for part in (np.array(ids, np.int16), end)])
 
 
-def rows_of(size: TextSize, held_out: bool, count: int) -> Rows:
-    """Return at most `count` rows, from the beginning of the text."""
-    ids = stream(size.vocabulary, held_out)
+def rows_of(size: TextSize, held_out: bool, count: int, start: int = 0) -> Rows:
+    """Return at most `count` rows of the text, from row `start` on."""
+    ids = stream(size.vocabulary, held_out)[start * size.length :]
     count = min(count, len(ids) // size.length)
     return Rows(ids[: count * size.length].reshape(count, size.length))
+
+
+def digest() -> str:
+    """Return a hash of the whole text, which depends on the version of Python."""
+    texts = sources()
+    return hashlib.sha256("".join([*texts[False], *texts[True]]).encode()).hexdigest()
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -188,8 +193,8 @@ def variant_of(name: str, recipe: str) -> Variant:
     """Return the variant of a name: the recipe without a decider, iterating everywhere, or one pass."""
     its = replace(VARIANTS[recipe], decider_after=False)
     if name == ALWAYS:
-        return Variant("lookahead", its.model, loss_weights=(0.0, 1.0))
-    return Variant("standard", its.model) if name == BASELINE else its
+        return always_of(its)
+    return one_pass_of(its) if name == BASELINE else its
 
 
 def run(size: TextSize, name: str, recipe: str, seed: int, flops: float = 0.0, **options: Any) -> dict[str, Any]:
@@ -286,24 +291,21 @@ def record(
     """Train and score a variant and append its line to `output`. Return the line, which may be there already.
 
     Raises:
-        ValueError: The file has lines of other settings, or no line of the recipe, which determines the FLOPs.
+        ValueError: The file has lines of other settings or of another text, or no line of the recipe, which determines
+            the FLOPs.
     """
-    settings = json.loads(json.dumps(asdict(size) | {"optimiser": OPTIMISER, "recipe": recipe}))
     line: dict[str, Any] = {"experiment": "text", "size": size_name, "variant": name, "seed": seed}
-    line["settings"] = settings
+    line["settings"] = own_settings(size, recipe)
+    refuse_others(output, line["settings"])
     flops = 0.0
-    for made in lines_of(output):
-        if made["settings"] != settings:
-            raise ValueError(f"{output} has lines of other settings, which cannot be compared; choose another file")
+    for made in read(output):
         if line.items() <= made.items():
             return made
         if (made["variant"], made["seed"]) == (recipe, seed):
             flops = made["training"]["flops"]
     if name != recipe and not flops:
         raise ValueError(f"{output} has no line of {recipe} with seed {seed}, which determines the FLOPs of {name}")
-    texts = sources()
-    digest = hashlib.sha256("".join([*texts[False], *texts[True]]).encode()).hexdigest()
-    line["text"] = {"source": f"standard library of Python {platform.python_version()}", "sha256": digest}
+    line["text"] = {"source": f"standard library of Python {platform.python_version()}"}
     line |= {"made_with": made_with(**options)} | run(size, name, recipe, seed, flops, **options)
     append(output, line)
     scored = "  ".join(f"{name} {its['loss']:.3f}" for name, its in line["held_out"]["policies"].items())
@@ -311,19 +313,46 @@ def record(
     return line
 
 
+def own_settings(size: TextSize, recipe: str) -> dict[str, Any]:
+    """Return the settings of the lines of a size, a recipe and the text."""
+    return settings_of(size, recipe=recipe, text_sha256=digest())
+
+
+def read(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of results in a file; none if there is no file.
+
+    Raises:
+        ValueError: A seed of a variant is there twice.
+    """
+    lines = lines_of(output)
+    made = [(line["variant"], line["seed"]) for line in lines]
+    twice = [one for one in made if made.count(one) > 1]
+    if twice:
+        raise ValueError(f"{output}: {' '.join(map(str, twice[0]))} occurs twice")
+    return lines
+
+
 def look(size: TextSize, recipe: str, steps: int) -> dict[float, float]:
     """Train a baseline for some steps and return, per share, the entropy in nats that this share of the text exceeds.
+
+    The text is held out, and none of it is scored later.
 
     Args:
         size: Size of the model.
         recipe: Recipe that determines the size of the baseline.
         steps: Optimiser steps.
+
+    Raises:
+        ValueError: All of the held-out text is scored.
     """
     variant, tokenizer = variant_of(BASELINE, recipe), tokenizer_of(size.vocabulary)
     model = build(size.model, variant, tokenizer, LOOK, positions=size.length)
     objective, rows = objective_of(variant, LOOK), rows_of(size, False, steps * size.batch)
+    after = rows_of(size, True, LOOKED, size.held_out)
+    if not len(after):
+        raise ValueError(f"the held-out text has no row after the {size.held_out} that are scored")
     train(model, objective, rows, tokenizer, steps, size.model, LOOK, "look")
-    held_out = torch.from_numpy(rows_of(size, True, 16).ids.astype(np.int64)).to(model.device)
+    held_out = torch.from_numpy(after.ids.astype(np.int64)).to(model.device)
     model.eval()
     with torch.no_grad():
         logits = model(held_out, policy="never").logits.float()
@@ -337,24 +366,36 @@ def look(size: TextSize, recipe: str, steps: int) -> dict[float, float]:
 def table(lines: list[dict[str, Any]], recipe: str) -> str:
     """Return a table of the variants with each policy, and tables of loss and accuracy by how hard a token is."""
     titles = "variant | policy | seeds | parameters | million tokens | TFLOP | CPU s | iterated | loss | accuracy"
-    rows = [f"| {titles} | loss minus {BASELINE} |", f"|{' --- |' * 11}"]
-    base = {line["seed"]: line["held_out"]["policies"]["never"]["loss"] for line in lines if is_base(line)}
+    rows = [f"| {titles} | loss minus {BASELINE} | accuracy minus {BASELINE} |", f"|{' --- |' * 12}"]
+    base = {line["seed"]: line["held_out"]["policies"]["never"] for line in lines if is_base(line)}
     for name in dict.fromkeys(line["variant"] for line in lines):
         its = [line for line in lines if line["variant"] == name]
         for policy in its[0]["held_out"]["policies"]:
-            reached = [line["held_out"]["policies"][policy] for line in its]
-            shared = [line["seed"] for line in its if line["seed"] in base]
-            change = [it["loss"] - base[line["seed"]] for it, line in zip(reached, its, strict=True) if shared]
+            by_seed = {line["seed"]: line["held_out"]["policies"][policy] for line in its}
+            reached = list(by_seed.values())
+            changes = [
+                ""
+                if name == BASELINE
+                else by_its_seed({seed: it[what] - base[seed][what] for seed, it in by_seed.items() if seed in base})
+                for what in ("loss", "accuracy")
+            ]
             training = [line["training"] for line in its]
             means = {what: np.mean([run[what] for run in training]) for what in ("tokens", "flops", "cpu_seconds")}
             scores = {what: np.mean([it[what] for it in reached]) for what in ("iterated", "loss", "accuracy")}
-            compared = f"{estimate(change)['value']:+.4f}" if change and name != BASELINE else ""
             rows.append(
                 f"| {name} | {policy} | {len(its)} | {its[0]['parameters']:,} | {means['tokens'] / 1e6:.2f} | "
                 f"{means['flops'] / 1e12:.1f} | {means['cpu_seconds']:.0f} | {scores['iterated']:.1%} | "
-                f"{scores['loss']:.4f} | {scores['accuracy']:.4f} | {compared} |"
+                f"{scores['loss']:.4f} | {scores['accuracy']:.4f} | {' | '.join(changes)} |"
             )
     return "\n".join([*rows, "", by_hardness(lines, recipe)])
+
+
+def by_its_seed(changes: dict[int, float]) -> str:
+    """Return the mean of differences, and the difference of each seed, because a gain is named only if all have it."""
+    if not changes:
+        return ""
+    each = ", ".join(f"{seed}: {change:+.4f}" for seed, change in sorted(changes.items()))
+    return f"{np.mean(list(changes.values())):+.4f} ({each})"
 
 
 def is_base(line: dict[str, Any]) -> bool:
@@ -420,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     output = given.output / "text.jsonl"
     if given.table:
-        if not (lines := lines_of(output)):
+        if not (lines := read(output)):
             parser.error(f"{output} has no lines")
         print(table(lines, given.recipe))
         return
@@ -432,9 +473,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for seed in given.seed:
         for name in (given.recipe, BASELINE, ALWAYS):
+            refuse_others(output, own_settings(size, given.recipe))
+            if any((line["variant"], line["seed"]) == (name, seed) for line in read(output)):
+                continue
             while (given.output / "PAUSE").exists():
                 time.sleep(10)
-            if sum(line["training"]["cpu_seconds"] for line in lines_of(output)) > 3600 * given.hours:
+            if sum(line["training"]["cpu_seconds"] for line in read(output)) > 3600 * given.hours:
                 raise SystemExit(f"the budget of {given.hours} CPU hours is used up before {name} {seed}")
             record(output, given.size, size, name, given.recipe, seed)
 

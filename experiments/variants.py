@@ -80,6 +80,7 @@ class Variant:
         decider_after: Whether a decider is trained after the model, with all other weights frozen.
         larger_teacher: Whether the labels of method `paper` come from a larger model, and not from a one-pass model of
             the same size.
+        with_decider: For `standard`: whether the model whose number of parameters it has at least has a decider.
     """
 
     method: str
@@ -95,6 +96,7 @@ class Variant:
     until: float = 0.0
     decider_after: bool = False
     larger_teacher: bool = True
+    with_decider: bool = True
 
     @property
     def depth(self) -> int:
@@ -151,7 +153,6 @@ VARIANTS = {
     "continued-mix": Variant("lookahead", MIX, steps=0.4, first=1.0),
     "continued-standard": Variant("standard", steps=0.4, first=1.0),
     "always-mix": Variant("lookahead", MIX, loss_weights=(0.0, 1.0)),
-    "always-mix-lora": Variant("lookahead", MIX | LORA, loss_weights=(0.0, 1.0)),
     "blind-mix-late": Variant("blind", MIX | {"attention": "blind"}, uncertain=True, loss_weights=(0.2, 0.8)),
     "blind-mix": Variant("blind", MIX | {"attention": "blind"}),
     "lookahead-quarter": Variant("lookahead", LOOKAHEAD, share=0.25),
@@ -167,6 +168,19 @@ VARIANTS = {
     **CHOICE,
     **BLIND,
 }
+
+
+def one_pass_of(recipe: Variant) -> Variant:
+    """Return a one-pass variant with at least as many parameters as a recipe has when it is trained, and no more width.
+
+    Its FLOPs can then match those of the recipe by more steps.
+    """
+    return Variant("standard", recipe.model, with_decider=recipe.joint or recipe.last)
+
+
+def always_of(recipe: Variant) -> Variant:
+    """Return a variant with the model of a recipe, without decider, that is trained to iterate on every token."""
+    return Variant("lookahead", recipe.model, loss_weights=(0.0, 1.0))
 
 
 @dataclass
@@ -216,7 +230,7 @@ def build(size: Size, variant: Variant, tokenizer: Any, seed: int, positions: in
     """Return the model of a variant.
 
     The MLPs of a `standard` are so wide that it has at least as many parameters as a model with the fields `model` of
-    the variant, by default those of `lookahead` with linear maps, and a decider.
+    the variant, by default those of `lookahead` with linear maps, and with a decider if `with_decider` says so.
 
     Args:
         size: Size of the model.
@@ -228,7 +242,7 @@ def build(size: Size, variant: Variant, tokenizer: Any, seed: int, positions: in
     inner, its = 3 * size.hidden, (tokenizer, seed, positions)
     if variant.method != "standard":
         return new_model(size, inner, variant.model, *its, decides=variant.joint or variant.last)
-    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, *its, decides=True))
+    wanted = parameters(new_model(size, inner, variant.model or LOOKAHEAD, *its, decides=variant.with_decider))
     size = replace(size, layers=size.layers * variant.layers)
     missing = wanted - parameters(new_model(size, 1, None, *its))
     return new_model(size, 1 + math.ceil(missing / (3 * size.hidden * size.layers)), None, *its)

@@ -528,24 +528,25 @@ TWO = {name: nine.TASKS[name] for name in ("carry", "relations")}
 
 @pytest.fixture(scope="module")
 def nine_results(tmp_path_factory) -> Path:
-    """Five runs of two of the nine tasks, because many short generations take long."""
+    """Six runs of two of the nine tasks, because many short generations take long."""
     output = tmp_path_factory.mktemp("nine")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("nine.mixture.TASKS", TWO)
-        nine_runs.main(["late", "--policy", "entropy-tau", "--output", str(output), "--size", "test", "--runs", "5"])
+        nine_runs.main(["late", "--policy", "entropy-tau", "--output", str(output), "--size", "test", "--runs", "6"])
     return output
 
 
 def test_one_model_is_scored_by_task(nine_results):
     lines = {line["variant"]: line for line in summarise.read(nine_results / "nine.jsonl")}
-    assert list(lines) == ["late", "standard-wide", "always-mix", "paper-own", "standard-wide-deep"]
+    equal = ["standard-as-recipe", "standard-wide", "always-as-recipe"]
+    assert list(lines) == ["late", *equal, "paper-own", "standard-wide-deep"]
     for line in lines.values():
         scores = line["test"]
         for policy, its in scores["by_task"].items():
             assert set(its) == set(TWO)
             assert scores["policies"][policy]["flops"] > 0
         assert all(0 <= its["iterated"] <= 1 for its in scores["by_task"]["never"].values())
-    always = lines["always-mix"]["test"]["by_task"]["always"]
+    always = lines["always-as-recipe"]["test"]["by_task"]["always"]
     assert all(its["iterated"] == 1 for its in always.values())
     assert "decider" not in lines["late"]["test"]["policies"] and "decider" in lines["paper-own"]["test"]["policies"]
     table = summarise.table(list(lines.values()))  # the other tables read the same lines
@@ -555,7 +556,7 @@ def test_one_model_is_scored_by_task(nine_results):
 def test_baselines_have_at_least_the_flops_and_steps_of_the_recipe(nine_results):
     lines = {line["variant"]: line for line in summarise.read(nine_results / "nine.jsonl")}
     recipe = lines["late"]
-    for name in ("standard-wide", "standard-wide-deep"):
+    for name in ("standard-as-recipe", "standard-wide", "standard-wide-deep"):
         training = lines[name]["training"]
         assert training["flops"] >= recipe["training"]["flops"] and training["steps"] >= recipe["training"]["steps"]
         one_step = training["flops"] / training["steps"]
@@ -563,32 +564,81 @@ def test_baselines_have_at_least_the_flops_and_steps_of_the_recipe(nine_results)
             assert training["flops"] - one_step < recipe["training"]["flops"]
         assert lines[name]["parameters"] >= recipe["parameters"]
     task, size = Mixture("nine", 30), variants.SIZES["test"]
-    longer = nine_runs.matched(task, size, "standard-wide", 10 * recipe["training"]["flops"])
+    primary, wide = (lines[name] for name in ("standard-as-recipe", "standard-wide"))
+    assert primary["parameters"] == recipe["parameters"] == lines["always-as-recipe"]["parameters"]
+    assert primary["training"]["steps"] > recipe["training"]["steps"]  # it has no other way to have the FLOPs
+    assert wide["parameters"] > primary["parameters"] and wide["training"]["steps"] <= primary["training"]["steps"]
+    its = variants.VARIANTS["standard-wide"]
+    longer = nine_runs.matched(task, size, its, 10 * recipe["training"]["flops"])
     assert round(longer.steps * size.steps) > 3 * size.steps
-    assert nine_runs.matched(task, size, "standard-wide", 1.0).steps == 1
+    assert nine_runs.matched(task, size, its, 1.0).steps == 1
+
+
+def test_models_beside_a_recipe_have_its_model():
+    tokenizer, size = Mixture("nine", 0).tokenizer(), variants.SIZES["test"]
+    for name, policy, decides in (
+        ("hidden-lora", "entropy", True),
+        ("late", "decider", True),
+        ("late", "entropy", False),
+    ):
+        its = {
+            which: nine_runs.variant_of(which, name, policy)
+            for which in (name, nine_runs.BASELINE, nine_runs.ALWAYS, nine_runs.WIDE)
+        }
+        recipe, primary, always, wide = (variants.build(size, one, tokenizer, 0) for one in its.values())
+        assert (recipe.decider is not None) == decides
+        assert (
+            always.config.next_input == recipe.config.next_input and always.config.lora_rank == recipe.config.lora_rank
+        )
+        less = variants.parameters(primary) - variants.parameters(recipe)
+        assert 0 <= less < 3 * size.hidden * size.layers  # widths of the MLPs are whole numbers
+        assert variants.parameters(wide) >= variants.parameters(primary) and always.decider is None
+
+
+def test_flops_of_a_model_that_always_iterates_have_the_head_once():
+    its, tokenizer = variants.VARIANTS["always"], tasks.Task("chain", 0, (1,)).tokenizer()
+    model = variants.build(variants.SIZES["test"], its, tokenizer, seed=0)
+    of, made = variants.weights_of(model), tasks.MADE
+    both = lookahead.row_flops(model, replace(its, loss_weights=(0.5, 0.5)), 12, 1.0)
+    deep = lookahead.row_flops(model, its, 12, 1.0)
+    assert deep == 6 * (12 * of.body + made * (of.body + of.added + of.head)) == both - 6 * made * of.head
+    assert lookahead.row_flops(model, its, 12, 0.0) == 6 * (12 * of.body + made * of.head)  # all tokens stop
 
 
 def test_nine_runs_continue_and_stop_by_the_budget(nine_results, capsys):
     before = (nine_results / "nine.jsonl").read_text()
     given = ["late", "--policy", "entropy-tau", "--output", str(nine_results)]
-    nine_runs.main([*given, "--size", "test", "--runs", "5"])
+    nine_runs.main([*given, "--size", "test", "--runs", "6"])
     assert (nine_results / "nine.jsonl").read_text() == before
-    with pytest.raises(SystemExit, match="is used up before late 30, length 1"):
+    with pytest.raises(SystemExit, match="is used up before late 31, length 1"):
         nine_runs.main([*given, "--size", "test", "--hours", "0"])
-    with pytest.raises(ValueError, match="lines of other settings"):
-        nine_runs.main([*given, "--size", "small", "--runs", "1"])
+    (nine_results / "PAUSE").touch()  # delays new runs only
+    nine_runs.main([*given, "--size", "test", "--hours", "0", "--runs", "6"])
+    (nine_results / "PAUSE").unlink()
+    for other, differs in (
+        ([*given, "--size", "small"], "batch, heads"),
+        (["all", *given[1:], "--size", "test"], r"\(recipe\)"),
+        (["late", "--policy", "decider", *given[3:], "--size", "test"], r"\(policy\)"),
+    ):
+        with pytest.raises(ValueError, match=f"has lines of other settings .*{differs}"):
+            nine_runs.main([*other, "--runs", "1"])
+    assert (nine_results / "nine.jsonl").read_text() == before
+    for other in (["late", "--policy", "entropy"], ["all", "--policy", "entropy-tau"]):
+        with pytest.raises(SystemExit):
+            nine_runs.main([*other, *given[3:], "--table"])
+    assert "are those of late with entropy-tau" in capsys.readouterr().err
     nine_runs.main([*given, "--table"])
     told = capsys.readouterr().out
-    assert "late with entropy-tau minus standard-wide at equal FLOPs" in told and "| relations |" in told
+    assert "late with entropy-tau minus standard-as-recipe at equal FLOPs" in told and "| relations |" in told
 
 
 def test_the_runs_of_the_curve_are_two_variants_on_two_seeds():
     planned = list(nine_runs.runs("all-lora", [4, 1]))
-    assert len(planned) == len(set(planned)) == 3 * 5 + 2 * 2
+    assert len(planned) == len(set(planned)) == 3 * 6 + 2 * 2
     assert [one for one in planned if one[0] == 4] == [
-        (4, seed, name) for seed in nine_runs.CURVE_SEEDS for name in ("all-lora", "standard-wide")
+        (4, seed, name) for seed in nine_runs.CURVE_SEEDS for name in ("all-lora", "standard-as-recipe")
     ]
-    assert planned[0] == (1, 30, "all-lora") and "always-mix-lora" in {name for _, _, name in planned}
+    assert planned[:2] == [(1, 30, "all-lora"), (1, 30, "standard-as-recipe")]
     assert nine_runs.file_of(Path(), 1) != nine_runs.file_of(Path(), 4)
 
 
@@ -605,8 +655,8 @@ def test_the_primary_number_is_paired_by_seed_and_problem():
     lines = []
     for seed, shift in zip(nine_runs.SEEDS, (0, 10, -10), strict=True):
         lines.append(line("late", seed, [1] * (60 + shift) + [0] * (40 - shift)))
-        lines.append(line("standard-wide", seed, [1] * 40 + [0] * 60))
-    found = nine_runs.over_problems(lines, ("late", "entropy-tau"), ("standard-wide", "never"))
+        lines.append(line("standard-as-recipe", seed, [1] * 40 + [0] * 60))
+    found = nine_runs.over_problems(lines, ("late", "entropy-tau"), ("standard-as-recipe", "never"))
     assert found["value"] == pytest.approx(0.2)
     shares = np.array([0.2, 0.3, 0.1])  # a difference of 1 in so many problems, else 0
     assert found["high"] - 0.2 == pytest.approx(1.96 * np.sqrt((shares * (1 - shares) / 100).sum()) / 3)
@@ -700,7 +750,8 @@ def test_files_are_held_out_by_their_path(library):
 def test_language_models_have_equal_flops(library, tmp_path, capsys):
     given = ["late", "--size", "test", "--output", str(tmp_path / "out"), "--tau", "5.7"]
     text.main(given)
-    text.main(given)  # nothing is made again
+    (tmp_path / "out" / "PAUSE").touch()
+    text.main([*given, "--hours", "0"])  # nothing is made again, so there is nothing to wait for
     lines = lookahead.lines_of(tmp_path / "out" / "text.jsonl")
     assert [(line["variant"], line["seed"]) for line in lines] == [
         (name, seed) for seed in text.SEEDS for name in ("late", "standard", "always")
@@ -718,8 +769,33 @@ def test_language_models_have_equal_flops(library, tmp_path, capsys):
     assert [share for share, _ in found] == ["10", "25", "50"]
     entropies = [float(entropy) for _, entropy in found]
     assert entropies == sorted(entropies, reverse=True) and 0 < entropies[-1] and entropies[0] < np.log(300) + 0.01
+    told_changes = re.findall(r"([+-]\d\.\d+) \(40: ([+-]\d\.\d+), 41: ([+-]\d\.\d+)\)", told)
+    assert len(told_changes) == 2 * (3 + 3)  # loss and accuracy of each policy of `late` and `always`
+    assert all(float(mean) == pytest.approx((float(a) + float(b)) / 2, abs=1e-4) for mean, a, b in told_changes)
     with pytest.raises(ValueError, match="no line of late with seed 7"):
         text.record(tmp_path / "new.jsonl", "test", text.SIZES["test"], "standard", "late", 7)
+
+
+def test_lines_of_another_text_and_twice_the_same_are_refused(library, tmp_path, monkeypatch):
+    output, size = tmp_path / "text.jsonl", text.SIZES["test"]
+    line = {"variant": "late", "seed": 40, "settings": text.own_settings(size, "late"), "training": {"flops": 1e9}}
+    output.write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(text, "sources", lambda: {False: [*library[False], "more = 1\n"], True: library[True]})
+    with pytest.raises(ValueError, match=r"lines of other settings \(text_sha256\)"):
+        text.main(["late", "--size", "test", "--output", str(tmp_path)])
+    monkeypatch.setattr(text, "sources", lambda: library)
+    output.write_text((json.dumps(line) + "\n") * 2)
+    with pytest.raises(ValueError, match="late 40 occurs twice"):
+        text.main(["late", "--size", "test", "--output", str(tmp_path)])
+
+
+def test_tau_is_chosen_on_rows_that_are_not_scored(library):
+    size = text.TextSize(1, 32, 300, 8, batch=4, steps=1, held_out=4, tau=2.0)
+    scored, every = text.rows_of(size, True, size.held_out), text.rows_of(size, True, 10)
+    after = text.rows_of(size, True, 6, size.held_out)
+    assert np.array_equal(np.concatenate([scored.ids, after.ids]), every.ids)
+    with pytest.raises(ValueError, match="no row after the 100000 that are scored"):
+        text.look(replace(size, held_out=100_000), "late", 1)
 
 
 def test_scores_of_text_are_those_of_the_policy(library):
@@ -764,13 +840,27 @@ def test_the_gpu_script_writes_each_model_and_leaves_out_what_is_too_late(librar
     gpu.main(given)
     made = {path.name: len(lookahead.lines_of(path)) for path in tmp_path.glob("*.jsonl")}
     assert made == {"nine-1x32.jsonl": 3, "text.jsonl": 2}
-    assert json.loads((tmp_path / "steps.json").read_text()) == {"nine-1x32": 4, "text": 4}
+    measured = json.loads((tmp_path / "steps.json").read_text())
+    assert {file: its["steps"] for file, its in measured.items()} == {"nine-1x32": 4, "text": 4}
+    for other in (["formed", *given[1:]], [*given, "--policy", "entropy"]):
+        with pytest.raises(ValueError, match="nine-1x32.jsonl has lines of other settings"):
+            gpu.main(other)
     before = (tmp_path / "nine-1x32.jsonl").read_text()
     (tmp_path / "text.jsonl").unlink()
     gpu.main([*given, "--minutes", "0"])
     assert (tmp_path / "nine-1x32.jsonl").read_text() == before and not (tmp_path / "text.jsonl").exists()
     left_out = lookahead.lines_of(tmp_path / "left-out.jsonl")
     assert [(line["file"], line["variant"]) for line in left_out] == [("text", "late"), ("text", "standard")]
+
+
+def test_the_gpu_script_leaves_out_a_file_whose_recipe_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "sources", lambda: {False: ["x = 1\n"], True: ["y = 2\n"]})
+    gpu.main(["late", "--small", "--output", str(tmp_path), "--minutes", "0.1"])  # less than a model takes
+    left_out = [(line["file"], line["variant"]) for line in lookahead.lines_of(tmp_path / "left-out.jsonl")]
+    others = [(file, name) for file in ("nine-2x32",) for name in ("late", "standard-as-recipe")]
+    first = [("nine-1x32", name) for name in ("late", "standard-as-recipe", "always-as-recipe")]
+    assert left_out == [*first, ("text", "late"), ("text", "standard"), *others]
+    assert [path.name for path in tmp_path.iterdir()] == ["left-out.jsonl"]
 
 
 @pytest.mark.gpu
