@@ -116,11 +116,15 @@ def test_a_base_is_checked_with_confidence(capsys, tiny_base, dtype):
     assert found["tolerance"]["decision"] == (1e-3 if dtype == "float32" else 0.05)
 
 
+def tah2(dtype: torch.dtype = torch.float32) -> TaHForCausalLM:
+    """A model of TaH2, whose logits are log-probabilities."""
+    parts = {"decider": {"kind": "tah2"}, "next_input": "mlp", "output": "mixture", "decision": "sample"}
+    return tah("llama", policy="decider", **parts).to(dtype)
+
+
 def test_a_model_that_draws_its_decisions():
     """TaH2: no threshold to choose, and logits that are log-probabilities."""
-    model = tah(
-        "llama", policy="decider", decider={"kind": "tah2"}, next_input="mlp", output="mixture", decision="sample"
-    )
+    model = tah2()
     subject = method.Subject.of(model)
     assert subject.rules["decider"].threshold is None
     lines = {line.name: line for line in method.method_lines(subject)}
@@ -360,6 +364,20 @@ def test_padding_that_is_visible(capsys, monkeypatch):
     assert failed(capsys) == ["method: padded left = right"]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_padding_that_is_visible_to_a_mixture_in_half_precision(monkeypatch, broken):
+    """The tolerance of bfloat16 is not so wide that log-probabilities hide a wrong mask."""
+    right = masks.depth_masks
+
+    def with_padding(config, depth, query, deep, deep_depths, base, *rest):
+        return right(config, depth, query, deep, deep_depths, base.where(base != masks.NEVER, 0), *rest)
+
+    if broken:
+        monkeypatch.setattr("tah.core.cache.depth_masks", with_padding)
+    lines = method.method_lines(method.Subject.of(tah2(torch.bfloat16)))
+    assert [line.name for line in lines if line.status == "failed"] == ["padded left = right"] * broken
+
+
 def test_a_checkpoint_that_is_not_exact(capsys, monkeypatch):
     right = TaHForCausalLM.save_pretrained
 
@@ -417,9 +435,10 @@ def test_a_variant_that_cannot_generate(capsys, monkeypatch, name):
 
 
 def tokens(probability: list[float], threshold: float = 0.5, shift: float = 0.0) -> Tokens:
-    """One row whose depths follow the probabilities."""
+    """One row whose depths follow the probabilities. `shift` is added to the first logit of each token."""
     p = torch.tensor(probability)[None]
-    logits = torch.arange(5.0).expand(1, len(probability), 5) + shift
+    logits = torch.arange(5.0).repeat(1, len(probability), 1)
+    logits[..., 0] += shift
     return Tokens(logits, (p > threshold).long() + 1, p[..., None])
 
 
@@ -453,13 +472,24 @@ def test_logits_that_differ(shift):
     assert not found.right(tolerance) and found.difference > tolerance.logits
 
 
-def test_best_tokens_may_differ_within_rounding():
+@pytest.mark.parametrize("offset", [0.0, -10.0])
+def test_best_tokens_may_differ_within_rounding(offset):
+    """An offset of all logits, such as that of log-probabilities, changes nothing."""
     tolerance = replace(TOLERANCES[torch.bfloat16], logits=10.0)
-    want = Tokens(torch.tensor([[[1.0, 0.99, 0.2]]]), torch.ones(1, 1).long(), torch.zeros(1, 1, 1))
-    for other, right in (([0.99, 1.0, 0.2], True), ([0.1, 0.2, 1.0], False)):
+    want = Tokens(torch.tensor([[[1.0, 0.99, 0.2]]]) + offset, torch.ones(1, 1).long(), torch.zeros(1, 1, 1))
+    for other, right in (([0.99, 1.0, 0.2], True), ([0.9, 1.0, 0.2], True), ([0.1, 0.2, 1.0], False)):
         found = Comparison()
-        found.add(replace(want, logits=torch.tensor([[other]])), want, tolerance, 0.5)
+        found.add(replace(want, logits=torch.tensor([[other]]) + offset), want, tolerance, 0.5)
         assert found.right(tolerance) == right
+
+
+def test_an_offset_of_all_logits_does_not_hide_a_difference():
+    tolerance = TOLERANCES[torch.bfloat16]
+    want, got = tokens([0.2]), tokens([0.2], shift=2.0)
+    found = [Comparison(), Comparison()]
+    for each, offset in zip(found, (0.0, -1000.0), strict=True):
+        each.add(replace(got, logits=got.logits + offset), replace(want, logits=want.logits + offset), tolerance, 0.5)
+    assert found[1].difference == pytest.approx(found[0].difference, rel=1e-4) and not found[1].right(tolerance)
 
 
 def test_quantised_models_have_the_tolerance_of_half_precision(monkeypatch):
