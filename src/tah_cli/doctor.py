@@ -48,7 +48,7 @@ def doctor(
     if output is not None:
         save(report.as_dict(), report.markdown(), output, "doctor")
     if as_json:
-        typer.echo(json.dumps(report.as_dict()))
+        typer.echo(json.dumps(report.as_dict(), allow_nan=False))
     else:
         console = make_console(color=not no_color)
         console.print(report.title, style="bold", soft_wrap=True)

@@ -265,6 +265,41 @@ def test_padding_is_not_counted_in_the_mean(side, output):
     assert (~out.token_loss.isnan()).sum() == (~want.token_loss.isnan()).sum()
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("output", ["sum", "mixture"])
+def test_padding_predicts_nothing_also_with_a_label_behind_it(output, shifted):
+    """The first real token has a label here, which the last token of the padding would predict."""
+    model, ids, counts = tah(output=output), token_ids(), labels()
+    want = model(ids, labels=ids, depth_labels=counts)
+    targets = pad(ids, left=3, value=IGNORE)
+    assert targets[0, 3] != IGNORE
+    given = {"shift_labels": shift(targets)} if shifted else {"labels": targets}
+    mask = pad(torch.ones_like(ids), left=3)
+    out = model(pad(ids, left=3), attention_mask=mask, depth_labels=pad(counts, left=3, value=1), **given)
+    assert out.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
+    assert torch.equal(out.token_loss[:, :3].isnan(), torch.ones(2, 3, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_padding_between_packed_documents_predicts_nothing(shifted):
+    """A packed row with a mask: two documents, each behind padding, and every token with a label."""
+    model = tah()
+    documents = [token_ids(1, 5, seed=1), token_ids(1, 6, seed=2)]
+    padded = [pad(document, left=2) for document in documents]
+    each = [model(document, labels=document, policy="always") for document in documents]
+    want = sum(out.loss * (len(document[0]) - 1) for out, document in zip(each, documents, strict=True)) / 9
+    targets = torch.cat([pad(document, left=2, value=IGNORE) for document in documents], 1)
+    out = model(
+        torch.cat(padded, 1),
+        attention_mask=torch.cat([pad(torch.ones_like(document), left=2) for document in documents], 1),
+        position_ids=torch.cat([torch.tensor([0, 0, *range(len(document[0]))]) for document in documents])[None],
+        policy="always",
+        **{"shift_labels": shift(targets)} if shifted else {"labels": targets},
+    )
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert (~out.token_loss[..., 1].isnan()).sum() == 9
+
+
 def test_depth_loss_of_a_shorter_call():
     with pytest.raises(ValueError, match="3 loss_weights for a max_depth of 2"):
         DepthLoss(token_ids(), 2, (1.0, 1.0, 1.0))

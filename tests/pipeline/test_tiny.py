@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from helpers.notes import Notes
 from tah import TaHForCausalLM
+from tah.core.next_input import NextInputMLP
 from tah.data.assistant_mask import encode
+from tah.decider import TaH2Decider
 from tah.load import load_base, load_tah, load_tokenizer
 from tah.pipeline.experiment.baselines import equal_steps
 from tah.pipeline.experiment.report import paired, write_report
@@ -308,13 +310,13 @@ def test_controls_are_further_models_and_rows(chain, tmp_path):
     assert "| baseline (equal compute) |" in text and "| blind |" in text and f"equal compute: {steps} steps" in text
 
 
-def test_equal_compute_of_tah2_counts_its_side_passes(chain, tmp_path, monkeypatch):
+def test_equal_compute_of_tah2_counts_side_passes_and_networks(chain, tmp_path, monkeypatch):
     """The baseline of the same chain has as many steps as cost what ran: 3 per token with gradients, 1 without."""
     for name in ("data", "base", "reference"):
         shutil.copytree(chain / name, tmp_path / name)
         (tmp_path / "steps").mkdir(exist_ok=True)
         shutil.copy(chain / "steps" / f"{name}.json", tmp_path / "steps")
-    ran = {"first": 0, "deeper": 0, "side": 0}
+    ran = {"first": 0, "deeper": 0, "side": 0, "decider": 0, "next_input": 0}  # tokens; of networks, in trained weights
     forward, again = TaHForCausalLM.forward, TaHForCausalLM._run_again
 
     @functools.wraps(forward)  # transformers reads its signature
@@ -329,6 +331,20 @@ def test_equal_compute_of_tah2_counts_its_side_passes(chain, tmp_path, monkeypat
             ran["side" if alone else "deeper"] += len(active)
         return again(self, depth, cache, policy, tokens, active, embeds, alone)
 
+    def weighted(network, name, tokens):
+        """Count the weights that the tokens of each call use, 3 times with gradients."""
+        right = network.forward
+
+        def count(self, first, *rest):
+            if self.training:
+                each = 3 if torch.is_grad_enabled() else 1
+                ran[name] += each * tokens(first) * sum(weight.numel() for weight in self.parameters())
+            return right(self, first, *rest)
+
+        monkeypatch.setattr(network, "forward", count)
+
+    weighted(TaH2Decider, "decider", lambda state: len(state.positions))
+    weighted(NextInputMLP, "next_input", len)
     monkeypatch.setattr(TaHForCausalLM, "forward", count_first)
     monkeypatch.setattr(TaHForCausalLM, "_run_again", count_deeper)
     small = [override for override in MINIATURE if not override.startswith("decider.")]
@@ -336,15 +352,18 @@ def test_equal_compute_of_tah2_counts_its_side_passes(chain, tmp_path, monkeypat
     wanted = load_recipe("tiny-tah2", [*small, *depths, "controls.equal_compute=true"])
     run(wanted, tmp_path, SILENT)
     assert min(ran.values()) > 0
-    cost = 3 * (ran["first"] + ran["deeper"]) + ran["side"]
+    layers = load_tah(str(tmp_path / "backbone")).base.model.layers
+    networks = (ran["decider"] + ran["next_input"]) / sum(weight.numel() for weight in layers.parameters())
+    passes = 3 * (ran["first"] + ran["deeper"]) + ran["side"]
     steps = equal_steps(wanted, tmp_path)
-    assert steps == pytest.approx(6 * cost / (3 * ran["first"]), abs=1)
-    assert steps > round(6 * (ran["first"] + ran["deeper"]) / ran["first"])  # control: without the side passes
+    assert steps == pytest.approx(6 * (passes + networks) / (3 * ran["first"]), abs=1)
+    assert steps > round(6 * passes / (3 * ran["first"])) + 1  # control: without the networks
+    assert passes > 3.3 * (ran["first"] + ran["deeper"])  # control: without the side passes
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found["equal_compute_steps"] == steps and "minus_standard_compute" in found["tokens"]["decider"]
-    lines = (tmp_path / "backbone" / "metrics.jsonl").read_text().replace("mean_depth", "x")
+    lines = (tmp_path / "backbone" / "metrics.jsonl").read_text().replace("decisions", "x")
     (tmp_path / "backbone" / "metrics.jsonl").write_text(lines)  # as an older version wrote it
-    with pytest.raises(ValueError, match=r"has no mean_depth; remove .*backbone to train that stage again"):
+    with pytest.raises(ValueError, match=r"has no decisions; remove .*backbone to train that stage again"):
         equal_steps(wanted, tmp_path)
 
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tah.vllm import compat
+from tah.vllm import installed
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "serve"
@@ -52,8 +52,8 @@ def test_the_versions_of_the_containers():
 
 def test_the_extras_have_the_versions_that_the_plugin_takes():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra, below in (("serve", compat.BELOW), ("serve-cpu", compat.BELOW_ON_CPU)):
-        low, high = (".".join(map(str, version)) for version in (compat.LOWEST, below))
+    for extra, below in (("serve", installed.BELOW), ("serve-cpu", installed.BELOW_ON_CPU)):
+        low, high = (".".join(map(str, version)) for version in (installed.LOWEST, below))
         assert extras[extra][0].endswith(f">={low},<{high}")
 
 

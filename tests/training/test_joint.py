@@ -9,12 +9,13 @@ pytest.importorskip("datasets")
 pytest.importorskip("pydantic")
 
 from test_train import SECTION, TAH2, recipe_of, run  # noqa: F401 - fixtures
+from transformers import Trainer, TrainingArguments
 
-from helpers.models import token_ids
+from helpers.models import pad, token_ids
 from tah import TaHForCausalLM
 from tah.data.rows import Collator
 from tah.training.train import Rows, prepare_model, train
-from tah.training.trainer import Objective
+from tah.training.trainer import Meter, Objective, TaHTrainer, read_of
 
 
 def test_a_tah_model_can_be_the_start(run, recipe_of):  # noqa: F811
@@ -58,6 +59,44 @@ def test_depths_of_a_curriculum_and_of_evaluation(run, recipe_of, monkeypatch): 
     assert side == {True: {True}, False: {False}}
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval_loss" in line for line in lines) == 2
+
+
+def test_padding_on_the_left_changes_no_loss_and_no_metric(run, recipe_of, tmp_path):  # noqa: F811
+    """The first real token has a label, and padding before it. Only Trainer's own count has that label."""
+    recipe = recipe_of("tah2", backbone={"method": "tah2", "training": SECTION})
+    model, _ = prepare_model(recipe, "backbone", run)
+    ids = token_ids() % 60
+    bare = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    left = {
+        "input_ids": pad(ids, left=3),
+        "labels": pad(ids, left=3, value=-100),
+        "attention_mask": pad(bare["attention_mask"], left=3),
+    }
+    objective = Objective("backbone", "tah2", 3)
+    state = type("State", (), {"global_step": 0, "max_steps": 1})()
+    found = []
+    for batch in (bare, left):
+        meter = Meter()
+        loss, out = objective.loss(model.train(), dict(batch), state, False, None)
+        meter.add(out, batch)
+        found.append({"loss": loss.item(), **meter.take(lambda sums: sums)})
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0]["decisions"] >= 1
+    args = TrainingArguments(tmp_path / "trainer", use_cpu=True, report_to=[], remove_unused_columns=False)
+    counts = {}
+    for kind, given in ((TaHTrainer, {"objective": objective}), (Trainer, {})):
+        trainer = kind(model=model, args=args, **given)
+        counts[kind] = [int(trainer.get_batch_samples(iter([b]), 1, torch.device("cpu"))[1]) for b in (bare, left)]
+    assert counts == {TaHTrainer: [22, 22], Trainer: [22, 24]}  # docs/reference/limits.md
+
+
+def test_padding_of_packed_rows_is_not_read():
+    """It is a document of its own at the end of a row, without a mask."""
+    rows = [{"input_ids": [5] * n, "supervised": [False] + [True] * (n - 1)} for n in (4, 3, 5)]
+    batch = Collator(0, packed=True)([{"documents": rows[:2]}, {"documents": rows[2:]}])
+    assert "attention_mask" not in batch and batch["input_ids"].shape == (2, 7)
+    assert read_of(batch).tolist() == [[True] * 7, [True] * 5 + [False] * 2]
+    plain = Collator(0)(rows)
+    assert read_of(plain).sum() == 12
 
 
 @pytest.mark.parametrize(

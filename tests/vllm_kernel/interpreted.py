@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton  # noqa: E402
 
+from tah.doctor import kernel as doctor  # noqa: E402
 from tah.vllm.kernel import duo_attention  # noqa: E402
 
 if triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
@@ -148,6 +149,14 @@ def test_padded_rows_and_no_rows():
             same(padded, duo_attention(*padded.arguments, splits=splits), want)
     none = replace(case, query=case.query[:0], owners=case.owners[:0], positions=case.positions[:0])
     assert duo_attention(*none.arguments).shape == (0, *case.query.shape[1:])
+
+
+def test_the_check_of_tah_doctor(monkeypatch):
+    """It is right for the kernel, and wrong for the other kind of attention."""
+    line = doctor.kernel_line(torch.device("cpu"))
+    assert line.status == "ok" and len(line.values["difference"]) == 3, line
+    monkeypatch.setattr("tah.vllm.kernel.duo_attention", lambda *a, own, **rest: duo_attention(*a, own=not own, **rest))
+    assert doctor.kernel_line(torch.device("cpu")).status == "failed"
 
 
 def test_large_scores():

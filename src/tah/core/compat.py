@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
@@ -121,7 +122,7 @@ def restore(trainer: Any, checkpoint: str) -> None:
 
 
 class TrainerHooks:
-    """Mixin of a `Trainer` that calls its public method `save_checkpoint` to save a checkpoint."""
+    """Mixin of a `Trainer` that calls public methods: `save_checkpoint` saves, and `targets` has the loss's tokens."""
 
     _staged: str | None = None
 
@@ -138,6 +139,12 @@ class TrainerHooks:
                 self._staged = None
 
         self.save_checkpoint(Path(self._get_output_dir(trial)), save)  # type: ignore[attr-defined]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the tokens that have a loss. Trainer counts all labels but those of the first column."""
+        targets = [self.targets(batch) for batch in batch_samples if "labels" in batch]  # type: ignore[attr-defined]
+        counted = [{"labels": nn.functional.pad(each, (1, 0), value=-100)} for each in targets]
+        return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
 
 
 class ExpertsOfTheBase:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import DuoCache, PassCache
 from .families import stable_positions
-from .loss import IGNORE, shift
+from .loss import targets_of
 from .masks import DOCUMENT, NEVER, document_masks
 
 OTHER_ARGUMENTS = {"num_items_in_batch", "depth_labels", "shift_labels", "output_last_hidden_state"}
@@ -59,7 +59,8 @@ class ForwardKwargs(TypedDict, total=False):
             `TrainingArguments(label_names=["labels", "depth_labels"])`; without labels `oracle` iterates nowhere.
         shift_labels: Token ids [B, T] that each position should predict, -100 where not supervised, instead of
             `labels`.
-        num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call.
+        num_items_in_batch: Divisor of the loss. The default is the number of supervised tokens of this call, without
+            those that only padding could predict. `Trainer` counts these, too (docs/reference/limits.md).
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: Boundaries of packed rows, from
             `DataCollatorWithFlattening`. They are ignored: `position_ids` contain the same boundaries.
         output_last_hidden_state: Whether the output has `last_hidden_state`. The default is False.
@@ -186,8 +187,9 @@ class Tokens:
                 raise ValueError(f"{name} is not supported: passes at different depths cover different tokens")
         if strange := set(kwargs) - OTHER_ARGUMENTS - PACKING_ARGUMENTS:
             raise TypeError(f"TaHForCausalLM.forward got unexpected arguments: {', '.join(sorted(strange))}")
-        targets = shift(labels) if targets is None and labels is not None else targets
-        return (None if targets is None else targets.masked_fill(~self.valid, IGNORE)), depth_labels
+        shifted = targets is not None
+        labels = targets if shifted else labels
+        return (None if labels is None else targets_of(labels, self.valid, shifted)), depth_labels
 
     @staticmethod
     def check_length(length: int, config: PreTrainedConfig) -> None:

@@ -29,6 +29,23 @@ def shift(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
+def targets_of(labels: Tensor, valid: Tensor | None, shifted: bool = False) -> Tensor:
+    """Return the token id [B, T] that each position should predict, `IGNORE` where it predicts nothing.
+
+    Padding predicts nothing. So the first token behind padding, or the first of a padded document, has no loss, also if
+    it has a label.
+
+    Args:
+        labels: Token ids [B, T], `IGNORE` where not supervised.
+        valid: Mask [B, >= T] with 0 at padding, of which the last T columns are read; None if there is no padding.
+        shifted: Whether each label belongs to the position that predicts it (`shift_labels`).
+    """
+    targets = labels if shifted else shift(labels)
+    if valid is None:
+        return targets
+    return targets.masked_fill(~valid[:, -labels.shape[1] :].to(labels.device).bool(), IGNORE)
+
+
 class DepthLoss:
     """Weighted cross-entropy of each supervised token after each pass, method.md (12), collected during the forward.
 

@@ -20,10 +20,11 @@ class Tolerance:
     """How far apart two computations of the same tokens may be, because sums are rounded in another order.
 
     Args:
-        logits: Largest norm of the difference of a token's logits, divided by their norm.
+        logits: Largest norm of the difference of a token's logits, without their mean, divided by their norm.
         decision: Largest distance of a continue probability from the threshold, and from the other computation, at
             which a decision may differ.
-        lead: Largest lead of a best token over another, divided by the largest logit, at which that one may be best.
+        lead: Largest lead of a best token over another, divided by the largest logit without the mean, at which that
+            one may be best.
     """
 
     logits: float
@@ -85,7 +86,7 @@ class Comparison:
         iterated: Number of tokens of the second computation that took more than one pass.
         compared: Number of tokens whose logits were compared. Those from a close decision on are not, because their
             keys differ.
-        difference: Largest difference of a token's logits, relative to their norm.
+        difference: Largest difference of a token's logits, without their mean, relative to their norm.
         close: Number of decisions that differ within the tolerance.
         wrong_depths: Number of tokens whose depth differs for another reason.
         wrong_best: Number of tokens whose most probable next token differs by more than rounding.
@@ -121,10 +122,15 @@ class Comparison:
             self._add_logits(got.logits[row, :first], want.logits[row, :first], tolerance)
 
     def _add_logits(self, got: Tensor, want: Tensor, tolerance: Tolerance) -> None:
-        """Compare logits [n, V] of the same n tokens."""
+        """Compare logits [n, V] of the same n tokens.
+
+        Each token's mean is subtracted, because it changes no probability. Log-probabilities, the logits of a mixture,
+        have a mean of about -log V, beside which their differences would look small.
+        """
         if not len(want):
             return
         self.compared += len(want)
+        got, want = (logits - logits.mean(-1, keepdim=True) for logits in (got, want))
         apart = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(torch.inf)
         self.difference = max(self.difference, float(apart.max()))
         best, other = want.argmax(-1, keepdim=True), got.argmax(-1, keepdim=True)

@@ -6,7 +6,7 @@ head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -16,7 +16,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..device import Machine
 from .lines import Found, Line, Skip, line_of
+from .machine import is_native
 
 KERNEL = "tah.vllm.kernel"
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # largest norm of the difference, relative
@@ -108,14 +110,22 @@ def _check(device: torch.device) -> Found:
     module = import_module(KERNEL)
     if device.type != "cuda" and not module.INTERPRETED:
         raise Skip("the kernel needs a GPU; only serving on GPUs uses it")
-    return compare(module.duo_attention, device)
+    return compare(module.duo_attention, device, types_of(device, Machine.here()))
 
 
-def compare(attend: Attend, device: torch.device) -> Found:
+def types_of(device: torch.device, machine: Machine) -> list[torch.dtype]:
+    """Return the data types of the check: those that a GPU computes natively, and all in Triton's interpreter.
+
+    Triton compiles no products in bfloat16 for GPUs that do not have them.
+    """
+    return [dtype for dtype in DTYPES if device.type != "cuda" or is_native(dtype, device, machine)]
+
+
+def compare(attend: Attend, device: torch.device, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> Found:
     """Compare a kernel with the plain computation, for both kinds of attention and every data type."""
     differ, right = {}, True
-    for dtype, most in DTYPES.items():
-        problem, apart = Problem.random(dtype), 0.0
+    for dtype in dtypes:
+        problem, apart, most = Problem.random(dtype), 0.0, DTYPES[dtype]
         for own, splits in product((False, True), (1, 4)):
             got = attend(*problem.on(device), scale=SCALE, own=own, splits=splits).cpu().double()
             want = plain(problem, SCALE, own)

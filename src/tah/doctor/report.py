@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -57,13 +58,22 @@ class Report:
         return f"{', '.join(counts)} in {self.seconds:.0f} s"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the entries that `--json` prints."""
-        return {"passed": self.passed, **asdict(self)}
+        """Return the entries that `--json` prints. Numbers that JSON does not have, NaN and infinity, are None."""
+        return _finite({"passed": self.passed, **asdict(self)})
 
     def markdown(self) -> str:
         """Return the result as a Markdown table with a title and a summary."""
         rows = [(line.section, line.name, line.status, line.found.replace("|", "\\|")) for line in self.lines]
         return f"{self.title}\n\n{table(COLUMNS, rows)}\n\n{self.summary}"
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None for each number in it that is NaN or infinite."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def doctor(session: Session, progress: Reporter = SILENT) -> Report:

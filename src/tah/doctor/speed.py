@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,24 +24,38 @@ VARIANTS: dict[str, Any] = {"base": None, "never": "never", "random 7 %": Random
 
 def speed_lines(model: TaHForCausalLM) -> Iterator[Line]:
     """Yield a line for each variant: the median of its rounds of greedy generation with one prompt."""
-    runs = {name: generation(model, policy) for name, policy in VARIANTS.items()}
+    runs: dict[str, Callable[..., Any]] = {}
     shares: dict[str, float] = {}
     failed: dict[str, Exception] = {}
     new = min(FEWEST, room(model))
-    for name, run in runs.items():  # a variant that fails is not part of the rounds
+    for name, policy in VARIANTS.items():  # a variant that fails is not part of the rounds
         try:
+            runs[name] = generation(model, policy)
             if not shares:
-                new = length(model, run)
-            shares[name] = iterated(run, new)
+                new = length(model, runs[name])
+            shares[name] = iterated(runs[name], new)
         except Exception as error:
             failed[name] = error
     timers = {name: timed(partial(runs[name], max_new_tokens=new), model.device) for name in shares}
-    found = alternate(timers, ROUNDS) if timers else {}
+    rounds = {name: partial(_round, name, timer, failed) for name, timer in timers.items()}
+    found = alternate(rounds, ROUNDS) if rounds else {}
+    found = {name: seconds for name, seconds in found.items() if name not in failed}
     dtype = str(model.dtype).removeprefix("torch.")
     rows = rows_of(dtype, "decode, batch 1", found, shares, new, SILENT) if found else []
     by_name = {row.variant: row for row in rows}
-    for name in runs:
+    for name in VARIANTS:
         yield line_of("speed", name, partial(_speed, by_name.get(name), failed.get(name), new, "base" in by_name))
+
+
+def _round(name: str, timer: Callable[[], float], failed: dict[str, Exception]) -> float:
+    """Return the seconds of a round. A variant that fails in one, such as for lack of memory, runs in no later one."""
+    if name in failed:
+        return math.nan
+    try:
+        return timer()
+    except Exception as error:
+        failed[name] = error
+        return math.nan
 
 
 def _speed(row: Row | None, error: Exception | None, new: int, has_base: bool) -> Found:

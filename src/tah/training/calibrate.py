@@ -12,11 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..core.loss import IGNORE, shift
 from ..model import TaHForCausalLM, TrainingPass
 from ..stats.threshold import Decisions, threshold_for_loss, threshold_for_share
 from .recipe import Decider
-from .trainer import Objective
+from .trainer import Objective, supervised_of
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def measure_decisions(model: TaHForCausalLM, batches: Iterable[dict[str, Tensor]
     found: list[list[Tensor]] = []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "row"}
-        supervised = shift(batch["labels"]) != IGNORE
+        supervised = supervised_of(batch)
         rest = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
         out = model(
             batch["input_ids"],

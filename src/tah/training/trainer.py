@@ -24,13 +24,41 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..config import current_tensor
 from ..core.compat import TrainerHooks
 from ..core.logits import TaHOutput
-from ..core.loss import IGNORE, decider_loss, shift
+from ..core.loss import IGNORE, decider_loss, targets_of
 from ..model import TaHForCausalLM, TrainingPass
 from ..names import BY_GAIN, Stage
 from ..policy import Confidence, DepthState, Random
 from .joint import gain_labels, joint_decider_loss
 
 CHECKPOINTS = "checkpoints"
+
+
+def supervised_of(batch: dict[str, Tensor]) -> Tensor:
+    """Return whether [B, T] bool each position predicts a supervised token, as in the loss of the model.
+
+    Args:
+        batch: `labels` [B, T], and `attention_mask` [B, T] if there is padding that has no document of its own.
+    """
+    return targets_of(batch["labels"], batch.get("attention_mask")) != IGNORE
+
+
+def read_of(batch: dict[str, Tensor]) -> Tensor:
+    """Return whether [B, T] bool each token is one of a text, not padding.
+
+    A packed row has no mask. Padding is its last document, the only one without a label (`data.Collator`).
+
+    Args:
+        batch: `labels` [B, T], and `attention_mask` [B, T] or the `position_ids` [B, T] of packed rows.
+    """
+    labels = batch["labels"]
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    if "position_ids" not in batch:
+        return torch.ones_like(labels, dtype=torch.bool)
+    index = torch.arange(labels.shape[1], device=labels.device)
+    begin = torch.where(batch["position_ids"] == 0, index, 0).amax(1, keepdim=True)  # [B, 1], of the last document
+    last = index >= begin
+    return ~last | (last & (labels != IGNORE)).any(1, keepdim=True)
 
 
 class _UncertainOf(Confidence):
@@ -130,7 +158,7 @@ class Objective:
 
     def _given(self, batch: dict[str, Tensor], step: int, depth: int, shared: bool) -> dict[str, Any]:
         """Return the arguments of `forward` and the fields of `TrainingPass` in one dictionary."""
-        supervised = shift(batch["labels"]) != IGNORE  # [B, T] positions that predict a supervised token
+        supervised = supervised_of(batch)
         given: dict[str, Any] = {**batch, "max_depth": depth, "logits_to_keep": supervised.new_empty(0).long()}
         if shared:
             given["idle"] = True
@@ -206,7 +234,7 @@ class Objective:
 
     def _joint_loss(self, out: TaHOutput, batch: dict[str, Tensor], items: Tensor | int | None) -> Tensor:
         """Return the decider's loss of TaH2, method.md (17), for the tokens of this step in all processes."""
-        supervised = shift(batch["labels"]) != IGNORE
+        supervised = supervised_of(batch)
 
         def join(gains: Tensor) -> Tensor:
             """Join the gains of all processes. The padding is 0, which is no gain."""
@@ -228,7 +256,7 @@ class Objective:
         assert out.continue_logits is not None
         logits = out.continue_logits
         decisions = torch.arange(1, logits.shape[2] + 1, device=logits.device)  # the depths with a decision
-        asked = (shift(batch["labels"]) != IGNORE)[:, :, None] & ~logits.isnan()
+        asked = supervised_of(batch)[:, :, None] & ~logits.isnan()
         if not self.by_gain:
             target = batch["depth_labels"][:, :, None] > decisions
             return decider_loss(logits, target, asked, None, self.pos_weight, items)
@@ -251,7 +279,8 @@ class _Seen:
 class Meter:
     """Sums since the last log, kept on the device: iterated share and cross-entropy by depth.
 
-    With side passes, method.md (16), also the passes of all tokens, and the side passes, which are not among them.
+    With side passes, method.md (16), also the passes and the decisions of all tokens that are not padding, and the side
+    passes, which are not among them.
 
     Args:
         prefix: Prefix of the names in the log.
@@ -265,7 +294,7 @@ class Meter:
     def add(self, out: TaHOutput, batch: dict[str, Tensor]) -> None:
         """Add the counts and losses of a batch."""
         assert out.depth_count is not None
-        supervised = shift(batch["labels"]) != IGNORE
+        supervised = supervised_of(batch)
         found = {"tokens": supervised.sum(), "iterated": (supervised & (out.depth_count > 1)).sum()}
         if out.token_loss is not None:
             for depth in range(out.token_loss.shape[2]):
@@ -273,8 +302,10 @@ class Meter:
                 found[f"loss_{depth + 1}"] = out.token_loss[:, :, depth][known].sum()
                 found[f"known_{depth + 1}"] = known.sum()
         if out.pass_loss is not None:
-            read = batch.get("attention_mask", torch.ones_like(out.depth_count)).bool()
+            assert out.continue_logits is not None
+            read = read_of(batch)
             found |= {"read": read.sum(), "passes": out.depth_count[read].sum()}
+            found["decisions"] = (~out.continue_logits[read].isnan()).sum()
             found["side"] = (~out.pass_loss.isnan()).sum() - out.depth_count[supervised].sum()
         for name, value in found.items():
             value = value.float()
@@ -294,7 +325,8 @@ class Meter:
             if known := sums["known" + name.removeprefix("loss")]:
                 logs[name.replace("loss", "loss_depth")] = sums[name] / known
         if "read" in sums:
-            logs |= {"mean_depth": sums["passes"] / sums["read"], "side_passes": sums["side"] / sums["read"]}
+            each = {"mean_depth": "passes", "decisions": "decisions", "side_passes": "side"}
+            logs |= {name: sums[counted] / sums["read"] for name, counted in each.items()}
         return {self.prefix + name: value for name, value in logs.items()}
 
 
@@ -355,6 +387,10 @@ class TaHTrainer(TrainerHooks, Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, but the loss is already divided once
         return (loss, out) if return_outputs else loss
+
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the token id [B, T] that each position of a batch should predict, -100 where it has no loss."""
+        return targets_of(batch["labels"], batch.get("attention_mask"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log iterated share and losses by depth too, and append a line to `metrics.jsonl`."""

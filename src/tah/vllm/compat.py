@@ -1,4 +1,4 @@
-"""Code that depends on internals of one version of vLLM: the supported versions, and the layout of the KV cache.
+"""Code that depends on internals of one version of vLLM: the check of the version, and the layout of the KV cache.
 
 Shapes: B physical blocks, S slots per block, H key/value heads, K head width.
 """
@@ -15,10 +15,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
-from .installed import advice
-
-LOWEST = (0, 32)
-BELOW, BELOW_ON_CPU = (0, 34), (0, 33)  # the source of 0.33 was compared (scripts/vllm_signatures.py), and nothing run
+from .installed import advice, is_supported, supported
 
 
 def check_version() -> None:
@@ -27,11 +24,9 @@ def check_version() -> None:
     Raises:
         ValueError: The version is not supported; the message names the supported versions.
     """
-    below = BELOW_ON_CPU if current_platform.is_cpu() else BELOW
-    parts = tuple(int(part) for part in VLLM_VERSION.split("+")[0].split(".")[:2] if part.isdigit())
-    if not LOWEST <= parts < below:
-        low, high = (".".join(map(str, version)) for version in (LOWEST, below))
-        raise ValueError(f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM >= {low}, < {high}: {advice()}")
+    on_cpu = current_platform.is_cpu()
+    if not is_supported(VLLM_VERSION, on_cpu):
+        raise ValueError(f"vLLM {VLLM_VERSION} is not supported; TaH models need vLLM {supported(on_cpu)}: {advice()}")
 
 
 @contextmanager

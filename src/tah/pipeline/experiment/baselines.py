@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ...core.families import decoder_layers
 from ...data.data_files import COMPLETE
 from ...data.rows import load_rows
 from ...load import load_tah, load_tokenizer
@@ -113,8 +114,9 @@ def equal_steps(recipe: Recipe, run: Path) -> int:
     """Return the number of baseline steps that cost as much as labels, backbone and decider together.
 
     The unit of cost is a pass of one token through the base: 1 without gradients, 3 with gradients. The passes are
-    measured (`metrics.jsonl`), and of the method `tah2` the side passes, too, which have no gradients. LoRA, decider,
-    the next input and the head are not counted.
+    measured (`metrics.jsonl`), and of the method `tah2` the decisions and the side passes, too, which have no
+    gradients. The networks of `tah2` for decisions and next inputs count by their weights, relative to those of the
+    base's layers. LoRA, the head, and decider and next input of other methods are not counted.
 
     Args:
         recipe: Recipe of the run.
@@ -145,18 +147,37 @@ def _cost_of_rows(recipe: Recipe, stage: Stage, directory: Path, each: int, wher
         ValueError: The training has not measured its passes.
     """
     lines = read_metrics(directory / "metrics.jsonl")
-    measured = "mean_depth" if recipe.backbone.method == "tah2" else "iterated_share"
+    measured = "decisions" if recipe.backbone.method == "tah2" else "iterated_share"
     logged = [line for line in lines if measured in line]
     if not logged:
         raise ValueError(f"{directory}/metrics.jsonl has no {measured}; remove {directory} to train that stage again")
-    if measured == "mean_depth":
-        costs = [each * line["mean_depth"] + FORWARD * line["side_passes"] for line in logged]
+    if measured == "decisions":
+        decider, next_input = _networks(directory)
+        costs = [
+            each * (line["mean_depth"] + decider * line["decisions"] + next_input * (line["mean_depth"] - 1))
+            + FORWARD * (1 + next_input) * line["side_passes"]
+            for line in logged
+        ]
     else:
         costs = [each * (1 + where * line["iterated_share"]) for line in logged]
     steps = max(line["step"] for line in lines)
     processes = json.loads((directory / "run.json").read_text("utf-8"))["world_size"]
     rows = steps * processes * _rows_of_a_process(recipe, stage)
     return rows * sum(costs) / len(costs)
+
+
+def _networks(directory: Path) -> tuple[float, float]:
+    """Return the weights of the decider and of the network of the next input, relative to the layers of the base.
+
+    Args:
+        directory: Directory of a TaH model. A network that it does not have is 0.
+    """
+    model = load_tah(str(directory))
+    layers = decoder_layers(model.decoder, model.config.get_text_config(decoder=True).num_hidden_layers)
+    base = sum(w.numel() for layer in layers for name, w in layer.named_parameters() if "lora_" not in name)
+    parts = (model.decider, model.next_input_mlp)
+    decider, next_input = (0 if part is None else sum(w.numel() for w in part.parameters()) for part in parts)
+    return decider / base, next_input / base
 
 
 def _rows_of_a_process(recipe: Recipe, stage: Stage) -> int:
