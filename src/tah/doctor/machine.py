@@ -89,7 +89,7 @@ def supported(name: str) -> SpecifierSet:
     found = SpecifierSet()
     for requirement in needed:
         if requirement.name == name:
-            found &= requirement.specifier
+            found = SpecifierSet(",".join({*map(str, found), *map(str, requirement.specifier)}))  # extras repeat ranges
     return found
 
 
@@ -225,7 +225,7 @@ def _data_type(dtype: torch.dtype, device: torch.device) -> Found:
     speed = 2 * SIDE**3 / statistics.median(seconds) / 1e9
     native = is_native(dtype, device, Machine.here())
     how = "" if native else ", not native: --dtype auto computes in float32"
-    text = f"error {apart:.1e} (at most {PRODUCT[dtype]:.0e}), {speed:,.0f} GFLOP/s on {device}{how}"
+    text = f"error {apart:.1e} (at most {PRODUCT[dtype]:.0e}), {speed:,.3g} GFLOP/s on {device}{how}"
     values = {"error": apart, "tolerance": PRODUCT[dtype], "gflops": speed, "native": native, "device": str(device)}
     return Found(text, apart <= PRODUCT[dtype], values)
 
