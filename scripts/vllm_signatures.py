@@ -30,7 +30,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm": ("__version__",),
     "vllm.LLM": ("generate", "get_tokenizer", "llm_engine"),
     "vllm.ModelRegistry": (),
-    "vllm.SamplingParams": ("extra_args", "n", "prompt_logprobs"),
+    "vllm.SamplingParams": ("extra_args", "n", "prompt_logprob_token_ids", "prompt_logprobs"),
     "vllm.config.VllmConfig": (
         "additional_config",
         "aux_output_config",
@@ -81,7 +81,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.platforms": ("current_platform",),
     "vllm.platforms.interface.Platform": ("device_type", "is_cpu", "is_cuda_alike"),
     "vllm.entrypoints.cli.serve.ServeSubcommand": ("cmd", "subparser_init", "validate"),
-    "vllm.logger": ("configure_logging_from_args",),
+    "vllm.logger": ("configure_logging_from_args", "init_logger"),
     "vllm.utils.argparse_utils.FlexibleArgumentParser": ("parse_args",),
     # scheduler
     "vllm.v1.core.sched.scheduler.Scheduler": (
