@@ -616,7 +616,7 @@ def test_nine_runs_continue_and_stop_by_the_budget(nine_results, capsys):
     nine_runs.main([*given, "--size", "test", "--hours", "0", "--runs", "6"])
     (nine_results / "PAUSE").unlink()
     for other, differs in (
-        ([*given, "--size", "small"], "batch, heads"),
+        ([*given, "--size", "small"], "batch, hidden"),
         (["all", *given[1:], "--size", "test"], r"\(recipe\)"),
         (["late", "--policy", "decider", *given[3:], "--size", "test"], r"\(policy\)"),
     ):
