@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,3 +63,40 @@ def watched() -> Iterator[tuple[Counter[str], Counter[str]]]:
     waits: Counter[str] = Counter()
     with _Calls(bare, waits), _Kernels(waits):
         yield bare, waits
+
+
+@dataclass
+class WatchedStep:
+    """What one step of a served model did."""
+
+    iterates: bool  # whether a request of the step may iterate
+    taken: int  # tokens that iterate
+    copies: int  # calls of `to_host`, the one place where the host may wait
+    bare: dict[str, int]  # by line of our own code: tensors made without a device
+    waits: dict[str, int]  # by line: other operations that wait
+
+
+def watch_steps(monkeypatch: Any, model: Any) -> list[WatchedStep]:
+    """Watch the steps that a served model runs from now on, and return the list that they are added to."""
+    from tah.vllm import model as serving
+
+    steps: list[WatchedStep] = []
+    copies: list[int] = []
+    to_host, run_step = serving.to_host, model.run_step
+
+    def counted(x: Any) -> Any:
+        copies.append(1)
+        with torch._C.DisableTorchFunction():
+            return to_host(x)
+
+    def run(step: Any, depth_one: Any) -> Any:
+        copies.clear()
+        with watched() as (bare, waits):
+            hidden = run_step(step, depth_one)
+        iterates = any(one.iterates for one in step.options)
+        steps.append(WatchedStep(iterates, len(model.report.taken), len(copies), dict(bare), dict(waits)))
+        return hidden
+
+    monkeypatch.setattr(serving, "to_host", counted)
+    monkeypatch.setattr(model, "run_step", run)
+    return steps

@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from helpers.checkpoints import TAH2, tiny
 from helpers.interpreter import IS_V2
 from helpers.serving import agree, iterated, prompts, reference, serve
-from helpers.waits import watched
+from helpers.waits import watch_steps, watched
 from tah.vllm import model as serving
 from tah.vllm import worker as depth_worker
 from tah.vllm.attention import DuoAttention
@@ -50,33 +50,13 @@ def batching(request):
 
 def test_one_wait_per_step(llama, batching, monkeypatch):
     """And none where no request of the step iterates; every tensor has a device."""
-    steps, waited = [], Counter()
-    plain = serving.to_host
-
-    def to_host(x):
-        waited["here"] += 1
-        with torch._C.DisableTorchFunction():
-            return plain(x)
-
-    monkeypatch.setattr(serving, "to_host", to_host)
     with serve(llama, additional_config=batching, max_num_batched_tokens=64) as served:
-        run_step = served.model.run_step
-
-        def run(step, depth_one):
-            waited.clear()
-            with watched() as (bare, waits):
-                hidden = run_step(step, depth_one)
-            iterates = any(one.iterates for one in step.options)
-            steps.append((iterates, len(served.model.report.taken), waited["here"], dict(waits), dict(bare)))
-            return hidden
-
-        monkeypatch.setattr(served.model, "run_step", run)
+        steps = watch_steps(monkeypatch, served.model)
         served.ask(ASKED[: len(RULES)], NEW, RULES)
         served.ask(ASKED[:2], NEW, [NEVER] * 2)
-    assert sum(hard > 0 for _, hard, *_ in steps) >= NEW
-    assert {(iterates, count) for iterates, _, count, *_ in steps} == {(True, 1), (False, 0)}
-    assert [lines for *_, lines, _ in steps if lines] == []
-    assert [lines for *_, lines in steps if lines] == []
+    assert sum(step.taken > 0 for step in steps) >= NEW
+    assert {(step.iterates, step.copies) for step in steps} == {(True, 1), (False, 0)}
+    assert [step for step in steps if step.waits or step.bare] == []
 
 
 def test_control_of_the_watch():

@@ -12,9 +12,8 @@ from vllm.exceptions import VLLMValidationError
 from helpers.checkpoints import TAH2, tiny
 from helpers.interpreter import IS_V2
 from helpers.serving import agree, answer, iterated, prompts, reference, serve
-from helpers.waits import watched
+from helpers.waits import watch_steps
 from tah import TaHForCausalLM
-from tah.vllm import model as serving
 
 NEW = 12 if IS_V2 else 40
 MIXED = prompts(6 if IS_V2 else 18, seed=1)
@@ -148,28 +147,11 @@ def test_log_probabilities(model, plain, batching):
 
 def test_one_wait_per_step(model, batching, monkeypatch):
     """The mixture adds none, and none of its tensors lacks a device."""
-    plain, waited, seen = serving.to_host, [], []
-
-    def to_host(x):
-        waited.append(1)
-        with torch._C.DisableTorchFunction():
-            return plain(x)
-
-    monkeypatch.setattr(serving, "to_host", to_host)
     with serve(model, additional_config=batching, max_num_batched_tokens=64) as served:
-        run_step = served.model.run_step
-
-        def run(step, depth_one):
-            waited.clear()
-            with watched() as (bare, waits):
-                hidden = run_step(step, depth_one)
-            iterates = any(one.iterates for one in step.options)
-            seen.append((len(waited) - iterates, dict(bare), dict(waits)))
-            return hidden
-
-        monkeypatch.setattr(served.model, "run_step", run)
+        steps = watch_steps(monkeypatch, served.model)
         served.ask(MIXED[:4], 4, [{}, ALL, {"policy": "always"}, {"policy": "never"}])
-    assert len(seen) > 4 and all(step == (0, {}, {}) for step in seen)
+    assert len(steps) > 4 and all(step.copies == step.iterates for step in steps)
+    assert [step for step in steps if step.waits or step.bare] == []
 
 
 SEAMS = {

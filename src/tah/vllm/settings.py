@@ -163,9 +163,9 @@ def _self_check(additional: dict[str, Any]) -> bool:
 def _batching(vllm_config: Any, v2: bool) -> str:
     """Return how both depths share steps, `two_pass` or `mixed`; answers are the same.
 
-    Model runner V2 cannot hold a request's token back, which `mixed` needs. With V1, `auto` follows the tables in
-    docs/results/load-tests.md: `mixed` reads the weights less often if several requests run. With torch.compile, steps
-    of `mixed` would run uncompiled.
+    `mixed` has to hold a request's token back, which is not written for model runner V2. With V1, `auto` follows the
+    tables in docs/results/load-tests.md: `mixed` reads the weights less often if several requests run. With
+    torch.compile, steps of `mixed` would run uncompiled.
     """
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
