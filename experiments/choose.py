@@ -24,7 +24,7 @@ from summarise import Line, by_seed, read
 from variants import CHOICE, SIZES
 
 TASKS = ("hops", "follow")
-FIRST, SECOND = (10, 11), (12, 13)
+FIRST, SECOND = (10,), (11,)
 BASELINE = "standard-wide"
 TODAY = {"all": "decider", "uncertain": "entropy", "late": "entropy"}  # the recipes of evidence.md, with their policies
 POLICIES = ("entropy", "entropy-tau", "decider")

@@ -459,14 +459,14 @@ def test_finalists_are_those_of_the_first_seeds_and_only_they_are_chosen(tmp_pat
         lines = [*first[task], *second[task]]
         (tmp_path / f"choose-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     planned = list(choose.runs(tmp_path))
-    assert len(planned) == len(set(planned)) == 2 * 2 * 17 + 2 * 2 * (4 + 6)
+    assert len(planned) == len(set(planned)) == 2 * (len(choose.FIRST) * 17 + len(choose.SECOND) * (4 + 6))
     assert {variant for _, seed, variant in planned if seed in choose.SECOND} == {
         choose.BASELINE,
         *today,
         *others[: choose.FINALISTS],
     }
     found = choose.candidates(choose.results_in(tmp_path, "choose"))
-    assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] has two seeds only
+    assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] lacks the second seed
 
 
 def test_choosing_continues_where_it_stopped(tmp_path, capsys):

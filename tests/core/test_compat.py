@@ -29,6 +29,7 @@ from helpers.models import distance, labels, shake, tah, token_ids
 from tah import TaHForCausalLM, check_base
 from tah.core import compat
 from tah.core.depth import at_depth
+from tah.core.loss import targets_of
 
 
 def test_the_name_of_the_cache_is_that_of_the_installed_transformers() -> None:
@@ -239,6 +240,9 @@ def test_trainer_saves_where_it_is_told_and_restores(tmp_path: Path) -> None:
     base, staged = tiny("llama"), []
 
     class Staging(compat.TrainerHooks, Trainer):
+        def targets(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return targets_of(batch["labels"], None)
+
         def save_checkpoint(self, run: Path, save: Callable[[Path], None]) -> None:
             staged.append(run)
             save(run / "aside")

@@ -39,7 +39,7 @@ def test_fast_equals_plain(monkeypatch: pytest.MonkeyPatch, family: str, policy:
         found.append(made)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.depth_count, other.depth_count)
-        assert distance(one.logits, other.logits) < 1e-5
+        assert distance(one.logits, other.logits) < 5e-5  # rounding in float32; some CPUs differ by 2e-5
     assert max(int(out.depth_count.max()) for out in found[0]) > 1
 
 

@@ -34,7 +34,7 @@ def test_unknown_words_of_a_trace_are_named(capsys, tmp_path):
     for name, row in rows.items():
         (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
         code, _, err = said(capsys, "trace", "follow-tah", "t.jsonl")
-        assert code == 0 and ("has no token for 'hello'" in err) == (name != "known")
+        assert code == 0 and ("has no token for 'hello'" in err) == (name != "known"), err
 
 
 @pytest.mark.parametrize("turns", ["5", "true", '"x"', "null", "{}", "[5]", '[{"content": 5}]'])
