@@ -4,7 +4,8 @@
     python experiments/compare.py RECIPE --policy entropy-tau --output experiments/results --table
     python experiments/compare.py tah2 --policy decider-half --output out   # TaH2 and its comparison
 
-Each run is one line in `compare-TASK.jsonl`. While the file `PAUSE` exists beside the results, no new run starts. The
+Two processes with different seeds (`--seed`) need an output each; their lines are put together afterwards. Each run is
+one line in `compare-TASK.jsonl`. While the file `PAUSE` exists beside the results, no new run starts. The
 table has the mean over the tasks of the exact match on new problems, and its difference from that of the recipe, paired
 by seed. `summarise.py` prints the tables by task.
 """
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--policy", choices=(*POLICIES, "decider-half"), required=True, help="its policy")
     parser.add_argument("--output", type=Path, default=Path("out"), help="directory of the results")
     parser.add_argument("--size", choices=SIZES, default="choice", help="size of the model and its training")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="seeds of one of several processes"
+    )
     parser.add_argument("--runs", type=int, help="number of runs after which to stop, made earlier or now")
     parser.add_argument("--table", action="store_true", help="print the table; train nothing")
     given = parser.parse_args(arguments)
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(results, given.recipe, given.policy))
         return
     variants = (given.recipe, *others_of(given.recipe, given.policy))
-    runs = ((task, seed, variant) for seed in SEEDS for variant in variants for task in TASKS)
+    runs = ((task, seed, variant) for seed in given.seed for variant in variants for task in TASKS)
     train_all(itertools.islice(runs, given.runs), given.output, given.size, "compare", HOURS)
 
 

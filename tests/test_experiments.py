@@ -121,12 +121,14 @@ def results(tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_a_finished_line_is_not_made_again(results):
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     made = [(line["variant"], line["seed"]) for line in lines]
     assert sorted(made) == sorted([("standard", 1), ("lookahead", 1), *((name, 0) for name in VARIANTS)])
 
 
+@pytest.mark.slow
 def test_other_settings_need_another_file(results, capsys):
     before = results.read_text()
     with pytest.raises(SystemExit):
@@ -134,6 +136,7 @@ def test_other_settings_need_another_file(results, capsys):
     assert "has lines of other settings" in capsys.readouterr().err and results.read_text() == before
 
 
+@pytest.mark.slow
 def test_lines_hold_what_the_table_needs(results):
     lines = {(line["variant"], line["seed"]): line for line in map(json.loads, results.read_text().splitlines())}
     standard, look = lines["standard", 0], lines["lookahead", 0]
@@ -224,6 +227,7 @@ def test_noise_deals_labels_out_among_tokens_of_the_same_place():
     assert 0.5 < (hard[noisy == 2] == 2).mean() < 0.75  # 1 without noise, 0.25 with nothing but noise
 
 
+@pytest.mark.slow
 def test_table_and_intervals(results):
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     table = summarise.table(lines)
@@ -251,6 +255,7 @@ def test_one_seed_gets_an_interval_over_problems():
     assert found["high"] - found["value"] == pytest.approx(1.96 * np.std([0, 1, 1, -1]) / 10)
 
 
+@pytest.mark.slow
 def test_tables_from_the_command_line(results, tmp_path, capsys):
     other = tmp_path / "others.jsonl"
     other.write_text('{"model": "tah"}\n')
@@ -466,7 +471,9 @@ def test_finalists_are_those_of_the_first_seeds_and_only_they_are_chosen(tmp_pat
         *others[: choose.FINALISTS],
     }
     found = choose.candidates(choose.results_in(tmp_path, "choose"))
-    assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] lacks the second seed
+    assert (
+        found[0].variant == others[1] and choose.chosen(found).variant == others[0]
+    )  # others[1] lacks the second seed
 
 
 def test_choosing_continues_where_it_stopped(tmp_path, capsys):
@@ -833,6 +840,7 @@ def test_tokens_are_sorted_by_the_loss_of_the_other_seed():
     assert text.unpack(text.pack(np.array([0.0, 0.07, 99.0]))).tolist() == [0.0, 0.0625, 255 / 16]
 
 
+@pytest.mark.slow
 def test_the_gpu_script_writes_each_model_and_leaves_out_what_is_too_late(library, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nine.mixture.TASKS", TWO)
     monkeypatch.setattr(gpu, "SMALL", replace(gpu.SMALL, nine=gpu.SMALL.nine[:1], processes=1))

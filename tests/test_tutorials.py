@@ -14,6 +14,8 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+TRAINING = {"own-data", "train"}  # these notebooks train, for minutes
+TIMED = [pytest.param(path, marks=pytest.mark.slow) if path.stem in TRAINING else path for path in NOTEBOOKS]
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|data|workspace)/[^\s\"'<>]*")
 
 
@@ -50,7 +52,7 @@ def environment(smollm2):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TIMED, ids=[path.stem for path in NOTEBOOKS])
 def test_a_notebook_runs(path, tmp_path, environment):
     execute(path, tmp_path, environment)
 

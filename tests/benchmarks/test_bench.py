@@ -49,7 +49,7 @@ def test_result(checkpoint, tmp_path):
     assert len(table) == 2 + len(rows) and "| forced |" in table[4]
 
 
-@pytest.mark.parametrize("output", ["mixture", "even"])
+@pytest.mark.parametrize("output", ["mixture", pytest.param("even", marks=pytest.mark.slow)])
 def test_kept_states_of_a_mixture(output, tmp_path, monkeypatch):
     """Its rows count the tensors that the forward holds; the other tasks run with three passes and several rows."""
     settings = {"next_input": "mlp", "output": output, "decider": {"kind": "tah2"}, "lora_rank": 0, "max_depth": 3}
@@ -75,6 +75,7 @@ def test_kept_states_of_a_mixture(output, tmp_path, monkeypatch):
         assert row.median * 2**20 == pytest.approx(sum(held.values())), variant
 
 
+@pytest.mark.slow
 def test_a_sum_keeps_no_pass_apart(checkpoint):
     result = bench.bench(checkpoint, dtypes=("float32",), batches=(), lengths=(20,), repeats=1)
     assert {row["task"] for row in result["rows"]} == {"prefill, 20 tokens", "memory, 20 tokens"}

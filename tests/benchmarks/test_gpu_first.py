@@ -92,6 +92,7 @@ def run(tmp_path, *options):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_failure_costs_one_section(tmp_path):
     done = run(tmp_path, "--small", "--only", "good", "left_out", "broken", "killed")
     assert done.returncode == 1
@@ -111,11 +112,13 @@ def test_a_failure_costs_one_section(tmp_path):
     assert "Skipped: there is no such thing." in text and "**Failed**: RuntimeError: no memory." in text
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_an_exit_code(tmp_path):
     assert run(tmp_path, "--small", "--only", "good").returncode == 0
     assert run(tmp_path, "--small", "--only", "wrong").returncode == 1
 
 
+@pytest.mark.slow
 def test_time_is_limited(tmp_path):
     """Of a section, whose process is stopped, and of all."""
     done = run(tmp_path, "--small", "--only", "slow")
@@ -126,7 +129,7 @@ def test_time_is_limited(tmp_path):
     assert done.returncode == 0 and section["skipped"] == "no time was left"
 
 
-@pytest.mark.parametrize("name", ["gpu_first", "gpu_serve"])
+@pytest.mark.parametrize("name", ["gpu_first", pytest.param("gpu_serve", marks=pytest.mark.slow)])
 def test_without_a_gpu_it_says_so(name):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True, env=env)

@@ -19,6 +19,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_two_trees(script, tiny_base, tmp_path, capsys):
     """The same tree twice; the order of the processes is swapped in the second round."""
     src, output = ROOT / "src", tmp_path / "out.json"

@@ -76,6 +76,7 @@ def test_two_processes_equal_one(words, alone, tmp_path):
     assert lines_of_tah(done) == []
 
 
+@pytest.mark.slow
 def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     """Two processes, of which one is killed; continued in three, and in one: the files of an uninterrupted process."""
     directory = tmp_path / "run"
@@ -127,6 +128,7 @@ def test_a_process_that_fails_stops_the_others(words, tmp_path):
     assert lines_of_tah(done) == ["tah: process 1: the disk is full"]
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_one_line(words, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     done = torchrun("-m", "tah", *words, "-o", tmp_path)

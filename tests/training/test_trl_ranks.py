@@ -16,7 +16,7 @@ def test_rows_with_and_without_a_token_that_iterates():
     assert (model("uneven")(ROWS).depth_count > 1).any(1).sum() == 4
 
 
-@pytest.mark.parametrize("trainer", [plain, sft], ids=["plain", "trl"])
+@pytest.mark.parametrize("trainer", [pytest.param(plain, marks=pytest.mark.slow), sft], ids=["plain", "trl"])
 def test_two_ranks_have_the_losses_and_weights_of_one(trainer, tmp_path):
     """DDP gets a gradient of every parameter from both ranks, also of those that no loss reaches.
 
@@ -41,7 +41,7 @@ def test_two_ranks_have_the_losses_and_weights_of_one(trainer, tmp_path):
         assert sum(distance(want[name], before[name]) > 1e-3 for name in want) > 10  # control
 
 
-@pytest.mark.parametrize("kind", ["given", "sampled"])
+@pytest.mark.parametrize("kind", ["given", pytest.param("sampled", marks=pytest.mark.slow)])
 def test_two_ranks_of_grpo_have_the_mean_gradient_of_their_rollouts(kind, tmp_path):
     """Advantages compare the completions of both ranks, and the update is that of the gradients computed in one."""
     pytest.importorskip("trl", reason="TRL is not installed")
