@@ -242,7 +242,7 @@ def right(task: str, key: Callable[[int, tuple[str, ...]], Hashable]) -> np.ndar
 
     The table has the most frequent answer of each key in 9,000 problems; others are scored.
     """
-    every = drawn(task, 4_000)
+    every = drawn(task, 12_000)
     counts: dict[Hashable, Counter[str]] = defaultdict(Counter)
     for problem in every[:9000]:
         for at, trace in enumerate(problem.traces):
@@ -288,7 +288,7 @@ def test_the_second_step_looks_up_the_first_result_only_in_three_tasks(task):
 
 @every_task
 def test_numbers_of_steps_are_distributed_as_stated_and_independent(task):
-    counts = np.array([[len(trace) for trace in problem.traces] for problem in drawn(task, 4_000)])
+    counts = np.array([[len(trace) for trace in problem.traces] for problem in drawn(task, 12_000)])
     shares = [(counts == n).mean(0) for n in (1, 2, 3)]  # [QUESTIONS] each
     for share, stated in zip(shares, (0.5, 0.25, 0.25), strict=True):
         assert share == pytest.approx(stated, abs=0.02)
@@ -302,7 +302,7 @@ def test_the_line_does_not_tell_the_number_of_steps(task):
 
     In `carry`, the column to the right of a question reveals whether its carry is open, and no more.
     """
-    every = drawn(task, 4_000)
+    every = drawn(task, 12_000)
     lines = np.array([[IDS[word] for word in problem.line.split()] for problem in every])  # one length per task
     counts = np.array([[len(trace) for trace in problem.traces] for problem in every])
     accuracy = []
@@ -325,8 +325,8 @@ def test_no_facts_are_in_two_splits(task):
         if split != "train":
             assert len({problem.line for problem in found}) == count
     assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
-    every = Counter(nine.split_of(problem) for problem in drawn(task, 4_000))
-    assert [every[split] / 4_000 for split in nine.SPLITS] == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
+    every = Counter(nine.split_of(problem) for problem in drawn(task, 12_000))
+    assert [every[split] / 12_000 for split in nine.SPLITS] == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
 
 
 def test_another_order_of_the_facts_is_in_the_same_split():
