@@ -163,21 +163,16 @@ def _self_check(additional: dict[str, Any]) -> bool:
 def _batching(vllm_config: Any, v2: bool) -> str:
     """Return how both depths share steps, `two_pass` or `mixed`; answers are the same.
 
-    `mixed` has to hold a request's token back, which is not written for model runner V2. With V1, `auto` follows the
-    tables in docs/results/load-tests.md: `mixed` reads the weights less often if several requests run. With
-    torch.compile, steps of `mixed` would run uncompiled.
+    With runner V1, `auto` follows the tables in docs/results/load-tests.md: `mixed` reads the weights less often if
+    several requests run. With torch.compile, steps of `mixed` would run uncompiled. With V2 they would also run without
+    CUDA graphs, and nothing was measured on a GPU; so there `auto` is `two_pass`.
     """
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    if v2:
-        if batching == "mixed":
-            raise ValueError(
-                "batching='mixed' in --additional-config is not supported with vLLM's model runner V2, "
-                "which GPUs need; leave it out, or use 'two_pass'"
-            )
-        return "two_pass"
     if batching != "auto":
         return batching
+    if v2:
+        return "two_pass"
     several = vllm_config.scheduler_config.max_num_seqs >= MANY
     return "mixed" if several and vllm_config.model_config.enforce_eager else "two_pass"
