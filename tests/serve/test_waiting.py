@@ -8,10 +8,11 @@ import torch
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 from helpers.checkpoints import tiny
+from helpers.interpreter import IS_V2
 from helpers.serving import agree, answer, prompts, reference, serve
 from tah import TaHForCausalLM
 
-NEW = 24
+NEW = 8 if IS_V2 else 24
 PROMPT = prompts(1, seed=5, longest=1, shared=95)[0]  # three blocks, the last token ends the third
 LONGER = PROMPT + prompts(1, seed=6, longest=1, shared=39)[0]  # of its own 40 the first 32 end a block
 RULE = {"policy": "always"}

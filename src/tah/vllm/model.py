@@ -188,10 +188,10 @@ class TaHForCausalLM(nn.Module):
             Final hidden states, as many as tokens; with a decider that reads inner layers, also a list of theirs (with
             `step`, an empty one).
         """
-        depth_one = partial(self.decoder, input_ids, positions, intermediate_tensors, inputs_embeds)
+        inputs = input_ids, positions, intermediate_tensors, inputs_embeds
         if step is None:
-            return depth_one()
-        hidden = self.run_step(step, depth_one)
+            return self.decoder(*inputs)
+        hidden = self.run_step(step, partial(self.decoder, *inputs))
         return (hidden, []) if self.decoder.aux_hidden_state_layers else hidden
 
     def run_step(self, step: Step, depth_one: Callable[[], Any]) -> Tensor:

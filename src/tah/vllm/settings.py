@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from vllm import envs
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -170,6 +171,11 @@ def _batching(vllm_config: Any, v2: bool) -> str:
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    if v2 and batching == "mixed" and vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise ValueError(
+            "batching='mixed' in --additional-config runs inside the whole model, which this compilation mode compiles "
+            f"({CompilationMode.STOCK_TORCH_COMPILE.name}); use another mode, or 'two_pass'"
+        )
     if batching != "auto":
         return batching
     if v2:

@@ -135,7 +135,7 @@ class DepthWorker(Worker):
         return self.scheduled is not None and bool(self.model.waiting)
 
     def _dispatch(self, stock: Any, num_reqs: int, num_tokens: int, *others: Any, **more: Any) -> Any:
-        """Select runner V2's CUDA graph, as `stock` does; a step of mixed depths has none, since graphs have depth 1."""
+        """Select runner V2's CUDA graph, as `stock` does; graphs have depth 1, so a step of mixed depths has none."""
         if not self._in_one:
             return stock(num_reqs, num_tokens, *others, **more)
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor  # has kernels of Triton
