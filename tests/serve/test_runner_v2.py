@@ -141,7 +141,7 @@ def test_few_deep_entries(llama, batching):
 
 def test_steps_padded_as_for_graphs(tmp_path, monkeypatch, batching):
     """Only the real rows count, with a decider that reads inner layers and logits. Mixed depths have no graph."""
-    model, padded = tiny(tmp_path / "model", "llama", decider=MLP), []
+    model, padded, mixed = tiny(tmp_path / "model", "llama", decider=MLP), [], batching["batching"] == "mixed"
     want, stock = reference(model, ASKED, NEW), CudaGraphManager.dispatch
     assert iterated(want) > 0.05
 
@@ -163,9 +163,9 @@ def test_steps_padded_as_for_graphs(tmp_path, monkeypatch, batching):
         monkeypatch.setattr(served.model, "forward", watched)
         padded.clear()
         assert agree(model, ASKED, served.ask(ASKED, NEW), want)
-    assert sum(padded) >= (5 if (batching["batching"] == "mixed") else NEW)
+    assert sum(padded) >= (5 if mixed else NEW)
     assert {is_padded for waits, is_padded in shapes if not waits} == {True}
-    assert (False in {is_padded for waits, is_padded in shapes if waits}) == (batching["batching"] == "mixed")
+    assert (False in {is_padded for waits, is_padded in shapes if waits}) == mixed
 
 
 def test_rules_side_by_side(llama):
@@ -195,7 +195,7 @@ def test_the_kernel_attends(tmp_path, monkeypatch, attention, shared, how):
     """
     monkeypatch.setattr(serving, "DeepPool", partial(serving.DeepPool, shared=shared))
     model, rule = tiny(tmp_path / "model", "llama", attention=attention), {"threshold": 0.5}
-    asked = prompts(2, seed=4, longest=20) if how == "mixed" else [ASKED[2], ASKED[5]]
+    asked = prompts(2, seed=4, longest=12) if how == "mixed" else [ASKED[2], ASKED[5]]
     want = reference(model, asked, 4, **rule)
     assert iterated(want) > 0.3
     with serve(model, max_num_batched_tokens=32, additional_config={"batching": how}) as served:
