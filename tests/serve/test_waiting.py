@@ -77,9 +77,9 @@ def cached(served, llama, expected, prompt):
 def test_aborted_in_between(served, llama, expected, monkeypatch, other, left):
     """The one that is aborted, and another that is not, or is as well; both prompts begin alike."""
     seen = watch_left(served, monkeypatch)
-    begin(served, a=PROMPT, b=LONGER)
-    assert len(served.model.waiting.by_request) == 2
-    assert [len(one.places) for one in served.model.waiting.by_request.values()] == [96, len(LONGER) - 96]
+    names, waiting = begin(served, a=PROMPT, b=LONGER), served.model.waiting.by_request
+    assert len(waiting) == 2
+    assert [len(waiting[names[name]].places) for name in "ab"] == [96, len(LONGER) - 96]
     for name in {"a", "b"} - {other}:
         served.engine.abort_request([name])
     done = finish(served)
