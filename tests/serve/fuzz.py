@@ -103,7 +103,7 @@ def checkpoint(number: int) -> tuple[Path, TaHForCausalLM]:
 
 def settings(draw: random.Random) -> dict[str, Any]:
     """Options of an engine."""
-    additional = {"batching": "two_pass" if IS_V2 else draw.choice(["two_pass", "mixed"])}
+    additional = {"batching": draw.choice(["two_pass", "mixed"])}
     options: dict[str, Any] = {
         "additional_config": additional,
         "max_model_len": 192,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ def llama(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("serve") / "llama", "llama", decider=MLP)
 
 
-@pytest.fixture(params=["two_pass"] if IS_V2 else ["two_pass", "mixed"])
+@pytest.fixture(params=["two_pass", "mixed"])
 def batching(request):
     return {"batching": request.param}
 
@@ -85,8 +86,9 @@ def test_slots_are_those_of_vllm(llama, batching, monkeypatch):
         runner = served.engine.model_executor.driver_worker.worker.model_runner
 
         def run(step, depth_one):
+            after = get_forward_context().attn_metadata is None  # the runner's call of the model
             by_layer = (
-                runner.execute_model_state.slot_mappings_by_layer if IS_V2 else get_forward_context().slot_mapping
+                runner.execute_model_state.slot_mappings_by_layer if after else get_forward_context().slot_mapping
             )
             assert step.slots.tolist() == by_layer[layer][: step.tokens].tolist()
             assert step.places.tolist() == step.positions.tolist()
@@ -119,10 +121,12 @@ def test_passes_of_few_rows(llama, batching, monkeypatch):
     asked, rule = prompts(6, seed=3, longest=20, shared=70), {"policy": "always"}
     want = reference(llama, asked, 4, **rule)
     with serve(llama, additional_config=batching) as served:
-        run, ran = served.model._run_rows, []
+        run, ran, every, waited = served.model._run_rows, [], served.model.waiting.all, []
         monkeypatch.setattr(served.model, "_run_rows", lambda tokens, x: ran.append(len(x)) or run(tokens, x))
+        monkeypatch.setattr(served.model.waiting, "all", lambda: waited.append(len(every()[1])) or every())
         assert agree(llama, asked, served.ask(asked, 4, [rule] * len(asked)), want, **rule)
-        assert batching["batching"] == "mixed" or (len(ran) > 20 and max(ran) == 7)
+        assert len(ran) > 20 and max(ran) == 7
+        assert bool(waited) == (batching["batching"] == "mixed") and max(waited, default=0) <= 7
 
 
 def test_norms_that_write_in_place(llama, batching, monkeypatch):
@@ -155,43 +159,50 @@ def peak(run):
 
 @pytest.mark.skipif(IS_V2, reason="the same code with both model runners")
 @pytest.mark.parametrize("fields", [{"decider": MLP}, {}, TAH2], ids=["mlp", "lean", "tah2"])
-def test_its_working_memory_is_bounded(tmp_path, monkeypatch, fields):
-    """Without attention, which gathers keys on a CPU only."""
-    model, seen = tiny(tmp_path / "model", "llama", **fields), []
+def test_its_working_memory_is_bounded(tmp_path, monkeypatch, fields, batching):
+    """Without attention, which gathers keys on a CPU only. A pass of mixed depths has depth 1 in it."""
+    model, seen, mixed = tiny(tmp_path / "model", "llama", **fields), [], batching["batching"] == "mixed"
     monkeypatch.setattr(DuoAttention, "_duo", lambda self, query, key, value, deep: query.clone())
-    options = {"max_num_batched_tokens": 256, "additional_config": {"batching": "two_pass"}}
+    options = {"max_num_batched_tokens": 256, "additional_config": batching}
     with serve(model, **options) as served:
         run_step = served.model.run_step
 
         def run(step, depth_one):
-            made = depth_one()
-            hidden, most = peak(lambda: run_step(step, lambda: made))
-            seen.append((step.tokens, most))
+            if mixed:
+                counted = bool(served.model.waiting)
+                hidden, most = peak(lambda: run_step(step, depth_one))
+            else:
+                made, counted = depth_one(), True
+                hidden, most = peak(lambda: run_step(step, lambda: made))
+            if counted:
+                seen.append((step.tokens, most))
             return hidden
 
         monkeypatch.setattr(served.model, "run_step", run)
         rules = [{"policy": policy, "threshold": 0.0} for policy in ("decider", "confidence")]
         for rule in rules:
-            served.ask(prompts(4, seed=2), 2, [rule] * 4)
+            served.ask(prompts(8 if mixed else 4, seed=2), 2, [rule] * (8 if mixed else 4))
         config = served.model.config
     tokens, most = max(seen, key=lambda one: one[1])
     assert tokens > 64
-    bound = second_pass_bytes(config, tokens, 8, 4)
+    bound = second_pass_bytes(config, tokens, 8, 4, mixed=mixed)
     print(f"{tokens} tokens needed {most} bytes, of {bound}")
     assert bound / 5 < most < bound
 
 
-def test_a_gpu_keeps_room_for_it(llama, monkeypatch):
+def test_a_gpu_keeps_room_for_it(llama, batching, monkeypatch):
     """Beside the pool, unless the bytes of the cache are given."""
     monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda self: 1 << 30)
-    with serve(llama) as served:
+    with serve(llama, additional_config=batching) as served:
         worker = served.engine.model_executor.driver_worker.worker
         worker.cache_config.kv_cache_memory_bytes = None  # what a GPU's default is
         on_cpu = worker.determine_available_memory()
         monkeypatch.setattr(depth_worker, "current_platform", SimpleNamespace(is_cpu=lambda: False))
         kept = (on_cpu - worker.determine_available_memory()) * (1 + worker.share)
-        expected = second_pass_bytes(served.model.config, worker.scheduler_config.max_num_batched_tokens, 8, 4)
+        needs = partial(second_pass_bytes, served.model.config, worker.scheduler_config.max_num_batched_tokens, 8, 4, 1)
+        expected = needs(batching["batching"] == "mixed")
         assert abs(kept - expected) < 4 and expected > 10**6
+        assert needs(True) > needs(False)
         worker.cache_config.kv_cache_memory_bytes = 1 << 30
         assert worker.determine_available_memory() == on_cpu
 

@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "self-check"
 
 
-@pytest.fixture(scope="module", params=["two_pass"] if IS_V2 else ["two_pass", "mixed"])
+@pytest.fixture(scope="module", params=["two_pass", "mixed"])
 def served(llama, request):
     """An engine that has not checked itself."""
     with serve(llama, additional_config={"batching": request.param}) as served:
@@ -275,7 +275,7 @@ def test_half_precision_passes(tmp_path, cache, dtype, family):
 def test_tah2_checks_itself(tmp_path, cache, monkeypatch, fields):
     """With the weights of its mixture, and with decisions that are drawn."""
     model = tiny(tmp_path / "model", "llama", **TAH2 | fields)
-    batching = "two_pass" if IS_V2 or not fields else "mixed"
+    batching = "mixed" if fields else "two_pass"
     options = {"additional_config": ON | {"batching": batching}}
     with monkeypatch.context() as patch:
         add = StepMixture.add

@@ -17,7 +17,7 @@ from tah import TaHForCausalLM
 
 NEW = 12 if IS_V2 else 40
 MIXED = prompts(6 if IS_V2 else 18, seed=1)
-BATCHING = ["two_pass"] if IS_V2 else ["two_pass", "mixed"]  # runner V2 refuses the other
+BATCHING = ["two_pass", "mixed"]
 v1 = pytest.mark.skipif(IS_V2, reason="the same code with both model runners; the interpreter is slow")
 ALL = {"threshold": 0.0}  # every token iterates, each with a weight of its own
 

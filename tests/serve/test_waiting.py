@@ -8,10 +8,11 @@ import torch
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 from helpers.checkpoints import tiny
+from helpers.interpreter import IS_V2
 from helpers.serving import agree, answer, prompts, reference, serve
 from tah import TaHForCausalLM
 
-NEW = 24
+NEW = 8 if IS_V2 else 24
 PROMPT = prompts(1, seed=5, longest=1, shared=95)[0]  # three blocks, the last token ends the third
 LONGER = PROMPT + prompts(1, seed=6, longest=1, shared=39)[0]  # of its own 40 the first 32 end a block
 RULE = {"policy": "always"}
@@ -76,9 +77,9 @@ def cached(served, llama, expected, prompt):
 def test_aborted_in_between(served, llama, expected, monkeypatch, other, left):
     """The one that is aborted, and another that is not, or is as well; both prompts begin alike."""
     seen = watch_left(served, monkeypatch)
-    begin(served, a=PROMPT, b=LONGER)
-    assert len(served.model.waiting.by_request) == 2
-    assert [len(one.places) for one in served.model.waiting.by_request.values()] == [96, len(LONGER) - 96]
+    names, waiting = begin(served, a=PROMPT, b=LONGER), served.model.waiting.by_request
+    assert len(waiting) == 2
+    assert [len(waiting[names[name]].places) for name in "ab"] == [96, len(LONGER) - 96]
     for name in {"a", "b"} - {other}:
         served.engine.abort_request([name])
     done = finish(served)

@@ -16,7 +16,9 @@ from .names import ROWS
 FLOAT = 4  # bytes of float32
 
 
-def second_pass_bytes(config: TaHConfig, tokens: int, requests: int, size: int, processes: int = 1) -> int:
+def second_pass_bytes(
+    config: TaHConfig, tokens: int, requests: int, size: int, processes: int = 1, mixed: bool = False
+) -> int:
     """Return an upper bound of the bytes that a step needs beside the pass at depth 1 and the sampler.
 
     The sampler's logits [R, V] are not counted, since vLLM has measured them. Attention is not counted either: the
@@ -28,6 +30,7 @@ def second_pass_bytes(config: TaHConfig, tokens: int, requests: int, size: int, 
         requests: Maximum number of requests, R.
         size: Bytes of a number in the model's type.
         processes: Number of processes that share weights (tensor parallelism).
+        mixed: Whether tokens at depth 2 run in one pass with those of depth 1 (`batching="mixed"`).
     """
     base: Any = config.base_config
     D, V, heads = base.hidden_size, base.vocab_size, base.num_attention_heads
@@ -38,7 +41,10 @@ def second_pass_bytes(config: TaHConfig, tokens: int, requests: int, size: int, 
     logits = CHUNK * V * (size + 4 * FLOAT)
     mix = min(MIXED, tokens) * min(config.mix_topk, V) * D * (size + FLOAT) if config.next_input == "topk" else 0
     network = tokens * (8 * D + 4 * (config.next_input_width or D)) * size if config.next_input == "mlp" else 0
-    layer = min(ROWS, tokens) * (6 * max(base.intermediate_size, heads * K) // processes + 8 * D) * size
+    rows = min(ROWS, tokens)
+    if mixed:  # with the tokens of the step, and the last tokens that wait for longer than a step
+        rows += tokens + requests
+    layer = rows * (6 * max(base.intermediate_size, heads * K) // processes + 8 * D) * size
     inner = max(described.get("hidden_dims") or [D]) * described.get("expansion", 1)
     features = tokens * ((3 * layers + 3) * D + 4 * inner) * size
     # These last through the step: states that the policy reads, next inputs, states of depth 2, and their sums.

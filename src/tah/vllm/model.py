@@ -168,7 +168,12 @@ class TaHForCausalLM(nn.Module):
         return made
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+        step: Step | None = None,
     ) -> Any:
         """Run depth 1, the stock model: it may run in CUDA graphs, and on padded tokens.
 
@@ -177,11 +182,17 @@ class TaHForCausalLM(nn.Module):
             positions: Positions, [T] or padded.
             intermediate_tensors: Argument of vLLM's pipeline parallelism, which is not supported.
             inputs_embeds: Argument of vLLM's prompt embeddings, which are not supported.
+            step: Step to run at both depths, if its deferred tokens run beside depth 1 (runner V2).
 
         Returns:
-            Final hidden states, as many as tokens; with a decider that reads inner layers, also a list of theirs.
+            Final hidden states, as many as tokens; with a decider that reads inner layers, also a list of theirs (with
+            `step`, an empty one).
         """
-        return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds)
+        inputs = input_ids, positions, intermediate_tensors, inputs_embeds
+        if step is None:
+            return self.decoder(*inputs)
+        hidden = self.run_step(step, partial(self.decoder, *inputs))
+        return (hidden, []) if self.decoder.aux_hidden_state_layers else hidden
 
     def run_step(self, step: Step, depth_one: Callable[[], Any]) -> Tensor:
         """Run a step: return the final hidden states of its tokens, summed over their passes, [T, D].
@@ -338,11 +349,12 @@ class TaHForCausalLM(nn.Module):
         return {request: starts[row] for row, request in enumerate(step.request_ids) if request in waiting}
 
     def _may_wait(self, step: Step, index: np.ndarray) -> bool:
-        """Return whether the hard tokens `index` may be deferred; if not, one pass runs all of them in this step.
+        """Return whether the hard tokens `index` may be deferred; if not, they run at depth 2 in this step.
 
         vLLM reads the log-probabilities of a prompt's tokens in the step of these tokens, so they cannot be deferred.
+        Nor are more than `ROWS` tokens, which bounds the memory of a pass of mixed depths.
         """
-        return self.mixed and not step.with_prompt[step.owners[index]].any()
+        return self.mixed and len(index) <= ROWS and not step.with_prompt[step.owners[index]].any()
 
     def _set_aside(
         self, step: Step, index: np.ndarray, embeds: Tensor, logits: StepLogits, probability: Tensor

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from vllm import envs
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -163,21 +164,21 @@ def _self_check(additional: dict[str, Any]) -> bool:
 def _batching(vllm_config: Any, v2: bool) -> str:
     """Return how both depths share steps, `two_pass` or `mixed`; answers are the same.
 
-    `mixed` has to hold a request's token back, which is not written for model runner V2. With V1, `auto` follows the
-    tables in docs/results/load-tests.md: `mixed` reads the weights less often if several requests run. With
-    torch.compile, steps of `mixed` would run uncompiled.
+    With runner V1, `auto` follows the tables in docs/results/load-tests.md: `mixed` reads the weights less often if
+    several requests run. With torch.compile, steps of `mixed` would run uncompiled. With V2 they would also run without
+    CUDA graphs, and nothing was measured on a GPU; so there `auto` is `two_pass`.
     """
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
-    if v2:
-        if batching == "mixed":
-            raise ValueError(
-                "batching='mixed' in --additional-config is not supported with vLLM's model runner V2, "
-                "which GPUs need; leave it out, or use 'two_pass'"
-            )
-        return "two_pass"
+    if v2 and batching == "mixed" and vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise ValueError(
+            "batching='mixed' in --additional-config runs inside the whole model, which this compilation mode compiles "
+            f"({CompilationMode.STOCK_TORCH_COMPILE.name}); use another mode, or 'two_pass'"
+        )
     if batching != "auto":
         return batching
+    if v2:
+        return "two_pass"
     several = vllm_config.scheduler_config.max_num_seqs >= MANY
     return "mixed" if several and vllm_config.model_config.enforce_eager else "two_pass"

@@ -47,6 +47,10 @@ class WaitingTokens:
         self.by_request: dict[str, Waiting] = {}
         self.left: list[Waiting] = []
 
+    def __bool__(self) -> bool:
+        """Return whether any token waits."""
+        return bool(self.by_request or self.left)
+
     def deferred(self) -> list[str]:
         """Return the requests whose last token is deferred."""
         return list(self.hidden())

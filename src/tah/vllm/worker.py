@@ -2,7 +2,8 @@
 
 `DepthCPUWorker` and `DepthGPUWorker` are vLLM's workers for the two kinds of devices with `DepthWorker` before them.
 vLLM's worker has one of two runners. With runner V1, the second pass runs inside the runner's call of the model. With
-V2, it runs after the runner's step, so that depth 1 may be a CUDA graph.
+V2, it runs after the runner's step, so that depth 1 may be a CUDA graph; but a step that runs deferred tokens beside
+depth 1 (`batching="mixed"`) has no graph, and runs inside the call of the model as with V1.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
 from .memory import second_pass_bytes
 from .self_check import check
 from .step import RunningRequests, Step
+from .transfer import indices
 from .warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -71,7 +75,8 @@ class DepthWorker(Worker):
     def _second_pass_bytes(self) -> int:
         scheduler, size = self.vllm_config.scheduler_config, self.model_config.dtype.itemsize
         most = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, size
-        return second_pass_bytes(self.model.config, *most, self.parallel_config.tensor_parallel_size)
+        processes = self.parallel_config.tensor_parallel_size
+        return second_pass_bytes(self.model.config, *most, processes, mixed=self.model.mixed)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate vLLM's KV cache, then the pool."""
@@ -81,9 +86,14 @@ class DepthWorker(Worker):
         self.model.prepare(self.share, longest, size)
         seats = self.vllm_config.scheduler_config.max_num_seqs
         self.requests = RunningRequests(self.model.config, size, seats, longest)
+        runner: Any = self.model_runner
         if not self.use_v2_model_runner:
-            runner: Any = self.model_runner
             runner._model_forward = partial(self._forward, runner._model_forward)
+            return
+        graphs, state = runner.cudagraph_manager, runner.model_state
+        graphs.dispatch = partial(self._dispatch, graphs.dispatch)
+        state.prepare_inputs = partial(self._prepare_inputs, state.prepare_inputs)
+        runner.sample = partial(self._sample, runner.sample)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile and warm up both depths, and check the model; from then on steps come from the scheduler."""
@@ -104,7 +114,7 @@ class DepthWorker(Worker):
         self.scheduled = scheduler_output
         try:
             out = super().execute_model(scheduler_output)
-            if self.use_v2_model_runner:
+            if self.use_v2_model_runner and self.model.report is None:
                 self._run_again()
             return out
         finally:
@@ -118,6 +128,40 @@ class DepthWorker(Worker):
         step = self._step(names, inputs["input_ids"], inputs["positions"])
         hidden = self.model.run_step(step, partial(depth_one, **inputs))
         return (hidden, []) if self.model_runner.use_aux_hidden_state_outputs else hidden
+
+    @property
+    def _in_one(self) -> bool:
+        """Whether the running step runs both depths inside runner V2's call of the model, for tokens that wait."""
+        return self.scheduled is not None and bool(self.model.waiting)
+
+    def _dispatch(self, stock: Any, num_reqs: int, num_tokens: int, *others: Any, **more: Any) -> Any:
+        """Select runner V2's CUDA graph, as `stock` does; graphs have depth 1, so a step of mixed depths has none."""
+        if not self._in_one:
+            return stock(num_reqs, num_tokens, *others, **more)
+        from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor  # has kernels of Triton
+
+        return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+
+    def _prepare_inputs(self, stock: Any, batch: Any, states: Any) -> dict[str, Any]:
+        """Return what runner V2 gives to the model beside its usual inputs; in a step of mixed depths, the step."""
+        inputs: dict[str, Any] = stock(batch, states)
+        if self._in_one:
+            inputs["step"] = self._step(batch.req_ids, batch.input_ids, batch.positions)
+        return inputs
+
+    def _sample(self, stock: Any, hidden: Any, batch: Any, grammar: Any) -> tuple[Any, Any, Any]:
+        """Sample with runner V2, but no token for a request whose last token is deferred.
+
+        As after a rejected draft of speculative decoding, the runner counts no sampled token and one token less as
+        computed: that token is the next one to run. The draw of a seed depends on the position, so it is repeated.
+        """
+        out, sampled, rejected = stock(hidden, batch, grammar)
+        deferred = set(self.model.report.deferred) if self.model.report is not None else set()
+        if rows := [row for row, request in enumerate(batch.req_ids) if request in deferred]:
+            (at,) = indices(sampled.device, np.array(rows))
+            sampled.index_fill_(0, at, 0)
+            rejected.index_fill_(0, at, 1)
+        return out, sampled, rejected
 
     @torch.inference_mode()
     def _run_again(self) -> None:
