@@ -11,6 +11,7 @@ import torch
 from helpers.checkpoints import tiny
 from helpers.serving import agree, iterated, prompts, reference, serve
 from tah import TaHForCausalLM
+from tah.vllm.names import FAMILIES
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
@@ -116,11 +117,22 @@ def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):
         assert sum(a.depths != b.depths for a, b in zip(lower, expected, strict=True)) > len(MIXED) // 2
 
 
-@pytest.mark.parametrize(("family", "batching"), [("qwen3", "mixed"), ("qwen2", "two_pass"), ("mistral", "mixed")])
+@pytest.mark.parametrize("batching", ["two_pass", "mixed"])
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama"}))
 def test_other_families(tmp_path, family, batching):
-    model = tiny(tmp_path / family, family)
+    """In chunks, in batches, from the cache, and with depth 1 only; the decider reads hidden states of all layers."""
+    model = tiny(tmp_path / family, family, decider={"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16]})
+    asked, new, never = MIXED[:12], 24, {"policy": "never"}
+    want = reference(model, asked, new)
+    assert 0.05 < iterated(want) < 0.4
     with serve(model, max_num_batched_tokens=64, additional_config={"batching": batching}) as served:
-        assert agree(model, MIXED, served.ask(MIXED, NEW), reference(model, MIXED, NEW))
+        base = served.ask(asked, new, [never] * len(asked))
+        assert agree(model, asked, base, reference(model, asked, new, **never), **never)
+        for _ in range(2):
+            assert agree(model, asked, served.ask(asked, new), want)
+        alone = [served.ask([prompt], new)[0] for prompt in asked[:3]]
+        assert agree(model, asked[:3], alone, want[:3])
+    assert sum(a.tokens != b.tokens for a, b in zip(base, want, strict=True)) > len(asked) // 2
 
 
 SEAMS = {

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from ..core.next_input import weighted
 from ..policy import DepthState, build_policy, draw
 from .attention import Current
-from .deep_layers import twin
+from .deep_layers import run_layers, twin
 from .mixture import mixed
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Plain:
         """Run depth 1 on a sequence of tokens, [N]."""
         self.ids, self.places = ids, [torch.arange(len(ids), device=ids.device)]
         x = self.model.embed_input_ids(ids)
-        self.features = {0: x.clone()}  # layers write in place
+        self.features = {0: self.model.first_input(x).clone()}  # layers write in place
         self.hidden = self._run(0, x)
         self.features[len(self.layers[0])] = self.hidden
         self.logits = self.model.base.compute_logits(self.hidden)
@@ -178,13 +178,11 @@ class Plain:
 
     def _run(self, depth: int, x: Tensor) -> Tensor:
         """Return the normed hidden states [M, D] of a pass over inputs [M, D]; depth 1 keeps what the decider reads."""
-        residual: Any = None
-        wanted = self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
-        for number, layer in enumerate(self.layers[depth]):
-            if number in wanted:
-                self.features[number] = x + residual
-            x, residual = layer(self.places[depth], x, residual)
-        hidden: Tensor = self.model.decoder.norm(x, residual)[0]
+        model = self.model
+        wanted = model.decoder.aux_hidden_state_layers if depth == 0 else ()
+        where, x = self.places[depth], model.first_input(x)
+        hidden, seen = run_layers(self.layers[depth], model.decoder.norm, model.family, where, x, wanted)
+        self.features |= seen
         return hidden
 
     def _next_input(self, chosen: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..config import TaHConfig
+from ..core.families import stable_positions
 from .compat import check_version
 from .installed import advice, check_installed
 from .metrics import add_metrics
@@ -37,6 +38,7 @@ def settle(vllm_config: Any) -> None:
     check_version()
     config = vllm_config.model_config.hf_config
     _check_checkpoint(config)
+    _check_length(config.base_config, vllm_config.model_config.max_model_len)
     _check_flags(vllm_config)
     v2 = _choose_runner(vllm_config)
     RequestOptions.of(config, None)
@@ -69,8 +71,29 @@ def _check_checkpoint(config: TaHConfig) -> None:
         )
     if config.attention == "blind":
         raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
-    if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
-        raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
+
+
+def _check_length(base: Any, longest: int) -> None:
+    """Check that requests of up to `longest` tokens have full attention and the same rotary embeddings at all lengths.
+
+    vLLM selects frequencies once: those of `longrope` by the maximum length of a request, those of `dynamic` for the
+    maximum length. `generate` selects them by the length so far.
+    """
+    window = getattr(base, "sliding_window", None) if getattr(base, "use_sliding_window", True) else None
+    if window is not None and window < longest:
+        raise ValueError(
+            f"a base with sliding-window attention ({window}) is not supported in vLLM beyond the window; "
+            f"use --max-model-len {window} or less"
+        )
+    rope = getattr(base, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        raise ValueError("rotary embeddings of type 'dynamic' are not supported in vLLM, which computes others")
+    stable = stable_positions(base)
+    if stable is not None and longest > stable:
+        raise ValueError(
+            f"a base with rotary embeddings of type {rope.get('rope_type')!r} is exact for {stable} tokens; "
+            f"use --max-model-len {stable} or less"
+        )
 
 
 def _check_flags(vllm_config: Any) -> None:
