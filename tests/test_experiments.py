@@ -466,7 +466,9 @@ def test_finalists_are_those_of_the_first_seeds_and_only_they_are_chosen(tmp_pat
         *others[: choose.FINALISTS],
     }
     found = choose.candidates(choose.results_in(tmp_path, "choose"))
-    assert found[0].variant == others[1] and choose.chosen(found).variant == others[0]  # others[1] lacks the second seed
+    assert (
+        found[0].variant == others[1] and choose.chosen(found).variant == others[0]
+    )  # others[1] lacks the second seed
 
 
 def test_choosing_continues_where_it_stopped(tmp_path, capsys):

@@ -57,9 +57,7 @@ OF_FAMILY = {  # what a family has besides, with values that show whether it cou
 def tiny_base(family: str, key_heads: int = 2, **more: Any) -> torch.nn.Module:
     """A random base of three layers, whose head width vLLM's CPU kernels take; `more` for its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        **OF_FAMILY.get(family, {}) | more,
+    fields: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=128,
         intermediate_size=160,
@@ -74,6 +72,7 @@ def tiny_base(family: str, key_heads: int = 2, **more: Any) -> torch.nn.Module:
         eos_token_id=2,
         pad_token_id=2,
     )
+    config = AutoConfig.for_model(family, **fields | OF_FAMILY.get(family, {}) | more)
     base = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in base.named_parameters():

@@ -19,6 +19,7 @@ class Family(NamedTuple):
     architecture: str  # class of vLLM
     residual: bool = True  # whether layers take and return a residual beside hidden states
     input_scale: str = ""  # field of the base's configuration that multiplies the input of the first layer
+    experts: bool = False  # whether layers have experts
 
 
 FAMILIES = {  # by `model_type` of the base
@@ -28,7 +29,7 @@ FAMILIES = {  # by `model_type` of the base
     "phi3": Family("Phi3ForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM"),
     "qwen3": Family("Qwen3ForCausalLM"),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", experts=True),
 }
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from ..core.next_input import weighted
@@ -91,12 +92,17 @@ class PlainAttention(nn.Module):
 class Plain:
     """The model `model` of a worker, evaluated plainly.
 
+    Args:
+        model: Model.
+        vllm_config: Configuration of vLLM, in whose context layers of experts run.
+
     Attributes:
         hidden: Final hidden states of depth 1 of the running sequence, [N, D].
         logits: Their logits, [N, V].
     """
 
-    def __init__(self, model: TaHForCausalLM) -> None:
+    def __init__(self, model: TaHForCausalLM, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
         self.model, self.own = model, model.config.attention == "own"
         self.places: list[Tensor] = []  # positions of the tokens, by depth
         layers = enumerate(model.decoder.layers)
@@ -181,7 +187,8 @@ class Plain:
         model = self.model
         wanted = model.decoder.aux_hidden_state_layers if depth == 0 else ()
         where, x = self.places[depth], model.first_input(x)
-        hidden, seen = run_layers(self.layers[depth], model.decoder.norm, model.family, where, x, wanted)
+        with set_forward_context(None, self.vllm_config, num_tokens=len(x)):
+            hidden, seen = run_layers(self.layers[depth], model.decoder.norm, model.family, where, x, wanted)
         self.features |= seen
         return hidden
 

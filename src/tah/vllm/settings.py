@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from vllm import envs
+from vllm.config.quantization import resolve_quantization_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -20,6 +21,7 @@ from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
+QUANTIZATION = "fp8_per_channel"  # a scale for each output, and one for each token's inputs, whatever the batch
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's environment variable
 logger = init_logger("vllm.tah")  # below vLLM's own logger, which has the handler
 MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
@@ -39,6 +41,7 @@ def settle(vllm_config: Any) -> None:
     config = vllm_config.model_config.hf_config
     _check_checkpoint(config)
     _check_length(config.base_config, vllm_config.model_config.max_model_len)
+    vllm_config.cache_config.sliding_window = None  # no request is longer than the window
     _check_flags(vllm_config)
     v2 = _choose_runner(vllm_config)
     RequestOptions.of(config, None)
@@ -96,14 +99,24 @@ def _check_length(base: Any, longest: int) -> None:
         )
 
 
+def _is_served(model: Any) -> bool:
+    """Return whether the linear layers of a model, by vLLM's `ModelConfig`, are all quantized by `QUANTIZATION`."""
+    wanted = resolve_quantization_config(QUANTIZATION, None)
+    return bool(model.quantization == QUANTIZATION and model.quantization_config == wanted)
+
+
 def _check_flags(vllm_config: Any) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler, offload = vllm_config.scheduler_config, vllm_config.offload_config
+    experts = FAMILIES[model.hf_config.base_config.model_type].experts
     unsupported = {
         "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        # Engines would share the experts, and wait for each other in each layer, also in passes that only one has.
+        "data parallelism of a base with experts": experts and parallel.data_parallel_size > 1,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
         "steps split into micro-batches (--enable-dbo)": parallel.use_ubatching,
         "--async-scheduling": scheduler.async_scheduling,
         "LoRA adapters of vLLM": vllm_config.lora_config is not None,
@@ -114,7 +127,9 @@ def _check_flags(vllm_config: Any) -> None:
         "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,
         "--offload-group-size": offload.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
-        "quantized weights": vllm_config.quant_config is not None,
+        f"quantized weights (except --quantization {QUANTIZATION})": vllm_config.quant_config is not None
+        and not _is_served(model),
+        f"--quantization {QUANTIZATION} of a base with experts": vllm_config.quant_config is not None and experts,
         "prompt embeddings": model.enable_prompt_embeds,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
