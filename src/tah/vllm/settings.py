@@ -79,8 +79,7 @@ def _check_checkpoint(config: TaHConfig) -> None:
 def _check_length(base: Any, longest: int) -> None:
     """Check that requests of up to `longest` tokens have full attention and the same rotary embeddings at all lengths.
 
-    vLLM selects frequencies once: those of `longrope` by the maximum length of a request, those of `dynamic` for the
-    maximum length. `generate` selects them by the length so far.
+    vLLM selects the frequencies of `longrope` and `dynamic` once, `generate` by the length so far.
     """
     window = getattr(base, "sliding_window", None) if getattr(base, "use_sliding_window", True) else None
     if window is not None and window < longest:
@@ -88,10 +87,7 @@ def _check_length(base: Any, longest: int) -> None:
             f"a base with sliding-window attention ({window}) is not supported in vLLM beyond the window; "
             f"use --max-model-len {window} or less"
         )
-    rope = getattr(base, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
-        raise ValueError("rotary embeddings of type 'dynamic' are not supported in vLLM, which computes others")
-    stable = stable_positions(base)
+    stable, rope = stable_positions(base), getattr(base, "rope_parameters", None) or {}
     if stable is not None and longest > stable:
         raise ValueError(
             f"a base with rotary embeddings of type {rope.get('rope_type')!r} is exact for {stable} tokens; "
