@@ -40,7 +40,6 @@ USED: dict[str, tuple[str, ...]] = {
         "model_config",
         "offload_config",
         "parallel_config",
-        "quant_config",
         "scheduler_config",
         "speculative_config",
         "try_verify_and_update_config",

@@ -29,6 +29,7 @@ FLAGS = {
     "--cpu-offload-gb": {"cpu_offload_gb": 1},
     "--offload-group-size": {"offload_group_size": 2},
     "--enable-dbo": {"enable_dbo": True},
+    "quantized weights .except --quantization fp8_per_channel": {"quantization": "fp8", "dtype": "bfloat16"},
     "--enable-expert-parallel": {"enable_expert_parallel": True},
     "--async-scheduling": {"async_scheduling": True},
     "context parallelism": {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
@@ -57,7 +58,7 @@ def test_flags(llama, says, flags):
 
 def configured(model, **flags):
     """The configuration of an engine, which needs neither weights nor the device."""
-    return EngineArgs(str(model), dtype="float32", max_model_len=256, **flags).create_engine_config()
+    return EngineArgs(str(model), **{"dtype": "float32", "max_model_len": 256, **flags}).create_engine_config()
 
 
 @pytest.fixture
@@ -236,6 +237,19 @@ def test_lengths_that_would_be_other_models(tmp_path, case):
     asked = prompts(4, seed=1, longest=90)
     with serve(model, max_model_len=longest) as served:
         assert agree(model, asked, served.ask(asked, 20), reference(model, asked, 20))
+
+
+EXPERTS = {
+    "data parallelism of a base with experts": {"data_parallel_size": 2},
+    "--quantization fp8_per_channel of a base with experts": {"quantization": "fp8_per_channel", "dtype": "bfloat16"},
+}
+
+
+def test_bases_with_experts(tmp_path):
+    model = tiny(tmp_path / "model", "qwen3_moe")
+    for says, flags in EXPERTS.items():
+        with pytest.raises(ValueError, match=says):
+            configured(model, **flags)
 
 
 def test_olmo_2(tmp_path):

@@ -105,6 +105,7 @@ def _check_flags(vllm_config: Any) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler, offload = vllm_config.scheduler_config, vllm_config.offload_config
     experts = FAMILIES[model.hf_config.base_config.model_type].experts
+    quantized = model.quantization is not None  # vLLM sets `quant_config` after this check
     unsupported = {
         "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
@@ -123,9 +124,8 @@ def _check_flags(vllm_config: Any) -> None:
         "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,
         "--offload-group-size": offload.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
-        f"quantized weights (except --quantization {QUANTIZATION})": vllm_config.quant_config is not None
-        and not _is_served(model),
-        f"--quantization {QUANTIZATION} of a base with experts": vllm_config.quant_config is not None and experts,
+        f"quantized weights (except --quantization {QUANTIZATION})": quantized and not _is_served(model),
+        f"--quantization {QUANTIZATION} of a base with experts": quantized and experts,
         "prompt embeddings": model.enable_prompt_embeds,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
