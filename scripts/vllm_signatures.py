@@ -41,7 +41,6 @@ USED: dict[str, tuple[str, ...]] = {
         "model_config",
         "offload_config",
         "parallel_config",
-        "quant_config",
         "scheduler_config",
         "speculative_config",
         "try_verify_and_update_config",
@@ -53,10 +52,15 @@ USED: dict[str, tuple[str, ...]] = {
         "hf_config",
         "logits_processors",
         "max_model_len",
+        "quantization",
+        "quantization_config",
         "runner_type",
     ),
+    "vllm.config.quantization": ("resolve_quantization_config",),
     "vllm.config.ParallelConfig": (
+        "data_parallel_size",
         "decode_context_parallel_size",
+        "enable_expert_parallel",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
         "use_ubatching",
@@ -67,6 +71,7 @@ USED: dict[str, tuple[str, ...]] = {
         "cache_dtype",
         "enable_prefix_caching",
         "kv_offloading_size",
+        "sliding_window",
         "user_specified_block_size",
     ),
     "vllm.config.SchedulerConfig": ("async_scheduling", "max_num_seqs", "scheduler_cls"),
@@ -266,15 +271,25 @@ USED: dict[str, tuple[str, ...]] = {
             "load_weights",
             "packed_modules_mapping",
         )
-        for family, name in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.items()
+        for family, name in {
+            "granite": "Granite",
+            "llama": "Llama",
+            "mistral": "Mistral",
+            "phi3": "Phi3",
+            "qwen2": "Qwen2",
+            "qwen3": "Qwen3",
+            "qwen3_moe": "Qwen3Moe",
+        }.items()
     },
     **{
         f"vllm.model_executor.models.{family}.{name}": ("forward",)
         for family, names in {
+            "granite": ("GraniteModel", "GraniteDecoderLayer", "GraniteAttention"),
             "llama": ("LlamaModel", "LlamaDecoderLayer", "LlamaAttention"),
             "mistral": ("MistralModel", "MistralDecoderLayer", "MistralAttention"),
             "qwen2": ("Qwen2Model", "Qwen2DecoderLayer", "Qwen2Attention"),
             "qwen3": ("Qwen3Model", "Qwen3DecoderLayer", "Qwen3Attention"),
+            "qwen3_moe": ("Qwen3MoeModel", "Qwen3MoeDecoderLayer", "Qwen3MoeAttention", "Qwen3MoeSparseMoeBlock"),
         }.items()
         for name in names
     },

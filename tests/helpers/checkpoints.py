@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,11 +36,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
 TAH2 = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}  # the authors' choices
 
 
-def tiny_base(family: str, key_heads: int = 2) -> torch.nn.Module:
-    """A random base of three layers, whose head width vLLM's CPU kernels take."""
+OF_FAMILY = {  # what a family has besides, with values that show whether it counts
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+    "phi3": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
+
+
+def tiny_base(family: str, key_heads: int = 2, **more: Any) -> torch.nn.Module:
+    """A random base of three layers, whose head width vLLM's CPU kernels take; `more` for its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
+    fields: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=128,
         intermediate_size=160,
@@ -54,13 +72,14 @@ def tiny_base(family: str, key_heads: int = 2) -> torch.nn.Module:
         eos_token_id=2,
         pad_token_id=2,
     )
+    config = AutoConfig.for_model(family, **fields | OF_FAMILY.get(family, {}) | more)
     base = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if (
                 parameter.dim() > 1
             ):  # large enough for attention to look somewhere, and for answers that are not all alike
-                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.2)
         base.get_input_embeddings().weight.normal_(0, 0.3)
@@ -95,9 +114,11 @@ def save(model: TaHForCausalLM, directory: Path) -> Path:
     return directory
 
 
-def tiny(directory: Path, family: str = "llama", key_heads: int = 2, **config) -> Path:
-    """Directory of a tiny TaH checkpoint."""
+def tiny(
+    directory: Path, family: str = "llama", key_heads: int = 2, base: dict[str, Any] | None = None, **config
+) -> Path:
+    """Directory of a tiny TaH checkpoint; `base` is for the configuration of its base."""
     options = {"lora_rank": 4, "mix_topk": 16, "decider": {"kind": "lean", "width": 32}, **config}
-    model = TaHForCausalLM.from_base(tiny_base(family, key_heads), **options)
+    model = TaHForCausalLM.from_base(tiny_base(family, key_heads, **base or {}), **options)
     ids = torch.randint(3, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2))
     return save(shake(model, ids), directory)

@@ -27,8 +27,16 @@ MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
         ("llama", "mixed", 2, {}, [{}]),
         ("qwen3", "mixed", 2, TAH2, [{}]),
         ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.94}]),
+        ("phi3", "mixed", 2, {}, [{}]),
+        ("qwen3_moe", "two_pass", 2, {}, [{}]),
     ],
-    ids=["a key head each", "TaH2", "one key head in both, policies that look at logits"],
+    ids=[
+        "a key head each",
+        "TaH2",
+        "one key head in both, policies that look at logits",
+        "layers fused twice",
+        "experts",
+    ],
 )
 def test_two_processes(tmp_path, monkeypatch, family, batching, heads, config, rules):
     """The check at the start, chunked prompts, then requests that are preempted for want of blocks."""

@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from helpers.checkpoints import tiny
 from helpers.servers import TAH
-from helpers.serving import serve
+from helpers.serving import agree, prompts, reference, serve
 from tah.vllm import compat, installed, launch, settings
 
 FLAGS = {
@@ -29,6 +29,8 @@ FLAGS = {
     "--cpu-offload-gb": {"cpu_offload_gb": 1},
     "--offload-group-size": {"offload_group_size": 2},
     "--enable-dbo": {"enable_dbo": True},
+    "quantized weights .except --quantization fp8_per_channel": {"quantization": "fp8", "dtype": "bfloat16"},
+    "--enable-expert-parallel": {"enable_expert_parallel": True},
     "--async-scheduling": {"async_scheduling": True},
     "context parallelism": {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
     "pooling": {"runner": "pooling", "convert": "embed"},
@@ -56,7 +58,7 @@ def test_flags(llama, says, flags):
 
 def configured(model, **flags):
     """The configuration of an engine, which needs neither weights nor the device."""
-    return EngineArgs(str(model), dtype="float32", max_model_len=256, **flags).create_engine_config()
+    return EngineArgs(str(model), **{"dtype": "float32", "max_model_len": 256, **flags}).create_engine_config()
 
 
 @pytest.fixture
@@ -185,7 +187,73 @@ def test_other_versions_of_vllm(llama, monkeypatch):
 
 def test_families_that_nobody_taught_it(tmp_path):
     model = tiny(tmp_path / "model", "gemma")
-    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3; this one is 'gemma'"), serve(model):
+    with (
+        pytest.raises(ValueError, match="granite, llama, mistral, phi3, qwen2, qwen3, qwen3_moe; this one is 'gemma'"),
+        serve(model),
+    ):
+        pass
+
+
+LENGTHS = {
+    "a window": ("mistral", {"sliding_window": 200}, "sliding-window attention .200.*--max-model-len 200 or less", 200),
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_theta": 10000.0,
+                "rope_type": "longrope",
+                "short_factor": [1.0 + k / 8 for k in range(16)],
+                "long_factor": [2.0 + k for k in range(16)],
+                "partial_rotary_factor": 1.0,
+            },
+            "partial_rotary_factor": 1.0,
+        },
+        "type 'longrope' is exact for 128 tokens; use --max-model-len 128 or less",
+        128,
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 192,
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0},
+        },
+        "type 'dynamic' is exact for 192 tokens",
+        192,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_that_would_be_other_models(tmp_path, case):
+    """What depends on the length is served up to the length at which it is the same for all requests."""
+    family, base, says, longest = LENGTHS[case]
+    model = tiny(tmp_path / family, family, base=base)
+    with pytest.raises(ValueError, match=says), serve(model, max_model_len=256):
+        pass
+    asked = prompts(4, seed=1, longest=90)
+    with serve(model, max_model_len=longest) as served:
+        assert agree(model, asked, served.ask(asked, 20), reference(model, asked, 20))
+
+
+EXPERTS = {
+    "data parallelism of a base with experts": {"data_parallel_size": 2},
+    "--quantization fp8_per_channel of a base with experts": {"quantization": "fp8_per_channel", "dtype": "bfloat16"},
+}
+
+
+def test_bases_with_experts(tmp_path):
+    model = tiny(tmp_path / "model", "qwen3_moe")
+    for says, flags in EXPERTS.items():
+        with pytest.raises(ValueError, match=says):
+            configured(model, **flags)
+
+
+def test_olmo_2(tmp_path):
+    """vLLM runs it by its generic classes, whose layers are called otherwise."""
+    model = tiny(tmp_path / "model", "olmo2")
+    with pytest.raises(ValueError, match="this one is 'olmo2'"), serve(model):
         pass
 
 

@@ -7,10 +7,15 @@ import pytest
 pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: make serve-test")
 
 import torch
+from torch.nn import functional
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from helpers.checkpoints import tiny
 from helpers.serving import agree, iterated, prompts, reference, serve
 from tah import TaHForCausalLM
+from tah.core import fast
+from tah.core.lora import DepthLoRA
+from tah.vllm.names import FAMILIES
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
@@ -116,11 +121,63 @@ def test_control_a_model_that_never_iterates_answers_otherwise(llama, expected):
         assert sum(a.depths != b.depths for a, b in zip(lower, expected, strict=True)) > len(MIXED) // 2
 
 
-@pytest.mark.parametrize(("family", "batching"), [("qwen3", "mixed"), ("qwen2", "two_pass"), ("mistral", "mixed")])
+LIKE_LLAMA = {"mistral": ["mixed"], "qwen2": ["two_pass"], "qwen3": ["mixed"]}  # their layers are called alike
+OTHERS = [(one, how) for one in FAMILIES if one != "llama" for how in LIKE_LLAMA.get(one, ["two_pass", "mixed"])]
+
+
+@pytest.mark.parametrize(("family", "batching"), OTHERS)
 def test_other_families(tmp_path, family, batching):
-    model = tiny(tmp_path / family, family)
-    with serve(model, max_num_batched_tokens=64, additional_config={"batching": batching}) as served:
-        assert agree(model, MIXED, served.ask(MIXED, NEW), reference(model, MIXED, NEW))
+    """In chunks, in batches, alone, from the cache, and with depth 1 only. The decider reads inner hidden states.
+
+    The check at the start also compares a plain evaluation of the family's layers.
+    """
+    model = tiny(tmp_path / family, family, decider={"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16]})
+    asked, new, never = MIXED[:8], 16, {"policy": "never"}
+    want = reference(model, asked, new)
+    assert 0.05 < iterated(want) < 0.4
+    options = {"batching": batching, "self_check": True}
+    with serve(model, max_num_batched_tokens=64, additional_config=options) as served:
+        base = served.ask(asked, new, [never] * len(asked))
+        assert agree(model, asked, base, reference(model, asked, new, **never), **never)
+        for _ in range(2):
+            assert agree(model, asked, served.ask(asked, new), want)
+        alone = [served.ask([prompt], new)[0] for prompt in asked[:3]]
+        assert agree(model, asked[:3], alone, want[:3])
+    assert sum(a.tokens != b.tokens for a, b in zip(base, want, strict=True)) >= len(asked) // 4
+
+
+def fp8(x):
+    """Rows [..., n] in 8 bits, and their scales [..., 1]."""
+    scale = (x.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-5)
+    return (x / scale).to(torch.float8_e4m3fn).float(), scale
+
+
+def by_fp8(self, x):
+    """In place of a linear layer of the base: a scale for each output and for each token, as vLLM's method has."""
+    (weight, scale), (x, of_token) = fp8(self.weight), fp8(x)
+    return functional.linear(x, weight) * of_token * scale[:, 0] + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize("batching", ["two_pass", "mixed"])
+def test_fp8_weights(llama, monkeypatch, batching):
+    """Quantized on loading. LoRA, decider and head are not; the reference has the same quantized linear layers.
+
+    In float32, which vLLM leaves out for its kernels on GPUs. In 8 bits a rounding error can become a larger one, so an
+    answer may differ.
+    """
+    monkeypatch.setattr(OnlineQuantizationConfig, "get_supported_act_dtypes", lambda self: [torch.float32])
+    monkeypatch.setattr(DepthLoRA, "stock_forward", by_fp8)
+    monkeypatch.setattr(fast, "adapted", lambda x, layer: None)  # it has no linear layer of other formats
+    asked, new, never = MIXED[:8], 16, {"policy": "never"}
+    options = {"batching": batching, "self_check": True}
+    want = [reference(llama, asked, new), reference(llama, asked, new, **never)]
+    assert iterated(want[0]) > 0.05
+    with serve(llama, max_num_batched_tokens=64, additional_config=options, quantization="fp8_per_channel") as served:
+        assert served.model.deep_layers[0].self_attn.qkv_proj.linear.weight.dtype == torch.float8_e4m3fn
+        got = served.ask(asked, new), served.ask(asked, new, [never] * 8)
+        alone = [served.ask([prompt], new)[0] for prompt in asked]
+    for a, b in (*zip(got, want, strict=True), (alone, got[0])):
+        assert sum(one == other for one, other in zip(a, b, strict=True)) >= len(asked) - 1
 
 
 SEAMS = {

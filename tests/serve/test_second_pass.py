@@ -24,6 +24,7 @@ from helpers.waits import watch_steps, watched
 from tah.vllm import model as serving
 from tah.vllm import worker as depth_worker
 from tah.vllm.attention import DuoAttention
+from tah.vllm.deep_layers import Adapter, Share
 from tah.vllm.memory import second_pass_bytes
 
 NEW = 12
@@ -100,6 +101,31 @@ def test_slots_are_those_of_vllm(llama, batching, monkeypatch):
         assert served.preempted > 0
         served.ask(asked, 2)
     assert seen["steps"] > new
+
+
+@pytest.mark.skipif(not IS_V2, reason="test_same_answers.py has all families with model runner V1")
+@pytest.mark.parametrize("family", ["granite", "qwen3_moe"])
+def test_families_with_the_second_runner(tmp_path, family):
+    """Layers without a residual, inputs with a factor, and experts, which need vLLM's context of a step."""
+    model = tiny(tmp_path / family, family, decider=MLP)
+    want = reference(model, ASKED, NEW)
+    with serve(model, max_num_batched_tokens=64) as served:
+        assert agree(model, ASKED, served.ask(ASKED, NEW), want)
+
+
+def test_fused_layers_are_divided():
+    """A layer that is fused in the checkpoint, too: each process has its part of each piece of the outputs."""
+    torch.manual_seed(0)
+    A, B, x = torch.randn(4, 16), torch.randn(8 + 4 + 4, 4), torch.randn(3, 16)
+    found = []
+    for number in range(2):
+        mine = Share(number, 2)
+        adapter = Adapter({"qkv_proj": [(4, mine), (2, mine), (2, mine)]}, 16, Share(0, 1), 4, 0.5)
+        adapter.load("qkv_proj", "lora_A", A)
+        adapter.load("qkv_proj", "lora_B", B)
+        found.append(adapter(x).split([4, 2, 2], dim=1))
+    whole = torch.cat([part for pair in zip(*found, strict=True) for part in pair], dim=1)
+    torch.testing.assert_close(whole, x @ A.t() @ B.t() * 0.5)
 
 
 def test_pages_smaller_than_blocks(llama, batching, monkeypatch):

@@ -9,17 +9,18 @@ Shapes: M tokens, I input width, O output width, r rank, n linear layers that vL
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
 
 from ..core.lora import is_target
 from .attention import Current, DuoAttention
+from .names import Family
 
 
 class Share(NamedTuple):
@@ -33,22 +34,27 @@ class Share(NamedTuple):
         return weight.narrow(dim, self.number * size, size)
 
 
+Pieces = list[tuple[int, Share]]  # output width in this process and share of the outputs, of what a layer fuses
+
+
 class Adapter(nn.Module):
     """LoRA of one linear layer of vLLM, which may fuse several layers of the checkpoint; the part of this process.
 
     Args:
-        parts: Output width and share of the outputs, by name in the checkpoint, of each of the n fused layers.
+        parts: Pieces of the outputs, by name in the checkpoint, of each of the n fused layers. A layer that is fused in
+            the checkpoint, too, has several.
         inputs: Input width I of this process.
         share: Share of the inputs.
         rank: Rank r.
         scale: Scale of the update, alpha / r; `load` multiplies B by it.
     """
 
-    def __init__(self, parts: dict[str, tuple[int, Share]], inputs: int, share: Share, rank: int, scale: float) -> None:
+    def __init__(self, parts: dict[str, Pieces], inputs: int, share: Share, rank: int, scale: float) -> None:
         super().__init__()
         self.scale, self.share, self.ranges, start = scale, share, {}, 0
-        self.shares = {name: part for name, (_, part) in parts.items()}
-        for number, (name, (width, _)) in enumerate(parts.items()):
+        self.pieces = parts
+        for number, (name, pieces) in enumerate(parts.items()):
+            width = sum(width for width, _ in pieces)
             self.ranges[name] = (slice(number * rank, (number + 1) * rank), slice(start, start + width))
             start += width
         self.A = nn.Parameter(torch.zeros(len(parts) * rank, inputs), requires_grad=False)
@@ -66,7 +72,10 @@ class Adapter(nn.Module):
         if matrix == "lora_A":
             self.A.data[low].copy_(self.share(weight, 1))
         else:
-            self.B.data[:, out].copy_((self.shares[part](weight, 0) * self.scale).t())
+            pieces = self.pieces[part]
+            whole = weight.split([width * share.of for width, share in pieces])
+            mine = torch.cat([share(piece, 0) for piece, (_, share) in zip(whole, pieces, strict=True)])
+            self.B.data[:, out].copy_((mine * self.scale).t())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the update [M, O] of the outputs for inputs [M, I]."""
@@ -97,6 +106,8 @@ def adapters_of(
 ) -> Iterator[tuple[str, Adapter]]:
     """Yield name and adapter of every linear layer in `layer` of which `targets` contains a part.
 
+    Routers of experts, which every process has whole, are no linear layers for LoRA (`lora.add_lora`).
+
     Args:
         layer: Stock decoder layer.
         fused: Names in the checkpoint, by name of the fused layer in vLLM.
@@ -106,7 +117,7 @@ def adapters_of(
         prefix: Prefix of the names of `layer` in the checkpoint's base.
     """
     for name, module in layer.named_modules():
-        if not isinstance(module, LinearBase):
+        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             continue
         parent, _, leaf = name.rpartition(".")
         path = f"{prefix}{parent}." if parent else prefix
@@ -115,12 +126,15 @@ def adapters_of(
             continue
         whole = Share(0, 1)
         if isinstance(module, RowParallelLinear):
-            parts = {names[0]: (module.output_size, whole)}
+            parts = {names[0]: [(module.output_size, whole)]}
             yield name, Adapter(parts, module.input_size_per_partition, mine, rank, scale)
             continue
         copies = getattr(module, "num_kv_head_replicas", 1)  # number of processes with the same key/value heads
-        shares = [mine, *[Share(mine.number // copies, mine.of // copies)] * (len(names) - 1)]
-        parts = dict(zip(names, zip(module.output_partition_sizes, shares, strict=True), strict=True))
+        sizes = module.output_partition_sizes
+        shares = [mine, *[Share(mine.number // copies, mine.of // copies)] * (len(sizes) - 1)]
+        pieces = list(zip(sizes, shares, strict=True))
+        each = len(pieces) // len(names)
+        parts = {part: pieces[k * each : (k + 1) * each] for k, part in enumerate(names)}
         yield name, Adapter(parts, module.input_size, whole, rank, scale)
 
 
@@ -153,3 +167,36 @@ def twin(
         elif next(child.children(), None) is not None:
             other._modules[name] = twin(child, adapters, layer, current, f"{path}.", attention)
     return other
+
+
+def run_layers(
+    layers: list[nn.Module],
+    norm: nn.Module,
+    family: Family,
+    positions: Tensor,
+    x: Tensor,
+    wanted: Collection[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run layers of one depth, which the stock model runs in the same way.
+
+    Args:
+        layers: Layers.
+        norm: Final norm of the stock model.
+        family: Family of the base.
+        positions: Positions [M].
+        x: Input of the first layer [M, D]; layers may write into it.
+        wanted: Numbers of layers, above 0, whose inputs are returned.
+
+    Returns:
+        Normed hidden states [M, D], and by number the inputs [M, D] of the layers in `wanted`.
+    """
+    residual: Any = None
+    seen = {}
+    for number, layer in enumerate(layers):
+        if number in wanted:
+            seen[number] = x + residual if family.residual else x
+        if family.residual:
+            x, residual = layer(positions, x, residual)
+        else:
+            x = layer(positions, x)
+    return norm(x, residual)[0] if family.residual else norm(x), seen

@@ -41,10 +41,11 @@ def second_pass_bytes(
     logits = CHUNK * V * (size + 4 * FLOAT)
     mix = min(MIXED, tokens) * min(config.mix_topk, V) * D * (size + FLOAT) if config.next_input == "topk" else 0
     network = tokens * (8 * D + 4 * (config.next_input_width or D)) * size if config.next_input == "mlp" else 0
+    experts = getattr(base, "num_experts_per_tok", 0) * (getattr(base, "moe_intermediate_size", 0) + D)
     rows = min(ROWS, tokens)
     if mixed:  # with the tokens of the step, and the last tokens that wait for longer than a step
         rows += tokens + requests
-    layer = rows * (6 * max(base.intermediate_size, heads * K) // processes + 8 * D) * size
+    layer = rows * (6 * max(base.intermediate_size, heads * K, experts) // processes + 8 * D) * size
     inner = max(described.get("hidden_dims") or [D]) * described.get("expansion", 1)
     features = tokens * ((3 * layers + 3) * D + 4 * inner) * size
     # These last through the step: states that the policy reads, next inputs, states of depth 2, and their sums.

@@ -30,7 +30,7 @@ from ..names import MIXTURES
 from ..policy import DepthState, build_policy, continues, draw
 from .attention import Current, DeepPass, DeepTokens, DuoAttention, Pages, plan
 from .compat import check_layout, slots_per_block, without_writing
-from .deep_layers import Adapter, adapters_of, twin
+from .deep_layers import Adapter, adapters_of, run_layers, twin
 from .logits import StepLogits
 from .mixture import StepMixture, log_probabilities
 from .names import FAMILIES, ROWS, inner_layers
@@ -59,9 +59,11 @@ class TaHForCausalLM(nn.Module):
         config: TaHConfig = vllm_config.model_config.hf_config
         base: Any = config.base_config
         self.config = config
+        self.family = FAMILIES[base.model_type]
         self.base: Any = init_vllm_registered_model(
-            vllm_config, prefix="base", hf_config=base, architectures=[FAMILIES[base.model_type]]
+            vllm_config, prefix="base", hf_config=base, architectures=[self.family.architecture]
         )
+        self.input_scale = float(getattr(base, self.family.input_scale)) if self.family.input_scale else 1.0
         self.decider = build_decider(config.decider, base) if config.decider else None
         self.decoder.aux_hidden_state_layers = inner_layers(config)
         # vLLM would return its input of the first layer itself, into which norms of GPUs write in place.
@@ -152,6 +154,10 @@ class TaHForCausalLM(nn.Module):
         """Return the embeddings of token ids."""
         return self.base.embed_input_ids(input_ids)
 
+    def first_input(self, embeds: Tensor) -> Tensor:
+        """Return the input [.., D] of the first layer for embeddings, or next inputs, [.., D]."""
+        return embeds if self.input_scale == 1 else embeds * self.input_scale
+
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return logits [n, V] of hidden states [n, D], or of rows of a mixture their log-probabilities, float32.
 
@@ -225,7 +231,7 @@ class TaHForCausalLM(nn.Module):
             features = dict(zip(self.decoder.aux_hidden_state_layers, (x[:T] for x in aux), strict=True))
         features[len(self.deep_layers)] = hidden[:T]
         if self.reads_embeds:
-            features[0] = self.embed_input_ids(step.ids)
+            features[0] = self.first_input(self.embed_input_ids(step.ids))
         logits = self._logits(hidden[:T], step.last)
         if ended is not None:
             logits.add(*ended)
@@ -329,10 +335,13 @@ class TaHForCausalLM(nn.Module):
     def _run_rows(self, tokens: DeepTokens, x: Tensor, splits: int | None = None) -> Tensor:
         """Run one pass of `_run_deep`, in which the kernel has `splits` programs per token and head."""
         deep = self.current.deep = replace(self._plan(tokens), splits=splits)
-        residual = None
-        for layer in self.deep_layers:
-            x, residual = layer(deep.positions, x, residual)
-        return self._finish(self.decoder.norm(x, residual)[0])
+        return self._finish(self._run_layers(deep.positions, x)[0])
+
+    def _run_layers(
+        self, positions: Tensor, x: Tensor, wanted: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what `run_layers` does, of the layers at depth 2 for embeddings, or next inputs, [.., D]."""
+        return run_layers(self.deep_layers, self.decoder.norm, self.family, positions, self.first_input(x), wanted)
 
     def _plan(self, tokens: DeepTokens) -> DeepPass:
         return plan(tokens, self.pool, self.pages, own=self.config.attention == "own", kernel=self.by_kernel)
@@ -395,21 +404,16 @@ class TaHForCausalLM(nn.Module):
         deep = self.current.deep = replace(self._plan(tokens), rows=rows, step=T)
         x = functional.pad(self.embed_input_ids(step.ids), (0, 0, 0, more)).index_copy_(0, rows, embeds)
         positions = functional.pad(step.positions, (0, more)).index_copy_(0, rows, deep.positions)
-        wanted, features = self.decoder.aux_hidden_state_layers, {}
-        residual: Any = None
         with without_writing(self.deep_attention[0].stock, held):
-            for number, layer in enumerate(self.deep_layers):
-                if number in wanted:
-                    features[number] = (x + residual)[:T]
-                x, residual = layer(positions, x, residual)
-        hidden, ended = self.decoder.norm(x, residual)[0][:T], None
+            hidden, seen = self._run_layers(positions, x, self.decoder.aux_hidden_state_layers)
+        features, ended = {number: states[:T] for number, states in seen.items()}, None
         if due:
             known, probability = self.waiting.hidden(), self.waiting.probability(due)
             first = torch.stack([known[request] for request in due])
             ended = np.array(again), self._finish(hidden[held]), probability
-            hidden = hidden.index_copy(0, held, first)
+            hidden = hidden[:T].index_copy(0, held, first)
         self.waiting.ran(emitted=due)
-        return hidden, features, ended
+        return hidden[:T], features, ended
 
     def _next_input(self, step: Step, index: np.ndarray, logits: StepLogits) -> Tensor:
         """Return the next inputs [M, D] of the tokens `index` for depth 2 (method.md (4), (5), (13))."""

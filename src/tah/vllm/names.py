@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ..config import TaHConfig
@@ -12,11 +12,24 @@ ROWS = 1024  # maximum rows of a pass at depth 2 alone, which bounds its memory
 DEEP_KV_SHARE = 0.1  # pool entries per depth-1 slot; the paper's models iterate 7 % of the tokens
 TAH2_DEEP_KV_SHARE = 0.6  # the same with a decider of TaH2; the published models iterate 44 % of the tokens
 
-FAMILIES = {  # class of vLLM by family of the base
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+class Family(NamedTuple):
+    """How vLLM computes a family of bases."""
+
+    architecture: str  # class of vLLM
+    residual: bool = True  # whether layers take and return a residual beside hidden states
+    input_scale: str = ""  # field of the base's configuration that multiplies the input of the first layer
+    experts: bool = False  # whether layers have experts
+
+
+FAMILIES = {  # by `model_type` of the base
+    "granite": Family("GraniteForCausalLM", residual=False, input_scale="embedding_multiplier"),
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "phi3": Family("Phi3ForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", experts=True),
 }
 
 

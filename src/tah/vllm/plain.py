@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from ..core.next_input import weighted
 from ..policy import DepthState, build_policy, draw
 from .attention import Current
-from .deep_layers import twin
+from .deep_layers import run_layers, twin
 from .mixture import mixed
 
 if TYPE_CHECKING:
@@ -91,12 +92,17 @@ class PlainAttention(nn.Module):
 class Plain:
     """The model `model` of a worker, evaluated plainly.
 
+    Args:
+        model: Model.
+        vllm_config: Configuration of vLLM, in whose context layers of experts run.
+
     Attributes:
         hidden: Final hidden states of depth 1 of the running sequence, [N, D].
         logits: Their logits, [N, V].
     """
 
-    def __init__(self, model: TaHForCausalLM) -> None:
+    def __init__(self, model: TaHForCausalLM, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
         self.model, self.own = model, model.config.attention == "own"
         self.places: list[Tensor] = []  # positions of the tokens, by depth
         layers = enumerate(model.decoder.layers)
@@ -117,7 +123,7 @@ class Plain:
         """Run depth 1 on a sequence of tokens, [N]."""
         self.ids, self.places = ids, [torch.arange(len(ids), device=ids.device)]
         x = self.model.embed_input_ids(ids)
-        self.features = {0: x.clone()}  # layers write in place
+        self.features = {0: self.model.first_input(x).clone()}  # layers write in place
         self.hidden = self._run(0, x)
         self.features[len(self.layers[0])] = self.hidden
         self.logits = self.model.base.compute_logits(self.hidden)
@@ -178,13 +184,12 @@ class Plain:
 
     def _run(self, depth: int, x: Tensor) -> Tensor:
         """Return the normed hidden states [M, D] of a pass over inputs [M, D]; depth 1 keeps what the decider reads."""
-        residual: Any = None
-        wanted = self.model.decoder.aux_hidden_state_layers if depth == 0 else ()
-        for number, layer in enumerate(self.layers[depth]):
-            if number in wanted:
-                self.features[number] = x + residual
-            x, residual = layer(self.places[depth], x, residual)
-        hidden: Tensor = self.model.decoder.norm(x, residual)[0]
+        model = self.model
+        wanted = model.decoder.aux_hidden_state_layers if depth == 0 else ()
+        where, x = self.places[depth], model.first_input(x)
+        with set_forward_context(None, self.vllm_config, num_tokens=len(x)):
+            hidden, seen = run_layers(self.layers[depth], model.decoder.norm, model.family, where, x, wanted)
+        self.features |= seen
         return hidden
 
     def _next_input(self, chosen: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ class Comparison:
         self.device = self.model.pool.keys.device
         self.kernel_rounding = KERNEL_ROUNDING[self.dtype]
         self.differences: list[str] = []
-        self.plain = Plain(self.model)
+        self.plain = Plain(self.model, worker.vllm_config)
 
     @torch.inference_mode()
     def run(self) -> tuple[dict[str, Any], list[str]]:

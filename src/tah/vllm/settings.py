@@ -8,10 +8,12 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import CompilationMode
+from vllm.config.quantization import resolve_quantization_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from ..config import TaHConfig
+from ..core.families import stable_positions
 from .compat import check_version
 from .installed import advice, check_installed
 from .metrics import add_metrics
@@ -20,6 +22,7 @@ from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
+QUANTIZATION = "fp8_per_channel"  # a scale for each output, and one for each token's inputs, whatever the batch
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's environment variable
 logger = init_logger("vllm.tah")  # below vLLM's own logger, which has the handler
 MANY = 8  # smallest measured number of concurrent requests at which `mixed` is faster; with one, both are equal
@@ -38,6 +41,8 @@ def settle(vllm_config: Any) -> None:
     check_version()
     config = vllm_config.model_config.hf_config
     _check_checkpoint(config)
+    _check_length(config.base_config, vllm_config.model_config.max_model_len)
+    vllm_config.cache_config.sliding_window = None  # no request is longer than the window
     _check_flags(vllm_config)
     v2 = _choose_runner(vllm_config)
     RequestOptions.of(config, None)
@@ -70,18 +75,46 @@ def _check_checkpoint(config: TaHConfig) -> None:
         )
     if config.attention == "blind":
         raise ValueError("attention='blind' is a control for experiments and is not supported in vLLM")
-    if getattr(base, "use_sliding_window", base.model_type == "mistral") and getattr(base, "sliding_window", None):
-        raise ValueError(f"a base with sliding-window attention ({base.sliding_window}) is not supported in vLLM")
+
+
+def _check_length(base: Any, longest: int) -> None:
+    """Check that requests of up to `longest` tokens have full attention and the same rotary embeddings at all lengths.
+
+    vLLM selects the frequencies of `longrope` and `dynamic` once, `generate` by the length so far.
+    """
+    window = getattr(base, "sliding_window", None) if getattr(base, "use_sliding_window", True) else None
+    if window is not None and window < longest:
+        raise ValueError(
+            f"a base with sliding-window attention ({window}) is not supported in vLLM beyond the window; "
+            f"use --max-model-len {window} or less"
+        )
+    stable, rope = stable_positions(base), getattr(base, "rope_parameters", None) or {}
+    if stable is not None and longest > stable:
+        raise ValueError(
+            f"a base with rotary embeddings of type {rope.get('rope_type')!r} is exact for {stable} tokens; "
+            f"use --max-model-len {stable} or less"
+        )
+
+
+def _is_served(model: Any) -> bool:
+    """Return whether the linear layers of a model, by vLLM's `ModelConfig`, are all quantized by `QUANTIZATION`."""
+    wanted = resolve_quantization_config(QUANTIZATION, None)
+    return bool(model.quantization == QUANTIZATION and model.quantization_config == wanted)
 
 
 def _check_flags(vllm_config: Any) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler, offload = vllm_config.scheduler_config, vllm_config.offload_config
+    experts = FAMILIES[model.hf_config.base_config.model_type].experts
+    quantized = model.quantization is not None  # vLLM sets `quant_config` after this check
     unsupported = {
         "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        # Engines would share the experts, and wait for each other in each layer, also in passes that only one has.
+        "data parallelism of a base with experts": experts and parallel.data_parallel_size > 1,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
         "steps split into micro-batches (--enable-dbo)": parallel.use_ubatching,
         "--async-scheduling": scheduler.async_scheduling,
         "LoRA adapters of vLLM": vllm_config.lora_config is not None,
@@ -92,7 +125,8 @@ def _check_flags(vllm_config: Any) -> None:
         "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,
         "--offload-group-size": offload.prefetch.offload_group_size > 0,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
-        "quantized weights": vllm_config.quant_config is not None,
+        f"quantized weights (except --quantization {QUANTIZATION})": quantized and not _is_served(model),
+        f"--quantization {QUANTIZATION} of a base with experts": quantized and experts,
         "prompt embeddings": model.enable_prompt_embeds,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
