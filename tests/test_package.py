@@ -55,6 +55,7 @@ def make_venv(directory: Path) -> Path:
     return directory / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_works_beside_installed_libraries(packages, tmp_path):
     """Libraries of this environment are found by their path, which does not make its own (editable) tah importable."""
     bin_ = make_venv(tmp_path / "venv")

@@ -201,6 +201,7 @@ def test_results_that_appear_late_on_another_machine(pair, pupil, tmp_path, monk
 # -- the examples -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_of_accelerate_in_two_processes():
     """The script compares its losses and weights with plain PyTorch; it prints those of one process."""
     script = ROOT / "examples" / "hf_accelerate.py"

@@ -248,6 +248,7 @@ def test_tune_leaves_the_cache_alone(hub: Path, original: Path) -> None:
         assert contents(find(source)[0]) == before
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once(hub: Path, tmp_path: Path) -> None:
     code = f"from tah.load import find; print(find({NAME!r})[0])"
     variables = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "TAH_CACHE": str(tmp_path / "ours")}

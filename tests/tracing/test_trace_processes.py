@@ -49,6 +49,7 @@ def test_two_processes_equal_one(words, alone, tmp_path):
     assert list(tmp_path.iterdir()) == [path] and lines_of_tah(done) == []
 
 
+@pytest.mark.slow
 def test_killed_and_continued_in_other_numbers(words, alone, tmp_path):
     path, part = tmp_path / "trace.jsonl", tmp_path / "trace.jsonl.part1"
     done = torchrun("-m", "helpers.processes", "kill", 1, 1, *words, "-o", path)
