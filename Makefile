@@ -120,8 +120,9 @@ $(SERVE): $(INPUTS)
 bench-serve: $(SERVE)
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/tah bench serve $(ARGS)
 
+SERVE_TESTS ?= tests/serve
 serve-test: $(SERVE)
-	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q --timeout 900 tests/serve $(ARGS)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/pytest -q --timeout 900 $(SERVE_TESTS) $(ARGS)
 
 # vLLM's model runner V2, which GPUs have. Its kernels run in Triton's interpreter, so the process runs nothing else.
 V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1

@@ -54,6 +54,7 @@ def tokens_by_engine(url: str) -> dict[str, float]:
     return {re.search(r'engine="(\d+)"', labels)[1]: float(count) for labels, count in found if 'depth="2"' in labels}
 
 
+@pytest.mark.slow
 def test_one_machine(model, tmp_path):
     """Both engines answer, and as one does."""
     with running(model, tmp_path / "log.txt", max_model_len=256, max_num_seqs=8, data_parallel_size=2) as server:
@@ -62,6 +63,7 @@ def test_one_machine(model, tmp_path):
     assert set(told) == {"0", "1"} and all(told.values())
 
 
+@pytest.mark.slow
 def test_the_cluster_script(model, tmp_path):
     """The two machines that it is for are this one twice: the first with the API, the second with an engine only."""
     both = {"NODES": "2", "HEAD": "127.0.0.1", "RPC_PORT": str(free_port()), "TAH": " ".join(TAH)}

@@ -24,11 +24,11 @@ MLP = {"kind": "mlp", "layers": [0, 2, 3], "hidden_dims": [32, 16], "topk": 20}
 @pytest.mark.parametrize(
     ("family", "batching", "heads", "config", "rules"),
     [
-        ("llama", "mixed", 2, {}, [{}]),
+        pytest.param("llama", "mixed", 2, {}, [{}], marks=pytest.mark.slow),
         ("qwen3", "mixed", 2, TAH2, [{}]),
         ("qwen3", "two_pass", 1, {"decider": MLP}, [{}, {"policy": "confidence", "threshold": 0.94}]),
-        ("phi3", "mixed", 2, {}, [{}]),
-        ("qwen3_moe", "two_pass", 2, {}, [{}]),
+        pytest.param("phi3", "mixed", 2, {}, [{}], marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "two_pass", 2, {}, [{}], marks=pytest.mark.slow),
     ],
     ids=[
         "a key head each",

@@ -185,6 +185,7 @@ def test_no_flags_in_python(in_bfloat16, around):
         assert mostly_decided_so(in_bfloat16, answers) and 0.05 < iterated(answers) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_flags_at_the_command(in_bfloat16, tmp_path):
     """`tah serve MODEL`, with nothing but where it listens and what the model is called."""

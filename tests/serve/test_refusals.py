@@ -147,10 +147,11 @@ COMMANDS = [
     (["--block-size", "0"], "block_size=0: Input should be greater than 0"),
     (["--enable-lora"], "TaH models do not support LoRA adapters of vLLM; leave it out"),
 ]
+COMMANDS_AND_SLOW = [COMMANDS[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in COMMANDS[1:])]
 
 
 @pytest.mark.timeout(900)  # of which most goes into importing vLLM on a busy machine
-@pytest.mark.parametrize(("flags", "says"), COMMANDS, ids=[" ".join(flags) for flags, _ in COMMANDS])
+@pytest.mark.parametrize(("flags", "says"), COMMANDS_AND_SLOW, ids=[" ".join(flags) for flags, _ in COMMANDS])
 def test_the_command_refuses_in_one_line(llama, flags, says):
     ran = subprocess.run([*TAH, "serve", str(llama), *flags], capture_output=True, text=True)
     assert ran.returncode == 2 and "Traceback" not in ran.stderr

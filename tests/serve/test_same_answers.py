@@ -71,6 +71,7 @@ def test_compiled(llama, expected, asked, mixed):
         assert agree(llama, MIXED, served.ask(MIXED, NEW), expected)
 
 
+@pytest.mark.slow
 def test_long_answers(llama):
     """Over many blocks, and up to the last token that fits."""
     asked = prompts(2, seed=9, longest=100)
