@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from helpers.families import tiny
 from helpers.models import LENGTH, distance, labels, middle, packed_row, pad, tah, token_ids
@@ -12,6 +13,7 @@ from helpers.reference import by_labels, by_policy, reference
 from tah import Always, Confidence, DuoCache, Policy, Random, TaHConfig, TaHForCausalLM
 from tah.core.depth import at_depth
 from tah.core.logits import CHUNK
+from tah.load import load_base
 
 EXACT = 2e-5  # float32 rounding of a different order of the same sums, relative
 SEAMS = list(itertools.product(("topk", "hidden"), ("duo", "own"), ("sum", "zero_init")))
@@ -450,6 +452,29 @@ def test_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(4) as pool:
         for job, got in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, want[job], strict=True)), job
+
+
+def test_threads_that_load_at_once_leave_the_process_as_it_was(tmp_path):
+    """transformers replaces `tie_weights` and the default dtype of the process while it loads a model."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    tie_weights, dtype = PreTrainedModel.tie_weights, torch.get_default_dtype()
+    model = TaHForCausalLM.from_base(tiny("llama", tie_word_embeddings=True))
+    model.bfloat16().save_pretrained(tmp_path / "tah")
+    model.base.save_pretrained(tmp_path / "base")
+
+    def load(kind):
+        loaded = TaHForCausalLM.from_pretrained(tmp_path / kind) if kind == "tah" else load_base(str(tmp_path / kind))
+        head, table = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+        return head is table and torch.equal(table, model.get_input_embeddings().weight.to(table.dtype))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(load, ["tah", "base"] * 10))
+        assert PreTrainedModel.tie_weights is tie_weights and torch.get_default_dtype() == dtype
+    finally:
+        PreTrainedModel.tie_weights = tie_weights
+        torch.set_default_dtype(dtype)
 
 
 def test_compiled_depth_one():

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import FORMER_TENSORS, KERNELS
-from ..core.compat import drop_renaming, set_attention
+from ..core.compat import LOADING, drop_renaming, set_attention
 from ..core.families import UnsupportedBase
 from ..core.quantised import is_quantised
 from .adapter import BASE, base_source, facts_of, is_own, load_adapter, own_fields
@@ -78,7 +78,8 @@ class SafeCheckpoint:
         former = {f"^{old}\\.": f"{new}." for old, new in FORMER_TENSORS.items()}
         kwargs["key_mapping"] = former | (kwargs.get("key_mapping") or {})
         try:
-            model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+            with LOADING:
+                model, info = super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
         except SafetensorError as error:
             advice = advice or "; copy them again"
             raise ValueError(f"{source}: the weights are damaged or cut short ({error}){advice}") from error

@@ -17,6 +17,7 @@ import torch
 import transformers
 from tokenizers import decoders, pre_tokenizers
 
+from ..core.compat import LOADING
 from ..files import new_directory
 from ..names import DTYPES, unknown
 from .adapter import SETTINGS, WEIGHTS, load_adapter
@@ -108,9 +109,10 @@ def read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     # Versions without GgufConfig always dequantize.
     known = hasattr(transformers, "GgufConfig")
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, dtype), **options
-    )
+    with LOADING:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, dtype), **options
+        )
     tokenizer = _tokenizer(gguf, model.config.max_position_embeddings)
     # <|im_end|> as the end of text, so that generation stops where the chat turn ends.
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

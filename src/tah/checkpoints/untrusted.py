@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers import AutoHfQuantizer
 
 from ..config import KERNELS, TaHConfig, check_family, current_tensor, parts, refuse_kernels, without_kernels
-from ..core.compat import set_attention
+from ..core.compat import LOADING, set_attention
 from ..errors import first_line, some
 from ..files import parse_json
 
@@ -258,7 +258,7 @@ def build_empty(build: Callable[[], nn.Module], tensors: int | None, where: str)
         ValueError: The model has too many modules or cannot be built.
     """
     try:
-        with _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
+        with LOADING, _at_most(10**6 if tensors is None else 64 * tensors + 4096), torch.device("meta"):
             return build()
     except _TooMany:
         raise ValueError(f"{where} describes a model of more layers than its weights could fill") from None
@@ -314,7 +314,8 @@ def load_base(
         "ignore_mismatched_sizes": True,
     }  # `refuse_incomplete` raises for them, by name
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
+        with LOADING:
+            model, info = AutoModelForCausalLM.from_pretrained(directory, **reading)
     except Exception as error:
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     refuse_incomplete(info, f"{name}: not a complete base", "; copy or download it again", ignored)

@@ -7,6 +7,7 @@ the private names of vLLM.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,10 @@ from .depth import current_depth
 # The name of the cache in arguments of `forward` and `generate` and in outputs. transformers 5.24 changed it.
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _known else "past_key_values"
+
+# Held while a model is built or loaded. `from_pretrained` replaces `PreTrainedModel.tie_weights` and the default dtype of
+# the whole process meanwhile, so of two threads the second would keep the replacement, and no later model were tied.
+LOADING = threading.RLock()
 
 TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # attention implementations that use a ready mask as it is
 

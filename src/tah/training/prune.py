@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..core.compat import attention_of
+from ..core.compat import LOADING, attention_of
 from ..core.families import PROBE_TOKENS, check_facts, decoder_layers, decoder_of, head_of
 from ..markdown import table
 from ..progress import SILENT, Reporter
@@ -368,9 +368,10 @@ def _check_reload(base: PreTrainedModel, directory: Path) -> None:
         ValueError: The logits differ.
     """
     device = base.get_input_embeddings().weight.device
-    again = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=base.dtype, attn_implementation=attention_of(base.config), trust_remote_code=False
-    )
+    with LOADING:
+        again = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=base.dtype, attn_implementation=attention_of(base.config), trust_remote_code=False
+        )
     again = again.to(device).eval()
     ids = torch.arange(PROBE_TOKENS, device=device)[None] % base.config.get_text_config(decoder=True).vocab_size
     want, got = base(ids, use_cache=False).logits, again(ids, use_cache=False).logits
