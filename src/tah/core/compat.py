@@ -24,8 +24,8 @@ from .depth import current_depth
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _known else "past_key_values"
 
-# Held while a model is built or loaded. `from_pretrained` replaces `PreTrainedModel.tie_weights` and the default dtype of
-# the whole process meanwhile, so of two threads the second would keep the replacement, and no later model were tied.
+# Held while a model is built or loaded. transformers replaces `PreTrainedModel.tie_weights` and the default dtype of a
+# whole process meanwhile. The second of two threads would put a replacement back, and later models were not tied.
 LOADING = threading.RLock()
 
 TAKE_MASKS = ("eager", "sdpa", "flex_attention")  # attention implementations that use a ready mask as it is
