@@ -360,7 +360,7 @@ models_made = st.sampled_from(["tah", "base"])
 
 
 QUICK = settings(
-    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 LONG = settings(QUICK, max_examples=3000, derandomize=False, print_blob=True)
 

@@ -49,7 +49,8 @@ def test_result(checkpoint, tmp_path):
     assert len(table) == 2 + len(rows) and "| forced |" in table[4]
 
 
-@pytest.mark.parametrize("output", ["mixture", pytest.param("even", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["mixture", "even"])
 def test_kept_states_of_a_mixture(output, tmp_path, monkeypatch):
     """Its rows count the tensors that the forward holds; the other tasks run with three passes and several rows."""
     settings = {"next_input": "mlp", "output": output, "decider": {"kind": "tah2"}, "lora_rank": 0, "max_depth": 3}

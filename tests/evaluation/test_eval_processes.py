@@ -121,6 +121,7 @@ def test_a_copy_of_the_answers_is_not_a_part(alone, tmp_path):
     assert [copy.exists() for copy in (*copies, part_of(path, 1))] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_stops_the_others(words, tmp_path):
     """One line, with the number of the process; the first process is in the middle of its own share, or waits."""
     done = torchrun("-m", "helpers.processes", "raise", 1, 1, *words, "-o", tmp_path / "run")

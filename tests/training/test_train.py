@@ -380,7 +380,7 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("method", ["paper", "tah2"])
+@pytest.mark.parametrize("method", [pytest.param("paper", marks=pytest.mark.slow), "tah2"])
 def test_killed_and_resumed_equals_uninterrupted(method, run, recipe_of, tmp_path):
     """SIGKILL somewhere, then SIGTERM somewhere, then to the end: the weights of a run that was left alone.
 

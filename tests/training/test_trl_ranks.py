@@ -41,7 +41,8 @@ def test_two_ranks_have_the_losses_and_weights_of_one(trainer, tmp_path):
         assert sum(distance(want[name], before[name]) > 1e-3 for name in want) > 10  # control
 
 
-@pytest.mark.parametrize("kind", ["given", pytest.param("sampled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["given", "sampled"])
 def test_two_ranks_of_grpo_have_the_mean_gradient_of_their_rollouts(kind, tmp_path):
     """Advantages compare the completions of both ranks, and the update is that of the gradients computed in one."""
     pytest.importorskip("trl", reason="TRL is not installed")
