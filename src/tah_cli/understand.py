@@ -170,7 +170,7 @@ def report(
     from tah.files import write_atomically
     from tah.tracing.charts import save_charts
     from tah.tracing.lens import write_lens
-    from tah.tracing.tables import as_markdown
+    from tah.tracing.tables import as_markdown, different_weights
     from tah.tracing.trace_file import load_trace
 
     loaded = [load_trace(path) for path in paths]
@@ -181,6 +181,8 @@ def report(
         if its.missing:
             texts = its.header["texts"]
             note(f"{path} is unfinished: {its.missing} of {texts} texts are missing; tah trace continues it")
+    if len(stats) == 2 and (different := different_weights(*(its["weights"] for its in stats))):
+        note(different)
     typer.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB; open it in a browser")
     if markdown is not None:
         write_atomically(markdown, "\n".join(as_markdown(its) for its in stats).encode("utf-8", "replace"))

@@ -291,6 +291,22 @@ def test_weights_of_a_mixture_are_those_of_the_forward(tmp_path, policy):
         assert [float(text) for text in texts[:d]] == pytest.approx(weights[:d], abs=1e-4)
 
 
+@pytest.mark.parametrize(("policy", "rules"), [("decider", ["own", "decider"]), ("always", ["own", "oracle"])])
+def test_the_page_of_a_mixture_offers_only_what_the_trace_measures(tmp_path, policy, rules):
+    mix = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}}
+    model = tah(attention="own", max_depth=3, policy=policy, **mix).eval()
+    its = trace(model, words(), rows(model, 2))
+    write_lens([its], tmp_path / "lens.html")
+    page = Page(tmp_path / "lens.html")
+    assert page.data["traces"][0]["rules"] == rules and "The output is a mixture." in page.source
+    assert [chart["name"] for chart in page_charts([("A", statistics(its))])].count("compute") == (policy == "decider")
+    sampled = trace(tah(attention="own", policy="decider", decision="sample", **mix).eval(), words(), rows(model, 2))
+    write_lens([its, sampled], tmp_path / "both.html")
+    source = Page(tmp_path / "both.html").source
+    assert ("The passes of the first trace are" in source) == (policy == "always")
+    assert "decider, decisions drawn ·" in source
+
+
 def test_large_report_is_fast_and_small(files, tmp_path):
     start = time.process_time()
     write_lens([load_trace(files["large"])], tmp_path / "page.html")

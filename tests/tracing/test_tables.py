@@ -82,6 +82,7 @@ def report(text: str) -> dict[str, Any]:
         "level": 0.95,
         "missing_texts": 0,
         "exact": True,
+        "weights": text,
         "depths": [{"depth": 1, "accuracy": value, "loss": value}],
         "passes": [],
         "policies": {text: row | {"second_choice": value, "threshold": None}},

@@ -18,9 +18,9 @@ from tah.benchmarks.bench_trace import markdown, throughput
 from tah.benchmarks.measure import save
 from tah.core.fast import RememberingOutput
 from tah.core.head import Head
-from tah.policy import DepthState, Policy
-from tah.tracing.overthinking import statistics
-from tah.tracing.tables import as_markdown
+from tah.policy import Confidence, DepthState, Policy
+from tah.tracing.overthinking import CONFIDENCE, ENTROPY, compare, of_nats, statistics
+from tah.tracing.tables import as_markdown, different_weights
 from tah.tracing.texts import read_rows, texts_of
 from tah.tracing.trace import TraceRequest
 from tah.tracing.trace_file import load_trace
@@ -344,3 +344,63 @@ def test_of_a_mixture(words, attention, policy):
             assert text.decider[0] == pytest.approx(said, abs=1e-5)
     depths = np.concatenate([text.depth for text in traced.texts])
     assert (len(np.unique(depths)) == 1) == (policy == "always")
+
+
+MIXES = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}
+
+
+def own_losses(model, texts):
+    """Loss of supervised tokens by the model's own forward, under each policy that a trace has a row for."""
+    rules = {"never": {"policy": "never"}, "own policy": {}, "always": {"policy": "always"}}
+    rules["decider"] = {"policy": "decider"}
+    rules["confidence"] = {"policy": "confidence", "threshold": CONFIDENCE}
+    rules["entropy"] = {"policy": Confidence("entropy"), "threshold": of_nats(ENTROPY)}
+    found = {}
+    for name, rule in rules.items():
+        losses = []
+        for text in texts:
+            ids = torch.from_numpy(text.ids).long()
+            logp = model(ids[None, :-1], **rule).logits[0].log_softmax(-1)
+            losses.append(-logp.gather(1, ids[1:, None])[:, 0][torch.from_numpy(text.supervised)])
+        found[name] = torch.cat(losses).mean().item()
+    return found
+
+
+@pytest.mark.parametrize("policy", ["decider", "confidence", "always", "random"])
+def test_each_row_of_a_mixture_is_what_the_model_does(words, policy):
+    """A trace has the weights of one policy. Rows of policies with other weights are left out."""
+    model = model_of("own", policy=policy, random_rate=0.4, **MIXES)
+    traced = trace(model, words, rows())
+    stats = statistics(traced)
+    own = own_losses(model, traced.texts)
+    kept = {name: row["loss"]["value"] for name, row in stats["policies"].items() if name in own}
+    assert kept == pytest.approx({name: own[name] for name in kept}, rel=1e-4)
+    assert abs(own["always"] - own["decider"]) > 1e-3
+    certain = policy in ("always", "random")
+    assert kept.keys() == {"never", "own policy", "always" if certain else policy}
+    assert ("oracle" in stats["policies"]) == ("hindsight" in stats["policies"]) == bool(stats["headroom"]) == certain
+    assert stats["curves"].keys() == ({policy} if not certain else set())
+    text = as_markdown(stats)
+    assert "The output is a mixture." in text and ("Headroom" in text) == certain
+    assert "exact" not in text  # with attention own all rows that are left are
+
+
+def test_two_traces_of_a_mixture_with_different_weights(words):
+    model = model_of("own", **MIXES)
+    one, other = (trace(model, words, rows(), policy=policy) for policy in ("decider", "always"))
+    assert compare(one, other)["difference"].keys() == {"never", "own policy"}
+    assert compare(other, other)["difference"].keys() == {"never", "always", "own policy"}
+    weights = [statistics(traced, samples=2)["weights"] for traced in (one, other)]
+    assert "decider's continue probabilities" in different_weights(*weights)
+    assert different_weights(weights[0], weights[0]) == ""
+
+
+def test_a_duo_mixture_names_its_exact_rows(words):
+    text = as_markdown(statistics(trace(model_of("duo", **MIXES), words, rows())))
+    assert "only these rows are exact: never, own policy." in text
+
+
+def test_the_header_of_drawn_decisions_has_no_threshold(words):
+    traced = trace(model_of("own", decision="sample", **MIXES), words, rows())
+    assert traced.header["threshold"] is None
+    assert "policy decider, decisions drawn." in as_markdown(statistics(traced))

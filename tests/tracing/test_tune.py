@@ -34,6 +34,9 @@ def test_tune_chooses_the_threshold():
     )
     with pytest.raises(ValueError, match="does not contain the score 'decider'"):
         tune(made([[1], [0]], [[0.2], [0.4]]), "loss")
+    mixture = made([[1], [0]], [[0.2], [0.4]], [[0.5]], output="mixture", policy="always")
+    with pytest.raises(ValueError, match="weighs the passes of its mixture by the policy always"):
+        tune(mixture, "loss")
     for target in ("share=2", "share=", "share", "shares=0.1", "less", "share=nan"):
         with pytest.raises(ValueError, match=f"target '{target}' is not one of loss, share=X"):
             tune(traced, target)

@@ -154,8 +154,7 @@ const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(100 * value).toFi
 function controls(pane) {
   const box = element("div", "pane"), choose = element("div", "choose"), rule = document.createElement("select");
   for (const [name, title] of Object.entries(RULES)) {
-    if (name === "decider" && !pane.trace.decider) continue;
-    if (name !== "own" && pane.trace.max_depth < 2) continue;
+    if (!pane.trace.rules.includes(name)) continue; // the trace does not have its outputs
     const option = element("option", "", name === "own" ? `${title}: ${pane.trace.policy}` : title);
     option.value = name;
     rule.append(option);
@@ -190,7 +189,7 @@ function report(pane) {
   const [, threshold] = shading(pane);
   if (document.activeElement !== pane.slider) pane.slider.value = threshold;
   if (document.activeElement !== pane.field) pane.field.value = +threshold.toPrecision(5);
-  pane.slider.disabled = pane.field.disabled = trace.max_depth < 2;
+  pane.slider.disabled = pane.field.disabled = !trace.rules.includes(trace.score);
   const facts = [
     ["iterated", share(sums.iterated / scored)],
     ["passes per token", (sums.depth / scored).toFixed(3)],

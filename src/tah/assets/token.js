@@ -25,7 +25,8 @@ function aspects(pane, p, several) {
   made.append(head, passes);
   made.append(numbers(pane, p, d));
   const notes = [];
-  if (trace.max_depth > 1) notes.push(`Iterates if ${SCORES[score]} > ${+threshold.toPrecision(4)}.`);
+  if (trace.drawn && pane.rule === "own") notes.push("Drawn with the decider's probability.");
+  else if (trace.max_depth > 1) notes.push(`Iterates if ${SCORES[score]} > ${+threshold.toPrecision(4)}.`);
   if (trace.final_rank && d > 1) notes.push("The depths are from a run where every token took all passes.");
   made.append(element("small", "", notes.join(" ")));
   return made;
@@ -175,7 +176,8 @@ $("text").addEventListener("click", (event) => {
 function side(on) {
   if (on && panes.length === 1) {
     const second = makePane(traces[0], 1);
-    second.rule = second.trace.score;
+    const { rules, score } = second.trace;
+    second.rule = rules.includes(score) ? score : rules[rules.length - 1];
     second.threshold = shading(panes[0])[1] / 2;
     panes.push(second);
   }
@@ -241,6 +243,6 @@ $("panes").append(controls(panes[0]));
 fill(panes[0]);
 makeButtons();
 $("text").append(...rows);
-$("compare").disabled = traces.length < 2 && traces[0].max_depth < 2; // one depth: all policies are the same
+$("compare").disabled = traces.length < 2 && traces[0].rules.length < 2; // no other policy to show
 side(traces.length > 1);
 performance.mark("interactive");

@@ -145,7 +145,8 @@ def _compute(stats: dict[str, Any]) -> Figure:
     policies = stats["policies"]
     axes.axhline(policies["never"]["accuracy"]["value"], **LEVEL)
     for name, marker in POINTS.items():
-        row = policies[name]
+        if (row := policies.get(name)) is None:  # a mixture whose trace has other weights
+            continue
         x, y = row["mean_depth"]["value"], row["accuracy"]["value"]
         axes.plot(x, y, marker, color=COLOURS["amber" if name == "own policy" else "ink"], label=name)
     axes.set(xlabel="passes per token", ylabel="accuracy")

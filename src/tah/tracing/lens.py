@@ -22,8 +22,8 @@ import numpy as np
 from ..files import write_atomically
 from .charts import MARKS, page_charts
 from .overthinking import compare, statistics
-from .tables import difference_table, tables_of
-from .trace_file import Trace, TracedText, check_comparable
+from .tables import about_weights, difference_table, different_weights, rule_of, tables_of
+from .trace_file import Trace, TracedText, check_comparable, drawn, weights_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SCRIPTS = ("rules.js", "text.js", "token.js")  # joined into one module, in this order
@@ -72,6 +72,9 @@ def write_lens(
         all_tokens=int(traces[0].header["tokens"]),
         difference=difference,
         difference_table=None if difference is None else difference_table(difference),
+        different=different_weights(*(its["weights"] for its in stats)) if len(stats) == 2 else "",
+        rules=[rule_of(its["about"]) for its in stats],
+        weights=[about_weights(its["weights"]) for its in stats],
         tables=[tables_of(its) for its in stats],
         charts=page_charts(named),
     )
@@ -146,6 +149,8 @@ def _columns(trace: Trace, texts: Sequence[TracedText], strings: dict[str, int])
     names = ("model", "max_depth", "top_k", "policy", "threshold", "decider_threshold")
     return {
         "score": _own_score(header),
+        "rules": _rules(header),
+        "drawn": drawn(header),
         **{name: header[name] for name in names},
         "output": header.get("output"),
         "exact": header["attention"] != "duo" or trace.max_depth < 2,
@@ -158,6 +163,15 @@ def _own_score(header: Mapping[str, Any]) -> str:
     if header["policy"] == "confidence":
         return "entropy" if header["confidence_measure"] == "entropy" else "confidence"
     return "decider" if header["decider"] else "confidence"
+
+
+def _rules(header: Mapping[str, Any]) -> list[str]:
+    """Return the policies that can be chosen in the page: those whose outputs the trace has."""
+    if header["max_depth"] < 2:
+        return ["own"]
+    weights, scores = weights_of(header), ["decider"] * bool(header["decider"]) + ["confidence", "entropy"]
+    oracle = ["oracle"] if weights in (None, "certain") else []
+    return ["own", *(score for score in scores if weights in (None, score)), *oracle]
 
 
 def _packed(values: np.ndarray) -> list[str]:

@@ -7,6 +7,9 @@ A token is *right* or *wrong* by the first choice after depth 1. It is *iterated
 token ran all passes. That is exact for attention "own" and "blind". For "duo" it is exact only for `never`, `always`
 and the policy that was run, and an approximation for all others.
 
+A mixture weighs the passes by continue probabilities (method.md (15)), and a trace has those of one policy. A policy
+with other weights would have other outputs, so its row and its curve are left out.
+
 The policies:
 
     own policy          the passes that the model ran under its policy and threshold
@@ -31,7 +34,7 @@ import numpy as np
 
 from ..stats.bootstrap import Estimate, Resampled, ranking, ratio
 from ..stats.threshold import Decisions, quality, threshold_for_share
-from .trace_file import Tokens, Trace, check_comparable, loss_of
+from .trace_file import Tokens, Trace, check_comparable, loss_of, weights_of
 
 CONFIDENCE, ENTROPY = 0.7, 0.3  # thresholds of the untrained policies: 1 - top probability, nats
 GAIN = 0.05  # nats; a token gains from a pass that lowers its loss by more
@@ -40,6 +43,7 @@ POINTS = 101  # number of points of a curve
 RANKED = 200  # number of samples for AUROC and average precision
 COMPARED = ("never", "always", "own policy")
 EQUAL_SHARE = " (equal share)"
+CERTAIN = ("always", "oracle", "hindsight", f"random{EQUAL_SHARE}")  # they continue with probability 1, or not at all
 
 
 @dataclass
@@ -50,6 +54,12 @@ class View:
     draw: Resampled
     right: np.ndarray  # [M, N] 0.0 or 1.0
     loss: np.ndarray  # [M, N] nats
+    weights: str | None  # by which continue probabilities the trace weighs the passes of a mixture
+
+    def measures(self, name: str) -> bool:
+        """Return whether the outputs of the trace have the weights of a policy, so that its row can be given."""
+        score = "certain" if name in CERTAIN else name.removesuffix(EQUAL_SHARE)
+        return self.weights in (None, score) or name in ("never", "own policy", "second choice")
 
     def mean(self, values: np.ndarray, weight: np.ndarray | None = None) -> Estimate:
         """Return the mean of `values` [N], with its interval."""
@@ -78,7 +88,8 @@ def view_of(trace: Trace, every: bool = False, samples: int = 1000, seed: int = 
     """Return the view of the supervised tokens of a trace, or of `every` token."""
     tokens = trace.tokens(every)
     draw = Resampled(tokens.text, samples, seed, level)
-    return View(tokens, draw, (tokens.rank == 0).astype(np.float64), loss_of(tokens.prob))
+    right = (tokens.rank == 0).astype(np.float64)
+    return View(tokens, draw, right, loss_of(tokens.prob), weights_of(trace.header))
 
 
 def of_nats(entropy: Any) -> Any:
@@ -137,15 +148,18 @@ def statistics(
         "every_token": every,
         "level": level,
         "exact": trace.header["attention"] != "duo" or len(view.right) < 2,
+        "weights": view.weights,
         "depths": [
             {"depth": d, "accuracy": view.mean(right), "loss": view.mean(loss)}
             for d, (right, loss) in enumerate(zip(view.right, view.loss, strict=True), 1)
         ],
         "passes": [_change(view, d) for d in range(1, len(view.right))],
         "policies": _policies(view, thresholds),
-        "headroom": {f"over {name}": view.mean(oracle - view.outcome(name)[0]) for name in COMPARED},
+        "headroom": {
+            f"over {name}": view.mean(oracle - view.outcome(name)[0]) for name in COMPARED if view.measures("oracle")
+        },
         "scores": {name: _ranking(view, name, score, thresholds[name]) for name, score in view.scores.items()},
-        "curves": {name: _curve(view, name, score) for name, score in view.scores.items()},
+        "curves": {name: _curve(view, name, score) for name, score in view.scores.items() if view.measures(name)},
         "iterated_tokens": _iterated(trace, view.tokens, top, least),
     }
 
@@ -153,7 +167,7 @@ def statistics(
 def compare(one: Trace, other: Trace, *, samples: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
     """Return the accuracy and loss of `other` minus those of `one`, with paired intervals.
 
-    Only texts that are in both traces count.
+    Only texts that are in both traces count, and only policies that both traces measure.
 
     Raises:
         ValueError: The tokens of a text differ, or no text is in both traces.
@@ -164,6 +178,8 @@ def compare(one: Trace, other: Trace, *, samples: int = 1000, seed: int = 0, lev
     views = [view_of(trace, False, samples, seed, level) for trace in pair]
     difference: dict[str, Any] = {}
     for name in COMPARED:
+        if not all(view.measures(name) for view in views):
+            continue
         (right, loss), (other_right, other_loss) = (view.outcome(name) for view in views)
         difference[name] = {"accuracy": views[0].mean(other_right - right), "loss": views[0].mean(other_loss - loss)}
     return {
@@ -226,7 +242,7 @@ def _policies(view: View, thresholds: dict[str, float]) -> dict[str, dict[str, A
         *(name + EQUAL_SHARE for name in ("random", "confidence", "entropy")),
         *("oracle", "hindsight", "second choice"),
     ]
-    return {name: rows[name] for name in order if name in rows}
+    return {name: rows[name] for name in order if name in rows and view.measures(name)}
 
 
 def _one_hot(depth: np.ndarray, M: int) -> np.ndarray:

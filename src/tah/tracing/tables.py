@@ -6,10 +6,12 @@ Text from models, data and traces is escaped, so that it is shown as text.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..markdown import estimate, table
 from ..stats.bootstrap import Estimate
+from .trace_file import drawn
 
 MARKS = re.compile(r"[\\`*\[\]<>&|#!~$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word has no effect
 LINKS = re.compile(r"(?i)(https?|ftp):|www\.")  # GitHub makes links of these
@@ -28,6 +30,12 @@ POLICIES = {
     "precision": "precision",
     "break-even precision": "break_even_precision",
     "accuracy by second choice": "second_choice",
+}
+WEIGHTS = {
+    "certain": "continue probabilities of 1",
+    "decider": "the decider's continue probabilities",
+    "confidence": "the continue probabilities 1 - top probability",
+    "entropy": "the continue probabilities 1 - exp(-entropy)",
 }
 
 
@@ -66,7 +74,7 @@ def tables_of(stats: dict[str, Any]) -> list[Table]:
     tables = [
         Table("After each depth, if every token reaches it", ["depth", "accuracy", "loss"], depths),
         Table("Changes by deeper passes", ["up to depth", *CHANGES], passes),
-        Table("Policies", ["policy", *POLICIES], policies, f"Headroom of the oracle: {over}."),
+        Table("Policies", ["policy", *POLICIES], policies, f"Headroom of the oracle: {over}." if over else ""),
         Table(
             "Scores as detectors of wrong tokens and of tokens that gain",
             ["score", "detects", "AUROC", "average precision", "share of such tokens"],
@@ -82,26 +90,64 @@ def difference_table(found: dict[str, Any]) -> Table:
     return Table("", ["policy", "accuracy, B minus A", "loss, B minus A"], rows)
 
 
+def rule_of(about: Mapping[str, Any]) -> str:
+    """Return the policy of a trace with its threshold, or that its decisions were drawn, from the header."""
+    if drawn(about):
+        return "decider, decisions drawn"
+    measure = f" ({about['confidence_measure']})" if about.get("confidence_measure") else ""
+    return f"{about['policy']}{measure} at {about['threshold']:.4g}"
+
+
+def about_weights(weights: str | None) -> str:
+    """Return what a page says about the weights of a mixture, as text; "" if the output has none."""
+    if weights is None:
+        return ""
+    if weights == "certain":
+        same = "Rows of the decider and of confidence measures have other weights and are left out."
+    else:
+        same = "Rows of policies with other weights, such as always and oracle, are left out; trace with --policy NAME."
+    return (
+        f"The output is a mixture. After depth 2 and deeper, all numbers are of passes weighed by {_named(weights)}, "
+        f"those of the trace's policy. {same}"
+    )
+
+
+def different_weights(one: str | None, other: str | None) -> str:
+    """Return the note on two traces whose passes have different weights; "" if they have the same."""
+    if one == other:
+        return ""
+    shown = ["not weighed by a policy" if each is None else f"weighed by {_named(each)}" for each in (one, other)]
+    return (
+        f"The passes of the first trace are {shown[0]}, those of the second are {shown[1]}: after depth 2 and deeper "
+        "their numbers also differ for this reason."
+    )
+
+
+def _named(weights: str) -> str:
+    return WEIGHTS.get(weights, f"the continue probabilities of {weights}")
+
+
 def as_markdown(stats: dict[str, Any]) -> str:
     """Return the tables of `overthinking.statistics` as a Markdown page."""
     about, counted = stats["about"], "tokens" if stats["every_token"] else "supervised tokens"
-    measure = f" ({_plain(about['confidence_measure'])})" if about.get("confidence_measure") else ""
-    model, data, policy = (_plain(about[name]) for name in ("model", "data", "policy"))
+    model, data, rule = (_plain(text) for text in (about["model"], about["data"], rule_of(about)))
     lines = [
         f"# {model} on {data}",
         "",
         f"{stats['tokens']:,} {counted} of {stats['texts']:,} texts, at most {about['max_depth']} passes, policy "
-        f"{policy}{measure} at {about['threshold']:.4g}. Intervals: {stats['level']:.0%}, by a bootstrap over texts.",
+        f"{rule}. Intervals: {stats['level']:.0%}, by a bootstrap over texts.",
     ]
     if stats["missing_texts"]:
         lines += ["", f"The trace is unfinished: {stats['missing_texts']:,} texts are missing."]
     if not stats["exact"]:
-        exact = "never, always and own policy" if about["final"] == "run" else "never and always"
+        named = ["never", *["always"] * ("always" in stats["policies"]), *["own policy"] * (about["final"] == "run")]
         lines += [
             "",
-            f'With attention "duo" deeper passes attend to each other, so only {exact} are exact. The other rows are '
-            "approximations from a run in which every token took all passes.",
+            f'With attention "duo" deeper passes attend to each other, so only these rows are exact: {", ".join(named)}. '
+            "The other rows are approximations from a run in which every token took all passes.",
         ]
+    if weighed := about_weights(stats["weights"]):
+        lines += ["", _plain(weighed)]
     for each in tables_of(stats):
         rows = [[f"{_plain(cell.text)}{cell.more}" for cell in row] for row in each.rows]
         lines += _section(each.title, each.columns, rows) + (["", _plain(each.below)] if each.below else [])

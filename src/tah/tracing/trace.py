@@ -199,7 +199,7 @@ class _Tracer:
             "max_length": self.max_length,
             "top_k": self.request.top_k,
             "policy": self.policy,
-            "threshold": self.threshold,
+            "threshold": None if self.rule.seed is not None else self.threshold,
             "confidence_measure": config.confidence_measure if self.policy == "confidence" else None,
             "decider": self.decider is not None,
             "decider_threshold": self.threshold if self.policy == "decider" else config.threshold,

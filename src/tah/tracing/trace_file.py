@@ -40,6 +40,7 @@ ABOUT = ("model", "data", "versions")  # header entries that may differ when a t
 DIGITS = {"rank": "%d", "prob": "%.5g", "entropy": "%.4g", "max": "%.6g", "top": "%d", "top4": "%d"}
 TINY = 1e-38  # lower bound of a probability in a loss, which is therefore at most 87.5 nats
 Key = tuple[int, int]  # (row, part)
+CERTAIN = ("always", "never", "oracle", "random")  # policies that continue with probability 1 or not at all
 
 
 @dataclass
@@ -130,6 +131,29 @@ class Trace:
             decider=column("decider") if self.header["decider"] else None,
             **{name: column(name) for name in names},
         )
+
+
+def weights_of(header: Mapping[str, Any]) -> str | None:
+    """Return by which continue probabilities a trace weighs the passes of a mixture, method.md (15).
+
+    All outputs after depth 2 and deeper have these weights. Only a policy with the same continue probabilities has the
+    same outputs in the model.
+
+    Returns:
+        None: the output has no such weights. `certain`: the probability is 1, as in `always`. `decider`, `confidence`
+        or `entropy`: the score of that name. Otherwise the name of a policy of the caller.
+    """
+    if header.get("output") != "mixture" or header["max_depth"] < 2:
+        return None
+    policy = str(header["policy"])
+    if policy == "confidence":
+        return "entropy" if header["confidence_measure"] == "entropy" else "confidence"
+    return "certain" if policy in CERTAIN else policy
+
+
+def drawn(header: Mapping[str, Any]) -> bool:
+    """Return whether the decisions of a trace's policy were drawn, so that it has no threshold."""
+    return header["policy"] == "decider" and header.get("decision") == "sample"
 
 
 def check_comparable(one: Trace, other: Trace) -> None:

@@ -67,12 +67,18 @@ def tune(trace: Trace, target: str, score: str = "decider") -> dict[str, Any]:
         score: `decider`, `confidence` or `entropy`. Each is a continue probability.
 
     Raises:
-        ValueError: `target` is not valid, or the trace does not have this score.
+        ValueError: `target` is not valid, or the trace does not have this score, or is of a mixture with the weights
+            of another policy.
     """
     share = parse_target(target)
     view = view_of(trace, samples=0)
     if score not in view.scores:
         raise ValueError(f"the trace of {trace.header['model']} does not contain the score {score!r}")
+    if not view.measures(score):
+        raise ValueError(
+            f"the trace of {trace.header['model']} weighs the passes of its mixture by the policy "
+            f"{trace.header['policy']}, so it does not measure {score!r}: trace again with that policy"
+        )
     least = np.minimum.accumulate(view.scores[score])
     if share is not None:
         threshold = threshold_for_share(least[0], share)
