@@ -34,6 +34,7 @@ ALLOWED = {
     "decider": tuple(DECIDER_DEFAULTS),
     "confidence_measure": names.CONFIDENCE_MEASURES,
     "random_rate": "[0, 1]",
+    "random_seed": "0 to 2^63 - 1",
 }
 INTRODUCTION = """\
 # Configuration

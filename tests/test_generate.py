@@ -289,3 +289,24 @@ def test_random_is_the_same_everywhere():
     assert torch.equal(padded.depth_count[:, 6:], whole) and torch.equal(torch.cat(parts, 1), whole)
     assert 0.02 < (whole > 1).float().mean() < 0.13
     assert not torch.equal(model(ids, policy=Random(0.07, seed=6)).depth_count, whole)
+
+
+@pytest.mark.parametrize("kind", ["sum", "mixture"])
+@pytest.mark.parametrize("beams", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 3}])
+def test_depths_after_beams_of_padded_rows_with_their_own_thresholds(kind, beams):
+    """The depths of each returned sequence are those of a forward over it, with the mask and threshold of its prompt."""
+    mixture = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}
+    model = tah(policy="decider", **(mixture if kind == "mixture" else {})).eval()
+    ids, thresholds = token_ids(rows=2), torch.tensor([0.0, 1.0])
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    for rule in (thresholds, thresholds.tolist()):
+        options = {**GREEDY, **beams, "return_dict_in_generate": True, "threshold": rule}
+        out = model.generate(ids, attention_mask=mask, **options)
+        count = beams.get("num_return_sequences", 1)
+        assert len(out.sequences) == len(out.depth_count) == 2 * count
+        for row, sequence in enumerate(out.sequences[:, :-1]):
+            its = torch.cat([mask[row // count], mask.new_ones(len(sequence) - ids.shape[1])])
+            want = model(sequence[None], attention_mask=its[None], threshold=float(thresholds[row // count]))
+            assert torch.equal(out.depth_count[row, :-1], want.depth_count[0])
+            assert (want.depth_count.max() > 1) == (row // count == 0)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from helpers.families import tiny
 from helpers.models import LENGTH, distance, labels, middle, packed_row, pad, token_ids
 from helpers.reference_tah2 import Tah2, run, train
-from tah import DuoCache, Policy, TaHForCausalLM, TrainingPass
+from tah import DuoCache, Policy, TaHConfig, TaHForCausalLM, TrainingPass
+from tah.policy import DepthState, draw
 from tah.training.joint import gain_labels, joint_decider_loss
 
 EXACT = 2e-5  # float32 rounding of a different order of the same sums, relative
@@ -267,6 +268,26 @@ def test_sampled_decisions():
     assert torch.equal(torch.cat([part.depth_count for part in parts], 1), out.depth_count)
     model.config.random_seed = 1
     assert not torch.equal(model(ids).depth_count, out.depth_count)
+
+
+@torch.no_grad()
+def test_draws_of_different_seeds_are_not_shifts_of_each_other():
+    same = torch.full((200,), 7)
+    state = DepthState(1, same, torch.arange(200), {}, None, None, None, None)
+    zero, one = draw(state, 0), draw(state, 1)
+    assert (zero[1:] == one[:-1]).sum() == 0 and abs(torch.corrcoef(torch.stack([zero, one]))[0, 1]) < 0.2
+    # At seed 0 they are those of earlier versions.
+    assert (zero[:3] * 2**31).tolist() == [2105749798, 1099988066, 799730810]
+
+
+def test_settings_of_a_mixture_are_checked():
+    for seed in (-1, 2**63, 1.0, True):
+        with pytest.raises(ValueError, match="random_seed=.* must be an integer from 0 to 2\\^63 - 1"):
+            TaHConfig(random_seed=seed)
+    TaHConfig(random_seed=2**63 - 1)
+    for output, kind in (("mixture", "tah2"), ("sum", "lean")):
+        with pytest.raises(ValueError, match=f"give decider=.'kind': '{kind}'."):
+            TaHConfig(output=output, decider=None)
 
 
 def test_packed_documents_equal_rows():

@@ -54,6 +54,7 @@ class TaHConfig(PreTrainedConfig):
             the input map U of the last hidden state (5). `mlp`: a network of the token embedding and the last hidden
             state (13), the updater of TaH2.
         next_input_width: Inner width of the network of `next_input="mlp"`. None: the hidden size.
+            Like `mix_topk` and the fields of LoRA, it has no effect if the model has no such part.
         next_input_norms: Whether the network of `next_input="mlp"` has a norm before its MLP, and one at its end.
         attention: Keys to which a query at depth >= 2 attends (7). `duo`: keys of all depths up to its own, the paper.
             `own`: keys of depth 1 and its own deeper keys. `blind`: its own deeper keys only, so it reads no text (a
@@ -210,11 +211,13 @@ class TaHConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={short(getattr(self, name))} must be in {within}")
         if not _is_number(self.lora_alpha):
             raise ValueError(f"lora_alpha={short(self.lora_alpha)} must be a finite number")
-        if isinstance(self.random_seed, bool) or not isinstance(self.random_seed, int):
-            raise ValueError(f"random_seed={short(self.random_seed)} must be an integer")
+        seed = self.random_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"random_seed={short(seed)} must be an integer from 0 to 2^63 - 1")
         self._check_lists()
         if self.policy == "decider" and self.decider is None and self.max_depth > 1:
-            raise ValueError("policy='decider' needs a decider; give decider={'kind': 'lean'} or another policy")
+            kind = "tah2" if self.output == "mixture" else "lean"
+            raise ValueError(f"policy='decider' needs a decider; give decider={{'kind': '{kind}'}} or another policy")
 
     def _check_lists(self) -> None:
         norms, names = self.next_input_norms, self.lora_targets

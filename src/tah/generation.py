@@ -94,7 +94,8 @@ class TaHGeneration:
             ValueError: The prompt is empty or longer than the model's positions, the logits are NaN, or an output is
                 not supported.
         """
-        self._check_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        self._check_prompt(prompt, kwargs.get("attention_mask"))
         for name in RULE_ARGUMENTS:
             if isinstance(kwargs.get(name), (list, tuple)):  # transformers repeats tensors for beams, not lists
                 kwargs[name] = torch.tensor(kwargs[name])
@@ -108,7 +109,9 @@ class TaHGeneration:
         try:
             out = super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[misc]
             if not isinstance(out, Tensor) and hasattr(out, "sequences"):
-                out["depth_count"], out["continue_logits"] = self._depths(out)
+                prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
+                prompts = 1 if prompt is None else len(prompt)
+                out["depth_count"], out["continue_logits"] = self._depths(out, prompts)
                 out["continue_prob"] = out["continue_logits"].sigmoid()
                 weights = self.mixture_weights(out["depth_count"], out["continue_logits"])  # type: ignore[attr-defined]
                 if weights is not None:
@@ -134,8 +137,8 @@ class TaHGeneration:
             raise ValueError(f"the prompt has {length} tokens but the model has only {limit} positions")
 
     @torch.no_grad()
-    def _depths(self, out: Any) -> tuple[Tensor, Tensor]:
-        """Return depth counts [B, S] and continue logits [B, S, max_depth - 1] of finished sequences.
+    def _depths(self, out: Any, prompts: int) -> tuple[Tensor, Tensor]:
+        """Return depth counts [B, S] and continue logits [B, S, max_depth - 1] of finished sequences of `prompts` rows.
 
         They come from the cache. After beam search the rows of the cache are not the sequences. One more forward over
         the finished sequences then gives the same depths as generating them.
@@ -148,7 +151,7 @@ class TaHGeneration:
             if given.get("inputs_embeds") is None:
                 count, logits = count[:, : length - 1], logits[:, : length - 1]
         else:
-            kept = {name: _as_rows(given[name], rows) for name in KEPT if given.get(name) is not None}
+            kept = {name: _as_rows(given[name], prompts, rows) for name in KEPT if given.get(name) is not None}
             for name, fill in (("attention_mask", 1), ("depth_labels", 1)):
                 if name in kept:
                     kept[name] = F.pad(kept[name], (0, length), value=fill)[:, : length - 1]
@@ -227,14 +230,14 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, int if kind != "number" else (int, float)) and not isinstance(value, bool)
 
 
-def _as_rows(value: Any, rows: int) -> Any:
-    """Return a per-row tensor for another number of rows.
+def _as_rows(value: Any, prompts: int, rows: int) -> Any:
+    """Return a per-row tensor for the rows of the finished sequences.
 
-    It is repeated for several sequences of one prompt, and every n-th row is taken after beams.
+    transformers repeats it for each prompt, for the beams or for the returned sequences, whichever are more.
     """
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] == rows:
+    if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    return value.repeat_interleave(rows // len(value), dim=0) if len(value) < rows else value[:: len(value) // rows]
+    return value[:: len(value) // prompts].repeat_interleave(rows // prompts, dim=0)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from .core.families import UnsupportedBase, check_base
 from .errors import first_line
 from .load import find, load_base, load_tah, outline, parameter_counts
+from .policy import Rule
 
 
 def inspect(source: str, against: str | None = None) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
     model = load_tah(path)
     config, sizes = model.config, parameter_counts(model)
     decider = config.decider and {name: config.decider[name] for name in ("kind", "layers") if name in config.decider}
+    names = ["next_input", "attention", "output"]
+    width = config.next_input_width or config.get_text_config().hidden_size
     return {
         "model": source,
         "kind": "tah",
@@ -53,10 +56,12 @@ def _inspect_tah(source: str, path: str) -> dict[str, Any]:
         "extra_percent": {name: 100 * size / sizes["base"] for name, size in sizes.items() if name != "base"},
         "max_depth": config.max_depth,
         "policy": config.policy,
-        "threshold": config.threshold,
+        "threshold": None if Rule().draws(config) else config.threshold,
+        "decision": config.decision,
         "decider": decider,
         "lora_rank": config.lora_rank,
-        "method": {name: getattr(config, name) for name in ("next_input", "attention", "output")},
+        "method": {name: getattr(config, name) for name in names}
+        | ({"next_input_width": width} if config.next_input == "mlp" else {}),
     }
 
 

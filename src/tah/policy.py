@@ -152,15 +152,15 @@ class Random(Policy):
 
 def draw(state: DepthState, seed: int) -> Tensor:
     """Return a number [N] float64 in [0, 1) for each token, a hash of seed, position, depth and token id."""
-    draw = torch.full_like(state.positions, seed)
+    draw = torch.full_like(state.positions, _scramble(seed))  # else seed 1 at t would be seed 0 at t + 1
     for part in (state.positions, torch.full_like(state.positions, state.depth), state.input_ids):
         if part is not None:
             draw = _scramble(draw + part)
     return draw.double() / 2**31
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """Return a bijective mix of 31-bit integers: multiply and shift, twice."""
+def _scramble(x: Any) -> Any:
+    """Return a bijective mix of 31-bit integers, of a tensor or of one number: multiply and shift, twice. 0 gives 0."""
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         x = (x ^ (x >> 16)) * multiplier & 0x7FFFFFFF
     return x ^ (x >> 16)
@@ -207,6 +207,10 @@ class Rule:
     def arguments(self) -> dict[str, Any]:
         """Return the three values as arguments of `forward` and `generate`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def draws(self, config: TaHConfig) -> bool:
+        """Return whether the decisions are drawn with the continue probability, so that the threshold has no effect."""
+        return self.completed(config).policy == "decider" and config.decision == "sample"
 
     def completed(self, config: TaHConfig) -> Rule:
         """Return the rule with the configuration's values instead of None."""

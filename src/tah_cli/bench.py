@@ -16,7 +16,10 @@ from .serve import need_vllm
 BaseArgument = Annotated[str, model_argument("Model directory, Hub id, or smollm2.")]
 RepeatsOption = Annotated[int, number("Number of rounds; the result is their median.", int, 1)]
 OutputOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Also write the result as JSON and as a Markdown table to DIR.")
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="DIR", help="Also write the result as JSON and as a Markdown table to DIR."
+    ),
 ]
 
 

@@ -88,7 +88,17 @@ class Chat:
                 self.turn(line)
 
     def _painter(self) -> Painter:
-        return Painter(self.console, cast(float, self.rule.threshold))
+        return Painter(self.console, None if self._draws() else cast(float, self.rule.threshold))
+
+    def _draws(self) -> bool:
+        return self.rule.draws(self.session.model.config)
+
+    def _rule(self) -> str:
+        """Return policy, threshold and maximum depth as text."""
+        shown = self.rule.arguments()
+        if self._draws():
+            shown |= {"threshold": "none (decisions are drawn)"}
+        return ", ".join(f"{key} {entry}" for key, entry in shown.items())
 
     def command(self, line: str) -> str:
         """Run a command, a line that starts with a slash, and return the message for the user."""
@@ -106,6 +116,8 @@ class Chat:
                 case "/depth":
                     check_max_depth(depth := _number(int, value))
                     self.rule = replace(self.rule, max_depth=depth)
+                case "/threshold" if self._draws():
+                    return "/threshold has no effect: this model draws the decisions of its decider"
                 case "/threshold":
                     check_threshold(threshold := _number(float, value))
                     self.rule = replace(self.rule, threshold=threshold)
@@ -115,6 +127,8 @@ class Chat:
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
                     self.rule = replace(self.rule, policy=value)
+                    if self._draws():  # one that was set for another policy would be refused
+                        self.rule = replace(self.rule, threshold=self.session.model.config.threshold)
                 case _:
                     return f"unknown command {name}; /help lists them"
         except NotANumber:
@@ -123,7 +137,7 @@ class Chat:
             return f"{name} {value}: {error}"
         idle = self.rule.policy == "never" and name in ("/depth", "/threshold")
         hint = "; no token iterates under the policy never; /policy confidence changes the policy" if idle else ""
-        return ", ".join(f"{key} {entry}" for key, entry in self.rule.arguments().items()) + hint
+        return self._rule() + hint
 
     def turn(self, line: str) -> None:
         """Answer one message. The model does not run again on the part of the prompt that is in the KV cache."""

@@ -31,11 +31,13 @@ class Painter:
 
     Args:
         console: Console to print on.
-        threshold: Threshold of the policy; the colour of a continue probability is relative to it.
+        threshold: Threshold of the policy; the colour of a continue probability is relative to it. None: the decisions
+            are drawn, and the colour is relative to 1/2.
     """
 
-    def __init__(self, console: Console, threshold: float = 0.5) -> None:
-        self.console, self.threshold = console, threshold
+    def __init__(self, console: Console, threshold: float | None = 0.5) -> None:
+        self.console, self.threshold = console, 0.5 if threshold is None else threshold
+        self.near = "near threshold" if threshold is not None else "probability near 1/2"
         self.coloured = console.is_terminal and console.color_system is not None and not console.no_color
         self.waiting = 1  # largest depth of the tokens whose last character is incomplete
 
@@ -65,7 +67,7 @@ class Painter:
         """Return the legend of the colours or brackets."""
         if not self.coloured:
             return Text("legend: plain = one pass, [two passes], [[three passes]]", style="dim")
-        parts = [("one pass", None), (" one pass, near threshold ", style_of(1, self.threshold, self.threshold))]
+        parts = [("one pass", None), (f" one pass, {self.near} ", style_of(1, self.threshold, self.threshold))]
         parts += [(" two passes ", style_of(2, self.threshold, self.threshold))]
         parts += [
             (" two, probability near 1 ", style_of(2, 1.0, self.threshold)),

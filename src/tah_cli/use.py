@@ -53,12 +53,13 @@ def generate(
     messages = [{"role": "system", "content": system}] if system else []
     ids = session.encode([*messages, {"role": "user", "content": prompt}], raw=raw)
     drawing = sampling(temperature, top_p, top_k, seed) | {"max_new_tokens": max_new_tokens}
+    shown = None if rule.draws(session.model.config) else cast(float, rule.threshold)
     if as_json:
         answer = session.answer(ids, lambda token: None, rule, **drawing)
-        found = {"model": model, "prompt": prompt, **rule.arguments(), **answer.as_dict()}
+        found = {"model": model, "prompt": prompt, **rule.arguments(), "threshold": shown, **answer.as_dict()}
         typer.echo(json.dumps(found, ensure_ascii=False))
         return
-    painter = Painter(make_console(color=not no_color), cast(float, rule.threshold))
+    painter = Painter(make_console(color=not no_color), shown)
     answer = session.answer(ids, painter.show, rule, **drawing)
     painter.console.print()
     notes = make_console(stderr=True, color=not no_color)

@@ -245,7 +245,8 @@ def test_settings_without_a_counterpart(src: Path, tmp_path: Path, key: str, val
 def test_arguments_without_a_counterpart(src: Path, tmp_path: Path, argument: str, value: Any, only: str) -> None:
     edit_decider_kwargs(src, **{argument: value})
     found = f"iter_decider_kwargs.{argument} is {value!r}, which a TaH model cannot represent; only {only}"
-    assert refusal(src, tmp_path) == f"tah_config.json: {found}"
+    fix = "; set it to false, then set decision to 'sample' in the converted config.json"
+    assert refusal(src, tmp_path) == f"tah_config.json: {found}{fix if value is True else ''}"
 
 
 def test_sampling_in_the_files_arguments_is_refused(src: Path, tmp_path: Path) -> None:
@@ -307,6 +308,24 @@ def test_code_in_a_pickle_never_runs(src: Path, tmp_path: Path, name: str, place
     marker.unlink()
     assert refusal(src, tmp_path) == f"{name} requires posix.system, which is not data; refused"
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["iter_decider.bin", UPDATER])
+def test_numbers_that_are_not_finite_are_refused(src: Path, tmp_path: Path, name: str, number: float) -> None:
+    edit_pickle(src, lambda data: data["state_dict"]["mlp.up_proj.weight"][0].fill_(number), name)
+    assert refusal(src, tmp_path).startswith(f"{name} has numbers that are not finite in mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("value", [2.5, float("nan"), "high"])
+def test_a_threshold_of_the_files_out_of_range_is_named(src: Path, tmp_path: Path, value: Any) -> None:
+    wrong = f"{value!r}, not a number in [0, 1]"
+    edit_decider_kwargs(src, threshold=value)
+    assert refusal(src, tmp_path) == f"tah_config.json: iter_decider_kwargs.threshold is {wrong}"
+    edit_decider_kwargs(src, threshold=0.5)
+    kwargs = {"eval_iter_decider": "Qwen3MLPIterDecider", "eval_iter_decider_kwargs": {"threshold": value}}
+    edit(src / "tah_config.json", **kwargs)
+    assert refusal(src, tmp_path) == f"tah_config.json: eval_iter_decider_kwargs.threshold is {wrong}"
 
 
 @pytest.mark.parametrize("name", ["iter_decider.bin", UPDATER])

@@ -69,10 +69,40 @@ def test_chat_answers_at_the_depth_asked_for(capsys, monkeypatch, checkpoint, ti
 
 def test_inspect_names_the_parts(capsys, checkpoint):
     found = json.loads(works(capsys, "inspect", checkpoint, "--json"))
-    assert found["method"] == {"next_input": "mlp", "attention": "duo", "output": "mixture"}
     width = 32
+    assert found["method"] == {"next_input": "mlp", "attention": "duo", "output": "mixture", "next_input_width": width}
     assert found["parameters"]["decider"] == 6 * width**2 + 5 * width and found["parameters"]["adapter"] == 0
-    assert found["parameters"]["linear_maps"] == 5 * width**2 + 4 * width
+    assert found["parameters"]["next_input"] == 5 * width**2 + 4 * width and found["parameters"]["linear_maps"] == 0
+    assert (found["decision"], found["threshold"] is None) == ("threshold", False)
+
+
+def test_the_card_has_only_fields_with_an_effect(capsys, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, model := tmp_path / "model")
+    works(capsys, "card", model)
+    text = (model / "README.md").read_text()
+    for name in ("mix_topk", "lora_alpha", "lora_dropout"):
+        assert f"`{name}`" not in text
+    for name in ("next_input", "next_input_norms", "lora_rank", "output"):
+        assert f"`{name}`" in text
+
+
+def test_drawn_decisions_have_no_threshold(capsys, monkeypatch, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, model := tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"decision": "sample"}))
+    found = json.loads(works(capsys, "inspect", model, "--json"))
+    assert (found["decision"], found["threshold"]) == ("sample", None)
+    found = json.loads(works(capsys, "generate", model, "hi", "--max-new-tokens", 2, "--json"))
+    assert found["threshold"] is None
+    found = json.loads(works(capsys, "generate", model, "hi", "--max-new-tokens", 2, "--json", "--policy", "always"))
+    assert found["threshold"] == config["threshold"]
+    lines = ["/threshold 0.9", "/depth 2", "/policy confidence", "/threshold 0.9", "/policy decider", "hello", "/quit"]
+    monkeypatch.setattr("builtins.input", lambda prompt: lines.pop(0))
+    told = works(capsys, "chat", model, "--max-new-tokens", 2)
+    assert "/threshold has no effect: this model draws the decisions of its decider" in told
+    assert "policy decider, threshold none (decisions are drawn), max_depth 2" in told
+    assert "policy confidence, threshold 0.9, max_depth 2" in told
+    assert "leave it out" not in told and "mean depth" in told
 
 
 def test_tune_sets_a_share_and_trace_confirms_it(capsys, checkpoint, tmp_path):

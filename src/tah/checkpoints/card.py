@@ -241,10 +241,13 @@ def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None, weights: str
     if total > added:  # weights that are shared out among processes may be empty here
         yield "added to the base", f"{added:,} ({percent(added / (total - added), '.2f')} of the base)"
     yield "dtype", str(model.dtype).removeprefix("torch.")
+    parts = set(_idle(config))
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {"base_config"}
     for field in dataclasses.fields(TaHConfig):
         value, name = getattr(config, field.name), field.name
-        idle = name.startswith(("random_", "confidence_")) and not name.startswith(str(config.policy))
+        idle = name in parts or (
+            name.startswith(("random_", "confidence_")) and not name.startswith(str(config.policy))
+        )
         if name not in inherited and value is not None and not idle:
             text = ", ".join(f"{key}: {part}" for key, part in value.items()) if isinstance(value, dict) else value
             yield f"`{name}`", short(text, str)
@@ -260,6 +263,16 @@ def _facts(model: TaHForCausalLM, recipe: Mapping[str, Any] | None, weights: str
         yield "trained with", f"tah {_plain(recipe['version'])}"
     else:
         yield "saved with", f"tah {version_of('tah')}"
+
+
+def _idle(config: TaHConfig) -> Iterator[str]:
+    """Yield the fields that have no effect, because the model does not have the part that they describe."""
+    if config.next_input != "topk":
+        yield "mix_topk"
+    if config.next_input != "mlp":
+        yield from ("next_input_width", "next_input_norms")
+    if config.lora_rank == 0:
+        yield from ("lora_alpha", "lora_dropout", "lora_targets")
 
 
 def _license_of(model: TaHForCausalLM) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def weights_fingerprint(model: nn.Module, of_base: bool = False, dtype: torch.dt
 def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     """Return the number of parameters of each part: `base`, `adapter` (LoRA), `decider` and `linear_maps`.
 
+    A model with a network of the next input also has the part `next_input`.
+
     A quantised layer has the weights of the layer that it replaces; its packed numbers and scales do not count.
     """
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -88,8 +90,9 @@ def parameter_counts(model: TaHForCausalLM) -> dict[str, int]:
     sizes = {"base": 0, "adapter": 0, "decider": 0, "linear_maps": 0}
     for name, size in counts.items():
         part = "decider" if name.startswith("decider.") else "adapter" if "lora_" in name else "base"
-        maps = name.startswith(("next_input_map.", "next_input_mlp.", "output_map."))
-        sizes["linear_maps" if maps else part] += size
+        maps = name.startswith(("next_input_map.", "output_map."))
+        part = "next_input" if name.startswith("next_input_mlp.") else "linear_maps" if maps else part
+        sizes[part] = sizes.get(part, 0) + size
     return sizes
 
 

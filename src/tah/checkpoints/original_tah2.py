@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config import check_threshold
 from ..errors import some
 from .original import (
     ALWAYS,
@@ -114,6 +115,8 @@ class Network:
                 wrong.append(f"{name}.weight is {list(tensor.shape)}, not {needed}")
         if wrong:
             raise ValueError(f"{self.name} does not fit the base: {some(wrong)}")
+        if damaged := [f"{name}.weight" for name, tensor in self.state.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{self.name} has numbers that are not finite in {some(damaged)}; its weights are damaged")
         for argument, size in (("hidden_size", width), ("topk", width), ("intermediate_size", self.width)):
             if self.arguments.get(argument, 0) not in (0, size):
                 given = f"{ENTRIES[self.name]}_kwargs.{argument} is {self.arguments[argument]}"
@@ -225,13 +228,13 @@ def _updater(source: Path, config: dict[str, Any], depth: int) -> Network | None
 
 def _decider(source: Path, config: dict[str, Any], notes: list[str]) -> tuple[str, Network | None, int, float]:
     """Return policy, trained decider, own maximum depth and threshold at inference."""
-    given = dict(config.get("iter_decider_kwargs") or {})
+    given, entry = dict(config.get("iter_decider_kwargs") or {}), f"{CONFIG}: iter_decider_kwargs"
     path = decider_file(source, given.pop("load_path", None))
     trained = config.get("iter_decider")
     saved = read_pickle(path) if path.is_file() and trained not in (ALWAYS, NEVER) else None
     trained = trained or (saved["class"] if saved else None)
     if saved is not None and not given and saved["class"] == trained:
-        given = saved["init_args"]
+        given, entry = saved["init_args"], f"{DECIDER}: init_args"
         notes.append(f"{CONFIG} has no iter_decider_kwargs; the arguments saved in {DECIDER} are used")
     arguments = arguments_of(trained, given, "iter_decider", DECIDERS)
     deciding, stop = config.get("eval_iter_decider") or "iter_decider", given.get("max_iter", config["max_iter"])
@@ -243,6 +246,7 @@ def _decider(source: Path, config: dict[str, Any], notes: list[str]) -> tuple[st
         stop = fresh.get("max_iter", config["max_iter"])
         if deciding == trained == MLP_DECIDER:
             given, arguments = given | fresh, arguments | fresh
+            entry = f"{CONFIG}: eval_iter_decider_kwargs" if "threshold" in fresh else entry
             notes.append("eval_iter_decider names a class, which the original would build untrained; this is trained")
         elif deciding == MLP_DECIDER:
             raise ValueError(f"{CONFIG} requires a trained {MLP_DECIDER}, but iter_decider is {trained}")
@@ -256,14 +260,19 @@ def _decider(source: Path, config: dict[str, Any], notes: list[str]) -> tuple[st
         return policy, None, stop, 0.5
     if saved is None:
         raise ValueError(f"{CONFIG} requires a trained {MLP_DECIDER}, but {path.name} is missing")
-    return policy, _network(DECIDER, arguments, saved["state_dict"]), stop, _threshold(saved, given, notes)
+    return policy, _network(DECIDER, arguments, saved["state_dict"]), stop, _threshold(saved, given, entry, notes)
 
 
-def _threshold(saved: dict[str, Any], given: dict[str, Any], notes: list[str]) -> float:
-    """Return the threshold: that of the configuration, else the one among the weights."""
+def _threshold(saved: dict[str, Any], given: dict[str, Any], entry: str, notes: list[str]) -> float:
+    """Return the threshold: that of the arguments `given` in `entry`, else the one among the weights."""
     buffer = saved["state_dict"].get("threshold")
     stored = buffer.item() if buffer is not None and buffer.numel() == 1 else None
     used = given.get("threshold", 0.5 if stored is None else stored)
+    try:
+        check_threshold(used)
+    except ValueError as error:
+        where = f"{entry}.threshold" if "threshold" in given else f"{DECIDER}: the threshold among the weights"
+        raise ValueError(f"{where} is {used!r}, not a number in [0, 1]") from error
     others = {"among the weights": stored, "among the arguments in the file": saved["init_args"].get("threshold")}
     for where, value in others.items():
         # The weights are rounded to bfloat16. The authors' server reads the arguments in the file.
@@ -275,9 +284,10 @@ def _threshold(saved: dict[str, Any], given: dict[str, Any], notes: list[str]) -
 def _check_fixed(arguments: dict[str, Any], entry: str) -> None:
     for name, only in FIXED.items():
         if name in arguments and arguments[name] != only:
+            fix = "; set it to false, then set decision to 'sample' in the converted config.json"
             raise ValueError(
                 f"{CONFIG}: {entry}_kwargs.{name} is {arguments[name]!r}, which a TaH model cannot represent; "
-                f"only {only!r}"
+                f"only {only!r}{fix if name == 'stochastic_sampling' else ''}"
             )
 
 

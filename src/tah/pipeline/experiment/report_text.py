@@ -223,7 +223,7 @@ def _cost_part(found: Numbers) -> list[str]:
     models = {"this model": found["parameters"]["tah"], "baseline": found["parameters"]["standard"]}
     columns = [name for name, count in models["this model"].items() if count]
     sizes = [
-        [name, *(f"{counts[column]:,}" for column in columns), f"{sum(counts.values()):,}"]
+        [name, *(f"{counts.get(column, 0):,}" for column in columns), f"{sum(counts.values()):,}"]
         for name, counts in models.items()
         if counts is not None
     ]
