@@ -294,7 +294,7 @@ def test_random_is_the_same_everywhere():
 @pytest.mark.parametrize("kind", ["sum", "mixture"])
 @pytest.mark.parametrize("beams", [{"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 3}])
 def test_depths_after_beams_of_padded_rows_with_their_own_thresholds(kind, beams):
-    """The depths of each returned sequence are those of a forward over it, with the mask and threshold of its prompt."""
+    """The depths of each returned sequence are those of a forward over it, with mask and threshold of its prompt."""
     mixture = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}, "lora_rank": 0}
     model = tah(policy="decider", **(mixture if kind == "mixture" else {})).eval()
     ids, thresholds = token_ids(rows=2), torch.tensor([0.0, 1.0])

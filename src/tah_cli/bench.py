@@ -17,9 +17,7 @@ BaseArgument = Annotated[str, model_argument("Model directory, Hub id, or smollm
 RepeatsOption = Annotated[int, number("Number of rounds; the result is their median.", int, 1)]
 OutputOption = Annotated[
     Path | None,
-    typer.Option(
-        "-o", "--output", metavar="DIR", help="Also write the result as JSON and as a Markdown table to DIR."
-    ),
+    typer.Option("-o", "--output", metavar="DIR", help="Also write the result as JSON and as a Markdown table to DIR."),
 ]
 
 

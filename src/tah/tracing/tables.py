@@ -143,7 +143,8 @@ def as_markdown(stats: dict[str, Any]) -> str:
         named = ["never", *["always"] * ("always" in stats["policies"]), *["own policy"] * (about["final"] == "run")]
         lines += [
             "",
-            f'With attention "duo" deeper passes attend to each other, so only these rows are exact: {", ".join(named)}. '
+            'With attention "duo" deeper passes attend to each other, so only these rows are exact: '
+            f"{', '.join(named)}. "
             "The other rows are approximations from a run in which every token took all passes.",
         ]
     if weighed := about_weights(stats["weights"]):
