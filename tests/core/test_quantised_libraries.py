@@ -128,8 +128,8 @@ class Bytes(Packed):
 def test_a_packed_layer_counts_by_its_widths():
     plain = tah(next_input="mlp", policy="always")
     counts = parameter_counts(plain)
-    assert counts["linear_maps"] == sum(p.numel() for n, p in plain.named_parameters() if n.startswith("next_input_"))
-    assert counts["linear_maps"] > 0 and sum(counts.values()) == plain.num_parameters()
+    assert counts["next_input"] == sum(p.numel() for n, p in plain.named_parameters() if n.startswith("next_input_"))
+    assert counts["next_input"] > 0 and sum(counts.values()) == plain.num_parameters()
     for kind, biases in ((Integers, 0), (Bytes, 1)):
         base = tiny("llama")
         for layer in base.model.layers:
