@@ -194,7 +194,7 @@ def test_bench_is_called_with_its_options(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
         tah.benchmarks.bench, "bench", lambda model, **options: calls.append((model, options)) or result
     )
-    out, _ = works(capsys, "bench", "some", "--dtype", "bfloat16", "--quick", "--json", "--output", tmp_path / "out")
+    out, _ = works(capsys, "bench", "some", "--dtype", "bfloat16", "--quick", "--json", "-o", tmp_path / "out")
     assert json.loads(out) == result and (tmp_path / "out" / "bench.json").is_file()
     (model, options) = calls[0]
     assert model == "some" and options["dtypes"] == ("bfloat16",) and options["batches"] == (1,)
