@@ -92,6 +92,8 @@ def test_drawn_decisions_have_no_threshold(capsys, monkeypatch, checkpoint, tmp_
     (model / "config.json").write_text(json.dumps(config | {"decision": "sample"}))
     found = json.loads(works(capsys, "inspect", model, "--json"))
     assert (found["decision"], found["threshold"]) == ("sample", None)
+    works(capsys, "card", model)
+    assert "`threshold`" not in (model / "README.md").read_text()
     found = json.loads(works(capsys, "generate", model, "hi", "--max-new-tokens", 2, "--json"))
     assert found["threshold"] is None
     found = json.loads(works(capsys, "generate", model, "hi", "--max-new-tokens", 2, "--json", "--policy", "always"))

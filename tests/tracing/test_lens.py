@@ -552,6 +552,19 @@ def test_browser_side_by_side(show, files):
     assert page.locator("#details section").count() == 2 and page.locator("[aria-current]").count() == 2
 
 
+def test_browser_offers_only_the_policies_that_the_trace_of_a_mixture_measures(show, files, tmp_path):
+    mix = {"next_input": "mlp", "output": "mixture", "decider": {"kind": "tah2"}}
+    for policy, rules in (("decider", ["own", "decider"]), ("random", ["own", "oracle"])):
+        files[policy] = tmp_path / f"{policy}.jsonl"
+        model = tah(attention="own", max_depth=3, policy=policy, random_rate=0.4, **mix).eval()
+        trace(model, words(), rows(model, 2), files[policy])
+        page = show(policy)
+        options = page.locator(".pane option").evaluate_all("options => options.map((option) => option.value)")
+        assert options == rules and page.get_by_label("Threshold", exact=True).is_disabled() == (policy == "random")
+        page.keyboard.press("c")
+        assert page.locator(".pane select").nth(1).input_value() == rules[1]
+
+
 def test_browser_dark_and_light(show):
     colour = "getComputedStyle(document.body).backgroundColor"
     light, dark = (show("own", color_scheme=scheme) for scheme in ("light", "dark"))

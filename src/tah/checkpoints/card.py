@@ -24,6 +24,7 @@ from ..config import TaHConfig
 from ..errors import short
 from ..markdown import estimate, percent, table
 from ..names import DATA_FILES, MIXTURES
+from ..policy import Rule
 from .contents import parameter_counts, version_of, weights_fingerprint
 from .untrusted import read_json
 
@@ -273,6 +274,8 @@ def _idle(config: TaHConfig) -> Iterator[str]:
         yield from ("next_input_width", "next_input_norms")
     if config.lora_rank == 0:
         yield from ("lora_alpha", "lora_dropout", "lora_targets")
+    if Rule().draws(config):
+        yield "threshold"
 
 
 def _license_of(model: TaHForCausalLM) -> dict[str, Any]:
