@@ -241,6 +241,7 @@ USED: dict[str, tuple[str, ...]] = {
     ),
     # layers
     "vllm.distributed": ("cleanup_dist_env_and_memory", "get_tp_group", "tensor_model_parallel_all_reduce"),
+    "vllm.distributed.parallel_state": ("graph_capture",),
     "vllm.forward_context": ("get_forward_context", "set_forward_context"),
     "vllm.forward_context.ForwardContext": ("attn_metadata", "slot_mapping"),
     "vllm.model_executor.layers.attention.Attention": (

@@ -131,6 +131,7 @@ def identity(worker: DepthWorker) -> dict[str, Any]:
         "block size": model.pages.block,
         "quantization": config.model_config.quantization,
         "batching": config.additional_config["batching"],
+        "graphs of the second pass": model.graphs is not None,
         "processes": config.parallel_config.tensor_parallel_size,
         "eager": config.model_config.enforce_eager,
         "compilation": [str(config.compilation_config.mode), str(config.compilation_config.cudagraph_mode)],

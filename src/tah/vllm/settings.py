@@ -49,7 +49,8 @@ def settle(vllm_config: Any) -> None:
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
     vllm_config.additional_config["batching"] = _batching(vllm_config, v2)
-    vllm_config.additional_config["self_check"] = _self_check(vllm_config.additional_config)
+    for switch in ("self_check", "second_pass_graphs"):
+        vllm_config.additional_config[switch] = _is_on(switch, vllm_config.additional_config)
     # They change the graph of depth 1. vLLM's cache of compiled graphs knows the base's configuration and this only.
     vllm_config.additional_config["inner_layers"] = list(inner_layers(config))
     worker = "DepthCPUWorker" if current_platform.is_cpu() else "DepthGPUWorker"
@@ -187,11 +188,11 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     return float(share)
 
 
-def _self_check(additional: dict[str, Any]) -> bool:
-    """Return whether the server checks itself at the start."""
-    wanted = additional.get("self_check", True)
+def _is_on(switch: str, additional: dict[str, Any]) -> bool:
+    """Return the value of a setting that is true or false; true by default."""
+    wanted = additional.get(switch, True)
     if not isinstance(wanted, bool):
-        raise ValueError(f"self_check={wanted!r} in --additional-config must be true or false")
+        raise ValueError(f"{switch}={wanted!r} in --additional-config must be true or false")
     return wanted
 
 

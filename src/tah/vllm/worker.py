@@ -19,6 +19,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
+from .graphs import record_graphs
 from .memory import second_pass_bytes
 from .self_check import check
 from .step import RunningRequests, Step
@@ -97,12 +98,21 @@ class DepthWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile and warm up both depths, and check the model; from then on steps come from the scheduler."""
-        warm_up(self.model, self.vllm_config)  # before vLLM's warm-up, at whose end it begins to report compilations
+        # Before vLLM's warm-up, at whose end it begins to report compilations.
+        warm_up(self.model, self.vllm_config)
+        if self._has_graphs:
+            self.model.graphs = record_graphs(self.model, self.vllm_config)
         found = super().compile_or_warm_up_model()
         self.serving = True
         if self.vllm_config.additional_config["self_check"]:
             check(self)
         return found
+
+    @property
+    def _has_graphs(self) -> bool:
+        """Whether passes at depth 2 run as CUDA graphs: where depth 1 may have some, unless a setting says no."""
+        graphs = self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        return self.model.by_kernel and graphs and self.vllm_config.additional_config["second_pass_graphs"]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. One that vLLM makes up to warm up has depth 1 only."""
