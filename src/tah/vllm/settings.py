@@ -111,6 +111,7 @@ def _check_flags(vllm_config: Any) -> None:
     unsupported = {
         "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
+        "--diffusion-config": vllm_config.num_speculative_tokens > 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         # Engines would share the experts, and wait for each other in each layer, also in passes that only one has.
@@ -129,6 +130,16 @@ def _check_flags(vllm_config: Any) -> None:
         f"quantized weights (except --quantization {QUANTIZATION})": quantized and not _is_served(model),
         f"--quantization {QUANTIZATION} of a base with experts": quantized and experts,
         "prompt embeddings": model.enable_prompt_embeds,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        # The pool is outside of the memory that vLLM frees; a part of the weights is no checkpoint.
+        "--enable-sleep-mode": model.enable_sleep_mode,
+        "--weight-transfer-config": vllm_config.weight_transfer_config is not None,
+        # Not tried where the sampler's token of a deferred request is dropped.
+        "--watermark-config": vllm_config.watermark_config is not None,
+        "--return-sampling-mask": model.return_sampling_mask,
+        "--enable-trace-replay": model.enable_trace_replay,
+        # The kernel of depth 2 shares the keys of a token by the number of hard tokens.
+        "VLLM_BATCH_INVARIANT=1": envs.VLLM_BATCH_INVARIANT,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
         "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
@@ -206,6 +217,13 @@ def _batching(vllm_config: Any, v2: bool) -> str:
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    base = vllm_config.model_config.hf_config.base_config
+    if v2 and batching == "mixed" and FAMILIES[base.model_type].experts:
+        # Rows beside those of vLLM's batch are not in its mask of padding, nor in the room for their experts.
+        raise ValueError(
+            "batching='mixed' in --additional-config is not supported with model runner V2 for a base with experts; "
+            "use 'two_pass'"
+        )
     if v2 and batching == "mixed" and vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         raise ValueError(
             "batching='mixed' in --additional-config runs inside the whole model, which this compilation mode compiles "

@@ -66,8 +66,9 @@ class DepthWorker(Worker):
         `pool.capacity` sizes the pool by the share or by the longest request. If the longest request needs more than
         half of the bytes, cache and pool get a half each.
         """
+        given = self.cache_config.kv_cache_memory_bytes  # vLLM's plan of an earlier start may set it below
         whole = super().determine_available_memory()
-        if not (current_platform.is_cpu() or self.cache_config.kv_cache_memory_bytes):
+        if not (current_platform.is_cpu() or given):
             whole -= self._second_pass_bytes()
         slot = sum(spec.page_size_bytes / spec.block_size for spec in self.get_kv_cache_spec().values())
         longest = self.model_config.max_model_len * slot
@@ -125,7 +126,7 @@ class DepthWorker(Worker):
         try:
             out = super().execute_model(scheduler_output)
             if self.use_v2_model_runner and self.model.report is None:
-                self._run_again()
+                self._second_pass()
             return out
         finally:
             self.scheduled = None
@@ -174,7 +175,7 @@ class DepthWorker(Worker):
         return out, sampled, rejected
 
     @torch.inference_mode()
-    def _run_again(self) -> None:
+    def _second_pass(self) -> None:
         """Run the second pass after a step of runner V2, which keeps what it has computed for its sampler."""
         runner: Any = self.model_runner
         state = runner.execute_model_state
