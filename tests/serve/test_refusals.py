@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from helpers.checkpoints import tiny
 from helpers.servers import TAH
 from helpers.serving import agree, prompts, reference, serve
+from tah.load import find
 from tah.vllm import compat, installed, launch, settings
 
 FLAGS = {
@@ -45,6 +46,8 @@ FLAGS = {
     "--block-size 16 is not a multiple of 32": {"block_size": 16},
     "batching='both'": {"additional_config": {"batching": "both"}},
     "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
+    "'bathcing' in --additional-config.*mean batching": {"additional_config": {"bathcing": "mixed"}},
+    "'treshold' in --hf-overrides.*mean threshold": {"hf_overrides": {"treshold": 0.8}},
     "max_depth=3 is not supported": {"hf_overrides": {"max_depth": 3}},
     "policy='oracle' is not supported": {"hf_overrides": {"policy": "oracle"}},
     "attention='blind'": {"hf_overrides": {"attention": "blind"}},
@@ -105,6 +108,13 @@ def test_the_second_model_runner_on_a_cpu(llama, no_choice, tmp_path, monkeypatc
     assert configured(experts).additional_config["batching"] == "two_pass"
     with pytest.raises(ValueError, match="batching='mixed'.*V2 for a base with experts; use 'two_pass'"):
         configured(experts, additional_config={"batching": "mixed"})
+
+
+def test_heads_without_attention_on_a_cpu(no_choice):
+    """Those of the bundled `follow-tah` have width 16."""
+    directory, _ = find("follow-tah")
+    with pytest.raises(ValueError, match="no attention for heads of width 16, only for 32, 64"):
+        configured(directory, max_model_len=128)
 
 
 def test_kernels_that_do_not_depend_on_the_batch(llama, monkeypatch):

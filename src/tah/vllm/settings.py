@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 from numbers import Real
 from typing import Any
@@ -20,6 +22,7 @@ from .metrics import add_metrics
 from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE, inner_layers
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
+SETTINGS = ("batching", "deep_kv_share", "inner_layers", "second_pass_graphs", "self_check")
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
 QUANTIZATION = "fp8_per_channel"  # a scale for each output, and one for each token's inputs, whatever the batch
@@ -40,7 +43,9 @@ def settle(vllm_config: Any) -> None:
     check_installed()
     check_version()
     config = vllm_config.model_config.hf_config
+    _check_words(vllm_config)
     _check_checkpoint(config)
+    _check_width(config.base_config)
     _check_length(config.base_config, vllm_config.model_config.max_model_len)
     vllm_config.cache_config.sliding_window = None  # no request is longer than the window
     _check_flags(vllm_config)
@@ -101,6 +106,33 @@ def _is_served(model: Any) -> bool:
     """Return whether the linear layers of a model, by vLLM's `ModelConfig`, are all quantized by `QUANTIZATION`."""
     wanted = resolve_quantization_config(QUANTIZATION, None)
     return bool(model.quantization == QUANTIZATION and model.quantization_config == wanted)
+
+
+def _check_words(vllm_config: Any) -> None:
+    """Check names in `--additional-config` and `--hf-overrides` that are nearly those of a setting, or of a field.
+
+    Other names may be those of vLLM or of the base.
+    """
+    fields = set(inspect.signature(TaHConfig.__init__).parameters) - {"self", "kwargs"}
+    overrides = vllm_config.model_config.hf_overrides
+    given = [("--additional-config", vllm_config.additional_config, set(SETTINGS))]
+    given.append(("--hf-overrides", overrides if isinstance(overrides, dict) else {}, fields))
+    for flag, names, known in given:
+        for name in set(names) - known:
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                raise ValueError(f"{name!r} in {flag} is not a setting; did you mean {near[0]}?")
+
+
+def _check_width(base: Any) -> None:
+    """Check that vLLM's attention for CPUs has a kernel for the width of the base's heads."""
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    width = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    if width not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
+        known = ", ".join(map(str, widths))
+        raise ValueError(f"vLLM on a CPU has no attention for heads of width {width}, only for {known}; use `generate`")
 
 
 def _check_flags(vllm_config: Any) -> None:
