@@ -157,8 +157,9 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         # caller needs. If the policy reads logits, the `num_best` most probable tokens can be kept for the next input,
         # so that the head does not run twice.
         num_best = self.config.mix_topk if self.config.next_input == "topk" else 0
+        every = logits_to_keep is None or (isinstance(logits_to_keep, int) and not 0 < logits_to_keep < T)
         running = fast.running_output(
-            self.config.output, self.head, hidden.to(tokens.valid.device), self.output_map, num_best
+            self.config.output, self.head, hidden.to(tokens.valid.device), self.output_map, num_best, every
         )
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1  # not narrower in a call with a smaller max_depth

@@ -108,7 +108,7 @@ class RunningOutput:
         """Return accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
         logits = head(self.total[tokens])
         for (_, hidden), (hit, at) in zip(self.deeper, self.found(tokens), strict=True):
-            logits = logits.index_add(0, hit, head(hidden[at]))
+            logits = logits.index_add(0, hit.to(logits.device), head(hidden[at]))  # the head may be on another device
         return logits
 
     def found(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -73,7 +73,7 @@ class Mixture(RunningOutput):
         if not self.deeper:
             return logp
         # The head may be on another device than the tokens.
-        first, *deeper = [w.clamp(min=SMALLEST).log()[tokens, None].to(logp.device) for w in self.weights]
+        first, *deeper = [w[tokens, None].clamp(min=SMALLEST).log().to(logp.device) for w in self.weights]
         logp = logp + first
         for depth, (weight, (hit, at)) in enumerate(zip(deeper, self.found(tokens), strict=True), start=2):
             hit = hit.to(logp.device)
