@@ -184,7 +184,9 @@ def test_the_head_runs_once_for_each_pass_of_a_decoded_token(
     assert torch.equal(again.depth_count, out.depth_count) and distance(again.logits, out.logits) < 1e-5
 
 
-@pytest.mark.parametrize(("policy", "output"), [("decider", "mixture"), ("confidence", "mixture"), ("confidence", "sum")])
+@pytest.mark.parametrize(
+    ("policy", "output"), [("decider", "mixture"), ("confidence", "mixture"), ("confidence", "sum")]
+)
 def test_no_logits_are_kept_of_tokens_whose_logits_nobody_asks_for(
     monkeypatch: pytest.MonkeyPatch, policy: str, output: str
 ) -> None:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..names import MIXTURES
 from .compat import is_watched
 from .head import Head
-from .logits import CHUNK, RunningOutput, best_of, joined
+from .logits import CHUNK, Found, RunningOutput, best_of, joined
 from .mixture import Mixture
 from .quantised import PLAIN
 
@@ -173,17 +173,24 @@ def _is_few(x: Tensor) -> bool:
 
 
 def running_output(
-    output: str, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int, every: bool
+    output: str,
+    head: Head,
+    hidden: Tensor,
+    output_map: nn.Module | None,
+    num_best: int,
+    logits_to_keep: int | Tensor | None,
 ) -> RunningOutput:
     """Return the running output of a call for the configured `output`.
 
-    Without gradients, it is one that keeps logits for later use: those of all tokens, if the caller asks for the logits
-    of `every` token, as in decoding.
+    Without gradients, it is one that keeps logits for later use: those of all tokens, if the caller asks for all of
+    them, as in decoding.
     """
     if not ENABLED or torch.is_grad_enabled():
         if output in MIXTURES:
             return Mixture(head, hidden, output == "even", num_best)
         return RunningOutput(head, hidden, output_map, num_best)
+    # `logits_to_keep` is that of `forward`; a tensor of indices is not compared with all tokens.
+    every = not isinstance(logits_to_keep, Tensor) and not 0 < (logits_to_keep or 0) < hidden.shape[1]
     room = MEMO // (head.size * hidden.element_size()) if every else 0
     if output in MIXTURES:
         return RememberingMixture(head, hidden, output == "even", num_best, room)
@@ -218,9 +225,9 @@ class RememberingOutput(RunningOutput):
         now.deeper, now.memo, now.prepared = list(self.deeper), None, None
         return now
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, found: Found | None = None) -> Tensor:
         if self.memo is None or torch.is_grad_enabled():
-            return super().logits(tokens)
+            return super().logits(tokens, found)
         again = tokens[self.stale[tokens]]
         if len(again):
             self.memo[again.to(self.memo.device)] = super().logits(again)  # the head may be on another device
