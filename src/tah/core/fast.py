@@ -211,12 +211,14 @@ class RememberingOutput(RunningOutput):
         super().__init__(head, hidden, output_map, num_best)
         self.keeps = len(self.total) <= room
         self.memo: Tensor | None = None  # logits [B*T, V] that a policy read
-        self.stale = torch.zeros(0, dtype=torch.bool)  # [B*T] whether the logits of a token in `memo` lack a pass
+        self.stale: Tensor | None = None  # [B*T] whether the logits of a token in `memo` lack a pass; None: of no token
         self.prepared: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [N] and their `best`, until the next pass
 
     def add(self, tokens: Tensor, hidden: Tensor, continue_logits: Tensor) -> None:
         super().add(tokens, hidden, continue_logits)
         if self.memo is not None:
+            if self.stale is None:
+                self.stale = torch.zeros(len(self.total), dtype=torch.bool, device=tokens.device)
             self.stale[tokens] = True
         self.prepared = None
 
@@ -228,8 +230,7 @@ class RememberingOutput(RunningOutput):
     def logits(self, tokens: Tensor, found: Found | None = None) -> Tensor:
         if self.memo is None or torch.is_grad_enabled():
             return super().logits(tokens, found)
-        again = tokens[self.stale[tokens]]
-        if len(again):
+        if self.stale is not None and len(again := tokens[self.stale[tokens]]):
             self.memo[again.to(self.memo.device)] = super().logits(again)  # the head may be on another device
             self.stale[again] = False
         return self.memo[tokens.to(self.memo.device)]
@@ -248,7 +249,6 @@ class RememberingOutput(RunningOutput):
     def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
         if self.memo is None and self.keeps and len(tokens) == len(self.total) and not torch.is_grad_enabled():
             self.memo = super().logits(tokens)
-            self.stale = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         if not ahead or not self.num_best or torch.is_grad_enabled():
             return torch.cat([f(self._glance(chunk)) for chunk in tokens.split(CHUNK)])
         mapped, found = [], []
