@@ -6,8 +6,8 @@
 
 Two processes with different seeds (`--seed`) need an output each; their lines are put together afterwards. Each run is
 one line in `compare-TASK.jsonl`. While the file `PAUSE` exists beside the results, no new run starts. The
-table has the mean over the tasks of the exact match on new problems, and its difference from that of the recipe, paired
-by seed. `summarise.py` prints the tables by task.
+table has parameters, training FLOPs and CPU seconds, the mean over the tasks of the exact match on new problems, and
+the difference of the recipe from it, paired by seed. `summarise.py` prints the tables by task.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OTHERS = {
     "always-mix": "always",
     "tah2": "decider-half",
 }
+CONTROLS = ("never", "always", "always-weighed", "entropy", "decider", "random", "second_choice")
 OF_TAH2 = {  # what TaH2 is compared with, by the plan of its own
     "standard-tah2": "never",
     "standard-tah2-x1.5": "never",
@@ -56,10 +57,13 @@ def others_of(recipe: str, policy: str) -> dict[str, str]:
 def table(results: dict[str, list[Line]], recipe: str, policy: str) -> str:
     """Return a table of the recipe, its controls and the others; the first difference is the primary number."""
     its = averages(results, recipe, policy)
-    rows = ["| variant | policy | seeds | exact match | recipe minus this |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| variant | policy | seeds | parameters | TFLOP | CPU s | exact match | recipe minus this |",
+        "| --- " * 8 + "|",
+    ]
     compared = list(others_of(recipe, policy).items())
-    compared += [(recipe, name) for name in ("never", "always", "entropy", "decider", "random", "second_choice")]
-    rows.append(f"| {recipe} | {policy} | {len(its)} | {np.mean(list(its.values())):.3f} | |")
+    compared += [(recipe, name) for name in CONTROLS]
+    rows.append(f"| {recipe} | {policy} | {len(its)} | {cost(results, recipe)} | {np.mean(list(its.values())):.3f} | |")
     for variant, name in compared:
         theirs = averages(results, variant, name)
         if shared := sorted(its.keys() & theirs.keys()):
@@ -67,8 +71,18 @@ def table(results: dict[str, list[Line]], recipe: str, policy: str) -> str:
             low, high = change["low"], change["high"]
             interval = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
             mean = np.mean([theirs[seed] for seed in shared])
-            rows.append(f"| {variant} | {name} | {len(shared)} | {mean:.3f} | {change['value']:+.3f}{interval} |")
+            numbers = f"{len(shared)} | {cost(results, variant)} | {mean:.3f} | {change['value']:+.3f}{interval}"
+            rows.append(f"| {variant} | {name} | {numbers} |")
     return "\n".join(rows)
+
+
+def cost(results: dict[str, list[Line]], variant: str) -> str:
+    """Return three cells: parameters, training FLOPs and CPU seconds of a variant, means over tasks and seeds."""
+    lines = [line for its in results.values() for line in its if line["variant"] == variant]
+    flops = [line["training"]["flops"] + line["training"]["decider_flops"] for line in lines]
+    parameters = np.mean([line["parameters"] for line in lines])
+    seconds = np.mean([line["training"]["cpu_seconds"] for line in lines])
+    return f"{parameters:,.0f} | {np.mean(flops) / 1e12:.2f} | {seconds:.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,6 +44,7 @@ from variants import SIZES, VARIANTS, Size, Variant, build, new_model, objective
 Family = Task | mixture.Mixture
 
 LOSSES = ("loss", "loss_depth_1", "loss_depth_2", "loss_depth_3")
+COUNTS = ("mean_depth", "decisions", "side_passes")  # of a TaH2 training, per token
 LINEAR = {"decay_type": "linear", "min_lr_ratio": 0.0}
 HELP = {
     "layers": "number of layers",
@@ -127,7 +128,9 @@ def train(
             raise SystemExit("stopped by SIGTERM; the unfinished variant is not in the results")
         metrics = Path(directory, "metrics.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, metrics) if "iterated_share" in line and "train_runtime" not in line]
-    return [{name: line[name] for name in ("step", *LOSSES, "iterated_share") if name in line} for line in lines]
+    return [
+        {name: line[name] for name in ("step", *LOSSES, "iterated_share", *COUNTS) if name in line} for line in lines
+    ]
 
 
 class Progress(TrainerCallback):
@@ -221,7 +224,14 @@ def shuffled(hard: np.ndarray, rows: Any, noise: float, seed: int) -> np.ndarray
     return noisy
 
 
-def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: float, made: float = MADE) -> float:
+def row_flops(
+    model: TaHForCausalLM,
+    variant: Variant,
+    length: float,
+    share: float,
+    made: float = MADE,
+    counts: dict[str, float] | None = None,
+) -> float:
     """Return the FLOPs of training on one row: 2 per weight and token, and 6 with gradients.
 
     Attention itself, norms and the optimiser are not counted. For a share `share` of the supervised tokens, the passes
@@ -233,6 +243,7 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
         length: Tokens of a row.
         share: Share of the supervised tokens that iterate.
         made: Supervised tokens of a row.
+        counts: `COUNTS` of a TaH2 training. Without them, the prompt is counted with the share `share`, too.
     """
     its = weights_of(model)
     entropy = its.head * length / 3 if variant.uncertain else 0.0  # the entropy of every token, without gradients
@@ -242,10 +253,11 @@ def row_flops(model: TaHForCausalLM, variant: Variant, length: float, share: flo
     if variant.loss_weights is not None and variant.loss_weights[0] == 0:
         asked = made * (1 - share)
     if variant.method == "tah2":
-        # The prompt iterates too, counted with the same share. Supervised tokens that stop run a side pass, without
-        # gradients. The decider reads the logits of every token at depth 1, and is not asked at the last depth.
-        again = length * share + made * (1 - share) / 3
-        entropy = (its.head + its.decider) * length
+        # The prompt iterates too. Supervised tokens that stop run a side pass, without gradients. The decider reads the
+        # logits of every token at depth 1, and is not asked at the last depth.
+        counts = counts or {"mean_depth": 1 + share, "decisions": 1.0, "side_passes": made * (1 - share) / length}
+        again = length * (counts["mean_depth"] - 1 + counts["side_passes"] / 3)
+        entropy = (its.head + its.decider) * length * counts["decisions"]
         added -= its.decider
     return 6 * (its.body * length + its.head * asked + entropy + again * (its.body + added + its.head + mixed))
 
@@ -291,8 +303,10 @@ def run(
         )
         cost += first * size.batch * row_flops(model, VARIANTS["standard"], length, 0.0)
     curve = train(model, objective_of(variant, seed, steps=steps), rows, tokenizer, steps, size, seed, name, **options)
-    share = sum(tenth["iterated_share"] for tenth in curve) / max(1, len(curve))
-    cost += steps * size.batch * row_flops(model, variant, length, share)
+    tenths = max(1, len(curve))
+    share = sum(tenth["iterated_share"] for tenth in curve) / tenths
+    counts = {name: sum(tenth[name] for tenth in curve) / tenths for name in COUNTS if curve and name in curve[0]}
+    cost += steps * size.batch * row_flops(model, variant, length, share, counts=counts)
     decider_cost = 0.0
     if variant.last:  # the decider is trained on the frozen model, in the paper's method on labels without noise
         model.requires_grad_(False)

@@ -6,7 +6,12 @@ entropy above `TAU`, as the training of the variants with `uncertain` does. A Ta
 decider at the threshold 0.5 of its training; in `entropy` and `entropy-tau` its decider weighs the passes.
 The controls are computed along the given texts from the two depths of the same model. An answer counts only if all its
 tokens are right. With `attention="own"`, generation gives the same scores; `along_the_text` has those of `never` and
-`always` for comparison. In a mixture, `random` and `hindsight` count the last pass alone where a token iterates.
+`always` for comparison.
+
+In a mixture, `always` gives all the weight to the last pass, which has seen hard tokens only. So a mixture also has
+`always-weighed`: every token iterates, and the decider weighs the passes. Its controls and its curve compare depth 1
+with that. With `attention="duo"` answers read the keys of prompt tokens at depth 2, so `decider` and `entropy` iterate
+on a tenth of all validation tokens, prompts included.
 
     random          iterates on as many tokens as the decider, chosen at random; the expected exact match
     second_choice   depth 1's second choice, without a second pass, where the decider iterates
@@ -45,7 +50,7 @@ class EntropyDecides(Policy):
 
     Args:
         decider: Decider of the model.
-        threshold: Threshold of 1 - exp(-entropy).
+        threshold: Threshold of 1 - exp(-entropy); below 0 every token iterates.
     """
 
     def __init__(self, decider: Any, threshold: float) -> None:
@@ -79,12 +84,15 @@ def evaluate(model: TaHForCausalLM, tokenizer: Any, task: Task | Mixture, test: 
             learned = {"decider": "decider"} | learned
         share = NINE_SHARE if isinstance(task, Mixture) else SHARE
         held_out = _rows(task, task.take("validation", validation, distinct=True), tokenizer)
+        if model.config.attention == "duo":
+            held_out = [row | {"supervised": np.ones_like(row["supervised"])} for row in held_out]
         for name, policy in learned.items():
             probability = score_tokens(model, held_out, tokenizer.pad_token_id, Rule(policy, 1.0)).probability
             rules[name] = Rule(policy, threshold_for_share(probability, share))
         rules["entropy-tau"] = Rule(Confidence("entropy"), CONFIDENT)
         if model.config.output in MIXTURES:
             rules["decider-half"] = Rule("decider", 0.5)
+            rules["always-weighed"] = Rule(EntropyDecides(model.decider, -1.0), 0.5)
             for name in ("entropy", "entropy-tau"):
                 rules[name] = Rule(EntropyDecides(model.decider, rules[name].threshold), rules[name].threshold)
     sets = {"test": task.take("test", test, distinct=True), "seen": task.take("train", test, distinct=True)}
@@ -133,9 +141,11 @@ def _score(
         return found
     rows, scores = _rows(task, problems, tokenizer), {}
     for name, rule in rules.items():  # at threshold 1 no token iterates, and the probabilities are recorded
-        if name in ("entropy-tau", "decider-half"):  # these have the probabilities of `entropy` and `decider`
+        if name in ("entropy-tau", "decider-half", "always-weighed"):  # those of `entropy`, `decider` and `always`
             continue
-        if name not in ("never", "always"):
+        if name == "always":
+            rule = rules.get("always-weighed", rule)
+        elif name != "never":
             rule = Rule(Confidence("entropy") if name == "entropy" else rule.policy, 1.0)
         scores[name] = score_tokens(model, rows, tokenizer.pad_token_id, rule)
     guide = "decider" if "decider" in rules else "entropy"

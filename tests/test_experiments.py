@@ -211,6 +211,38 @@ def test_flops_of_tah2_count_the_decider_on_every_token_and_not_at_the_last_dept
     first = 6 * (length * (body + head + decider) + made * head)
     assert none == pytest.approx(first + 2 * made * (body + added + head))  # side passes, without gradients
     assert every == pytest.approx(first + 6 * length * (body + added + head))
+    counts = {"mean_depth": 1.5, "decisions": 1.0, "side_passes": 0.25}  # as the training has counted them
+    measured = lookahead.row_flops(model, variant, length, 0.1, counts=counts)
+    assert measured == pytest.approx(first + 6 * length * (0.5 + 0.25 / 3) * (body + added + head))
+
+
+def test_policies_of_a_mixture(tmp_path):
+    """Entropy may choose the tokens, but the decider weighs the passes; prompts count for both thresholds."""
+    given = ["--task", "follow", "--size", "test", "--operations", "1", "2", "--variant", "tah2"]
+    lookahead.main([*given, "--output", str(tmp_path / "results.jsonl"), "--save", str(tmp_path)])
+    (line,) = map(json.loads, (tmp_path / "results.jsonl").open())
+    assert {"decider-half", "always-weighed", "entropy"} <= line["test"]["policies"].keys()
+    assert 1 < line["training"]["curve"][0]["mean_depth"] <= 2
+    model = TaHForCausalLM.from_pretrained(tmp_path / "tah2-0").eval()
+    ids = torch.randint(4, 20, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logs = model(ids, policy="never").logits.float().log_softmax(-1)
+        entropy = 1 - (logs.exp() * logs).sum(-1).exp()
+        half = float(entropy.median())
+        for threshold, chosen in ((half, entropy > half), (-1.0, torch.ones(3, 12, dtype=torch.bool))):
+            out = model(ids, policy=measure.EntropyDecides(model.decider, threshold))
+            assert torch.equal(out.depth_count == 2, chosen)
+            by_decider = model(ids, policy="decider", threshold=0.0)
+            kept = by_decider.mixture_weights[..., 0][chosen]
+            assert torch.allclose(out.mixture_weights[..., 0][chosen], kept, atol=1e-6)
+    assert 0 < kept.min() and kept.max() < 1
+    task, found = tasks.Task("follow", 0, (1, 2)), line["test"]["policies"]
+    rows = tasks.Rows(task.take("validation", variants.SIZES["test"].validation, distinct=True), task.tokenizer())
+    rules = {"decider": "decider", "entropy": measure.EntropyDecides(model.decider, found["entropy"]["threshold"])}
+    for name, policy in rules.items():
+        rule = Rule(policy, found[name]["threshold"])
+        along = score_tokens(model, [rows[at] for at in range(len(rows))], task.tokenizer().pad_token_id, rule)
+        assert along.share_of_all == pytest.approx(measure.SHARE, abs=0.02)
 
 
 def test_noise_deals_labels_out_among_tokens_of_the_same_place():
@@ -420,7 +452,8 @@ def line_of(variant: str, seed: int, never: float, **policies: float) -> dict:
     reached = {"never": never} | policies
     training = {"flops": 1e12, "decider_flops": 1e11, "cpu_seconds": 60.0}
     scores = {"policies": {name: {"exact_match": value} for name, value in reached.items()}}
-    return {"task": "", "variant": variant, "seed": seed, "settings": {}, "training": training, "test": scores}
+    found = {"task": "", "variant": variant, "seed": seed, "settings": {}, "parameters": 1000}
+    return found | {"training": training, "test": scores}
 
 
 def results_of(seeds: tuple[int, ...], **recipes: tuple[float, float]) -> dict[str, list[dict]]:
@@ -500,11 +533,12 @@ def test_recipes_are_compared_as_means_over_tasks_paired_by_seed(tmp_path, capsy
         (tmp_path / f"compare-{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in its))
     compare.main(["late", "--policy", "entropy-tau", "--output", str(tmp_path), "--table"])
     told = capsys.readouterr().out.splitlines()
-    assert told[2] == "| late | entropy-tau | 4 | 0.900 | |"
-    assert told[3] == f"| {choose.BASELINE} | never | 4 | 0.700 | +0.200 [+0.200, +0.200] |"
+    cost = "1,000 | 1.10 | 60"
+    assert told[2] == f"| late | entropy-tau | 4 | {cost} | 0.900 | |"
+    assert told[3] == f"| {choose.BASELINE} | never | 4 | {cost} | 0.700 | +0.200 [+0.200, +0.200] |"
     half = 3.182 * np.std([0.0, 0.2, -0.2, 0.0], ddof=1) / 2
-    assert told[4] == f"| paper | decider | 4 | 0.600 | +0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}] |"
-    assert told[5].startswith("| late | never | 4 | 0.500 | +0.400") and len(told) == 6
+    assert told[4] == f"| paper | decider | 4 | {cost} | 0.600 | +0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}] |"
+    assert told[5].startswith(f"| late | never | 4 | {cost} | 0.500 | +0.400") and len(told) == 6
 
 
 def test_tah2_is_compared_with_baselines_of_its_size_and_with_entropy_on_its_weights(tmp_path, capsys):

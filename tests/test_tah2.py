@@ -266,6 +266,9 @@ def test_sampled_decisions():
     cache = DuoCache()
     parts = [model(part, past_key_values=cache, use_cache=True) for part in ids.split([20, 1, 39], dim=1)]
     assert torch.equal(torch.cat([part.depth_count for part in parts], 1), out.depth_count)
+    assert torch.equal(model(ids, policy=model.decider).depth_count, out.depth_count)  # the decider as an object
+    with pytest.raises(ValueError, match="threshold has no effect with decision='sample'"):
+        model(ids, policy=model.decider, threshold=0.0)
     model.config.random_seed = 1
     assert not torch.equal(model(ids).depth_count, out.depth_count)
 
@@ -288,6 +291,28 @@ def test_settings_of_a_mixture_are_checked():
     for output, kind in (("mixture", "tah2"), ("sum", "lean")):
         with pytest.raises(ValueError, match=f"give decider=.'kind': '{kind}'."):
             TaHConfig(output=output, decider=None)
+
+
+def test_generation_with_sampled_decisions():
+    """In a padded batch, with beams and by prompt lookup, tokens decide as in whole forwards and in the reference."""
+    model, ids = tah2(decision="sample", max_depth=2), token_ids(length=6)
+    given = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    out = model.generate(ids, attention_mask=mask, pad_token_id=0, **given)
+    for row, start in ((0, 0), (1, 2)):
+        alone = model.generate(ids[row : row + 1, start:], **given)
+        assert torch.equal(out.sequences[row, start:], alone.sequences[0])
+        assert torch.equal(out.depth_count[row, start:-1], alone.depth_count[0, :-1])
+        want = run(Tah2.of(model), alone.sequences[0, :-1], forced=alone.depth_count[0, :-1])
+        assert torch.equal(want.log_probs[5 - start :].argmax(-1), alone.sequences[0, 6 - start :])
+        assert torch.equal(model(alone.sequences[:, :-1]).depth_count, alone.depth_count[:, :-1])
+        assert set(alone.depth_count[0, :-1].tolist()) == {1, 2}
+        found = model.generate(ids[row : row + 1, start:], **given, prompt_lookup_num_tokens=3)
+        assert torch.equal(found.sequences, alone.sequences)
+        assert torch.equal(found.depth_count[:, :-1], alone.depth_count[:, :-1])
+    beams = model.generate(ids, **given, num_beams=3).sequences
+    assert torch.equal(beams, model.generate(ids, **given, num_beams=3, use_cache=False).sequences)
 
 
 def test_packed_documents_equal_rows():
@@ -489,3 +514,16 @@ def test_decisions_of_a_policy_are_checked():
     for wrong in (lambda state: (state.positions % 2).long(), lambda state: torch.ones(3, dtype=torch.bool)):
         with pytest.raises(ValueError, match="decisions that are not a bool tensor"):
             model(ids, policy=Pair(wrong))
+
+
+def test_labels_decide_over_decisions_of_a_policy():
+    """A label of 0 leaves the decision to the policy."""
+
+    class EveryOther(Policy):
+        def __call__(self, state):
+            return torch.zeros(len(state.positions)), state.positions % 2 == 0
+
+    model, ids = tah2(max_depth=2), token_ids()
+    forced = torch.arange(LENGTH).expand(2, -1) % 3
+    out = model(ids, policy=EveryOther(), depth_labels=forced, training=FORCED)
+    assert torch.equal(out.depth_count, torch.where(forced == 0, 2 - torch.arange(LENGTH) % 2, forced))

@@ -32,7 +32,7 @@ from transformers import TrainingArguments
 
 from helpers.families import tiny
 from helpers.models import LENGTH, distance, pad, token_ids
-from tah import TaHConfig, TaHForCausalLM, TrainingPass
+from tah import DuoCache, TaHConfig, TaHForCausalLM, TrainingPass
 from tah.core.logits import TaHOutput
 from tah.core.mixture import mixture_weights
 from tah.training.joint import GainLabels, gain_labels, joint_decider_loss
@@ -91,8 +91,9 @@ def test_every_part_has_the_precision_asked_for(saved, wanted, tmp_path):
     tah2().to(getattr(torch, saved)).save_pretrained(tmp_path)
     model = TaHForCausalLM.from_pretrained(tmp_path, dtype=wanted)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, wanted)}
-    out = model(token_ids(), policy="always")
+    out = model(token_ids(), policy="decider")  # runs decider, next input and mixture
     assert out.logits.dtype == torch.float32 and out.logits.isfinite().all()
+    assert 1 < out.depth_count.float().mean() < 3 and out.continue_logits[:, :, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -193,6 +194,50 @@ def test_a_side_pass_is_that_of_its_token_alone():
     last = stopped[-1]  # control: it attends to the others if they go on
     gap = joined.pass_loss[0, last, counts[last]] - out.pass_loss[0, last, counts[last]]
     assert gap.abs() > 1e-3 and len(target) == LENGTH - 1
+
+
+@pytest.mark.grad
+def test_side_passes_leave_the_cache_and_its_gradients_as_they_are():
+    """A later call on the cache has the gradients that it has without side passes, into the first call."""
+    with torch.no_grad():
+        model = tah2(max_depth=2).train()
+    ids, found = token_ids(), []
+    for training in (TrainingPass(), SIDE):
+        cache = DuoCache()
+        first = model(ids[:, :7], labels=ids[:, :7], past_key_values=cache, use_cache=True, training=training)
+        assert (first.depth_count == 1).any()  # so there are side passes
+        slots = [cache.deep_order_keys, cache.deep_depths, cache.deep_length, torch.tensor(cache.deep_width)]
+        layers = [(layer.keys, layer.values, torch.tensor(layer.middle)) for layer in cache.layers]
+        rest = model(ids[:, 7:], labels=ids[:, 7:], past_key_values=cache, num_items_in_batch=1)
+        model.zero_grad(set_to_none=True)
+        rest.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((slots, layers, grads))
+    (slots, layers, grads), (its_slots, its_layers, its_grads) = found
+    assert all(torch.equal(*pair) for pair in zip(slots, its_slots, strict=True))
+    for wanted, got in zip(layers, its_layers, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(wanted, got, strict=True))
+        assert wanted[0].requires_grad and got[0].requires_grad
+    assert grads.keys() == its_grads.keys() and len(grads) > 20
+    assert all(distance(its_grads[name], grads[name]) < 1e-5 for name in grads)
+
+
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.grad)])
+def test_side_passes_keep_no_copy_of_the_keys(gradients, monkeypatch):
+    with torch.no_grad():
+        model, cache = tah2(max_depth=2).train(gradients), DuoCache()
+    opened = []
+
+    def open_deeper_pass(*args):
+        if args[-1]:  # a side pass
+            opened.append([(layer.keys, layer.values) for layer in cache.layers])
+        return DuoCache.open_deeper_pass(cache, *args)
+
+    monkeypatch.setattr(cache, "open_deeper_pass", open_deeper_pass)
+    model(token_ids(), labels=token_ids(), past_key_values=cache, training=SIDE)
+    (before,) = opened
+    for (keys, values), layer in zip(before, cache.layers, strict=True):
+        assert layer.keys is keys and layer.values is values
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

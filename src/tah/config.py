@@ -72,7 +72,8 @@ class TaHConfig(PreTrainedConfig):
         threshold: Threshold in [0, 1]. A token takes another pass if its continue probability is larger (3).
         decision: `threshold`: a token continues if its continue probability is larger than the threshold (3).
             `sample`: with the policy `decider` it continues with its continue probability, drawn by a hash of
-            `random_seed`, position, depth and token id.
+            `random_seed`, position, depth and token id. The hash is fixed: in training, the same token at the same
+            position draws the same number in every epoch.
         decider: `{"kind": "lean", ...}` (reads hidden states only; ours), `{"kind": "mlp", ...}` (the authors'),
             `{"kind": "tah2", ...}` (of TaH2), or None. `kind` is required; other missing entries have their defaults.
         confidence_measure: Confidence of the policy `confidence`: `probability`, the largest probability, or `entropy`,

@@ -85,7 +85,7 @@ def load_tah(path: str, dtype: str = "auto", base: str | None = None) -> TaHForC
 
 
 def check_tah(path: str) -> None:
-    """Check a TaH checkpoint without loading it. Missing or misshapen single tensors are found at loading only.
+    """Check a TaH checkpoint without loading it. Missing tensors of the base are found at loading only.
 
     Raises:
         ValueError: The checkpoint is damaged or incomplete.

@@ -158,7 +158,7 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
         # so that the head does not run twice.
         num_best = self.config.mix_topk if self.config.next_input == "topk" else 0
         running = fast.running_output(
-            self.config.output, self.head, hidden.to(tokens.valid.device), self.output_map, num_best
+            self.config.output, self.head, hidden.to(tokens.valid.device), self.output_map, num_best, logits_to_keep
         )
         depth_count = torch.ones_like(tokens.positions)
         columns = max(rule.max_depth, self.config.max_depth) - 1  # not narrower in a call with a smaller max_depth
@@ -206,8 +206,11 @@ class TaHForCausalLM(SafeCheckpoint, TaHGeneration, PrivateHooks, PreTrainedMode
             loss.add(running, rule.max_depth, active)  # tokens that took all passes
         if idle:
             self._add_zero(zero, rule.max_depth, running, loss)
-        done = (rule, cache, tokens, running, targets, depth_count, idle)
-        pass_loss = self._pass_loss(*done) if training.side_passes else None
+        pass_loss = (
+            self._pass_loss(rule, cache, tokens, running, targets=targets, depth_count=depth_count, everywhere=idle)
+            if training.side_passes
+            else None
+        )
         if cache is not None and self.config.attention != "duo":
             cache.drop_deep()  # `own`, `blind`: only a token's later passes attend to its deeper keys, method.md (7)
         continue_logits = continue_logits.view(B, T, columns)

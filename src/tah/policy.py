@@ -236,7 +236,8 @@ class Rule:
             ValueError: The policy is unknown, or threshold or max_depth are out of range or not one per row.
         """
         policy, threshold, max_depth = self.completed(config).arguments().values()
-        draws = policy == "decider" and config.decision == "sample"
+        # The model's own decider may also be given as an object.
+        draws = config.decision == "sample" and decider is not None and policy in ("decider", decider)
         if draws and (isinstance(threshold, Tensor) or threshold != config.threshold):
             raise ValueError("threshold has no effect with decision='sample', which draws the decisions; leave it out")
         if policy == "decider":
@@ -308,14 +309,14 @@ class BoundRule:
         if self.seed is not None:
             bound = draw(state, self.seed)
         go = continues(logits, bound)
-        if self.follow_labels:
-            if state.depth_labels is None:
-                raise ValueError("follow_labels needs depth_labels")
-            go = torch.where(state.depth_labels == 0, go, state.depth_labels > state.depth)
         if forced is not None:
             if not isinstance(forced, Tensor) or forced.dtype != torch.bool or forced.shape != row.shape:
                 raise ValueError(f"the policy returned decisions that are not a bool tensor of [{len(row)}]")
             go = forced.to(row.device)
+        if self.follow_labels:  # last, so that labels decide over a policy that returns decisions, too
+            if state.depth_labels is None:
+                raise ValueError("follow_labels needs depth_labels")
+            go = torch.where(state.depth_labels == 0, go, state.depth_labels > state.depth)
         if self.row_depth is not None:  # in a row at its maximum depth there is no decision
             asked = self.row_depth.to(row.device)[row] > state.depth
             logits, go = torch.where(asked, logits, math.nan), go & asked

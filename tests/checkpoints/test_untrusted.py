@@ -23,7 +23,7 @@ from tah import TaHConfig, TaHForCausalLM
 from tah.checkpoints.chat_template import check_template, template_fault
 from tah.checkpoints.untrusted import check_model, empty_base
 from tah.config import refuse_kernels
-from tah.load import load_base, load_tah, load_tokenizer
+from tah.load import check_tah, load_base, load_tah, load_tokenizer
 from tah.session import Session
 from tah_cli.app import run
 
@@ -51,6 +51,15 @@ def refused(load: Any, where: Path) -> str:
     assert not [word for word in ADVICE if word in line], line
     assert not (where / "ran").exists()
     return line
+
+
+def test_a_missing_tensor_is_found_without_loading(checkpoint: Path) -> None:
+    """As `tah serve` checks before it starts an engine, which takes minutes."""
+    check_tah(str(checkpoint))
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("decider."))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, checkpoint / "model.safetensors")
+    assert f"missing tensors {name}" in refused(check_tah, checkpoint)
 
 
 @pytest.mark.parametrize("case", OF_A_BASE)

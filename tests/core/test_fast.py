@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from helpers.models import distance, labels, packed_row, shake, tah, token_ids
+from helpers.families import VOCAB
+from helpers.models import distance, labels, middle, packed_row, shake, tah, token_ids
+from tah import DuoCache
 from tah.core import fast
+from test_tah2 import tah2
 
 LENGTHS = [9, 5, 7]
 
@@ -145,3 +148,53 @@ def test_fast_equals_plain_with_gradients(monkeypatch: pytest.MonkeyPatch, famil
         found.append([out.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 10
     assert max(map(distance, *found)) < 1e-4
+
+
+def rows_of_the_head(model: Any, rows: int, **given: Any) -> tuple[Any, int]:
+    """The output of one decoded token a row, and for how many rows the head ran."""
+    ids, cache, made = token_ids(rows, 6), DuoCache(), []
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: made.append(out.numel() // out.shape[-1])
+    )
+    out = model(ids[:, :1], past_key_values=cache, logits_to_keep=1, **given)
+    handle.remove()
+    return out, sum(made)
+
+
+@pytest.mark.parametrize("rows", [64, 65, 200])
+@pytest.mark.parametrize(
+    ("policy", "output", "next_input"),
+    [("decider", "mixture", "mlp"), ("confidence", "mixture", "mlp"), ("confidence", "sum", "mlp")]
+    + [("decider", "mixture", "topk")],
+)
+def test_the_head_runs_once_for_each_pass_of_a_decoded_token(
+    monkeypatch: pytest.MonkeyPatch, policy: str, output: str, next_input: str, rows: int
+) -> None:
+    """Although the policy reads the logits before the output does. Beyond the bound in bytes it runs again."""
+    model = tah2(max_depth=2, output=output, next_input=next_input, mix_topk=16)
+    threshold = middle(model(token_ids(rows, 6), policy=policy).continue_prob[:, :, 0])
+    out, made = rows_of_the_head(model, rows, policy=policy, threshold=threshold)
+    deep = int((out.depth_count > 1).sum())
+    assert 0 < deep < rows and made == rows + deep
+    monkeypatch.setattr(fast, "MEMO", rows * VOCAB * 4 - 1)
+    again, made = rows_of_the_head(model, rows, policy=policy, threshold=threshold)
+    apart = {"sum": 0, "mixture": deep}[output]  # a sum has one row a token
+    assert made == 2 * rows + apart + (deep if next_input == "topk" else 0)
+    assert torch.equal(again.depth_count, out.depth_count) and distance(again.logits, out.logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("policy", "output"), [("decider", "mixture"), ("confidence", "mixture"), ("confidence", "sum")]
+)
+def test_no_logits_are_kept_of_tokens_whose_logits_nobody_asks_for(
+    monkeypatch: pytest.MonkeyPatch, policy: str, output: str
+) -> None:
+    """A policy reads them, `CHUNK` tokens at a time."""
+    model, made, make = tah2(max_depth=2, output=output), [], fast.running_output
+    monkeypatch.setattr(fast, "running_output", lambda *given: made.append(make(*given)) or made[-1])
+    for keep, kept in ((1, False), (0, True)):
+        model(token_ids(2, 20), policy=policy, logits_to_keep=keep)
+        (running,) = made
+        assert bool(running.known if output == "mixture" else running.memo is not None) is kept
+        made.clear()

@@ -315,3 +315,36 @@ def test_an_idle_pass_leaves_no_keys_in_the_cache():
             assert (middle.depth_count == 1).all()
             found.append(model(ids[:, 8:], policy="always", **{CACHE: cache}).logits)
     assert distance(*found) < 1e-6
+
+
+class Searches(TorchDispatchMode):
+    """The number of `nonzero`, for each of which the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_chunks_of_passes_that_are_kept_apart_are_searched_once(monkeypatch, family):
+    """With as few waits for the device in many chunks as in one, none in the backward, and the same gradients."""
+    found = []
+    for size in (512, 7):
+        monkeypatch.setattr("tah.core.loss.CHUNK", size)
+        monkeypatch.setattr("tah.core.logits.CHUNK", size)
+        output = {"llama": "mixture", "gemma2": "sum"}[family]
+        model = tah(family, "eager", output=output, next_input="topk", max_depth=3).train()
+        with Searches() as forward:
+            out = model(token_ids(2, 40), labels=token_ids(2, 40), depth_labels=labels(2, 40, depth=3))
+        with Searches() as backward:
+            out.loss.backward()
+        assert backward.made == 0
+        found.append((forward.made, out.loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (once, want, want_grads), (often, loss, grads) = found
+    assert often == once > 0
+    assert distance(loss, want) < 1e-5 and len(grads) == len(want_grads) > 10
+    assert max(map(distance, grads, want_grads)) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 from helpers.checkpoints import tiny
 from helpers.serving import agree, answer, iterated, prompts, reference, serve
+from tah.vllm.requests import RequestOptions
 
 NEW = 48
 MIXED = prompts(22, seed=1)  # 1,056 tokens
@@ -125,6 +127,20 @@ def test_the_least_urgent_request_makes_room(llama):
         outs = served.llm.generate(ask, params, use_tqdm=False, priority=order)
         assert agree(llama, asked, [answer(out) for out in outs], want, **rule)
     assert len(chosen) > 3 and all(priority > max(others) for priority, others in chosen)
+
+
+def test_a_salt_of_another_rule_shares_nothing(llama, batching):
+    """A client may send any salt, also the one that the scheduler makes of another rule."""
+    asked, rules = prompts(2, seed=3, longest=10, shared=70), ({}, {"policy": "always"})
+    want = [reference(llama, asked, 4, **rule) for rule in rules]
+    with serve(llama, additional_config=batching) as served:
+        key = str(RequestOptions.of(served.model.config, {"policy": "always"}).key)
+        for salt in (None, key, json.dumps([None, key])):
+            for rule, answers in zip(reversed(rules), reversed(want), strict=True):
+                salted = {} if salt is None or rule else {"cache_salt": salt}
+                given = [{"prompt_token_ids": ids} | salted for ids in asked]
+                outs = served.llm.generate(given, served.params(4, rule), use_tqdm=False)
+                assert agree(llama, asked, [answer(out) for out in outs], answers, **rule)
 
 
 def test_rules_side_by_side_share_a_prefix(llama, batching):

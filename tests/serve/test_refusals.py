@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 from helpers.checkpoints import tiny
 from helpers.servers import TAH
 from helpers.serving import agree, prompts, reference, serve
+from tah.load import find
 from tah.vllm import compat, installed, launch, settings
 
 FLAGS = {
@@ -35,10 +36,18 @@ FLAGS = {
     "context parallelism": {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
     "pooling": {"runner": "pooling", "convert": "embed"},
     "prompt embeddings": {"enable_prompt_embeds": True},
+    "--kv-sharing-fast-prefill": {"kv_sharing_fast_prefill": True},
+    "--weight-transfer-config": {"weight_transfer_config": {"backend": "nccl"}},
+    "--return-sampling-mask": {"return_sampling_mask": True},
+    "--enable-trace-replay": {"enable_trace_replay": True},
+    "--watermark-config": {"watermark_config": {"algorithm": "gumbel", "key": 1}},
+    "second_pass_graphs='no' .* must be true or false": {"additional_config": {"second_pass_graphs": "no"}},
     "--block-size 48 is not a multiple of 32": {"block_size": 48, "dtype": "bfloat16"},
     "--block-size 16 is not a multiple of 32": {"block_size": 16},
     "batching='both'": {"additional_config": {"batching": "both"}},
     "deep_kv_share=0": {"additional_config": {"deep_kv_share": 0}},
+    "'bathcing' in --additional-config.*mean batching": {"additional_config": {"bathcing": "mixed"}},
+    "'treshold' in --hf-overrides.*mean threshold": {"hf_overrides": {"treshold": 0.8}},
     "max_depth=3 is not supported": {"hf_overrides": {"max_depth": 3}},
     "policy='oracle' is not supported": {"hf_overrides": {"policy": "oracle"}},
     "attention='blind'": {"hf_overrides": {"attention": "blind"}},
@@ -86,7 +95,7 @@ def test_a_cpu_has_the_first_model_runner(llama, no_choice):
     assert configured(llama, enforce_eager=True).additional_config["batching"] == "mixed"
 
 
-def test_the_second_model_runner_on_a_cpu(llama, no_choice, monkeypatch):
+def test_the_second_model_runner_on_a_cpu(llama, no_choice, tmp_path, monkeypatch):
     """The environment may ask for it, as the tests of GPUs do."""
     monkeypatch.setenv(settings.RUNNER, "1")
     config = configured(llama, enforce_eager=True)
@@ -95,6 +104,23 @@ def test_the_second_model_runner_on_a_cpu(llama, no_choice, monkeypatch):
     assert configured(llama, additional_config={"batching": "mixed"}).additional_config["batching"] == "mixed"
     with pytest.raises(ValueError, match="batching='mixed'.*STOCK_TORCH_COMPILE.*or 'two_pass'"):
         configured(llama, additional_config={"batching": "mixed"}, compilation_config={"mode": 1})
+    experts = tiny(tmp_path / "experts", "qwen3_moe")
+    assert configured(experts).additional_config["batching"] == "two_pass"
+    with pytest.raises(ValueError, match="batching='mixed'.*V2 for a base with experts; use 'two_pass'"):
+        configured(experts, additional_config={"batching": "mixed"})
+
+
+def test_heads_without_attention_on_a_cpu(no_choice):
+    """Those of the bundled `follow-tah` have width 16."""
+    directory, _ = find("follow-tah")
+    with pytest.raises(ValueError, match="no attention for heads of width 16, only for 32, 64"):
+        configured(directory, max_model_len=128)
+
+
+def test_kernels_that_do_not_depend_on_the_batch(llama, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="do not support VLLM_BATCH_INVARIANT=1; leave it out"):
+        configured(llama)
 
 
 def test_a_gpu_has_the_second_model_runner(llama, gpu):

@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import torch
 from vllm.exceptions import VLLMValidationError
+from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup as warm_up_steps
@@ -20,7 +21,9 @@ from helpers.checkpoints import tiny
 from helpers.interpreter import IS_V2
 from helpers.serving import Answer, agree, answer, iterated, prompts, reference, serve
 from tah import TaHForCausalLM
+from tah.vllm import graphs
 from tah.vllm import model as serving
+from tah.vllm.graphs import PassGraph, PassGraphs
 
 pytestmark = pytest.mark.skipif(not IS_V2, reason="model runner V2 needs a process of its own: make serve-test-v2")
 
@@ -202,6 +205,38 @@ def test_the_kernel_attends(tmp_path, monkeypatch, attention, shared, how):
         served.model.by_kernel = True
         assert served.model.pool.shared == shared
         assert agree(model, asked, served.ask(asked, 4, [rule] * 2), want, **rule)
+
+
+def computed_again(compute):
+    """What stands for a recorded graph on a CPU."""
+    out = compute()
+    return lambda: out.copy_(compute()), out
+
+
+@pytest.mark.parametrize("attention", ["duo", "own"])
+def test_second_passes_of_a_fixed_number_of_rows(tmp_path, monkeypatch, attention):
+    """As with the graphs of a GPU: a pass has the rows of its graph, and one with too many tokens has no graph."""
+    model, rule, ran = tiny(tmp_path / "model", "llama", attention=attention), {"threshold": 0.5}, []
+    asked = prompts(3, seed=4, longest=12)
+    want = reference(model, asked, 4, **rule)
+    assert iterated(want) > 0.3
+    monkeypatch.setattr(graphs, "SIZES", (1, 4, 16))
+    stock = PassGraph.run
+    monkeypatch.setattr(
+        PassGraph, "run", lambda graph, deep, x: ran.append((len(x), len(graph.x))) or stock(graph, deep, x)
+    )
+    with serve(model, max_num_batched_tokens=32) as served:
+        served.model.by_kernel = True
+        config = served.engine.vllm_config
+        with torch.inference_mode(), set_forward_context(None, config, num_tokens=4):
+            served.model.graphs = PassGraphs(served.model, config.model_config.max_model_len, 3, computed_again)
+        alone, run_pass = [], served.model.run_pass
+        monkeypatch.setattr(served.model, "run_pass", lambda deep, x: alone.append(len(x)) or run_pass(deep, x))
+        assert sorted(served.model.graphs.by_size) == [1, 4]
+        assert agree(model, asked, served.ask(asked, 4, [rule] * 3), want, **rule)
+        served.check_pool()
+    assert {(1, 1), (2, 4)} <= set(ran) and all(size == (1 if rows == 1 else 4) for rows, size in ran)
+    assert max(alone) > 4
 
 
 def test_warm_up_takes_no_entries(llama, expected, monkeypatch):

@@ -8,6 +8,7 @@ pytest.importorskip("vllm", reason="serving is tested where vLLM is installed: m
 
 import torch
 from torch.nn import functional
+from transformers import AutoTokenizer
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from helpers.checkpoints import tiny
@@ -160,8 +161,10 @@ def by_fp8(self, x):
 
 
 @pytest.mark.parametrize("batching", ["two_pass", "mixed"])
-def test_fp8_weights(llama, monkeypatch, batching):
+def test_fp8_weights(llama, tmp_path, monkeypatch, batching):
     """Quantized on loading. LoRA, decider and head are not; the reference has the same quantized linear layers.
+
+    Depth 1 is vLLM's base with the same flag.
 
     In float32, which vLLM leaves out for its kernels on GPUs. In 8 bits a rounding error can become a larger one, so an
     answer may differ.
@@ -174,9 +177,25 @@ def test_fp8_weights(llama, monkeypatch, batching):
     want = [reference(llama, asked, new), reference(llama, asked, new, **never)]
     assert iterated(want[0]) > 0.05
     with serve(llama, max_num_batched_tokens=64, additional_config=options, quantization="fp8_per_channel") as served:
-        assert served.model.deep_layers[0].self_attn.qkv_proj.linear.weight.dtype == torch.float8_e4m3fn
+        model = served.model
+        types = {name: weight.dtype for name, weight in model.named_parameters()}
+        eight = {name for name, dtype in types.items() if dtype == torch.float8_e4m3fn}
+        wanted = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+        assert {name.split(".")[-2] for name in eight} == wanted and len(eight) == 4 * len(model.decoder.layers)
+        own = [dtype for name, dtype in types.items() if name.startswith(("adapters.", "decider."))]
+        assert own and {*own, model.base.lm_head.weight.dtype} == {torch.float32}
+        linear = model.deep_layers[0].self_attn.qkv_proj.linear
+        assert linear is model.decoder.layers[0].self_attn.qkv_proj  # both depths share the quantized weight
         got = served.ask(asked, new), served.ask(asked, new, [never] * 8)
         alone = [served.ask([prompt], new)[0] for prompt in asked]
+    base = TaHForCausalLM.from_pretrained(llama).base
+    of_the_base = {name: weight for name, weight in base.state_dict().items() if "lora_" not in name}
+    base.save_pretrained(tmp_path / "base", state_dict=of_the_base)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")
+    with serve(tmp_path / "base", max_num_batched_tokens=64, quantization="fp8_per_channel") as stock:
+        given = [{"prompt_token_ids": ids} for ids in asked]
+        outs = stock.llm.generate(given, stock.params(new), use_tqdm=False)
+        assert [list(out.outputs[0].token_ids) for out in outs] == [one.tokens for one in got[1]]
     for a, b in (*zip(got, want, strict=True), (alone, got[0])):
         assert sum(one == other for one, other in zip(a, b, strict=True)) >= len(asked) - 1
 

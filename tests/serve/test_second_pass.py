@@ -211,7 +211,7 @@ def test_its_working_memory_is_bounded(tmp_path, monkeypatch, fields, batching):
         config = served.model.config
     tokens, most = max(seen, key=lambda one: one[1])
     assert tokens > 64
-    bound = second_pass_bytes(config, tokens, 8, 4, mixed=mixed)
+    bound = second_pass_bytes(config, options["max_num_batched_tokens"], 8, 4, mixed=mixed)
     print(f"{tokens} tokens needed {most} bytes, of {bound}")
     assert bound / 5 < most < bound
 
@@ -229,8 +229,14 @@ def test_a_gpu_keeps_room_for_it(llama, batching, monkeypatch):
         expected = needs(batching["batching"] == "mixed")
         assert abs(kept - expected) < 4 and expected > 10**6
         assert needs(True) > needs(False)
-        worker.cache_config.kv_cache_memory_bytes = 1 << 30
-        assert worker.determine_available_memory() == on_cpu
+
+        def planned(worker):  # as vLLM does if it has kept the plan of an earlier start
+            worker.cache_config.kv_cache_memory_bytes = 1 << 30
+            return 1 << 30
+
+        monkeypatch.setattr(CPUWorker, "determine_available_memory", planned)
+        assert (on_cpu - worker.determine_available_memory()) * (1 + worker.share) == pytest.approx(kept)
+        assert worker.determine_available_memory() == on_cpu  # the bytes are given from here on
 
 
 def test_a_wrapped_model(llama, batching):

@@ -117,6 +117,8 @@ def test_bad_fields_of_ours_are_named(client, field, value):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, extra_body={"vllm_xargs": {field: value}})
     assert refused.value.status_code == 400 and refused.value.body["param"] == f"vllm_xargs.{field}"
+    with pytest.raises(openai.BadRequestError, match=field):  # not in a stream that has begun with status 200
+        chat(client, extra_body={"vllm_xargs": {field: value}}, stream=True)
 
 
 def test_other_mistakes(client):

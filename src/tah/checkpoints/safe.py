@@ -16,10 +16,11 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import FORMER_TENSORS, KERNELS
+from ..config import FORMER_TENSORS, KERNELS, current_tensor
 from ..core.compat import LOADING, drop_renaming, set_attention
 from ..core.families import UnsupportedBase
 from ..core.quantised import is_quantised
+from ..errors import some
 from .adapter import BASE, base_source, facts_of, is_own, load_adapter, own_fields
 from .card import CARD, fetch_base_card, is_ours, keep_results, model_card, trained_with, warn_of
 from .convert import converted, reconversion
@@ -264,7 +265,7 @@ def find(
 def check_checkpoint(
     directory: str, model_class: type[TaHForCausalLM], options: Mapping[str, Any] | None = None
 ) -> None:
-    """Check a TaH checkpoint without loading it. Missing or misshapen single tensors are found at loading only.
+    """Check a TaH checkpoint without loading it. Missing tensors of the base are found at loading only.
 
     Args:
         directory: Path of the checkpoint.
@@ -285,10 +286,14 @@ def check_checkpoint(
         own = isinstance(given, PreTrainedConfig)
         config: Any = copy.deepcopy(given) if own else model_class.config_class.from_pretrained(directory, **chosen)
         set_attention(config, "eager")  # kernels do not change shapes, and may not be installed
-        return model_class(config)
+        built.append(model_class(config))
+        return built[0]
 
+    built: list[TaHForCausalLM] = []
     try:
-        check_model(directory, empty, options)
+        held = {current_tensor(name) for name in check_model(directory, empty, options).tensors}
+        if missing := [name for name, _ in built[0].named_parameters() if is_own(name) and name not in held]:
+            raise ValueError(f"{directory}: not a complete TaH checkpoint: missing tensors {some(missing)}")
     except ValueError as error:
         if advice := reconversion(directory):
             raise ValueError(f"{str(error).removesuffix('; copy them again')}{advice}") from error

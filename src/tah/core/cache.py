@@ -95,7 +95,8 @@ class DuoCache(Cache):
             depth: Depth of the pass.
             packed: Layout of the tokens in the [R, P] input of the pass.
             order_keys: Order keys [M] of the tokens.
-            alone: Whether each token attends to no other token of this pass. Open such a pass inside `forgetting`.
+            alone: Whether each token attends to no other token of this pass, which leaves keys and values of the cache
+                as they are. Open such a pass inside `forgetting`.
 
         Returns:
             The view of the cache for this pass.
@@ -123,7 +124,8 @@ class DuoCache(Cache):
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
-        """Drop the deeper keys of the passes that are opened inside, on exit."""
+        """Forget on exit which slots the passes inside took. Their keys stay until others replace them, except those of
+        passes whose tokens run alone, which are not kept."""
         before = (self.deep_order_keys, self.deep_depths, self.deep_length)
         copies, width = [None if x is None else x.clone() for x in before], self.deep_width
         yield
@@ -218,14 +220,15 @@ class DeepWrite:
     used: int  # slots in use in the longest row of this pass
     width: int  # slots in use in the longest row of the cache
     packed: Packed
-    alone: bool = False  # whether each token attends to no other token of this pass
+    alone: bool = False  # whether each token attends to no other token of this pass, whose keys are not kept
 
 
 class PassCache(Cache):
     """The base's cache during one pass. It stores keys of this depth and returns keys of depths up to it.
 
     With gradients, nothing is written in place and a layer may be replayed (activation checkpointing). A replay starts
-    from the state in which the pass was opened and does not change the cache.
+    from the state in which the pass was opened and does not change the cache. A pass whose tokens run alone does not
+    change the keys and values of the cache either: it has no gradients, but later calls may need those of the cache.
 
     Args:
         cache: The cache of all depths.
@@ -253,13 +256,13 @@ class PassCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values [R, H, P, K] of a layer; return all to which the pass attends, [R, H, S, K]."""
-        # The backward of earlier passes needs their keys as they were.
-        in_place = not torch.is_grad_enabled() and not (self.write is not None and self.write.alone)
+        alone = self.write is not None and self.write.alone
+        in_place = not torch.is_grad_enabled() and not alone  # backwards of earlier passes need their keys as they were
         layers = self.cache.layers
         while len(layers) <= layer_idx:
             layers.append(DuoLayer())
         layer = layers[layer_idx]
-        if layer_idx in self.written:  # a replay: work on a copy of the state before this pass
+        if alone or layer_idx in self.written:  # the latter is a replay; both leave the layer of the cache as it is
             layer = DuoLayer()
             if layer_idx < len(self.before):
                 layer.keys, layer.values, layer.middle, layer.length = self.before[layer_idx]

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from ..names import MIXTURES
 from .compat import is_watched
 from .head import Head
-from .logits import CHUNK, RunningOutput, best_of, joined
+from .logits import CHUNK, Found, RunningOutput, best_of, joined
 from .mixture import Mixture
 from .quantised import PLAIN
 
@@ -30,7 +30,9 @@ ENABLED = True
 SDPA = nn.functional.scaled_dot_product_attention
 FEW_ROWS = 48  # up to here, float32 kernels of a CPU are slower for x W^T than for (W x^T)^T
 QUERIES, BLOCKS = 128, 8  # fewest queries in a block of attention, most blocks in one call
-MEMO = 64  # most tokens of a call whose logits are kept
+# Most bytes of logits that a call keeps. A policy that reads logits has a chunk of them in memory with its softmax, in
+# float32 2 * 78 MB for 152k tokens. So this adds no more than that, and is enough for 440 rows of bfloat16.
+MEMO = 2**27
 PIECE = 16  # logits per block of which the maximum is taken
 # A product with a whole matrix of up to DENSE * k rows is faster than gathering k rows per token. This was measured
 # with 290 rows and k = 100, where a look-ahead step took a fifth less time; larger sizes are estimated. All rows must
@@ -171,58 +173,71 @@ def _is_few(x: Tensor) -> bool:
 
 
 def running_output(
-    output: str, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int
+    output: str,
+    head: Head,
+    hidden: Tensor,
+    output_map: nn.Module | None,
+    num_best: int,
+    logits_to_keep: int | Tensor | None,
 ) -> RunningOutput:
     """Return the running output of a call for the configured `output`.
 
-    Without gradients, it is one that keeps logits for later use.
+    Without gradients, it is one that keeps logits for later use: those of all tokens, if the caller asks for all of
+    them, as in decoding.
     """
-    remembers = ENABLED and not torch.is_grad_enabled()
+    if not ENABLED or torch.is_grad_enabled():
+        if output in MIXTURES:
+            return Mixture(head, hidden, output == "even", num_best)
+        return RunningOutput(head, hidden, output_map, num_best)
+    # `logits_to_keep` is that of `forward`; a tensor of indices is not compared with all tokens.
+    every = not isinstance(logits_to_keep, Tensor) and not 0 < (logits_to_keep or 0) < hidden.shape[1]
+    room = MEMO // (head.size * hidden.element_size()) if every else 0
     if output in MIXTURES:
-        return (RememberingMixture if remembers else Mixture)(head, hidden, output == "even", num_best)
-    kind = RememberingOutput if remembers else RunningOutput
-    return kind(head, hidden, output_map, num_best)
+        return RememberingMixture(head, hidden, output == "even", num_best, room)
+    return RememberingOutput(head, hidden, output_map, num_best, room)
 
 
 class RememberingOutput(RunningOutput):
     """A running output that computes no logits twice.
 
-    It keeps the logits of few tokens, and the best tokens of logits that a policy read, for the next input.
+    It keeps the logits that a policy read for the output, and the best tokens of them for the next input.
+
+    Args:
+        head, hidden, output_map, num_best: As in `RunningOutput`.
+        room: Most rows of logits to keep for the output.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int) -> None:
+    def __init__(self, head: Head, hidden: Tensor, output_map: nn.Module | None, num_best: int, room: int) -> None:
         super().__init__(head, hidden, output_map, num_best)
-        self.memo: Tensor | None = None  # logits [B*T, V] of a call with at most `MEMO` tokens, as in decoding
-        self.stale: list[Tensor] = []  # tokens whose logits in `memo` lack a pass
+        self.keeps = len(self.total) <= room
+        self.memo: Tensor | None = None  # logits [B*T, V] that a policy read
+        self.stale: Tensor | None = None  # [B*T] whether the logits of a token in `memo` lack a pass; None: of no token
         self.prepared: tuple[Tensor, Tensor, Tensor] | None = None  # tokens [N] and their `best`, until the next pass
 
     def add(self, tokens: Tensor, hidden: Tensor, continue_logits: Tensor) -> None:
         super().add(tokens, hidden, continue_logits)
-        self.stale.append(tokens)
+        if self.memo is not None:
+            if self.stale is None:
+                self.stale = torch.zeros(len(self.total), dtype=torch.bool, device=tokens.device)
+            self.stale[tokens] = True
         self.prepared = None
 
     def so_far(self) -> RunningOutput:
         now = copy.copy(self)
-        now.deeper, now.memo, now.stale, now.prepared = list(self.deeper), None, [], None
+        now.deeper, now.memo, now.prepared = list(self.deeper), None, None
         return now
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        everyone = len(self.total)
-        if torch.is_grad_enabled() or everyone > MEMO or (self.memo is None and len(tokens) < everyone):
-            return super().logits(tokens)
-        if self.memo is None:
-            self.memo = super().logits(torch.arange(everyone, device=tokens.device))
-        else:
-            for stale in self.stale:
-                self.memo[stale] = super().logits(stale)
-        self.stale = []
-        return self.memo[tokens]
+    def logits(self, tokens: Tensor, found: Found | None = None) -> Tensor:
+        if self.memo is None or torch.is_grad_enabled():
+            return super().logits(tokens, found)
+        if self.stale is not None and len(again := tokens[self.stale[tokens]]):
+            self.memo[again.to(self.memo.device)] = super().logits(again)  # the head may be on another device
+            self.stale[again] = False
+        return self.memo[tokens.to(self.memo.device)]
 
     def _glance(self, tokens: Tensor) -> Tensor:
         """Return logits [n, V] of some tokens, equal to the base's up to rounding."""
-        if self.memo is not None or len(tokens) == len(self.total) <= MEMO:
-            return self.logits(tokens)
-        return self.through(self._head, tokens)
+        return self.through(self._head, tokens) if self.memo is None else self.logits(tokens)
 
     def _head(self, hidden: Tensor) -> Tensor:
         linear = self.head.linear
@@ -232,6 +247,8 @@ class RememberingOutput(RunningOutput):
         return self.head(hidden)
 
     def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
+        if self.memo is None and self.keeps and len(tokens) == len(self.total) and not torch.is_grad_enabled():
+            self.memo = super().logits(tokens)
         if not ahead or not self.num_best or torch.is_grad_enabled():
             return torch.cat([f(self._glance(chunk)) for chunk in tokens.split(CHUNK)])
         mapped, found = [], []
@@ -252,31 +269,52 @@ class RememberingOutput(RunningOutput):
 
 
 class RememberingMixture(Mixture):
-    """A mixture that keeps the logits of a pass with few tokens after a decider read them, for the output."""
+    """A mixture that keeps the logits of the passes that a policy read, for next input and output.
 
-    def __init__(self, head: Head, hidden: Tensor, even: bool, num_best: int) -> None:
+    Args:
+        head, hidden, even, num_best: As in `Mixture`.
+        room: Most rows of logits to keep.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, even: bool, num_best: int, room: int) -> None:
         super().__init__(head, hidden, even, num_best)
-        self.known: dict[int, Tensor] = {}  # logits [n, V] of the tokens of a pass, by depth
+        self.room = room  # further rows that may be kept
+        self.known: dict[int, Tensor] = {}  # logits [n, V] of all tokens of a pass, by depth
 
     def so_far(self) -> RememberingMixture:
         now = super().so_far()
         assert isinstance(now, RememberingMixture)
-        now.known = {}
+        now.known = dict(self.known)
         return now
 
-    def map_pass_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        everyone = len(self.deeper[-1][0] if self.deeper else self.total)
-        if torch.is_grad_enabled() or len(hidden) > MEMO or len(hidden) != everyone:
-            return super().map_pass_logits(hidden, f)
-        depth = 1 + len(self.deeper)
-        if depth not in self.known:
+    def _last_pass(self, read: int) -> Tensor | None:
+        """Return the logits [n, V] of the last pass, of which a policy reads `read` tokens; None if they are not kept.
+
+        They are kept if the policy reads all of them and there is room.
+        """
+        depth, hidden = 1 + len(self.deeper), self.deeper[-1][1] if self.deeper else self.total
+        if torch.is_grad_enabled() or read != len(hidden):
+            return None
+        if depth not in self.known and read <= self.room:
             self.known[depth] = self.head(hidden)
-        return f(self.known[depth].clone())  # f may overwrite the logits
+            self.room -= read
+        return self.known.get(depth)
+
+    def map_logits(self, tokens: Tensor, f: Callable[[Tensor], Tensor], ahead: bool = False) -> Tensor:
+        self._last_pass(len(tokens))
+        return super().map_logits(tokens, f, ahead)
+
+    def map_pass_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        logits = self._last_pass(len(hidden))
+        if logits is None:
+            return super().map_pass_logits(hidden, f)
+        return torch.cat([f(chunk.clone()) for chunk in logits.split(CHUNK)])  # f may overwrite the logits
 
     def pass_logits(self, head: Callable[[Tensor], Tensor], depth: int, at: Tensor) -> Tensor:
-        if depth in self.known and not torch.is_grad_enabled():
-            return self.known[depth][at]
-        return super().pass_logits(head, depth, at)
+        if depth not in self.known or torch.is_grad_enabled():
+            return super().pass_logits(head, depth, at)
+        known = self.known[depth]
+        return known[at.to(known.device)]  # the head may be on another device than the tokens
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Shapes: ... any leading dimensions, D width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ class Head:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    @property
+    def size(self) -> int:
+        """Return the number V of logits of a token."""
+        linear: Any = self.linear  # an `nn.Linear`, or a layer that replaces one
+        return int(linear.out_features)
 
     @property
     def is_linear(self) -> bool:

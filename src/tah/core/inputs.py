@@ -29,8 +29,8 @@ class TrainingPass:
     """Arguments of a forward that only training needs.
 
     Args:
-        follow_labels: Whether the depth labels decide who iterates. The policy still returns its continue logits. A
-            label of 0 leaves the decision to the policy.
+        follow_labels: Whether the depth labels decide who iterates, also if the policy returns decisions. The policy
+            still returns its continue logits. A label of 0 leaves the decision to the policy.
         loss_weights: Weight of the output after each depth 1..max_depth, method.md (12). By default only the output
             after a token's last pass counts, method.md (10).
         idle: Whether to run one token through the deeper passes where no token iterates, and to add 0 times the result

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .head import Head
 
 CHUNK = 128  # tokens whose logits [CHUNK, V] are in memory at the same time
+# For each pass that is kept apart, which of some tokens ran it: indices [n] into these tokens, and into the pass's.
+Found = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -100,26 +102,45 @@ class RunningOutput:
         now.deeper = list(self.deeper)
         return now
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return accumulated logits [N, V] of `tokens` [N], computed by the base's own head."""
-        return self.through(self.head, tokens)
+    def logits(self, tokens: Tensor, found: Found | None = None) -> Tensor:
+        """Return accumulated logits [N, V] of `tokens` [N], computed by the base's own head.
 
-    def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        Args:
+            tokens: Flat indices [N].
+            found: What `found` returns for them, if it is known.
+        """
+        return self.through(self.head, tokens, found)
+
+    def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor, found: Found | None = None) -> Tensor:
         """Return accumulated logits [N, V] of `tokens` [N] by a `head` [n, D] -> [n, V] that equals the base's."""
-        logits = head(self.total[tokens])
-        for (_, hidden), (hit, at) in zip(self.deeper, self.found(tokens), strict=True):
-            logits = logits.index_add(0, hit, head(hidden[at]))
+        logits, found = head(self.total[tokens]), self.found(tokens) if found is None else found
+        for (_, hidden), (hit, at) in zip(self.deeper, found, strict=True):
+            logits = logits.index_add(0, hit.to(logits.device), head(hidden[at]))  # the head may be on another device
         return logits
 
-    def found(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each pass that is kept apart, which n of `tokens` [N] ran it, as indices into `tokens` [n] and
-        into the tokens of the pass [n]."""
+    def found(self, tokens: Tensor) -> Found:
+        """Return which of `tokens` [N] ran each pass that is kept apart."""
+        result = []
         for ran, _ in self.deeper:
-            at = tokens.new_full((len(self.total),), -1)
-            at[ran] = torch.arange(len(ran), device=ran.device)
-            at = at[tokens]  # [N], -1 where the token did not run this pass
-            hit = (at >= 0).nonzero().squeeze(1)
-            yield hit, at[hit]
+            at = torch.searchsorted(ran, tokens).clamp(max=len(ran) - 1)  # the tokens of a pass are sorted
+            hit = (ran[at] == tokens).nonzero().squeeze(1)
+            result.append((hit, at[hit]))
+        return result
+
+    def chunks(self, tokens: Tensor, size: int) -> list[tuple[Tensor, Found]]:
+        """Split `tokens` [N] into chunks of `size`, each with what `found` returns for it.
+
+        A search waits for the device. So there is one for all chunks, and none in a backward that runs a chunk again.
+        """
+        chunks = tokens.split(size)
+        parts: list[Found] = [[] for _ in chunks]
+        for hit, at in self.found(tokens):
+            chunk = hit // size
+            counts = torch.bincount(chunk, minlength=len(chunks)).tolist() if len(chunks) > 1 else [len(hit)]
+            split = zip((hit - size * chunk).split(counts), at.split(counts), strict=True)
+            for part, pair in zip(parts, split, strict=True):
+                part.append(pair)
+        return list(zip(chunks, parts, strict=True))
 
     def summed(self, B: int, T: int) -> Tensor:
         """Return the final hidden states [B, T, D] of each token, summed over its passes."""
@@ -145,7 +166,7 @@ class RunningOutput:
         Returns:
             The results [N, ...].
         """
-        return torch.cat([f(self.logits(chunk)) for chunk in tokens.split(CHUNK)])
+        return torch.cat([f(self.logits(chunk, found)) for chunk, found in self.chunks(tokens, CHUNK)])
 
     def map_pass_logits(self, hidden: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply f: [n, V] -> [n, ...] to the logits of one pass alone, `CHUNK` tokens at a time.
@@ -164,7 +185,12 @@ class RunningOutput:
     def best(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights [N, k] float32 of method.md (4) for `tokens` [N], and the ids [N, k] of their tokens."""
         now = self.so_far()  # the backward must not include later passes
-        return joined([replayed(lambda part: best_of(now.logits(part), self.num_best), t) for t in tokens.split(CHUNK)])
+        return joined(
+            [
+                replayed(lambda *part: best_of(now.logits(*part), self.num_best), *chunk)
+                for chunk in now.chunks(tokens, CHUNK)
+            ]
+        )
 
 
 def replayed(f: Callable[..., Any], *inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .head import Head
-from .logits import RunningOutput
+from .logits import Found, RunningOutput
 
 IGNORE = -100
 CHUNK = 256  # tokens whose logits [CHUNK, V] are in memory at the same time
@@ -168,11 +168,11 @@ def replayed_cross_entropy(
     """
     now = output.so_far()  # the backward must not include later passes
 
-    def chunk(tokens: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        each = F.cross_entropy(now.logits(tokens).float(), target, reduction="none")
+    def chunk(part: tuple[Tensor, Found], target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        each = F.cross_entropy(now.logits(*part).float(), target, reduction="none")
         return (each * weight).sum(), each.detach()
 
-    chunks = zip(tokens.split(CHUNK), target.split(CHUNK), weight.split(CHUNK), strict=True)
+    chunks = zip(now.chunks(tokens, CHUNK), target.split(CHUNK), weight.split(CHUNK), strict=True)
     parts = [checkpoint(chunk, *part, use_reentrant=False) for part in chunks]
     return torch.stack([total for total, _ in parts]).sum(), torch.cat([each for _, each in parts])
 

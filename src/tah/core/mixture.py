@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
-from .logits import CHUNK, RunningOutput
+from .logits import CHUNK, Found, RunningOutput
 from .loss import IGNORE
 
 SMALLEST = 1e-10  # of a weight, so that its logarithm is finite
@@ -54,28 +54,29 @@ class Mixture(RunningOutput):
         now.weights = list(self.weights)
         return now
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, found: Found | None = None) -> Tensor:
         """Return log-probabilities [N, V] float32 of `tokens` [N]; without gradients, with little more than them in
         memory."""
         if torch.is_grad_enabled() or len(tokens) <= CHUNK:
-            return super().logits(tokens)
-        found: Tensor | None = None
-        for start in range(0, len(tokens), CHUNK):
-            part = super().logits(tokens[start : start + CHUNK])
-            found = part.new_empty(len(tokens), part.shape[-1]) if found is None else found
-            found[start : start + CHUNK] = part
-        assert found is not None
-        return found
+            return super().logits(tokens, found)
+        made: Tensor | None = None
+        for i, chunk in enumerate(self.chunks(tokens, CHUNK)):
+            part = super().logits(*chunk)
+            made = part.new_empty(len(tokens), part.shape[-1]) if made is None else made
+            made[i * CHUNK : (i + 1) * CHUNK] = part
+        assert made is not None
+        return made
 
-    def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    def through(self, head: Callable[[Tensor], Tensor], tokens: Tensor, found: Found | None = None) -> Tensor:
         """Return log-probabilities [N, V] float32 of `tokens` [N]."""
         logp = self.pass_logits(head, 1, tokens).float().log_softmax(-1)
         if not self.deeper:
             return logp
         # The head may be on another device than the tokens.
-        first, *deeper = [w.clamp(min=SMALLEST).log()[tokens, None].to(logp.device) for w in self.weights]
+        first, *deeper = [w[tokens, None].clamp(min=SMALLEST).log().to(logp.device) for w in self.weights]
         logp = logp + first
-        for depth, (weight, (hit, at)) in enumerate(zip(deeper, self.found(tokens), strict=True), start=2):
+        found = self.found(tokens) if found is None else found
+        for depth, (weight, (hit, at)) in enumerate(zip(deeper, found, strict=True), start=2):
             hit = hit.to(logp.device)
             own = self.pass_logits(head, depth, at).float().log_softmax(-1) + weight[hit]
             logp = logp.index_put((hit,), torch.logaddexp(logp[hit], own))

@@ -93,7 +93,7 @@ def difference_table(found: dict[str, Any]) -> Table:
 def rule_of(about: Mapping[str, Any]) -> str:
     """Return the policy of a trace with its threshold, or that its decisions were drawn, from the header."""
     if drawn(about):
-        return "decider, decisions drawn"
+        return f"{about['policy']}, decisions drawn"
     measure = f" ({about['confidence_measure']})" if about.get("confidence_measure") else ""
     return f"{about['policy']}{measure} at {about['threshold']:.4g}"
 

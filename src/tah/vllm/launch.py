@@ -35,9 +35,15 @@ def main() -> None:
         print(f"tah: this vLLM supports no device of this machine; {advice()}", file=sys.stderr)
         sys.exit(2)
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as `vllm serve` does
-    parser, command = FlexibleArgumentParser(), ServeSubcommand()
+    parser, command = FlexibleArgumentParser(prog="tah"), ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", *sys.argv[1:]])
+    if args.hf_config_path is not None:  # the model would be that of another configuration, without a second pass
+        print(
+            "tah: --hf-config-path is not supported: the configuration is part of the checkpoint; leave it out",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     configure_logging_from_args(args)
     command.validate(args)
     began = time.time()

@@ -45,7 +45,7 @@ def second_pass_bytes(
     rows = min(ROWS, tokens)
     if mixed:  # with the tokens of the step, and the last tokens that wait for longer than a step
         rows += tokens + requests
-    layer = rows * (6 * max(base.intermediate_size, heads * K, experts) // processes + 12 * D) * size
+    layer = rows * (6 * max(base.intermediate_size, heads * K, experts) // processes + 8 * D) * size
     inner = max(described.get("hidden_dims") or [D]) * described.get("expansion", 1)
     features = tokens * ((3 * layers + 3) * D + 4 * inner) * size
     # These last through the step: states that the policy reads, next inputs, states of depth 2, and their sums.

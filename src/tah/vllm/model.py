@@ -31,6 +31,7 @@ from ..policy import DepthState, build_policy, continues, draw
 from .attention import Current, DeepPass, DeepTokens, DuoAttention, Pages, plan
 from .compat import check_layout, slots_per_block, without_writing
 from .deep_layers import Adapter, adapters_of, run_layers, twin
+from .graphs import PassGraphs
 from .logits import StepLogits
 from .mixture import StepMixture, log_probabilities
 from .names import FAMILIES, ROWS, inner_layers
@@ -84,6 +85,7 @@ class TaHForCausalLM(nn.Module):
         self.pool: DeepPool
         self.pages: Pages
         self.by_kernel = False  # whether the kernel attends at depth 2
+        self.graphs: PassGraphs | None = None  # of passes at depth 2, on GPUs
         self.mixed = vllm_config.additional_config["batching"] == "mixed"
         self.waiting = WaitingTokens()
         self.shares_prefixes = vllm_config.cache_config.enable_prefix_caching
@@ -334,7 +336,13 @@ class TaHForCausalLM(nn.Module):
 
     def _run_rows(self, tokens: DeepTokens, x: Tensor, splits: int | None = None) -> Tensor:
         """Run one pass of `_run_deep`, in which the kernel has `splits` programs per token and head."""
-        deep = self.current.deep = replace(self._plan(tokens), splits=splits)
+        deep = replace(self._plan(tokens), splits=splits)
+        graph = self.graphs.fitting(len(x)) if self.graphs is not None else None
+        return self.run_pass(deep, x) if graph is None else graph.run(deep, x)
+
+    def run_pass(self, deep: DeepPass, x: Tensor) -> Tensor:
+        """Run a planned pass at depth 2 of inputs `x` [M, D], into which layers may write; return its output [M, D]."""
+        self.current.deep = deep
         return self._finish(self._run_layers(deep.positions, x)[0])
 
     def _run_layers(

@@ -45,6 +45,7 @@ class DeepPool:
             that there are two tables as on a GPU.
 
     Attributes:
+        spare: Entry behind the others, which no slot has; rows that are no tokens write their keys there.
         entries: Entry of each slot [slots] int64, or -1; on the host.
         entry_of_slot: The same on the device. After `release` and `take` it is out of date until `flush`.
     """
@@ -60,8 +61,8 @@ class DeepPool:
         device: torch.device,
         shared: bool | None = None,
     ) -> None:
-        self.capacity = capacity
-        self.keys = torch.zeros(layers, capacity, heads, width, dtype=dtype, device=device)
+        self.capacity = self.spare = capacity
+        self.keys = torch.zeros(layers, capacity + 1, heads, width, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.entries = np.full(slots, -1, dtype=np.int64)
         self.unused = np.arange(capacity, dtype=np.int64)  # stack, of which the first `free` entries are free

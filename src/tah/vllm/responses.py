@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
+from .requests import DepthParameters
+
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
@@ -108,6 +110,7 @@ def listen(engine: Any) -> None:
     stock = engine.generate
 
     def generate(prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any) -> Any:
+        DepthParameters.validate_params(sampling_params)  # before a stream has begun with status 200
         outputs = stock(prompt, sampling_params, request_id, **options)
         answers = RUNNING.get(None)
         beam = "-beam-" in request_id  # a step of a beam search, whose prompt is made by the server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, OrderedDict
 from itertools import islice
@@ -47,8 +48,9 @@ class DepthScheduler(Scheduler):
         if request.request_id not in self.requests:  # else this is a later part of the input of a known request
             options = RequestOptions.of(self.config, request.sampling_params.extra_args)
             self.logs[request.request_id] = DepthLog()
-            if options.key != self.usual:
-                request.cache_salt = f"{request.cache_salt or ''}{options.key}"
+            if request.cache_salt is not None or options.key != self.usual:
+                # Both, so that no salt of a client equals the one of another rule.
+                request.cache_salt = json.dumps([request.cache_salt, str(options.key)])
                 request.block_hashes = []
                 request.update_block_hashes()
         super().add_request(request)

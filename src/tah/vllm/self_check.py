@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -54,6 +55,7 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}  # a
 KERNEL_ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative to the largest value
 TILES, MOST_PER_TILE = 4, 64  # the kernel is checked over more slots than these
 LONG_SPLITS = (1, 2, 8)  # powers of two: no other number is compiled, or chosen
+ENVIRONMENT = ("TRITON_F32_DEFAULT", "VLLM_MOE_SKIP_PADDING")  # variables that change kernels
 LIKELY = 20  # tokens of which log-probabilities are compared
 SHOWN = 3  # differences that the error names
 OFF = """--additional-config '{"self_check": false}'"""
@@ -121,6 +123,7 @@ def identity(worker: DepthWorker) -> dict[str, Any]:
         "device": name,
         "vllm": VLLM_VERSION,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "tah": f"{_version('tah')} {_sources()}",
         "runner": "V2" if worker.use_v2_model_runner else "V1",
@@ -131,12 +134,15 @@ def identity(worker: DepthWorker) -> dict[str, Any]:
         "block size": model.pages.block,
         "quantization": config.model_config.quantization,
         "batching": config.additional_config["batching"],
+        "graphs of the second pass": model.graphs is not None,
         "processes": config.parallel_config.tensor_parallel_size,
         "eager": config.model_config.enforce_eager,
         "compilation": [str(config.compilation_config.mode), str(config.compilation_config.cudagraph_mode)],
         "tokens per step": config.scheduler_config.max_num_batched_tokens,
         "requests": min(2, config.scheduler_config.max_num_seqs),
         "checkpoint": _configuration(model.config),
+        "kernels of vLLM": [part.compute_hash() for part in (config.kernel_config, config.attention_config)],
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 from numbers import Real
 from typing import Any
@@ -20,6 +22,7 @@ from .metrics import add_metrics
 from .names import DEEP_KV_SHARE, FAMILIES, TAH2_DEEP_KV_SHARE, inner_layers
 from .requests import DEPTHS_SERVED, DepthParameters, RequestOptions
 
+SETTINGS = ("batching", "deep_kv_share", "inner_layers", "second_pass_graphs", "self_check")
 BATCHING = ("auto", "two_pass", "mixed")
 BLOCK = 32  # tokens: vLLM's CPU kernels need a block size that is a multiple of this
 QUANTIZATION = "fp8_per_channel"  # a scale for each output, and one for each token's inputs, whatever the batch
@@ -40,7 +43,9 @@ def settle(vllm_config: Any) -> None:
     check_installed()
     check_version()
     config = vllm_config.model_config.hf_config
+    _check_words(vllm_config)
     _check_checkpoint(config)
+    _check_width(config.base_config)
     _check_length(config.base_config, vllm_config.model_config.max_model_len)
     vllm_config.cache_config.sliding_window = None  # no request is longer than the window
     _check_flags(vllm_config)
@@ -49,7 +54,8 @@ def settle(vllm_config: Any) -> None:
     DepthParameters.config = config
     vllm_config.additional_config["deep_kv_share"] = _share(vllm_config.additional_config, config)
     vllm_config.additional_config["batching"] = _batching(vllm_config, v2)
-    vllm_config.additional_config["self_check"] = _self_check(vllm_config.additional_config)
+    for switch in ("self_check", "second_pass_graphs"):
+        vllm_config.additional_config[switch] = _is_on(switch, vllm_config.additional_config)
     # They change the graph of depth 1. vLLM's cache of compiled graphs knows the base's configuration and this only.
     vllm_config.additional_config["inner_layers"] = list(inner_layers(config))
     worker = "DepthCPUWorker" if current_platform.is_cpu() else "DepthGPUWorker"
@@ -102,6 +108,33 @@ def _is_served(model: Any) -> bool:
     return bool(model.quantization == QUANTIZATION and model.quantization_config == wanted)
 
 
+def _check_words(vllm_config: Any) -> None:
+    """Check names in `--additional-config` and `--hf-overrides` that are nearly those of a setting, or of a field.
+
+    Other names may be those of vLLM or of the base.
+    """
+    fields = set(inspect.signature(TaHConfig.__init__).parameters) - {"self", "kwargs"}
+    overrides = vllm_config.model_config.hf_overrides
+    given = [("--additional-config", vllm_config.additional_config, set(SETTINGS))]
+    given.append(("--hf-overrides", overrides if isinstance(overrides, dict) else {}, fields))
+    for flag, names, known in given:
+        for name in set(names) - known:
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                raise ValueError(f"{name!r} in {flag} is not a setting; did you mean {near[0]}?")
+
+
+def _check_width(base: Any) -> None:
+    """Check that vLLM's attention for CPUs has a kernel for the width of the base's heads."""
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    width = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    if width not in (widths := CPUAttentionBackend.get_supported_head_sizes()):
+        known = ", ".join(map(str, widths))
+        raise ValueError(f"vLLM on a CPU has no attention for heads of width {width}, only for {known}; use `generate`")
+
+
 def _check_flags(vllm_config: Any) -> None:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     scheduler, offload = vllm_config.scheduler_config, vllm_config.offload_config
@@ -110,6 +143,7 @@ def _check_flags(vllm_config: Any) -> None:
     unsupported = {
         "pooling (--runner pooling), since they only generate": model.runner_type == "pooling",
         "speculative decoding": vllm_config.speculative_config is not None,
+        "--diffusion-config": vllm_config.num_speculative_tokens > 0,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         # Engines would share the experts, and wait for each other in each layer, also in passes that only one has.
@@ -128,6 +162,16 @@ def _check_flags(vllm_config: Any) -> None:
         f"quantized weights (except --quantization {QUANTIZATION})": quantized and not _is_served(model),
         f"--quantization {QUANTIZATION} of a base with experts": quantized and experts,
         "prompt embeddings": model.enable_prompt_embeds,
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        # The pool is outside of the memory that vLLM frees; a part of the weights is no checkpoint.
+        "--enable-sleep-mode": model.enable_sleep_mode,
+        "--weight-transfer-config": vllm_config.weight_transfer_config is not None,
+        # Not tried where the sampler's token of a deferred request is dropped.
+        "--watermark-config": vllm_config.watermark_config is not None,
+        "--return-sampling-mask": model.return_sampling_mask,
+        "--enable-trace-replay": model.enable_trace_replay,
+        # The kernel of depth 2 shares the keys of a token by the number of hard tokens.
+        "VLLM_BATCH_INVARIANT=1": envs.VLLM_BATCH_INVARIANT,
         f"--worker-cls {parallel.worker_cls}": parallel.worker_cls != "auto",
         f"--scheduler-cls {scheduler.scheduler_cls}": scheduler.scheduler_cls,
         "--enable-return-routed-experts": vllm_config.aux_output_config.enable_return_routed_experts,
@@ -187,11 +231,11 @@ def _share(additional: dict[str, Any], config: TaHConfig) -> float:
     return float(share)
 
 
-def _self_check(additional: dict[str, Any]) -> bool:
-    """Return whether the server checks itself at the start."""
-    wanted = additional.get("self_check", True)
+def _is_on(switch: str, additional: dict[str, Any]) -> bool:
+    """Return the value of a setting that is true or false; true by default."""
+    wanted = additional.get(switch, True)
     if not isinstance(wanted, bool):
-        raise ValueError(f"self_check={wanted!r} in --additional-config must be true or false")
+        raise ValueError(f"{switch}={wanted!r} in --additional-config must be true or false")
     return wanted
 
 
@@ -205,6 +249,13 @@ def _batching(vllm_config: Any, v2: bool) -> str:
     batching = vllm_config.additional_config.get("batching", "auto")
     if batching not in BATCHING:
         raise ValueError(f"batching={batching!r} in --additional-config is not one of {', '.join(BATCHING)}")
+    base = vllm_config.model_config.hf_config.base_config
+    if v2 and batching == "mixed" and FAMILIES[base.model_type].experts:
+        # Rows beside those of vLLM's batch are not in its mask of padding, nor in the room for their experts.
+        raise ValueError(
+            "batching='mixed' in --additional-config is not supported with model runner V2 for a base with experts; "
+            "use 'two_pass'"
+        )
     if v2 and batching == "mixed" and vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
         raise ValueError(
             "batching='mixed' in --additional-config runs inside the whole model, which this compilation mode compiles "

@@ -144,7 +144,7 @@ class RunningRequests:
         first = np.array([one.computed for one in found])
         owners = np.repeat(np.arange(len(found)), counts)
         places = np.arange(T) + (first - starts[:-1])[owners]
-        tables = self.tables[[one.row for one in found]]
+        tables = self.tables[[one.row for one in found], : max((one.blocks for one in found), default=0)]
         slots = tables[owners, places // self.block_size].astype(np.int64) * self.block_size
         step = Step(
             request_ids=names,

@@ -31,8 +31,8 @@ class Waiting:
     probability: Tensor | None  # [] continue probability of that token
 
     def part(self, tokens: slice, hidden: Tensor | None) -> Waiting:
-        """Return a part of the tokens, with another `hidden`."""
-        places, slots, embeds = self.places[tokens], self.slots[tokens], self.embeds[tokens]
+        """Return a part of the tokens, with another `hidden`. It does not keep the other inputs in memory."""
+        places, slots, embeds = self.places[tokens], self.slots[tokens], self.embeds[tokens].clone()
         return replace(self, places=places, slots=slots, embeds=embeds, hidden=hidden)
 
 

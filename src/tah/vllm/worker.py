@@ -19,6 +19,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 
+from .graphs import record_graphs
 from .memory import second_pass_bytes
 from .self_check import check
 from .step import RunningRequests, Step
@@ -65,8 +66,9 @@ class DepthWorker(Worker):
         `pool.capacity` sizes the pool by the share or by the longest request. If the longest request needs more than
         half of the bytes, cache and pool get a half each.
         """
+        given = self.cache_config.kv_cache_memory_bytes  # vLLM's plan of an earlier start may set it below
         whole = super().determine_available_memory()
-        if not (current_platform.is_cpu() or self.cache_config.kv_cache_memory_bytes):
+        if not (current_platform.is_cpu() or given):
             whole -= self._second_pass_bytes()
         slot = sum(spec.page_size_bytes / spec.block_size for spec in self.get_kv_cache_spec().values())
         longest = self.model_config.max_model_len * slot
@@ -97,12 +99,21 @@ class DepthWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile and warm up both depths, and check the model; from then on steps come from the scheduler."""
-        warm_up(self.model, self.vllm_config)  # before vLLM's warm-up, at whose end it begins to report compilations
+        # Before vLLM's warm-up, at whose end it begins to report compilations.
+        warm_up(self.model, self.vllm_config)
+        if self._has_graphs:
+            self.model.graphs = record_graphs(self.model, self.vllm_config)
         found = super().compile_or_warm_up_model()
         self.serving = True
         if self.vllm_config.additional_config["self_check"]:
             check(self)
         return found
+
+    @property
+    def _has_graphs(self) -> bool:
+        """Whether passes at depth 2 run as CUDA graphs: where depth 1 may have some, unless a setting says no."""
+        graphs = self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        return self.model.by_kernel and graphs and self.vllm_config.additional_config["second_pass_graphs"]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step. One that vLLM makes up to warm up has depth 1 only."""
@@ -115,7 +126,7 @@ class DepthWorker(Worker):
         try:
             out = super().execute_model(scheduler_output)
             if self.use_v2_model_runner and self.model.report is None:
-                self._run_again()
+                self._second_pass()
             return out
         finally:
             self.scheduled = None
@@ -164,7 +175,7 @@ class DepthWorker(Worker):
         return out, sampled, rejected
 
     @torch.inference_mode()
-    def _run_again(self) -> None:
+    def _second_pass(self) -> None:
         """Run the second pass after a step of runner V2, which keeps what it has computed for its sampler."""
         runner: Any = self.model_runner
         state = runner.execute_model_state

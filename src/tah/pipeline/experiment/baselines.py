@@ -116,8 +116,8 @@ def equal_steps(recipe: Recipe, run: Path) -> int:
     The unit of cost is a pass of one token through the base: 1 without gradients, 3 with gradients. The passes are
     measured (`metrics.jsonl`), and of the method `tah2` the decisions and the side passes, too, which have no
     gradients. The networks of `tah2` for decisions and next inputs count by their weights, relative to those of the
-    base's layers. LoRA, the head, and decider and next input of other methods are not counted.
-
+    base's layers. LoRA, the head, and decider and next input of other methods are not counted. The
+    method `tah2` runs the head more often than the baseline; docs/how-to/train.md says how much that is.
     Args:
         recipe: Recipe of the run.
         run: Directory of the run, with labels and trained stages.
