@@ -85,7 +85,7 @@ class RunningOutput:
         """Add a deeper pass.
 
         Args:
-            tokens: Flat indices [M] of the tokens that ran it.
+            tokens: Flat indices [M] of the tokens that ran it, in order.
             hidden: Their final hidden states [M, D].
             continue_logits: The continue logits [M] after which they took this pass. A mixture weighs by them.
         """
