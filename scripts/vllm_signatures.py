@@ -266,6 +266,7 @@ USED: dict[str, tuple[str, ...]] = {
         "num_heads",
         "num_kv_heads",
     ),
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend": ("get_supported_head_sizes",),
     "vllm.model_executor.layers.linear.LinearBase": ("input_size", "output_size", "tp_rank", "tp_size"),
     "vllm.model_executor.layers.linear.ColumnParallelLinear": ("forward", "output_partition_sizes"),
     "vllm.model_executor.layers.linear.QKVParallelLinear": ("num_kv_head_replicas",),
