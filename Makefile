@@ -126,7 +126,7 @@ serve-test: $(SERVE)
 
 # vLLM's model runner V2, which GPUs have. Its kernels run in Triton's interpreter, so the process runs nothing else.
 V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1
-V2_TESTS := $(addprefix tests/serve/test_,runner_v2.py waiting.py second_pass.py tah2.py self_check.py fuzz.py) tests/vllm_kernel
+V2_TESTS := $(addprefix tests/serve/test_,runner_v2.py waiting.py second_pass.py served_tah2.py self_check.py fuzz.py) tests/vllm_kernel
 serve-test-v2: $(SERVE)
 	OMP_NUM_THREADS=1 $(V2) $(SERVE_VENV)/bin/pytest -q --timeout 900 $(V2_TESTS) $(ARGS)
 
